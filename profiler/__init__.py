@@ -1,0 +1,1 @@
+"""Measure: what this machine can do, and what a plan would cost on it."""

@@ -1,0 +1,124 @@
+"""Measures the roofs of this machine: direct reads from a disk, reads from memory. The only place that does.
+
+Knows nothing of models or tiers. Every figure is a rate in GB/s (1e9 bytes) that was reached just now, on a machine
+that may be shared: compare figures of the same run.
+"""
+
+import ctypes
+import mmap
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+_BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ReadRoof:
+    """What direct reads from a file reached.
+
+    Attributes:
+        gbps: the best of the measured settings.
+        threads, chunk_bytes: that setting.
+        direct: False where the file system has no direct I/O, so that the page cache was measured instead.
+    """
+
+    gbps: float
+    threads: int
+    chunk_bytes: int
+    direct: bool
+
+
+def disk_read(
+    path: Path,
+    *,
+    settings: Sequence[tuple[int, int]] = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20)),
+    limit_bytes: int = 1 << 30,
+) -> ReadRoof:
+    """Read `path` from its start with each setting of (threads, chunk bytes); the best rate counts.
+
+    Args:
+        path: a file; larger than any cache of the device, to be honest.
+        settings: what to try.
+        limit_bytes: the most to read per setting.
+    """
+    descriptor, direct = _open(path)
+    try:
+        size = min(os.fstat(descriptor).st_size, limit_bytes) // _BLOCK_BYTES * _BLOCK_BYTES
+        best = (0.0, *settings[0])
+        for threads, chunk_bytes in settings:
+            best = max(best, (_read_all(descriptor, size, threads, chunk_bytes), threads, chunk_bytes))
+    finally:
+        os.close(descriptor)
+    return ReadRoof(*best, direct)
+
+
+def folder_read(folder: Path, *, sample_bytes: int = 256 << 20) -> ReadRoof:
+    """`disk_read` of a file made for the purpose in `folder` and removed again."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tiercache-probe-") as file:
+        block = os.urandom(4 << 20)
+        for _ in range(sample_bytes // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return disk_read(Path(file.name), settings=((4, 2 << 20),))
+
+
+def dram_read(*, threads: int | None = None, size_bytes: int = 1 << 30, repeats: int = 5) -> float:
+    """GB/s of the C library's own vectorised scan (`memchr`) over memory, on all cores; the median of `repeats`.
+
+    It needs no compiler, loads every byte once and does next to nothing with it: about what the best plain vector
+    read reaches, where a framework's sum stays at two thirds.
+    """
+    workers = threads or len(os.sched_getaffinity(0))
+    share = size_bytes // workers
+    with mmap.mmap(-1, share * workers) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        ctypes.memset(address, 1, share * workers)
+        scan = ctypes.CDLL(None).memchr
+        scan.argtypes, scan.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+        rates = []
+        for _ in range(repeats):
+            jobs = [lambda at=address + n * share: scan(at, 0, share) for n in range(workers)]
+            rates.append(share * workers / _together(jobs) / 1e9)
+        return statistics.median(rates)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    flag = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, os.O_RDONLY | flag), bool(flag)
+    except OSError:
+        return os.open(path, os.O_RDONLY), False
+
+
+def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> float:
+    """GB/s of reading the first `size` bytes in chunks, `threads` at a time."""
+    local = threading.local()
+
+    def read(offset: int) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, chunk_bytes)
+        return os.preadv(descriptor, [memoryview(local.buffer)[: min(chunk_bytes, size - offset)]], offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        begin = time.perf_counter()
+        done = sum(pool.map(read, range(0, size, chunk_bytes)))
+        return done / (time.perf_counter() - begin) / 1e9
+
+
+def _together(jobs: Sequence[Callable[[], object]]) -> float:
+    """Seconds until all jobs, run at once, are done."""
+    workers = [threading.Thread(target=job) for job in jobs]
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - begin

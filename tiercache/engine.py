@@ -1,0 +1,243 @@
+"""`offload`: puts a model's weights into tiers, lends the model out, and takes everything back.
+
+Brings the parts together: what was named, its demand, the plan, the tiers, the hooks. Decides nothing itself: what
+stays where is the plan's, what moves when is the tiers'.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from profiler import hardware
+from tiercache import plan
+from tiercache.config import Budget, OffloadConfig, Precision, SizeLike, human
+from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
+from tiercache.model.attach import Attachment
+from tiercache.model.embedding import FileRows, Rows, TableRows
+from tiercache.model.guard import Guard, refuse_closed
+from tiercache.model.rehearse import Rehearsal
+from tiercache.needs import Demand, demand
+from tiercache.opening import Opened, open_model
+from tiercache.plan import Plan
+from tiercache.stats import Stats, peak_rss_bytes
+from tiercache.store.encode import load
+from tiercache.store.reader import Reader
+from tiercache.tiers.stack import Observer, TierStack
+
+
+class Attached:
+    """What `model.tiercache` is: the plan and the statistics of an offloaded model.
+
+    Attributes:
+        plan: what lies where.
+        rehearsal: what a pass does and takes.
+    """
+
+    def __init__(self, made: Plan, rehearsal: Rehearsal, stats: Stats, refresh: Callable[[Stats], None]) -> None:
+        self.plan, self.rehearsal = made, rehearsal
+        self._stats, self._refresh = stats, refresh
+
+    def stats(self) -> Stats:
+        """The account so far."""
+        self._refresh(self._stats)
+        return self._stats
+
+
+@contextmanager
+def offload(
+    model_or_path: transformers.PreTrainedModel | str | Path,
+    *,
+    hbm: SizeLike | None = "auto",
+    dram: SizeLike = "auto",
+    precision: Precision = "source",
+    context: int = 4096,
+    logits: int = 512,
+    store: str | Path | None = None,
+    device: str = "auto",
+    checks: bool = False,
+    show_progress: bool | None = None,
+    observe: Observer = lambda tier, event, key: None,
+) -> Iterator[transformers.PreTrainedModel]:
+    """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
+
+    The model is the transformers model itself; its logits are those it would have had fully resident.
+
+    Args:
+        model_or_path: a checkpoint's folder or Hub id, a plane store, or a model in main memory (which gets its
+            parameters back at the end, the same objects).
+        hbm: budget of the fastest tier: a size ("22GiB"), a share (0.9), or "auto" for nine tenths of what the GPU
+            has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
+            that the CPU computes straight from DRAM.
+        dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
+        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int2".
+        context: tokens, over the batch, for which KV cache and activations are reserved.
+        logits: rows of logits that one pass may return (generation needs one per sequence).
+        store: the plane store's folder; made there if missing. By default one in the cache folder.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        checks: verify every checksum of the store first.
+        show_progress: draw bars on standard error; None means where that is a terminal.
+        observe: is told (tier, event, unit) of every decision, for traces.
+
+    Raises:
+        UsageError, UnsupportedModelError: something that cannot be meant, or is not supported.
+        DoesNotFitError: a budget is too small; raised before anything is loaded.
+        StoreError: a damaged or foreign checkpoint or store.
+        EnvironmentUnsupportedError: no such device, or not enough disk.
+    """
+    config = OffloadConfig(
+        hbm=None if hbm is None else Budget.parse(hbm),
+        dram=Budget.parse(dram),
+        precision=precision,
+        context=context,
+        logits=logits,
+        device=device,
+        store=None if store is None else Path(store).expanduser(),
+        checks=checks,
+    )
+    target = resolve_device(config.device)
+    opened = open_model(model_or_path, config, show_progress=show_progress)
+    asked = demand(opened, config, target)
+    made = _plan(opened, asked, config, target)
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader())
+        tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
+        stack.callback(tiers.close)
+        tiers.load(show_progress=show_progress)
+        stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats)
+        _attach(stack, opened, asked, made, tiers, reader, target, stats, config)
+        yield opened.model
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that was asked for; "auto" is the first GPU if torch can use one.
+
+    Raises:
+        EnvironmentUnsupportedError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise EnvironmentUnsupportedError(
+                f"device={name!r}, but torch {torch.__version__} sees {count} GPUs; run 'tiercache doctor', or ask for device='cpu'"
+            )
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def _plan(opened: Opened, asked: Demand, config: OffloadConfig, device: torch.device) -> Plan:
+    """Resolve the budgets and divide them."""
+    main = hardware.memory()
+    hbm_bytes: int | None = None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
+    elif config.hbm is not None and config.hbm != Budget():
+        hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
+    taken = hbm_bytes if hbm_bytes is not None and device.type == "cpu" else 0
+    dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
+    if opened.memory is not None:  # the weights are in main memory already, and are the caller's
+        dram_bytes += sum(asked.needs.sizes.values())
+    made = plan.make(asked.needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes)
+    if opened.memory is None:
+        _check_free(made, main.free_bytes, device)
+    return made
+
+
+def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
+    """Refuse a plan that the machine's free memory cannot hold, whatever the budget allows."""
+    on_host = [made.dram] if made.hbm is None or device.type == "cuda" else [made.dram, made.hbm]
+    total = sum(tier.slab_bytes + sum(tier.reserved_bytes.values()) for tier in on_host)
+    if total > free_bytes:
+        raise DoesNotFitError(
+            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes are "
+            "missing; lower dram=, or close other programs",
+            missing_bytes=total - free_bytes,
+        )
+
+
+def _reads_directly(opened: Opened, reader: Reader) -> bool:
+    paths = {piece.path for unit in opened.manifest.units for piece in unit.pieces}
+    return bool(paths) and all(reader.direct(path) for path in paths)
+
+
+def _attach(
+    stack: ExitStack,
+    opened: Opened,
+    asked: Demand,
+    made: Plan,
+    tiers: TierStack,
+    reader: Reader,
+    device: torch.device,
+    stats: Stats,
+    config: OffloadConfig,
+) -> None:
+    """Put hooks and parameters in; what undoes them goes on `stack`."""
+    model = opened.model
+    table = _table(opened, tiers, reader, device)
+    attachment = Attachment(
+        model,
+        [replace(use, weight=tiers.weights[use.module]) for use in asked.uses],
+        tiers.top,
+        torch.empty(asked.workspace_bytes, dtype=torch.uint8, device=device),
+        _dense(opened, reader, device),
+        opened.manifest.embedding[0],
+        table,
+        device,
+    )
+    stack.callback(attachment.close)
+    guard = Guard(model, stats, context=config.context, logits=config.logits, finish=attachment.end_pass)
+    stack.callback(guard.close)
+
+    def refresh(account: Stats) -> None:
+        account.ssd_bytes = reader.read_bytes
+        account.embedding_bytes = table.read_bytes if isinstance(table, FileRows) else 0
+        account.peak_rss_bytes = peak_rss_bytes()
+        if device.type == "cuda":
+            account.peak_device_bytes = torch.cuda.max_memory_allocated(device)
+
+    model.tiercache = Attached(made, asked.rehearsal, stats, refresh)
+    stack.callback(_detach, model, opened.given)
+
+
+def _detach(model: transformers.PreTrainedModel, given: bool) -> None:
+    del model.tiercache
+    if not given:  # its weights are gone for good
+        model.register_forward_pre_hook(refuse_closed)
+
+
+def _table(
+    opened: Opened, tiers: TierStack, reader: Reader, device: torch.device
+) -> torch.Tensor | Rows | None:
+    """Where token embeddings are looked up: a tier, the caller's own table, or the file."""
+    _, weight = opened.manifest.embedding
+    if opened.given and device.type == "cpu":
+        return None
+    if opened.given:
+        return TableRows(opened.model.get_input_embeddings().weight.data)
+    table = tiers.table(weight)
+    if table is None:
+        (piece,) = opened.manifest.units[weight.unit].pieces
+        return FileRows(piece, weight.shape, weight.dtype, reader)
+    return table if table.device == device and table.dtype == opened.model.dtype else TableRows(table)
+
+
+def _dense(opened: Opened, reader: Reader, device: torch.device) -> dict[str, torch.Tensor]:
+    """Parameters that stay beside the model for good."""
+    if opened.given:
+        if device.type == "cpu":
+            return {}
+        multiplied = {f"{module}.weight" for module in (*opened.manifest.weights, opened.manifest.embedding[0])}
+        named = opened.model.named_parameters(remove_duplicate=False)
+        return {name: parameter.data.to(device) for name, parameter in named if name not in multiplied}
+    own = dict(opened.skeleton.named_parameters())
+    return {
+        name: load(reader, ref).to(device, own[name].dtype) for name, ref in opened.manifest.dense.items()
+    }
+

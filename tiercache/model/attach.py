@@ -1,0 +1,83 @@
+"""Attaches a model to its weights' supply and detaches it again: hooks, parameters and buffers, all put back.
+
+Knows modules, parameters and hooks; not where slots come from.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import transformers
+from torch import nn
+
+from tiercache.model.binding import Binder, Parameters, Supply, Use, poison, weight_of
+from tiercache.model.embedding import Lookup, Rows
+
+
+class Attachment:
+    """What was done to one model, and its undoing.
+
+    Args:
+        model: the model; its linear weights are replaced by placeholders.
+        uses: its linear modules and what they multiply by.
+        supply: where units come from.
+        workspace: memory for weights that are made from what lies in a slot.
+        dense: parameters to put in, by name; they are on `device` already.
+        embedding: module name of the token embedding.
+        table: the whole token embedding on `device`, or the rows it is looked up from; None leaves the module alone.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        uses: Iterable[Use],
+        supply: Supply,
+        workspace: torch.Tensor,
+        dense: Mapping[str, torch.Tensor],
+        embedding: str,
+        table: torch.Tensor | Rows | None,
+        device: torch.device,
+    ) -> None:
+        self._parameters = Parameters()
+        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._lookup: Lookup | None = None
+        uses = tuple(uses)
+        for use in uses:
+            self._hide(model.get_submodule(use.module), device)
+        for name, tensor in dense.items():
+            module, _, leaf = name.rpartition(".")
+            self._parameters.replace(model.get_submodule(module), leaf, tensor)
+        if isinstance(table, torch.Tensor):
+            self._parameters.replace(model.get_submodule(embedding), "weight", table)
+        elif table is not None:
+            lookup = model.get_submodule(embedding)
+            assert isinstance(lookup, nn.Embedding)
+            self._hide(lookup, device)
+            self._lookup = Lookup(lookup, table)
+        self._move_buffers(model, device)
+        self._binder = Binder(model, uses, supply, workspace)
+
+    def end_pass(self) -> None:
+        """Give back what an interrupted pass still held."""
+        self._binder.release_all()
+
+    def close(self) -> None:
+        """Everything as before; harmless when done twice."""
+        self._binder.close()
+        if self._lookup is not None:
+            self._lookup.close()
+        self._parameters.restore()
+        while self._buffers:
+            module, name, buffer = self._buffers.pop()
+            module._buffers[name] = buffer
+
+    def _hide(self, module: nn.Module, device: torch.device) -> None:
+        weight = weight_of(module)
+        self._parameters.replace(module, "weight", poison(weight.shape, weight.dtype, device))
+
+    def _move_buffers(self, model: nn.Module, device: torch.device) -> None:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device.type != device.type:
+                    self._buffers.append((module, name, buffer))
+                    module._buffers[name] = buffer.to(device)

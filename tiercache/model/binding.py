@@ -1,0 +1,140 @@
+"""Gives modules their weights for the length of one call, and takes everything back at the end.
+
+A module keeps its class and its forward: a pre-hook takes the unit from whoever supplies it and points the module's
+`weight` at it, a post-hook, which also runs after an exception, points it away again. Between calls the parameter
+is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
+it by mistake gets NaN and not a plausible number.
+
+Knows modules and slots; not where slots come from.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tiercache.store.manifest import PlainWeight, Weight
+
+
+class Supply(Protocol):
+    """Hands out the slots of units."""
+
+    def acquire(self, key: int) -> torch.Tensor:
+        """The slot of a unit, valid until `release`."""
+
+    def release(self, key: int) -> None:
+        """The unit is not needed any more in this pass."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module's call within a pass: its weight, and whether its unit is needed again after it."""
+
+    module: str
+    weight: Weight
+    last: bool
+
+
+class Binder:
+    """Binds the linear modules of one model.
+
+    Args:
+        model: the model.
+        uses: what each module multiplies by.
+        supply: where units come from.
+        workspace: uint8 memory for weights that must be made from what lies in the slot.
+    """
+
+    def __init__(self, model: nn.Module, uses: Iterable[Use], supply: Supply, workspace: torch.Tensor) -> None:
+        self._supply, self._workspace = supply, workspace
+        self._held: dict[int, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        for use in uses:
+            module = model.get_submodule(use.module)
+            self._hooks.append(module.register_forward_pre_hook(self._begin(use)))
+            self._hooks.append(module.register_forward_hook(self._end(use), always_call=True))
+
+    def release_all(self) -> None:
+        """Give back what an interrupted pass still held."""
+        for key in tuple(self._held):
+            del self._held[key]
+            self._supply.release(key)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.release_all()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _begin(self, use: Use) -> Callable[[nn.Module, object], None]:
+        def begin(module: nn.Module, arguments: object) -> None:
+            key = use.weight.unit
+            if key not in self._held:
+                self._held[key] = self._supply.acquire(key)
+            parameter = weight_of(module)
+            parameter.data = self._tensor(use.weight, self._held[key], parameter.dtype)
+
+        return begin
+
+    def _end(self, use: Use) -> Callable[[nn.Module, object, object], None]:
+        def end(module: nn.Module, arguments: object, output: object) -> None:
+            hide(weight_of(module))
+            if use.last and self._held.pop(use.weight.unit, None) is not None:
+                self._supply.release(use.weight.unit)
+
+        return end
+
+    def _tensor(self, weight: Weight, slot: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(weight, PlainWeight) and weight.dtype == dtype:
+            return weight.view(slot)
+        shape = torch.Size(weight.shape)
+        made = self._workspace[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        if isinstance(weight, PlainWeight):
+            return made.copy_(weight.view(slot))
+        weight.decode_into(slot, made)
+        return made
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The parameter that a linear or embedding module multiplies by."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def hide(parameter: nn.Parameter) -> None:
+    """Point `parameter` at NaN again."""
+    parameter.data = poison(parameter.shape, parameter.dtype, parameter.device)
+
+
+def needs_workspace(weight: Weight, dtype: torch.dtype) -> int:
+    """Bytes of workspace that binding `weight` takes."""
+    if isinstance(weight, PlainWeight) and weight.dtype == dtype:
+        return 0
+    return torch.Size(weight.shape).numel() * dtype.itemsize
+
+
+def poison(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN in every place, for the memory of one."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(tuple(shape))
+
+
+class Parameters:
+    """Puts other parameters into modules and remembers the ones that were there."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+
+    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Let `module.name` be a frozen parameter over `tensor`."""
+        self._originals.append((module, name, module._parameters[name]))
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def restore(self) -> None:
+        """Put the originals back, the same objects; harmless when done twice."""
+        while self._originals:
+            module, name, original = self._originals.pop()
+            module._parameters[name] = original

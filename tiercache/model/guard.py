@@ -1,0 +1,121 @@
+"""Watches the model's own forward: refuses passes that would outgrow what was reserved, and times the others.
+
+Knows the arguments of a transformers forward; nothing of weights or tiers.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.hooks import RemovableHandle
+
+from tiercache.errors import ClosedError, ContextExceededError, UsageError
+from tiercache.stats import Stats
+
+
+class Guard:
+    """The hooks of the whole model.
+
+    Args:
+        model: the model.
+        stats: where passes are counted.
+        context: tokens, over the batch, that a KV cache may hold.
+        logits: rows of logits that a pass may return.
+        finish: called after each pass, also after one that failed.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        stats: Stats,
+        *,
+        context: int,
+        logits: int,
+        finish: Callable[[], None],
+    ) -> None:
+        self._stats, self._context, self._logits, self._finish = stats, context, logits, finish
+        self._running = threading.Lock()
+        self._began_at = 0.0
+        self._decoding_since: float | None = None
+        self._hooks: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+            model.register_state_dict_pre_hook(_refuse_state_dict),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _begin(self, model: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        sequences, new, past = _shape(arguments, named)
+        self._refuse(sequences, new, past, named)
+        if not self._running.acquire(blocking=False):
+            raise UsageError(
+                "this model is running in another thread; its weights pass through one buffer, so let that call end first"
+            )
+        now = time.perf_counter()
+        if self._decoding_since is not None and new == 1 and past > 0:
+            self._stats.decode_s += now - self._decoding_since
+            self._stats.decode_tokens += sequences
+        self._decoding_since = now if new == 1 and past > 0 else None
+        self._began_at = now
+        self._stats.passes += 1
+        self._stats.tokens += sequences * new
+        if past == 0:
+            self._stats.prefill_tokens += sequences * new
+
+    def _end(self, model: torch.nn.Module, arguments: object, output: object) -> None:
+        if not self._running.locked():
+            return  # refused before it began
+        if self._decoding_since is None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._stats.first_pass_s = time.perf_counter() - self._began_at
+        self._finish()
+        self._running.release()
+
+    def _refuse(self, sequences: int, new: int, past: int, named: Mapping[str, Any]) -> None:
+        embeds = named.get("inputs_embeds")
+        if isinstance(embeds, torch.Tensor) and embeds.requires_grad and torch.is_grad_enabled():
+            raise UsageError("gradients cannot flow through weights that pass on; call the model under torch.no_grad()")
+        held = sequences * (past + new)
+        if held > self._context:
+            raise ContextExceededError(
+                f"this pass needs a KV cache of {held} tokens ({sequences} x {past + new}), context={self._context} was "
+                f"reserved; open the model with context={held} or more"
+            )
+        keep = named.get("logits_to_keep", 0)
+        rows = sequences * (min(keep, new) if isinstance(keep, int) and keep else new)
+        if rows > self._logits:
+            raise ContextExceededError(
+                f"this pass returns {rows} rows of logits, logits={self._logits} was reserved; pass logits_to_keep=1, "
+                f"or open the model with logits={rows}"
+            )
+
+
+def _shape(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Sequences, new tokens of each, and tokens of each already in the KV cache."""
+    ids = arguments[0] if arguments else named.get("input_ids")
+    if ids is None:
+        ids = named.get("inputs_embeds")
+    if not isinstance(ids, torch.Tensor):
+        return 0, 0, 0  # the model will say what it lacks
+    cache = named.get("past_key_values")
+    past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return ids.shape[0], ids.shape[1], past
+
+
+def _refuse_state_dict(module: torch.nn.Module, *_: object) -> None:
+    raise UsageError(
+        "an offloaded model has no weights of its own to save; leave the offload context first, or copy the checkpoint"
+    )
+
+
+def refuse_closed(module: torch.nn.Module, *_: object) -> None:
+    """A forward pre-hook for a model whose tiers are gone."""
+    raise ClosedError("this model's weights were given back when its offload context ended; open it again")

@@ -1,0 +1,146 @@
+"""One forward pass on the meta device: in which order modules are used, and what memory a pass takes.
+
+Runs the model's own code on tensors without data, so that nothing about an architecture has to be known here: the
+KV cache, sliding windows, attention masks and activations are counted as the model makes them.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tiercache.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a pass does and takes.
+
+    Attributes:
+        calls: names of the watched modules in the order of their calls.
+        kv_bytes: the KV cache after a prefill of `tokens`.
+        prefill_bytes: the most that a prefill of `tokens` holds at once, its KV cache included.
+        decode_bytes: the most that one more token holds at once, the KV cache included.
+        tokens: tokens rehearsed.
+    """
+
+    calls: tuple[str, ...]
+    kv_bytes: int
+    prefill_bytes: int
+    decode_bytes: int
+    tokens: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What the largest pass takes beside the KV cache."""
+        return max(self.prefill_bytes, self.decode_bytes) - self.kv_bytes
+
+
+def rehearse(
+    model: transformers.PreTrainedModel, watched: Sequence[str], tokens: int, logits: int
+) -> Rehearsal:
+    """Prefill `tokens` and decode one more on a copy of `model` without data.
+
+    Args:
+        model: a skeleton; it is not changed.
+        watched: module names whose calls are recorded.
+        tokens: length of the rehearsed prompt; the last one is decoded.
+        logits: rows of logits that the prefill returns.
+
+    Raises:
+        UnsupportedModelError: the model's forward cannot run without data, or keeps no KV cache.
+    """
+    stand_in = copy.deepcopy(model).to("meta")
+    calls: list[str] = []
+    for name in watched:
+        stand_in.get_submodule(name).register_forward_pre_hook(_recorder(calls, name))
+    try:
+        cache, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), None, min(logits, max(tokens - 1, 1)))
+        order = tuple(calls)
+        cache, decode_bytes = _pass(stand_in, 1, cache, 1)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be rehearsed without data ({str(error).splitlines()[0]}), so its memory "
+            "cannot be planned; use an architecture from the README's list"
+        ) from error
+    return Rehearsal(order, cache_bytes(cache), prefill_bytes, decode_bytes, tokens)
+
+
+def _recorder(calls: list[str], name: str) -> Callable[[nn.Module, Any], None]:
+    return lambda module, arguments: calls.append(name)
+
+
+def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, int]:
+    """One pass; returns its cache and the peak of bytes held at once, `cache` included."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    counter = _LiveBytes(model, _cached(cache))
+    with torch.no_grad(), _PlainAttention(), counter:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits)
+    if output.past_key_values is None:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no KV cache; use a decoder-only model")
+    return output.past_key_values, counter.peak
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a transformers cache holds."""
+    return sum(tensor.nbytes for tensor in _cached(cache))
+
+
+def _cached(cache: Any) -> list[torch.Tensor]:
+    layers = getattr(cache, "layers", ())
+    parts = (part for layer in layers for part in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+class _PlainAttention(TorchFunctionMode):
+    """Fused attention takes its output and no more, which its decomposition on meta would not show."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that some tensor made within it still uses; the model's own left out."""
+
+    def __init__(self, model: nn.Module, held: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._users: dict[int, int] = {}
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        for tensor in held:
+            self._enter(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self._enter(tensor)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _enter(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._own:
+            return
+        if key not in self._users:
+            self._users[key] = 0
+            self.live += nbytes
+        self._users[key] += 1
+        weakref.finalize(tensor, self._leave, key, nbytes)
+
+    def _leave(self, key: int, nbytes: int) -> None:
+        self._users[key] -= 1
+        if self._users[key] == 0:
+            del self._users[key]
+            self.live -= nbytes

@@ -1,0 +1,117 @@
+"""From an opened model and its rehearsal to what it asks of memory: the order of its units, and every reserve.
+
+Knows manifests and rehearsals; decides nothing about where things go.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from tiercache import skeleton
+from tiercache.config import OffloadConfig
+from tiercache.errors import UnsupportedModelError
+from tiercache.model.binding import Use, needs_workspace
+from tiercache.model.embedding import FileRows
+from tiercache.model.rehearse import Rehearsal, rehearse
+from tiercache.opening import Opened
+from tiercache.plan import Needs
+from tiercache.planes import DECODE_SCRATCH_BYTES
+from tiercache.store.format import BLOCK_BYTES
+from tiercache.store.manifest import Manifest, PlaneWeight
+from tiercache.store.reader import Reader
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks for.
+
+    Attributes:
+        uses: its linear modules, in the order of a pass.
+        needs: units and reserves, for the planner.
+        rehearsal: what they were taken from.
+        workspace_bytes: memory for weights that are made from what lies in their slot.
+    """
+
+    uses: tuple[Use, ...]
+    needs: Needs
+    rehearsal: Rehearsal
+    workspace_bytes: int
+
+
+def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Demand:
+    """Rehearse `opened` and add up what it takes.
+
+    Raises:
+        UnsupportedModelError: modules that a pass never calls, or a forward that cannot be rehearsed.
+    """
+    manifest = opened.manifest
+    rehearsal = rehearse(opened.skeleton, tuple(manifest.weights), config.context, config.logits)
+    if unused := sorted(set(manifest.weights) - set(rehearsal.calls)):
+        raise UnsupportedModelError(f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model")
+    keys = [manifest.weights[module].unit for module in rehearsal.calls]
+    runs = [key for key, _ in groupby(keys)]
+    again = frozenset(key for key, count in Counter(runs).items() if count > 1)
+    workspace = _workspace(opened)
+    table = manifest.embedding[1].unit
+    needs = Needs(
+        sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
+        names=[unit.name for unit in manifest.units],
+        order=tuple(dict.fromkeys(runs)),
+        always=again,
+        table=None if table in runs or opened.memory is not None else table,
+        compute=_compute_reserve(opened, rehearsal, config, workspace, device),
+        dram={"staging": _staging(opened)},
+    )
+    return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace)
+
+
+def _uses(manifest: Manifest, rehearsal: Rehearsal, keys: list[int]) -> tuple[Use, ...]:
+    last = {key: place for place, key in enumerate(keys)}
+    uses = {}
+    for place, module in enumerate(rehearsal.calls):
+        weight = manifest.weights[module]
+        uses[module] = Use(module, weight, last[weight.unit] == place)
+    return tuple(uses.values())
+
+
+def _workspace(opened: Opened) -> int:
+    """The largest weight that must be made before a module can multiply by it."""
+    return max(needs_workspace(weight, opened.model.dtype) for weight in opened.manifest.weights.values())
+
+
+def _compute_reserve(
+    opened: Opened, rehearsal: Rehearsal, config: OffloadConfig, workspace: int, device: torch.device
+) -> dict[str, int]:
+    """Bytes beside the units where the model computes, by purpose."""
+    decoding = any(isinstance(weight, PlaneWeight) for weight in opened.manifest.weights.values())
+    reserve = {
+        "KV cache": rehearsal.kv_bytes,
+        "activations": rehearsal.workspace_bytes,
+        "workspace": workspace + (DECODE_SCRATCH_BYTES if decoding else 0),
+    }
+    if opened.memory is None or device.type != "cpu":
+        own = dict(opened.skeleton.named_parameters())
+        names = opened.manifest.dense or _rest(opened)
+        reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
+        row_bytes = opened.skeleton.get_input_embeddings().weight[0].nbytes
+        reserve["embedding rows"] = min(config.context, opened.skeleton.config.vocab_size) * row_bytes
+    return reserve
+
+
+def _rest(opened: Opened) -> list[str]:
+    """Parameters of a model in memory that are neither multiplied by nor looked up in."""
+    _, table = skeleton.embedding(opened.skeleton)
+    multiplied = {matrix.name for matrix in skeleton.matrices(opened.skeleton)}
+    return [name for name, _ in opened.skeleton.named_parameters() if name not in multiplied and name != table]
+
+
+def _staging(opened: Opened) -> int:
+    """The reader's own buffers."""
+    if opened.memory is not None:
+        return 0
+    pieces = [piece for unit in opened.manifest.units for piece in unit.pieces]
+    unit = opened.manifest.units[opened.manifest.embedding[1].unit]
+    rows = FileRows.staging_bytes(unit.nbytes // opened.manifest.embedding[1].shape[0])
+    return Reader.staging_bytes(pieces) + rows + BLOCK_BYTES

@@ -1,0 +1,114 @@
+"""Finds out what the user named: a checkpoint, a plane store, or a model in memory; opens it without weights.
+
+Knows folders, checkpoints and stores; nothing of budgets or tiers.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from tiercache import skeleton
+from tiercache.config import OffloadConfig
+from tiercache.errors import StoreError, UsageError
+from tiercache.store import memory
+from tiercache.store.convert import convert
+from tiercache.store.format import CATALOG_FILE
+from tiercache.store.manifest import Manifest, of_source
+from tiercache.store.planestore import PlaneStore
+from tiercache.store.source import Source, resolve
+
+Model = transformers.PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and where its weights are.
+
+    Attributes:
+        model: the model to lend out; without weights unless it was given in memory.
+        skeleton: the same model without weights.
+        manifest: its parts.
+        memory: bytes of the units, for a model in memory that is run as it is.
+        given: the model is the caller's own.
+    """
+
+    model: Model
+    skeleton: Model
+    manifest: Manifest
+    memory: list[torch.Tensor] | None
+    given: bool
+
+
+def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show_progress: bool | None) -> Opened:
+    """Open what was named at the precision that was asked for; converts first if a plane store is needed and missing.
+
+    Raises:
+        UsageError, StoreError, UnsupportedModelError: it cannot be run, or not like this.
+    """
+    if isinstance(model_or_path, transformers.PreTrainedModel):
+        return _open_given(model_or_path, config, show_progress)
+    if not isinstance(model_or_path, str | Path):
+        raise UsageError(f"cannot offload a {type(model_or_path).__name__}; give a transformers model, a folder or a Hub id")
+    folder = resolve(model_or_path)
+    if (folder / CATALOG_FILE).is_file():
+        return _open_store(PlaneStore.open(folder), config, show_progress)
+    source = Source.open(folder)
+    if config.precision != "source":
+        return _open_store(_store_of(source, config, show_progress), config, show_progress)
+    if config.checks:
+        raise UsageError(
+            "checks=True needs checksums, which a safetensors checkpoint has none of; convert it and name the store"
+        )
+    return Opened(model := source.model(), model, of_source(source), None, False)
+
+
+def default_store(source: Source, group: int = 64) -> Path:
+    """Where the plane store of a checkpoint is kept when none is named."""
+    home = os.environ.get("TIERCACHE_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    folder = Path(home).expanduser() if home else cache / "tiercache"
+    return folder / "stores" / f"{source.folder.name}-{source.identity()[:12]}-g{group}"
+
+
+def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
+    """The checkpoint's store, made now if it is not there; one of another checkpoint is refused."""
+    folder = config.store or default_store(source)
+    if not (folder / CATALOG_FILE).is_file():
+        convert(source.folder, folder, show_progress=show_progress)
+    store = PlaneStore.open(folder)
+    if store.contents.meta["identity"] != source.identity():
+        raise StoreError(f"{folder} is the store of another checkpoint than {source.folder}; name another store")
+    return store
+
+
+def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:
+    if config.precision == "source":
+        raise UsageError(
+            f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
+            "'int2', or name the checkpoint"
+        )
+    if config.checks:
+        store.verify(show_progress=show_progress)
+    return Opened(model := store.model(), model, store.manifest(config.precision), None, False)
+
+
+def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
+    memory.check(model)
+    bare = skeleton.build(model.config, model.dtype)
+    if config.precision == "source":
+        manifest, slots = memory.of_model(model)
+        return Opened(model, bare, manifest, slots, True)
+    if config.store is None:
+        raise UsageError(f"precision={config.precision!r} of a model in memory needs store=FOLDER to keep its planes in")
+    if not (config.store / CATALOG_FILE).is_file():
+        with tempfile.TemporaryDirectory(dir=config.store.parent, prefix=".tiercache-save-") as folder:
+            model.save_pretrained(folder)
+            convert(folder, config.store, show_progress=show_progress)
+    store = PlaneStore.open(config.store)
+    if store.contents.meta["identity"] != memory.identity(model):
+        raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
+    return Opened(model, bare, store.manifest(config.precision), None, True)

@@ -1,0 +1,142 @@
+"""What goes where: every byte of every budget, before one is allocated.
+
+Knows sizes; allocates nothing and measures nothing. The bytes named here are the bytes the engine allocates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from policies import pinned
+from policies.types import Key, Placement
+from tiercache.config import human
+from tiercache.errors import DoesNotFitError
+
+# What the loader keeps in flight; a ring this much larger than two units never waits for room.
+AHEAD_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model asks of memory.
+
+    Attributes:
+        sizes: slot bytes of each unit.
+        names: of the units, for messages.
+        order: units in the order of one pass.
+        always: units used more than once a pass, which must stay.
+        table: the token embedding's unit where it is not in `order` as well (a tied head is).
+        compute: bytes reserved beside the weights where they are multiplied, by purpose.
+        dram: bytes reserved in main memory whatever computes, by purpose.
+    """
+
+    sizes: Mapping[Key, int]
+    names: Sequence[str]
+    order: Sequence[Key]
+    always: frozenset[Key]
+    table: Key | None
+    compute: Mapping[str, int]
+    dram: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """One tier's share.
+
+    Attributes:
+        capacity_bytes: its budget.
+        reserved_bytes: what is spoken for beside the units, by purpose.
+        order: the units that pass through or stay, in the order of one pass.
+        placement: which stay, and the ring for the others.
+        table: the token embedding stays here too.
+        transit_bytes: what the slab must have for the units that only pass on to HBM when the model is opened.
+    """
+
+    capacity_bytes: int
+    reserved_bytes: Mapping[str, int]
+    order: tuple[Key, ...]
+    placement: Placement
+    table: bool
+    transit_bytes: int = 0
+
+    @property
+    def slab_bytes(self) -> int:
+        """What the tier allocates for units."""
+        return max(self.placement.pinned_bytes + self.placement.ring_bytes, self.transit_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shares of all tiers; `hbm` is None when the CPU computes straight from DRAM."""
+
+    hbm: TierPlan | None
+    dram: TierPlan
+
+    @property
+    def streamed(self) -> tuple[Key, ...]:
+        """Units that every pass reads from the SSD."""
+        return tuple(key for key in self.dram.order if key not in set(self.dram.placement.pinned))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version."""
+        return {"schema": "tiercache.plan/1", "hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
+
+
+def make(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
+    """Fill the tiers, fastest first.
+
+    Raises:
+        DoesNotFitError: the smallest working set does not fit; says of which tier how many bytes are missing.
+    """
+    if hbm_bytes is None:
+        reserved = {**needs.dram, **needs.compute}
+        return Plan(None, _tier("dram", dram_bytes, reserved, needs, needs.order, needs.table))
+    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, needs.table)
+    rest = [key for key in needs.order if key not in set(hbm.placement.pinned)]
+    transit = _transit_bytes(dram_bytes, hbm.placement.pinned, needs)
+    dram = _tier("dram", dram_bytes, needs.dram, needs, rest, None if hbm.table else needs.table)
+    return Plan(hbm, replace(dram, transit_bytes=transit))
+
+
+def _tier(
+    name: str,
+    capacity_bytes: int,
+    reserved: Mapping[str, int],
+    needs: Needs,
+    order: Sequence[Key],
+    table: Key | None,
+) -> TierPlan:
+    always = needs.always.intersection(order)
+    spare = capacity_bytes - sum(reserved.values())
+    _refuse_if_small(name, spare - pinned.smallest_bytes(order, needs.sizes, always), capacity_bytes, reserved, needs)
+    if table is not None:
+        size = needs.sizes[table]
+        whole = sum(needs.sizes[key] for key in order) + size
+        if whole <= spare:  # the table is the last to get room: a token needs only one row of it
+            placement = Placement((*order, table), whole, 0)
+            return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
+    placement = pinned.place(order, needs.sizes, spare, min(AHEAD_BYTES, spare // 4), always)
+    return TierPlan(capacity_bytes, reserved, tuple(order), placement, False)
+
+
+def _transit_bytes(dram_bytes: int, passing: Sequence[Key], needs: Needs) -> int:
+    """Main memory for the units that stay in HBM to pass through once."""
+    largest = max((needs.sizes[key] for key in passing), default=0)
+    spare = dram_bytes - sum(needs.dram.values())
+    _refuse_if_small("dram", spare - largest, dram_bytes, needs.dram, needs)
+    return min(spare, 2 * largest + AHEAD_BYTES, sum(needs.sizes[key] for key in passing))
+
+
+def _refuse_if_small(
+    name: str, left_bytes: int, capacity_bytes: int, reserved: Mapping[str, int], needs: Needs
+) -> None:
+    if left_bytes >= 0:
+        return
+    largest = max(needs.sizes, key=lambda key: needs.sizes[key] if key in set(needs.order) else 0)
+    parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in reserved.items() if nbytes]
+    parts.append(f"{human(needs.sizes[largest])} for {needs.names[largest]}, the largest matrix")
+    raise DoesNotFitError(
+        f"{name}={human(capacity_bytes)} is too small by {human(-left_bytes)} ({-left_bytes} bytes): it must hold "
+        f"{', '.join(parts)}; raise {name}= or lower context=",
+        missing_bytes=-left_bytes,
+    )

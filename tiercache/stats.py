@@ -1,0 +1,104 @@
+"""What happened, in numbers that add up: counters of each tier, of the passes and of the process.
+
+Knows nothing of who counts; the counting is done where the bytes move.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "tiercache.stats/1"
+
+
+@dataclass
+class TierStats:
+    """Counters of one tier.
+
+    `needed_bytes = hit_bytes + miss_bytes`, and what a tier misses is what the tier below it was asked for; loaded
+    bytes that no pass used (`dropped_bytes`) come on top. Bytes are the weights' own, without padding.
+
+    Attributes:
+        capacity_bytes: the tier's budget.
+        reserved_bytes: what of it is spoken for, by purpose.
+        peak_bytes: the most that was in use.
+        hits, misses: requests for a unit that stayed here, and that had to be brought.
+        loaded_bytes: brought here, the first filling of the pinned units included.
+        stall_s: seconds that the consumer of this tier waited, by cause.
+    """
+
+    capacity_bytes: int = 0
+    reserved_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    hit_bytes: int = 0
+    miss_bytes: int = 0
+    loaded_bytes: int = 0
+    dropped_bytes: int = 0
+    stall_s: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What was asked of this tier."""
+        return self.hit_bytes + self.miss_bytes
+
+
+@dataclass
+class Stats:
+    """The account of one attached model.
+
+    Attributes:
+        tiers: counters by tier, fastest first.
+        passes: forward passes, and the tokens they carried.
+        first_pass_s: seconds of the newest prefill, which is the time to the first token.
+        decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
+        embedding_bytes: token embedding rows read from the SSD.
+        ssd_bytes: bytes that the SSD delivered, whole blocks and checks included.
+        peak_rss_bytes, peak_device_bytes: the process's peak as the kernel counts it, and the GPU allocator's.
+    """
+
+    precision: str
+    device: str
+    direct_io: bool
+    tiers: dict[str, TierStats]
+    lossy: bool = False
+    passes: int = 0
+    tokens: int = 0
+    prefill_tokens: int = 0
+    first_pass_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    embedding_bytes: int = 0
+    ssd_bytes: int = 0
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed; 0 before two single-token steps were made."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version."""
+        plain = asdict(self)
+        for name, tier in self.tiers.items():
+            plain["tiers"][name] |= {"needed_bytes": tier.needed_bytes, "stall_s": dict(tier.stall_s)}
+        return {"schema": SCHEMA, **plain, "tokens_per_s": self.tokens_per_s}
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held, as the kernel measured it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:  # not Linux
+        import resource  # absent on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

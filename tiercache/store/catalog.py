@@ -1,0 +1,169 @@
+"""The plane store's catalogue: an LMDB file with one record per unit and one for the store itself.
+
+Keys are `meta` and `unit/NNNNN`; values are JSON. The same library keeps the journal of a conversion under way.
+Weights never go in here. A finished catalogue is written in one transaction into a fresh file, so that the same
+records give the same bytes, and is read without a lock file, so that a read-only store will do.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from tiercache.errors import StoreError
+
+_MAP_BYTES = 1 << 30  # address space, not disk
+_META = b"meta"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A unit's bytes in one file.
+
+    Attributes:
+        offset: first byte.
+        nbytes: plain bytes.
+        sha256: of the stored bytes.
+        frames: stored length of each zstd frame; empty when stored plain.
+    """
+
+    offset: int
+    nbytes: int
+    sha256: str
+    frames: tuple[int, ...] = ()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(self.frames) if self.frames else self.nbytes
+
+
+@dataclass(frozen=True)
+class Member:
+    """A module whose weight lies in a unit: which of the unit's parts, and whether transposed."""
+
+    module: str
+    own: tuple[int, ...]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """One unit as the catalogue knows it.
+
+    Attributes:
+        name: the unit's name.
+        kind: "planes", or "dense" for one tensor in its original dtype.
+        extents: by file name.
+        rows, columns, parts: of a unit of planes.
+        members: the modules whose weights lie in a unit of planes.
+        dtype, shape: of a dense tensor.
+        all_planes: read every plane whatever the rung (the head).
+    """
+
+    name: str
+    kind: str
+    extents: dict[str, Extent]
+    rows: int = 0
+    columns: int = 0
+    parts: int = 1
+    members: tuple[Member, ...] = ()
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    all_planes: bool = False
+
+    def to_json(self) -> bytes:
+        """As stored."""
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes) -> "Record":
+        """As read."""
+        plain = json.loads(value)
+        plain["extents"] = {
+            name: Extent(**{**extent, "frames": tuple(extent["frames"])}) for name, extent in plain["extents"].items()
+        }
+        plain["members"] = tuple(Member(m["module"], tuple(m["own"]), m["transposed"]) for m in plain["members"])
+        plain["shape"] = tuple(plain["shape"])
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything a catalogue holds."""
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    records: tuple[Record, ...] = ()
+
+
+@contextmanager
+def environment(path: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
+    """The LMDB file at `path`; closed at the end.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    if readonly and not path.is_file():
+        raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
+    try:
+        env = lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, lock=False, readonly=readonly)
+    except lmdb.Error as error:
+        raise StoreError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+    try:
+        yield env
+    except lmdb.Error as error:
+        raise StoreError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+    finally:
+        env.close()
+
+
+def write(path: Path, meta: Mapping[str, Any], records: list[Record]) -> None:
+    """A fresh catalogue, on disk when this returns."""
+    path.unlink(missing_ok=True)
+    with environment(path, readonly=False) as env, env.begin(write=True) as transaction:
+        put_meta(transaction, meta)
+        for index, record in enumerate(records):
+            put_record(transaction, index, record)
+
+
+def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
+    """How large the catalogue of such records will be; their values' lengths are all that counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "catalog.mdb"
+        write(path, meta, records)
+        return path.stat().st_size
+
+
+def read(path: Path) -> Contents:
+    """All of a catalogue.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    with environment(path, readonly=True) as env, env.begin() as transaction:
+        return contents(transaction, path)
+
+
+def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
+    """What a transaction sees."""
+    try:
+        meta = json.loads(transaction.get(_META) or b"{}")
+        records = [Record.from_json(value) for key, value in transaction.cursor() if key != _META]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
+    return Contents(meta, tuple(records))
+
+
+def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
+    """Enter what concerns the whole store."""
+    transaction.put(_META, json.dumps(meta, sort_keys=True).encode())
+
+
+def put_record(transaction: lmdb.Transaction, index: int, record: Record) -> None:
+    """Enter one unit."""
+    transaction.put(b"unit/%05d" % index, record.to_json())

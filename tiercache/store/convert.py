@@ -1,0 +1,398 @@
+"""Makes a plane store from a checkpoint: streaming, resumable, published at once when complete.
+
+The store grows in `<store>.partial`, layer by layer: a layer's bytes are on disk before the journal (LMDB, one
+transaction per layer) says so, so that a conversion killed at any moment goes on behind the last whole layer and
+ends with the same bytes as one that ran through. The finished folder is renamed into place.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import zstandard
+
+from profiler import probe
+from tiercache import planes as codes
+from tiercache.config import human
+from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
+from tiercache.progress import Advance, bar
+from tiercache.store import catalog, encode, layout
+from tiercache.store.catalog import Extent, Record
+from tiercache.store.format import CATALOG_FILE, FILES, FRAME_BYTES, VERSION, align
+from tiercache.store.layout import UnitPlan
+from tiercache.store.reader import Buffer, Reader
+from tiercache.store.source import Source
+
+Compress = Literal["auto", "on", "off"]
+_JOURNAL = "journal.mdb"
+_LEVEL = 3
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or would do.
+
+    Attributes:
+        store: the folder.
+        source_bytes: bytes of the checkpoint's tensors.
+        store_bytes: bytes of the finished store, catalogue and copied files included; exact when nothing is
+            compressed, else what it came to.
+        free_bytes: free on the store's disk before the start.
+        resumed_bytes: bytes of the checkpoint that an earlier run had done.
+        seconds: how long it took; 0 for a dry run.
+        compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
+    """
+
+    store: str
+    source_bytes: int
+    store_bytes: int
+    free_bytes: int
+    resumed_bytes: int = 0
+    seconds: float = 0.0
+    compression: dict[str, dict[str, float | bool]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version."""
+        return {"schema": "tiercache.convert/1", **asdict(self)}
+
+
+def convert(
+    checkpoint: str | Path,
+    store: str | Path,
+    *,
+    group: int = 64,
+    compress: Compress = "auto",
+    dry_run: bool = False,
+    restart: bool = False,
+    show_progress: bool | None = None,
+) -> Report:
+    """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped.
+
+    Args:
+        checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded).
+        store: folder to make.
+        group: weights that share a scale: 32, 64 or 128.
+        compress: zstd "on", "off", or "auto" where it saves more time than it costs on the store's disk.
+        dry_run: only say what it would take.
+        restart: throw away what an interrupted conversion left.
+        show_progress: draw a bar on standard error; None means where that is a terminal.
+
+    Raises:
+        UsageError: no such checkpoint, or a folder at `store` that is not a store.
+        StoreError: a damaged checkpoint, or a store of another checkpoint or other parameters in that place.
+        EnvironmentUnsupportedError: not enough disk, or no permission.
+    """
+    if compress not in ("auto", "on", "off"):
+        raise UsageError(f"compress={compress!r} is not one of 'auto', 'on', 'off'")
+    source = Source.open(checkpoint)
+    job = _Conversion(source, Path(store).expanduser(), group, compress)
+    if dry_run:
+        return job.estimate()
+    if job.already_done():
+        return job.estimate()
+    return job.run(restart=restart, show_progress=show_progress)
+
+
+class _Conversion:
+    def __init__(self, source: Source, store: Path, group: int, compress: Compress) -> None:
+        self.source, self.store, self.group, self.compress = source, store, group, compress
+        self.partial = store.with_name(store.name + ".partial")
+        self.units = layout.plan(source, group)
+        self.meta: dict[str, Any] = {
+            "version": VERSION,
+            "identity": source.identity(),
+            "model_type": source.config.model_type,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "group": group,
+            "plane_bits": list(codes.PLANE_BITS),
+            "compress": compress,
+        }
+
+    def already_done(self) -> bool:
+        """Whether the finished store of the same checkpoint and parameters is there; another's is refused."""
+        if not self.store.exists():
+            return False
+        if not (self.store / CATALOG_FILE).is_file():
+            if self.store.is_dir() and not any(self.store.iterdir()):
+                return False
+            raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
+        self._refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
+        (self.store / _JOURNAL).unlink(missing_ok=True)
+        return True
+
+    def estimate(self) -> Report:
+        """What the store will take; measures nothing."""
+        data = sum(layout.total_sizes(self.units).values())
+        copied = sum(path.stat().st_size for path in self._copied())
+        return Report(
+            str(self.store),
+            sum(encode.weight_bytes(unit, self.source) for unit in self.units),
+            data + copied + self._catalog_bytes(),
+            shutil.disk_usage(_existing(self.store)).free,
+        )
+
+    def run(self, *, restart: bool, show_progress: bool | None) -> Report:
+        """Convert what is left, and publish."""
+        begin = time.perf_counter()
+        estimate = self.estimate()
+        with _clear_io_errors(self.partial), ExitStack() as stack:
+            if restart:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(self.partial))
+            journal = stack.enter_context(catalog.environment(self.partial / _JOURNAL, readonly=False))
+            with journal.begin() as transaction:
+                known = catalog.contents(transaction, self.partial / _JOURNAL)
+            if known.meta:
+                self._refuse_other(known.meta, self.partial)
+            records = list(known.records)
+            self._check_space(estimate)
+            compression = known.meta.get("compression") or self._choose_compression()
+            with journal.begin(write=True) as transaction:
+                catalog.put_meta(transaction, {**self.meta, "compression": compression})
+            done = sum(encode.weight_bytes(unit, self.source) for unit in self.units[: len(records)])
+            reader = stack.enter_context(Reader())
+            advance = stack.enter_context(
+                bar(f"converting {self.store.name}", estimate.source_bytes, done_bytes=done, show=show_progress)
+            )
+            writer = stack.enter_context(_Writer(self.partial, records, compression))
+            self._write_layers(writer, records, reader, journal, advance)
+            self._finish(records, compression)
+        return Report(
+            str(self.store),
+            estimate.source_bytes,
+            sum(path.stat().st_size for path in self.store.iterdir()),
+            estimate.free_bytes,
+            resumed_bytes=done,
+            seconds=time.perf_counter() - begin,
+            compression=compression,
+        )
+
+    def _write_layers(
+        self, writer: "_Writer", records: list[Record], reader: Reader, journal: Any, advance: Advance
+    ) -> None:
+        todo = self.units[len(records) :]
+        for _, layer in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
+            first = len(records)
+            for unit in layer:
+                records.append(writer.write(unit, self.source, encode.blocks(unit, self.source, reader, self.group)))
+                advance(encode.weight_bytes(unit, self.source))
+            writer.sync()
+            with journal.begin(write=True) as transaction:
+                for index in range(first, len(records)):
+                    catalog.put_record(transaction, index, records[index])
+
+    def _finish(self, records: list[Record], compression: dict[str, Any]) -> None:
+        """Everything but the rename is repeated harmlessly when interrupted."""
+        for path in self._copied():
+            shutil.copyfile(path, self.partial / path.name)
+        ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
+        catalog.write(self.partial / CATALOG_FILE, {**self.meta, "compression": ratios}, records)
+        for path in self.partial.iterdir():
+            _sync(path)
+        _sync(self.partial)
+        if self.store.is_dir():
+            self.store.rmdir()  # was empty
+        self.partial.rename(self.store)
+        _sync(self.store.parent)
+        (self.store / _JOURNAL).unlink()  # if this is interrupted, the next run does it
+
+    def _refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
+        for key, value in self.meta.items():
+            if meta.get(key) != value:
+                raise StoreError(
+                    f"{folder} was made with {key}={meta.get(key)!r}, this conversion has {key}={value!r}; "
+                    "name another folder, or remove that one"
+                )
+
+    def _check_space(self, estimate: Report) -> None:
+        have = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+        missing = estimate.store_bytes - have - shutil.disk_usage(self.partial).free
+        if missing > 0:
+            raise EnvironmentUnsupportedError(
+                f"{self.store} will take {human(estimate.store_bytes)}, its disk lacks {human(missing)} ({missing} "
+                "bytes); free some space or name a folder on another disk"
+            )
+
+    def _choose_compression(self) -> dict[str, dict[str, float | bool]]:
+        """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
+        if self.compress == "off":
+            return {}
+        disk_gbps = probe.folder_read(self.partial).gbps if self.compress == "auto" else 0.0
+        with Reader() as reader:
+            sample = next(encode.blocks(self.units[0], self.source, reader, self.group))
+        return {name: _weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
+
+    def _catalog_bytes(self) -> int:
+        """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
+        end: dict[str, int] = {}
+        records = []
+        for unit in self.units:
+            extents = {}
+            for name, nbytes in unit.sizes.items():
+                offset = align(end.get(name, 0))
+                extents[name] = Extent(offset, nbytes, "0" * 64)
+                end[name] = offset + nbytes
+            records.append(_record(unit, self.source, extents))
+        return catalog.size_bytes({**self.meta, "compression": {}}, records)
+
+    def _copied(self) -> list[Path]:
+        found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
+        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
+
+
+class _Writer:
+    """Appends units to the store's files behind what the journal vouches for; what lies beyond is overwritten."""
+
+    def __init__(self, folder: Path, records: list[Record], compression: dict[str, dict[str, float | bool]]) -> None:
+        self._used = {name for name, row in compression.items() if row["used"]}
+        self._end = dict.fromkeys(FILES, 0)
+        for record in records:
+            for name, extent in record.extents.items():
+                self._end[name] = max(self._end[name], extent.offset + extent.stored_bytes)
+        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in FILES}
+        for name, descriptor in self._files.items():
+            os.ftruncate(descriptor, align(self._end[name]))
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def write(self, unit: UnitPlan, source: Source, blocks: Iterator[dict[str, Buffer]]) -> Record:
+        """Append one unit; its record names where it lies."""
+        runs = {name: _Run(self._files[name], align(self._end[name]), name in self._used) for name in unit.sizes}
+        for block in blocks:
+            for name, data in block.items():
+                runs[name].append(data)
+        extents = {name: run.finish() for name, run in runs.items()}
+        for name, extent in extents.items():
+            self._end[name] = extent.offset + extent.stored_bytes
+            os.ftruncate(self._files[name], align(self._end[name]))
+        return _record(unit, source, extents)
+
+    def sync(self) -> None:
+        """Return when everything written is on disk."""
+        for descriptor in self._files.values():
+            os.fdatasync(descriptor)
+
+
+class _Run:
+    """One extent being written: bytes in, an `Extent` out."""
+
+    def __init__(self, descriptor: int, offset: int, compressed: bool) -> None:
+        self._descriptor, self._offset = descriptor, offset
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL) if compressed else None
+        self._digest = hashlib.sha256()
+        self._plain = self._stored = 0
+        self._frames: list[int] = []
+        self._waiting = bytearray()
+
+    def append(self, data: Buffer) -> None:
+        self._plain += data.nbytes
+        if self._compressor is None:
+            self._put(memoryview(data))
+            return
+        self._waiting += data.tobytes()
+        while len(self._waiting) >= FRAME_BYTES:
+            self._frame(FRAME_BYTES)
+
+    def finish(self) -> Extent:
+        if self._waiting:
+            self._frame(len(self._waiting))
+        return Extent(self._offset, self._plain, self._digest.hexdigest(), tuple(self._frames))
+
+    def _frame(self, nbytes: int) -> None:
+        assert self._compressor is not None
+        frame = self._compressor.compress(bytes(self._waiting[:nbytes]))
+        del self._waiting[:nbytes]
+        self._frames.append(len(frame))
+        self._put(memoryview(frame))
+
+    def _put(self, data: memoryview) -> None:
+        self._digest.update(data)
+        while len(data):
+            count = os.pwrite(self._descriptor, data, self._offset + self._stored)
+            self._stored += count
+            data = data[count:]
+
+
+def _record(unit: UnitPlan, source: Source, extents: dict[str, Extent]) -> Record:
+    if unit.dense:
+        ref = source.tensors[unit.parts[0].parameter]
+        return Record(unit.name, "dense", extents, dtype=ref.dtype, shape=ref.shape)
+    return Record(
+        unit.name,
+        "planes",
+        extents,
+        rows=unit.rows,
+        columns=unit.columns,
+        parts=len(unit.parts),
+        members=unit.members,
+        all_planes=unit.layer is None,
+    )
+
+
+def _weigh(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
+    """Compare the seconds per GB that reading less saves with those that decompressing costs."""
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(sample.tobytes())
+    begin = time.perf_counter()
+    zstandard.ZstdDecompressor().decompress(frame)
+    costs = (time.perf_counter() - begin) / sample.nbytes * 1e9
+    ratio = len(frame) / sample.nbytes
+    saves = (1 - ratio) / disk_gbps if disk_gbps else 0.0
+    forced = disk_gbps == 0.0
+    return {"ratio": round(ratio, 4), "saves_s": saves, "costs_s": costs, "used": forced or saves > costs}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` against a second conversion."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"another conversion is writing {folder}; wait for it, or name another folder") from error
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _clear_io_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentUnsupportedError(
+                f"the disk of {folder} is full; what is done is kept: free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise EnvironmentUnsupportedError(
+                f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""What a unit of weights is, and what a plane store looks like on disk.
+
+A *unit* is what moves between tiers in one piece: one matrix, or one feed-forward block, or the head. Its *pieces*
+say which file bytes go where in the unit's slot. The same two words describe the original checkpoint read in place
+and the plane store, so that tiers and readers need not know which of the two they serve.
+
+The plane store is a folder:
+
+    plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.planes`)
+    scales.bin                            fp16 pairs (lo, step) of every group
+    dense.bin                             everything that is not quantised, in its original dtype
+    catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
+    config.json, tokenizer files, ...     copied from the checkpoint
+
+Within a plane file the layers follow one another, so that one layer's plane is one contiguous run; within a layer
+come the attention matrices in the model's order, then the feed-forward block. A matrix lies row by row, a row
+being one output feature. A feed-forward block lies neuron by neuron: the neuron's gate row, up row and down column
+side by side (for blocks without a gate: its two parts), each as one row of codes; the down matrix is therefore
+stored transposed and its groups run along the neuron's column. `scales.bin` is laid out in the same way.
+
+Every matrix or block in a file is an *extent*: it MUST start at a multiple of 4096 bytes, and MUST be followed by
+zero bytes up to the next extent, so that it can be read with direct I/O. The catalogue holds a SHA-256 of each
+extent's stored bytes, padding left out. Extents MUST NOT overlap. With compression an extent is a run of zstd
+frames, each of at most 4 MiB of plain bytes, whose lengths the catalogue lists.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = 1
+BLOCK_BYTES = 4096  # the unit of direct I/O, and the alignment of slots
+FRAME_BYTES = 4 << 20  # plain bytes of one zstd frame
+PLANE_FILES = ("plane-0.bin", "plane-1.bin", "plane-2.bin")
+SCALE_FILE = "scales.bin"
+DENSE_FILE = "dense.bin"
+CATALOG_FILE = "catalog.mdb"
+FILES = (*PLANE_FILES, SCALE_FILE, DENSE_FILE)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """File bytes and the place in the slot that they go to.
+
+    Attributes:
+        path: the file.
+        offset: first byte in the file.
+        nbytes: bytes in the slot.
+        at: first byte in the slot.
+        stored_bytes: bytes in the file; other than `nbytes` for a zstd frame.
+        compressed: whether they are one zstd frame.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    at: int
+    stored_bytes: int
+    compressed: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether direct reads can go straight into the slot."""
+        return not self.compressed and self.at % BLOCK_BYTES == self.offset % BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What moves in one piece.
+
+    Attributes:
+        name: for messages and statistics.
+        pieces: its file bytes.
+        nbytes: the weights' own bytes.
+        slot_bytes: what its slot takes, a multiple of 4096, padding included.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    slot_bytes: int
+
+
+def align(nbytes: int) -> int:
+    """`nbytes` rounded up to whole blocks."""
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def lay_out(name: str, extents: list[tuple[Path, int, int, int]]) -> Unit:
+    """A unit of plain extents (path, offset, nbytes, itemsize), one after another in the slot.
+
+    Each keeps its place within a block of the file, so direct reads need no second copy, and a tensor lies at
+    the same address modulo 4096 as if the file were mapped: some matrix kernels (fp32 products of one row among
+    them) round differently on data that is not aligned to 16 bytes, and the resident model of transformers is
+    mapped. A tensor that its file does not align to its own element size is moved to the start of a block.
+    """
+    pieces = []
+    cursor = 0
+    for path, offset, nbytes, itemsize in extents:
+        within = offset % BLOCK_BYTES if offset % itemsize == 0 else 0
+        pieces.append(Piece(path, offset, nbytes, cursor + within, nbytes))
+        cursor = align(cursor + within + nbytes)
+    return Unit(name, tuple(pieces), sum(extent[2] for extent in extents), cursor)

@@ -1,0 +1,109 @@
+"""Where each tensor of a safetensors checkpoint lies in its files; reads headers, never data.
+
+The safetensors library hands out tensors but not their offsets, which direct reads need; the format's own
+description (8-byte little-endian length, JSON, one contiguous buffer) is all that is relied on here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tiercache.errors import StoreError
+
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor as it lies in a file.
+
+    Attributes:
+        path: the file.
+        offset, nbytes: its bytes in the file.
+        dtype: name as in the header, such as "BF16".
+        shape: its dimensions.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
+    """Every tensor of a single or sharded checkpoint, by its name in the files.
+
+    Raises:
+        StoreError: no safetensors, a shard missing or cut short, a header that does not describe its file.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _read_sharded(folder, index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return read_file(single)
+    raise StoreError(
+        f"{folder} holds no model.safetensors and no model.safetensors.index.json; "
+        "save the model with save_pretrained(...), which writes safetensors"
+    )
+
+
+def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{index} is no index of a sharded checkpoint ({error!r}); download it again") from error
+    found: dict[str, TensorRef] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise StoreError(f"{folder} lacks the shard {shard} that its index names; download it again")
+        found |= read_file(folder / shard)
+    if missing := sorted(set(weight_map) - set(found)):
+        raise StoreError(
+            f"{folder}: the index names {len(missing)} tensors that no shard holds, first {missing[0]!r}; "
+            "download the checkpoint again"
+        )
+    return found
+
+
+def read_file(path: Path) -> dict[str, TensorRef]:
+    """Every tensor of one safetensors file; checks that the header describes exactly the bytes that are there."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
+            raise StoreError(f"{path} is no safetensors file or is cut short: {size} bytes; download it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise StoreError(f"{path}: its header is not JSON ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    base = 8 + length
+    found = {name: _tensor(path, base, name, entry) for name, entry in header.items()}
+    end = max((ref.offset + ref.nbytes for ref in found.values()), default=base)
+    if end != size:
+        raise StoreError(f"{path} has {size} bytes, its header describes {end}; download it again")
+    return found
+
+
+def _tensor(path: Path, base: int, name: str, entry: dict[str, object]) -> TensorRef:
+    try:
+        dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        begin, end = (int(offset) for offset in offsets)  # type: ignore[attr-defined]
+        dimensions = tuple(int(n) for n in shape)  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path}: the header's entry for {name!r} cannot be read ({error!r})") from error
+    if dtype in DTYPES:
+        expected = DTYPES[dtype].itemsize
+        for n in dimensions:
+            expected *= n
+        if end - begin != expected or begin < 0:
+            raise StoreError(
+                f"{path}: {name!r} should take {expected} bytes, the header gives it {end - begin}; download it again"
+            )
+    return TensorRef(path, base + begin, end - begin, dtype, dimensions)

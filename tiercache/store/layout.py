@@ -1,0 +1,121 @@
+"""Which units a plane store will have, and exactly how many bytes they take, before any is written.
+
+Decides from the skeleton alone: matrices in the model's order layer by layer, each feed-forward block bundled by
+neuron, then the head, then everything that stays as it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tiercache import planes as codes
+from tiercache import skeleton
+from tiercache.skeleton import Ffn, Matrix
+from tiercache.store.catalog import Member
+from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, align
+from tiercache.store.source import Source
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a unit: rows [first, first + rows) of a parameter, seen as [outputs, inputs] or transposed."""
+
+    parameter: str
+    first: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """One unit to be written.
+
+    Attributes:
+        name: its name.
+        layer: its decoder layer; None for the head and dense tensors.
+        rows, columns: of each part as stored; 0 for a dense tensor.
+        parts: the matrices that lie side by side in each row; for a dense tensor the one that holds it.
+        members: the modules that multiply by them.
+        sizes: plain bytes in each file.
+    """
+
+    name: str
+    layer: int | None
+    rows: int
+    columns: int
+    parts: tuple[Part, ...]
+    members: tuple[Member, ...]
+    sizes: dict[str, int]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is one tensor, kept as it is."""
+        return self.rows == 0
+
+
+def plan(source: Source, group: int) -> list[UnitPlan]:
+    """Every unit, in the order in which it will lie in the files."""
+    model = source.model()
+    found = skeleton.matrices(model)
+    blocks = {block.outward.module: block for block in skeleton.ffns(found)}
+    inward = {matrix.module for block in blocks.values() for matrix in block.inward}
+    units: dict[int | None, list[UnitPlan]] = {}
+    for matrix in found:
+        if matrix.module in inward:
+            continue
+        block = blocks.get(matrix.module)
+        unit = _matrix(matrix, group) if block is None else _bundle(block, group)
+        units.setdefault(matrix.layer, []).append(unit)
+    head = units.pop(None, [])
+    ordered = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]] + head
+    quantised = {matrix.name for matrix in found}
+    _, table = skeleton.embedding(model)
+    kept = [name for name in source.tensors if name not in quantised or name == table]
+    return ordered + [_dense(name, source.tensors[name].nbytes) for name in kept]
+
+
+def total_sizes(units: list[UnitPlan]) -> dict[str, int]:
+    """Bytes of each file when nothing is compressed."""
+    totals: dict[str, int] = {}
+    for unit in units:
+        for name, nbytes in unit.sizes.items():
+            totals[name] = align(totals.get(name, 0)) + nbytes
+    return {name: align(nbytes) for name, nbytes in totals.items()}
+
+
+def _matrix(matrix: Matrix, group: int) -> UnitPlan:
+    part = Part(matrix.name, 0, matrix.transposed)
+    member = Member(matrix.module, (0,), matrix.transposed)
+    sizes = _sizes(matrix.rows, matrix.columns, 1, group)
+    return UnitPlan(matrix.module, matrix.layer, matrix.rows, matrix.columns, (part,), (member,), sizes)
+
+
+def _bundle(block: Ffn, group: int) -> UnitPlan:
+    """Gate row, up row and down column of each neuron side by side; the down matrix is stored transposed."""
+    neurons, columns = block.neurons, block.outward.rows
+    parts: list[Part] = []
+    members: list[Member] = []
+    for matrix in block.inward:
+        halves = range(2 if block.fused else 1)
+        own = tuple(len(parts) + half for half in halves)
+        parts += [Part(matrix.name, half * neurons, matrix.transposed) for half in halves]
+        members.append(Member(matrix.module, own, matrix.transposed))
+    outward = block.outward
+    members.append(Member(outward.module, (len(parts),), not outward.transposed))
+    parts.append(Part(outward.name, 0, not outward.transposed))
+    name = outward.module.rpartition(".")[0]
+    sizes = _sizes(neurons, columns, len(parts), group)
+    return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
+
+
+def _dense(name: str, nbytes: int) -> UnitPlan:
+    return UnitPlan(name, None, 0, 0, (Part(name, 0, False),), (), {DENSE_FILE: nbytes})
+
+
+def _sizes(rows: int, columns: int, parts: int, group: int) -> dict[str, int]:
+    return dict(row_widths(rows * parts, columns, group))
+
+
+def row_widths(rows: int, columns: int, group: int) -> Iterator[tuple[str, int]]:
+    """Bytes that `rows` rows of codes and scales take in each file."""
+    for plane, name in enumerate(PLANE_FILES):
+        yield name, rows * codes.plane_row_bytes(columns, group, plane)
+    yield SCALE_FILE, rows * codes.scale_row_bytes(columns, group)

@@ -1,0 +1,138 @@
+"""What a model is made of, ready to be placed: units, and how each parameter comes out of its unit's slot.
+
+The checkpoint read in place and the plane store both describe themselves by a `Manifest`; whoever places and binds
+weights need not know which of the two it is.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from tiercache import planes as codes
+from tiercache import skeleton
+from tiercache.store.format import Unit, lay_out
+from tiercache.store.header import DTYPES, TensorRef
+from tiercache.store.source import Source
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A parameter that lies in its slot as it is in the file.
+
+    Attributes:
+        unit: index of its unit.
+        at: first byte in the slot.
+        dtype, shape: as in the file.
+    """
+
+    unit: int
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def view(self, slot: torch.Tensor) -> torch.Tensor:
+        """The parameter, where it lies."""
+        nbytes = self.dtype.itemsize * prod(self.shape)
+        return slot[self.at : self.at + nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class PlaneWeight:
+    """A parameter that is a sum of planes.
+
+    Attributes:
+        unit: index of its unit.
+        rows, columns, group: of each part, as stored.
+        parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
+        own: which of them, in order, make up this parameter (two for a fused gate and up).
+        plane_at: first byte of each plane in the slot; as many as the rung has.
+        scale_at: first byte of the scales.
+        transposed: the parameter is the transpose of what is stored.
+    """
+
+    unit: int
+    rows: int
+    columns: int
+    group: int
+    parts: int
+    own: tuple[int, ...]
+    plane_at: tuple[int, ...]
+    scale_at: int
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the parameter."""
+        rows = self.rows * len(self.own)
+        return (self.columns, rows) if self.transposed else (rows, self.columns)
+
+    def decode_into(self, slot: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the parameter, at the rung that the slot holds, into `out` of its shape."""
+        stored = out.T if self.transposed else out  # [rows * own, columns]
+        for place, part in enumerate(self.own):
+            target = stored[place * self.rows : (place + 1) * self.rows]
+            codes.decode(self.part(slot, part), out.dtype, out=target)
+
+    def part(self, slot: torch.Tensor, part: int) -> codes.Planes:
+        """The planes of one of the unit's matrices, where they lie."""
+        cut = []
+        for plane, at in enumerate(self.plane_at):
+            width = codes.plane_row_bytes(self.columns, self.group, plane)
+            cut.append(self._rows(slot, at, width)[:, part])
+        scales = self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))[:, part]
+        return codes.Planes(tuple(cut), scales.view(torch.float16).unflatten(-1, (-1, 2)), self.columns, self.group)
+
+    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
+        nbytes = self.rows * self.parts * width
+        return slot[at : at + nbytes].view(self.rows, self.parts, width)
+
+
+Weight = PlainWeight | PlaneWeight
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A model's parts.
+
+    Attributes:
+        units: what is placed in tiers; a unit's index is its key.
+        weights: what each linear module multiplies by, by module name.
+        embedding: module name and weight of the token embedding, which can also be read row by row from its file.
+        dense: parameters kept in the computing device's memory for good (norms, biases, position tables), by name.
+        precision: "source", or the rung.
+    """
+
+    units: tuple[Unit, ...]
+    weights: dict[str, Weight]
+    embedding: tuple[str, PlainWeight]
+    dense: dict[str, TensorRef]
+    precision: str = "source"
+
+
+def of_source(source: Source) -> Manifest:
+    """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
+    model = source.model()
+    units: list[Unit] = []
+    weights: dict[str, Weight] = {}
+    by_parameter: dict[str, PlainWeight] = {}
+
+    def plain(parameter: str) -> PlainWeight:
+        if parameter not in by_parameter:  # a tied head shares the embedding's unit
+            unit, by_parameter[parameter] = plain_unit(len(units), parameter, source.tensors[parameter])
+            units.append(unit)
+        return by_parameter[parameter]
+
+    for matrix in skeleton.matrices(model):
+        weights[matrix.module] = plain(matrix.name)
+    module, parameter = skeleton.embedding(model)
+    embedding = (module, plain(parameter))
+    dense = {name: ref for name, ref in source.tensors.items() if name not in by_parameter}
+    return Manifest(tuple(units), weights, embedding, dense)
+
+
+def plain_unit(key: int, name: str, ref: TensorRef) -> tuple[Unit, PlainWeight]:
+    """A unit of one tensor as it lies in its file."""
+    dtype = DTYPES[ref.dtype]
+    unit = lay_out(name, [(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
+    return unit, PlainWeight(key, unit.pieces[0].at, dtype, ref.shape)

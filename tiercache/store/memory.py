@@ -1,0 +1,65 @@
+"""A model that is in memory already: its own parameters are the units, and nothing has to be read.
+
+Knows parameters; the caller's memory is not counted in any budget, since tiercache did not take it.
+"""
+
+import torch
+import transformers
+
+from tiercache import skeleton
+from tiercache.errors import UsageError
+from tiercache.store.format import Unit, align
+from tiercache.store.header import DTYPES
+from tiercache.store.manifest import Manifest, PlainWeight, Weight
+from tiercache.store.source import fingerprint
+
+_ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
+
+
+def check(model: transformers.PreTrainedModel) -> None:
+    """Refuse models whose parameters are not plain tensors in main memory.
+
+    Raises:
+        UsageError: offloaded already, by tiercache or by accelerate, or with parameters elsewhere.
+        UnsupportedModelError: a mixture of experts.
+    """
+    if hasattr(model, "tiercache"):
+        raise UsageError("this model is offloaded already; leave that context before opening it again")
+    if getattr(model, "hf_device_map", None) or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UsageError("accelerate holds this model's weights (device_map); load it without device_map, or give its path")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or not parameter.is_contiguous():
+            raise UsageError(f"{name} lies on {parameter.device}; give a model in main memory, or the checkpoint's path")
+    skeleton.refuse_experts(model.config)
+
+
+def of_model(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
+    """The model's parts, and the bytes of each unit (uint8), which are the parameters' own."""
+    parameters = dict(model.named_parameters())
+    units: list[Unit] = []
+    slots: list[torch.Tensor] = []
+    plain: dict[str, PlainWeight] = {}
+
+    def place(name: str) -> PlainWeight:
+        if name not in plain:
+            data = parameters[name].data
+            at = data.data_ptr() % _ALIGNMENT
+            plain[name] = PlainWeight(len(units), at, data.dtype, tuple(data.shape))
+            units.append(Unit(name, (), data.nbytes, align(at + data.nbytes)))
+            slots.append(data.view(-1).view(torch.uint8))
+        return plain[name]
+
+    weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in skeleton.matrices(model)}
+    module, table = skeleton.embedding(model)
+    return Manifest(tuple(units), weights, (module, place(table)), {}), slots
+
+
+def identity(model: transformers.PreTrainedModel) -> str:
+    """What `Source.identity` would say of the same model saved as a checkpoint."""
+    slots = {name: parameter.data.view(-1).view(torch.uint8).numpy() for name, parameter in model.named_parameters()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described = {
+        name: (names[parameter.dtype], tuple(parameter.shape), parameter.nbytes)
+        for name, parameter in model.named_parameters()
+    }
+    return fingerprint(described, lambda name, offset, nbytes: slots[name][offset : offset + nbytes].tobytes())

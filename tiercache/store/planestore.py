@@ -1,0 +1,254 @@
+"""An existing plane store: opens it, describes its contents at a rung, and checks every byte of it.
+
+Knows the catalogue and the files; not how weights are multiplied or where they are kept.
+"""
+
+import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tiercache import planes as codes
+from tiercache import skeleton
+from tiercache.errors import StoreError, UsageError
+from tiercache.progress import bar
+from tiercache.store import catalog
+from tiercache.store.catalog import Contents, Extent, Record
+from tiercache.store.format import (
+    CATALOG_FILE,
+    DENSE_FILE,
+    FRAME_BYTES,
+    PLANE_FILES,
+    SCALE_FILE,
+    VERSION,
+    Piece,
+    Unit,
+    align,
+)
+from tiercache.store.header import TensorRef
+from tiercache.store.manifest import Manifest, PlaneWeight, Weight, plain_unit
+from tiercache.store.reader import aligned_buffer, open_for_reading
+
+_CHECK_BYTES = 8 << 20  # read and hashed at once
+
+
+@dataclass(frozen=True)
+class PlaneStore:
+    """A finished store.
+
+    Attributes:
+        folder: where it lies.
+        config: the model's transformers configuration.
+        dtype: what the model is run in.
+        contents: the catalogue.
+    """
+
+    folder: Path
+    config: transformers.PretrainedConfig
+    dtype: torch.dtype
+    contents: Contents
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "PlaneStore":
+        """Read the catalogue and compare it with the files.
+
+        Raises:
+            UsageError: no such folder.
+            StoreError: not a finished store, of another version, damaged, or with files cut short.
+        """
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise UsageError(f"{path} is no folder; make a store with: tiercache convert CHECKPOINT {path}")
+        contents = catalog.read(path / CATALOG_FILE)
+        if contents.meta.get("version") != VERSION:
+            raise StoreError(
+                f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert again"
+            )
+        _check_lengths(path, contents)
+        config = transformers.AutoConfig.from_pretrained(path)
+        if config.model_type != contents.meta["model_type"]:
+            raise StoreError(
+                f"{path}: config.json describes {config.model_type!r}, the catalogue "
+                f"{contents.meta['model_type']!r}; convert again"
+            )
+        return cls(path, config, getattr(torch, contents.meta["dtype"]), contents)
+
+    def model(self) -> transformers.PreTrainedModel:
+        """The model without weights, with its generation defaults."""
+        model = skeleton.build(self.config, self.dtype)
+        model.name_or_path = str(self.folder)
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
+        return model
+
+    def manifest(self, rung: str) -> Manifest:
+        """What the model is made of when computed at `rung`; the head is always read at int8."""
+        module, table = skeleton.embedding(self.model())
+        units: list[Unit] = []
+        weights: dict[str, Weight] = {}
+        dense: dict[str, TensorRef] = {}
+        embedding = None
+        for record in self.contents.records:
+            if record.kind == "planes":
+                count = len(codes.PLANE_BITS) if record.all_planes else codes.RUNGS[rung]
+                unit, placed = self._planes(len(units), record, count)
+                units.append(unit)
+                weights |= placed
+                continue
+            ref = self._dense(record)
+            if record.name == table:
+                unit, plain = plain_unit(len(units), table, ref)
+                units.append(unit)
+                embedding = (module, plain)
+            else:
+                dense[record.name] = ref
+        if embedding is None:
+            raise StoreError(f"{self.folder} lacks the token embedding {table!r}; convert again")
+        return Manifest(tuple(units), weights, embedding, dense, rung)
+
+    def _planes(self, key: int, record: Record, count: int) -> tuple[Unit, dict[str, Weight]]:
+        pieces: list[Piece] = []
+        places: dict[str, int] = {}
+        cursor = 0
+        for name in (*PLANE_FILES[:count], SCALE_FILE):
+            places[name] = cursor
+            pieces += _pieces(self.folder / name, record.extents[name], cursor)
+            cursor += align(record.extents[name].nbytes)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        unit = Unit(record.name, tuple(pieces), nbytes, cursor)
+        plane_at = tuple(places[name] for name in PLANE_FILES[:count])
+        weights: dict[str, Weight] = {
+            member.module: PlaneWeight(
+                unit=key,
+                rows=record.rows,
+                columns=record.columns,
+                group=self.contents.meta["group"],
+                parts=record.parts,
+                own=member.own,
+                plane_at=plane_at,
+                scale_at=places[SCALE_FILE],
+                transposed=member.transposed,
+            )
+            for member in record.members
+        }
+        return unit, weights
+
+    def _dense(self, record: Record) -> TensorRef:
+        extent = record.extents[DENSE_FILE]
+        if extent.frames:
+            raise StoreError(f"{self.folder}: {record.name!r} is compressed, which dense tensors never are; convert again")
+        return TensorRef(self.folder / DENSE_FILE, extent.offset, extent.nbytes, record.dtype, record.shape)
+
+    def verify(self, *, show_progress: bool | None = None) -> "Verification":
+        """Hash every extent and compare with the catalogue; also that what lies between extents is zero.
+
+        Raises:
+            StoreError: some extents differ; the message names the first and counts them.
+        """
+        jobs = [(name, record, extent) for record in self.contents.records for name, extent in record.extents.items()]
+        total = sum(extent.stored_bytes for _, _, extent in jobs)
+        bad: list[str] = []
+        with ThreadPoolExecutor(2) as pool, bar(f"verifying {self.folder.name}", total, show=show_progress) as advance:
+            outcomes = pool.map(lambda job: _hash_matches(self.folder / job[0], job[2]), jobs)
+            for (name, record, extent), good in zip(jobs, outcomes, strict=True):
+                advance(extent.stored_bytes)
+                if not good:
+                    bad.append(f"{record.name!r} in {name} at byte {extent.offset}")
+        if bad:
+            raise StoreError(
+                f"{self.folder}: {len(bad)} of {len(jobs)} extents are corrupt, first {bad[0]}; "
+                "check the disk and convert the checkpoint again"
+            )
+        return Verification(str(self.folder), len(jobs), total)
+
+    def describe(self) -> dict[str, Any]:
+        """What is in it, as plain data."""
+        files: dict[str, dict[str, int]] = {}
+        for record in self.contents.records:
+            for name, extent in record.extents.items():
+                row = files.setdefault(name, {"extents": 0, "plain_bytes": 0, "stored_bytes": 0})
+                row["extents"] += 1
+                row["plain_bytes"] += extent.nbytes
+                row["stored_bytes"] += extent.stored_bytes
+        manifests = {rung: self.manifest(rung) for rung in codes.RUNGS}
+        return {
+            "schema": "tiercache.inspect/1",
+            "folder": str(self.folder),
+            **self.contents.meta,
+            "files": files,
+            "pass_bytes": {
+                rung: sum(unit.nbytes for unit in manifest.units if unit.name != _table(manifest))
+                for rung, manifest in manifests.items()
+            },
+            "units": len(self.contents.records),
+            "neurons": sum(r.rows for r in self.contents.records if r.name.endswith(" neurons")),
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A store without fault: how many extents and bytes were checked."""
+
+    folder: str
+    extents: int
+    checked_bytes: int
+
+
+def _table(manifest: Manifest) -> str:
+    return manifest.units[manifest.embedding[1].unit].name
+
+
+def _pieces(path: Path, extent: Extent, at: int) -> list[Piece]:
+    if not extent.frames:
+        return [Piece(path, extent.offset, extent.nbytes, at, extent.nbytes)]
+    pieces = []
+    offset, left = extent.offset, extent.nbytes
+    for stored in extent.frames:
+        plain = min(FRAME_BYTES, left)
+        pieces.append(Piece(path, offset, plain, at, stored, compressed=True))
+        offset, at, left = offset + stored, at + plain, left - plain
+    return pieces
+
+
+def _check_lengths(folder: Path, contents: Contents) -> None:
+    """Each file is as long as its extents say: a short one is noticed before anything is loaded."""
+    ends: dict[str, int] = {}
+    for record in contents.records:
+        for name, extent in record.extents.items():
+            ends[name] = max(ends.get(name, 0), align(extent.offset + extent.stored_bytes))
+            if record.kind == "dense" and math.prod(record.shape) == 0:
+                raise StoreError(f"{folder}: {record.name!r} is empty; convert again")
+    for name, end in ends.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != end:
+            raise StoreError(f"{path} has {size} bytes, the catalogue describes {end}; convert the checkpoint again")
+
+
+def _hash_matches(path: Path, extent: Extent) -> bool:
+    """Whether an extent's stored bytes have the catalogue's hash, and its padding is zero."""
+    digest = hashlib.sha256()
+    buffer = aligned_buffer(_CHECK_BYTES)
+    descriptor, _ = open_for_reading(path)
+    try:
+        left, padding = extent.stored_bytes, align(extent.stored_bytes) - extent.stored_bytes
+        offset = extent.offset
+        while left > 0:
+            count = os.preadv(descriptor, [memoryview(buffer)], offset)
+            if count == 0:
+                return False
+            digest.update(memoryview(buffer)[: min(count, left)])
+            if count > left and buffer[left : min(count, left + padding)].any():
+                return False
+            left, offset = left - count, offset + count
+    except OSError as error:
+        raise StoreError(f"cannot read {path} at byte {extent.offset}: {error.strerror}; check the disk") from error
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest() == extent.sha256

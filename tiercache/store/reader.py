@@ -1,0 +1,237 @@
+"""Reads file bytes into the caller's buffers with direct I/O, a few threads deep; never maps a file.
+
+Knows files, offsets and buffers; not what the bytes mean, nor when they are wanted.
+
+Ordering: reads are queued in the order of the calls and started in that order; they may finish in any order. A
+buffer belongs to the reader from `read` until its ticket is done, or was cancelled; nobody else may touch it.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_all
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
+from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, Piece, align
+
+Buffer = npt.NDArray[np.uint8]
+
+CHUNK_BYTES = 2 << 20
+THREADS = 4
+
+
+class Ticket:
+    """A promise that bytes will have arrived; `wait` returns when they have, or raises what went wrong."""
+
+    def __init__(self, futures: Iterable["Future[None]"]) -> None:
+        self._futures = tuple(futures)
+        self.finished_at = time.perf_counter()
+        for future in self._futures:
+            future.add_done_callback(self._note)
+
+    def _note(self, _: "Future[None]") -> None:
+        self.finished_at = time.perf_counter()
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(future.done() for future in self._futures)
+
+    def wait(self) -> None:
+        """Block until every byte has arrived.
+
+        Raises:
+            StoreError: the file is cut short or cannot be read.
+        """
+        for future in self._futures:
+            future.result()
+
+    def cancel(self) -> None:
+        """Give up; returns when nothing writes to the buffer any more."""
+        for future in self._futures:
+            future.cancel()
+        wait_all(self._futures)
+
+
+class Reader:
+    """A small pool of reading threads over the files it is asked for.
+
+    Args:
+        threads: reads in flight.
+        chunk_bytes: the most that one read asks for.
+    """
+
+    def __init__(self, threads: int = THREADS, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiercache-reader")
+        self._chunk_bytes = chunk_bytes
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._closed = False
+        self.read_bytes = 0
+
+    @staticmethod
+    def staging_bytes(pieces: Iterable[Piece], threads: int = THREADS) -> int:
+        """What the pool's own buffers take for reading such pieces; nothing when all of them are aligned."""
+        return 0 if all(piece.aligned for piece in pieces) else threads * _STAGING_BYTES
+
+    def read(self, pieces: Iterable[Piece], slot: Buffer) -> Ticket:
+        """Queue the reading of `pieces` into `slot`.
+
+        Args:
+            pieces: file bytes and their places in the slot.
+            slot: uint8, its address a multiple of 4096, long enough for whole blocks around each piece.
+
+        Raises:
+            ClosedError: after `close`.
+            StoreError, EnvironmentUnsupportedError: a file cannot be opened.
+        """
+        if self._closed:
+            raise ClosedError("the reader is closed; open the model again with tiercache.offload(...)")
+        futures = []
+        for piece in pieces:
+            descriptor, direct = self._open(piece.path)
+            if piece.aligned or (not direct and not piece.compressed):
+                futures += self._queue_plain(descriptor, direct, piece, slot)
+            else:
+                futures += self._queue_staged(descriptor, piece, slot)
+        return Ticket(futures)
+
+    def direct(self, path: Path) -> bool:
+        """Whether `path` is read with direct I/O; False where its file system has none."""
+        return self._open(path)[1]
+
+    def close(self) -> None:
+        """Stop the threads, after the reads in flight, and close the files; harmless when done twice."""
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while self._files:
+            os.close(self._files.popitem()[1][0])
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = open_for_reading(path)
+            return self._files[path]
+
+    def _queue_plain(self, descriptor: int, direct: bool, piece: Piece, slot: Buffer) -> list["Future[None]"]:
+        """Straight into the slot, whole blocks where I/O is direct; what lies around the piece is read along."""
+        head = piece.offset % BLOCK_BYTES if direct else 0
+        begin, at = piece.offset - head, piece.at - head
+        needed = head + piece.nbytes
+        span = align(needed) if direct else needed
+        futures = []
+        for low in range(0, span, self._chunk_bytes):
+            high = min(low + self._chunk_bytes, span)
+            view = slot[at + low : at + high]
+            futures.append(
+                self._pool.submit(self._fetch, descriptor, piece.path, begin + low, view, min(needed, high) - low)
+            )
+        return futures
+
+    def _queue_staged(self, descriptor: int, piece: Piece, slot: Buffer) -> list["Future[None]"]:
+        """Through a buffer of the thread's own: zstd frames, and bytes that must change their place in a block."""
+        if piece.compressed:
+            return [self._pool.submit(self._fetch_staged, descriptor, piece, slot)]
+        return [
+            self._pool.submit(
+                self._fetch_staged,
+                descriptor,
+                Piece(piece.path, piece.offset + low, n, piece.at + low, n),
+                slot,
+            )
+            for low in range(0, piece.nbytes, FRAME_BYTES)
+            for n in [min(FRAME_BYTES, piece.nbytes - low)]
+        ]
+
+    def _fetch(self, descriptor: int, path: Path, offset: int, view: Buffer, needed: int) -> None:
+        done = 0
+        while done < needed:
+            try:
+                count = os.preadv(descriptor, [memoryview(view[done:])], offset + done)
+            except OSError as error:
+                raise StoreError(f"cannot read {path} at byte {offset + done}: {error.strerror}; check the disk") from error
+            if count == 0:
+                raise StoreError(
+                    f"{path} ends {needed - done} bytes early, at byte {offset + done}; it was cut short: "
+                    "download or convert it again"
+                )
+            done += count
+        with self._lock:
+            self.read_bytes += done
+
+    def _fetch_staged(self, descriptor: int, piece: Piece, slot: Buffer) -> None:
+        head = piece.offset % BLOCK_BYTES
+        stored = head + piece.stored_bytes
+        staging = self._staging()
+        self._fetch(descriptor, piece.path, piece.offset - head, staging[: align(stored)], stored)
+        target = slot[piece.at : piece.at + piece.nbytes]
+        if not piece.compressed:
+            target[:] = staging[head:stored]
+            return
+        try:
+            plain = zstandard.ZstdDecompressor().decompress(memoryview(staging[head:stored]), piece.nbytes)
+        except zstandard.ZstdError as error:
+            raise StoreError(f"{piece.path}: the frame at byte {piece.offset} is corrupt; convert again") from error
+        if len(plain) != piece.nbytes:
+            raise StoreError(f"{piece.path}: the frame at byte {piece.offset} is corrupt; convert again")
+        target[:] = np.frombuffer(plain, np.uint8)
+
+    def _staging(self) -> Buffer:
+        if not hasattr(self._local, "staging"):
+            self._local.staging = aligned_buffer(_STAGING_BYTES)
+        staging: Buffer = self._local.staging
+        return staging
+
+
+# A frame that zstd could not shrink is a little longer than its plain bytes.
+_STAGING_BYTES = align(FRAME_BYTES + FRAME_BYTES // 128 + 2 * BLOCK_BYTES)
+
+
+def aligned_buffer(nbytes: int) -> Buffer:
+    """A fresh buffer whose address is a multiple of 4096."""
+    raw = np.empty(nbytes + BLOCK_BYTES, np.uint8)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(raw)) % BLOCK_BYTES
+    return raw[start : start + nbytes]
+
+
+def open_for_reading(path: Path) -> tuple[int, bool]:
+    """A descriptor of `path`, and whether its I/O is direct; plain where the file system has no direct I/O."""
+    try:
+        return _open_direct(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is gone; download or convert it again") from error
+    except OSError as error:
+        raise EnvironmentUnsupportedError(f"cannot open {path}: {error.strerror}; check its permissions") from error
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        return os.open(path, flags), False
+    try:  # some file systems take the flag and refuse the read
+        with mmap.mmap(-1, BLOCK_BYTES) as probe:
+            os.preadv(descriptor, [probe], 0)
+    except OSError:
+        os.close(descriptor)
+        return os.open(path, flags), False
+    return descriptor, hasattr(os, "O_DIRECT")

@@ -1,0 +1,184 @@
+"""The original checkpoint, in place: which file bytes hold which parameter of the transformers model.
+
+Resolves a folder or Hub id, builds the skeleton, and maps file names to parameter names with transformers' own
+conversion table (a key in a file need not be the parameter's name). Reads no weights.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from tiercache import skeleton
+from tiercache.errors import StoreError, UnsupportedModelError, UsageError
+from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
+
+_SAMPLES, _SAMPLE_BYTES = 9, 64
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and what it means.
+
+    Attributes:
+        folder: where it lies.
+        config: its transformers configuration.
+        dtype: what its parameters are run in, as `from_pretrained` would choose.
+        tensors: the file bytes of each parameter, by parameter name; tied parameters under the name transformers
+            keeps (the token embedding's).
+    """
+
+    folder: Path
+    config: transformers.PretrainedConfig
+    dtype: torch.dtype
+    tensors: dict[str, TensorRef]
+
+    @classmethod
+    def open(cls, path_or_id: str | Path) -> "Source":
+        """Read the headers of a folder's or Hub repository's checkpoint.
+
+        Raises:
+            UsageError: no such folder or repository.
+            StoreError: files missing, cut short, or tensors missing or of another shape.
+            UnsupportedModelError: an architecture or layout that tiercache does not run.
+        """
+        folder = resolve(path_or_id)
+        if not (folder / "config.json").is_file():
+            raise StoreError(f"{folder} has no config.json, so it is no transformers checkpoint; name its folder")
+        config = transformers.AutoConfig.from_pretrained(folder)
+        skeleton.refuse_experts(config)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(
+                f"{folder} is already quantised; tiercache cuts its own planes: name the 16- or 32-bit checkpoint"
+            )
+        files = read_checkpoint(folder)
+        dtype = _run_dtype(config, files)
+        tensors = _by_parameter(skeleton.build(config, dtype), files, folder)
+        return cls(folder, config, dtype, tensors)
+
+    def model(self) -> transformers.PreTrainedModel:
+        """The model without weights, with the generation defaults that lie beside the checkpoint."""
+        model = skeleton.build(self.config, self.dtype)
+        model.name_or_path = str(self.folder)
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
+        return model
+
+    def identity(self) -> str:
+        """A hash of what the checkpoint holds: names, dtypes, shapes, and a sample of each tensor's bytes.
+
+        It stays the same when the files are copied, sharded otherwise or downloaded again.
+        """
+        with ExitStack() as stack:
+            files = {ref.path: stack.enter_context(ref.path.open("rb")) for ref in self.tensors.values()}
+
+            def read(name: str, offset: int, nbytes: int) -> bytes:
+                ref = self.tensors[name]
+                return os.pread(files[ref.path].fileno(), nbytes, ref.offset + offset)
+
+            described = {name: (ref.dtype, ref.shape, ref.nbytes) for name, ref in self.tensors.items()}
+            return fingerprint(described, read)
+
+
+def fingerprint(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]
+) -> str:
+    """A hash of tensors' names, dtypes, shapes, and a sample of their bytes.
+
+    Args:
+        tensors: header dtype, shape and bytes of each.
+        read: returns bytes of a tensor, given its name, an offset and a length.
+    """
+    digest = hashlib.sha256()
+    for name, (dtype, shape, nbytes) in sorted(tensors.items()):
+        digest.update(f"{name} {dtype} {list(shape)}\n".encode())
+        for place in range(_SAMPLES):
+            digest.update(read(name, max(0, nbytes - _SAMPLE_BYTES) * place // (_SAMPLES - 1), _SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint; a Hub id is looked up in the local cache and downloaded if need be."""
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"{name!r} is neither a folder nor a Hub id such as 'org/model'; check the path")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"{name!r} is no folder here and could not be had from the Hub ({type(error).__name__}); "
+            "check the spelling and the network, or name a local folder"
+        ) from error
+
+
+def _run_dtype(config: transformers.PretrainedConfig, files: dict[str, TensorRef]) -> torch.dtype:
+    """The configured dtype, else that of the checkpoint's first floating-point tensor, as transformers chooses."""
+    configured = getattr(config, "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    return next((DTYPES[ref.dtype] for ref in files.values() if ref.dtype in DTYPES), torch.float32)
+
+
+def _by_parameter(
+    model: transformers.PreTrainedModel, files: dict[str, TensorRef], folder: Path
+) -> dict[str, TensorRef]:
+    """Map the checkpoint's names to the parameters of `model`; each must be there, in its shape."""
+    parameters = dict(model.named_parameters())  # tied ones once, under the first name
+    aliases = _aliases(model)
+    found: dict[str, TensorRef] = {}
+    for key, ref in files.items():
+        name = _parameter_name(model, key, parameters.keys() | aliases.keys())
+        name = aliases.get(name, name)
+        if name in parameters and (name not in found or key == name):
+            found[name] = ref
+    for name, parameter in parameters.items():
+        if name not in found:
+            raise StoreError(f"{folder} lacks the tensor {name!r}; the checkpoint is incomplete: download it again")
+        ref = found[name]
+        if ref.shape != tuple(parameter.shape):
+            raise StoreError(
+                f"{folder}: {name!r} has shape {list(ref.shape)}, the configuration asks for "
+                f"{list(parameter.shape)}; config.json is another model's"
+            )
+        if ref.dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{folder}: {name!r} is stored as {ref.dtype}; tiercache reads {', '.join(DTYPES)}: convert it first"
+            )
+    return found
+
+
+def _aliases(model: transformers.PreTrainedModel) -> dict[str, str]:
+    """Names of tied parameters, each with the name that `named_parameters` keeps."""
+    kept = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: kept[id(parameter)] for name, parameter in every if kept[id(parameter)] != name}
+
+
+def _parameter_name(model: transformers.PreTrainedModel, key: str, known: set[str]) -> str:
+    """The parameter that a checkpoint's key names, by transformers' renamings and the base-model prefix."""
+    name = key
+    for transform in get_model_conversion_mapping(model):
+        renamed, pattern = transform.rename_source_key(name)
+        if pattern is not None and not isinstance(transform, WeightRenaming):
+            raise UnsupportedModelError(
+                f"{model.config.model_type}: transformers rebuilds {key!r} while loading, which reading in place "
+                "cannot do; load the model once and save it again with save_pretrained(...)"
+            )
+        name = renamed
+    prefix = model.base_model_prefix
+    candidates = (name, re.sub(rf"^{re.escape(prefix)}\.", "", name, count=1), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in known), name)

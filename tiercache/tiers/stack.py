@@ -1,0 +1,163 @@
+"""The tiers of one model, built as a plan says and stacked: SSD reader, DRAM, HBM.
+
+Knows units and plans; not modules. With an HBM tier, units are handed out from there, else from DRAM.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from policies.residency import Residency
+from policies.types import Key, Placement
+from tiercache.plan import Plan, TierPlan
+from tiercache.progress import bar
+from tiercache.stats import TierStats
+from tiercache.store.manifest import Manifest, PlainWeight, Weight
+from tiercache.store.reader import Reader
+from tiercache.tiers.slab import Slab
+from tiercache.tiers.tier import Cause, Fill, Pending, Tier, waited_for_ssd
+from tiercache.tiers.transfer import CopyTicket, Span, Transfer
+
+
+Observer = Callable[[str, str, Key], None]
+
+
+class Memory:
+    """A DRAM tier that is the caller's own: every unit is there, and stays."""
+
+    def __init__(self, slots: Sequence[torch.Tensor], stats: TierStats) -> None:
+        self._slots, self.stats = slots, stats
+        stats.capacity_bytes = stats.peak_bytes = sum(slot.nbytes for slot in slots)
+
+    def acquire(self, key: Key) -> torch.Tensor:
+        """The bytes of a parameter."""
+        self.stats.hits += 1
+        self.stats.hit_bytes += self._slots[key].nbytes
+        return self._slots[key]
+
+    def release(self, key: Key) -> None:
+        """Nothing to do."""
+
+
+class TierStack:
+    """See the module.
+
+    Args:
+        plan: what goes where.
+        manifest: the units.
+        reader: of the SSD tier.
+        device: where the HBM tier lies; the CPU stands in for a GPU with a region of host memory.
+        memory: parameters of a model in memory, which then replace SSD and DRAM.
+        observe: is told (tier, event, key) of every decision.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        reader: Reader,
+        device: torch.device,
+        memory: Sequence[torch.Tensor] | None,
+        observe: Observer,
+    ) -> None:
+        self._units, self._reader, self._plan = manifest.units, reader, plan
+        self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
+        self._sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
+        self._observe = observe
+        self.stats: dict[str, TierStats] = {}
+        self.weights, self._spans = _layout(manifest, device, memory is not None)
+        with ExitStack() as stack:
+            self._dram = self._make_dram(plan, device) if memory is None else None
+            below = self._dram if memory is None else Memory(memory, TierStats())
+            assert below is not None
+            if self._dram is not None:
+                stack.callback(self._dram.close)
+            self.top: Tier | Memory = below
+            self._hbm = None
+            if plan.hbm is not None:
+                transfer = Transfer(below, self._spans, device)
+                stack.callback(transfer.close)
+                self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
+                stack.callback(self._hbm.close)
+                self.top = self._hbm
+            self.stats["dram"] = below.stats
+            self._closing = stack.pop_all()
+
+    def load(self, *, show_progress: bool | None) -> None:
+        """Bring every unit that stays to its place."""
+        tiers = (self._plan.hbm, self._plan.dram if self._dram else None)
+        total = sum(self._payload[key] for tier in tiers if tier for key in tier.placement.pinned)
+        with bar("loading", total, show=show_progress) as advance:
+            if self._hbm is not None:
+                self._hbm.load_pinned(advance)
+            if self._dram is not None:
+                if self._hbm is not None:
+                    self._dram.decide(Residency(self._plan.dram.order, self._sizes, self._plan.dram.placement))
+                self._dram.load_pinned(advance)
+
+    def table(self, weight: PlainWeight) -> torch.Tensor | None:
+        """The token embedding, where it stays in a tier."""
+        for tier in (self._hbm, self._dram):
+            slot = tier.pinned_slot(weight.unit) if tier is not None else None
+            if slot is not None:
+                return (replace(weight, at=0) if slot.is_cuda else weight).view(slot)
+        return None
+
+    def close(self) -> None:
+        """Stop the copying, wait for the reads, give the memory back; harmless when done twice."""
+        self._closing.close()
+
+    def _make_dram(self, plan: Plan, device: torch.device) -> Tier:
+        """While HBM is being filled, all of DRAM is a ring that its units pass through."""
+        slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+        tier = self._make_tier("dram", plan.dram, slab, self._read, waited_for_ssd)
+        if plan.hbm is not None:
+            passing = Placement((), 0, plan.dram.slab_bytes)
+            tier.decide(Residency(plan.hbm.placement.pinned, self._sizes, passing, once=True))
+        return tier
+
+    def _make_tier(self, name: str, plan: TierPlan, slab: Slab, fill: Fill, cause: Cause) -> Tier:
+        stats = TierStats(plan.capacity_bytes, dict(plan.reserved_bytes))
+        stats.peak_bytes = sum(plan.reserved_bytes.values())
+        self.stats[name] = stats
+
+        def observe(event: str, key: Key) -> None:
+            self._observe(name, event, key)
+
+        residency = Residency(plan.order, self._sizes, plan.placement)
+        return Tier(slab, residency, self._payload, fill, stats, cause=cause, observe=observe)
+
+    def _read(self, key: Key, slot: torch.Tensor, after: object) -> Pending:
+        return self._reader.read(self._units[key].pieces, slot.numpy())
+
+
+def _copied(pending: Pending, begin: float) -> Mapping[str, float]:
+    """What a wait in the HBM tier was for."""
+    assert isinstance(pending, CopyTicket)
+    return pending.causes(begin)
+
+
+def _layout(
+    manifest: Manifest, device: torch.device, in_memory: bool
+) -> tuple[dict[str, Weight], dict[Key, list[Span]]]:
+    """How units lie in the uppermost tier, and which bytes move there.
+
+    On the host a tensor keeps its place within a block (see `store.format.lay_out`); on a GPU plain tensors start
+    their slot, since its matrix kernels want alignment.
+    """
+    weights = dict(manifest.weights)
+    spans: dict[Key, list[Span]] = {}
+    for key, unit in enumerate(manifest.units):
+        spans[key] = [Span(piece.at, piece.at, piece.nbytes) for piece in unit.pieces]
+    plain = {**manifest.weights, "": manifest.embedding[1]}  # an untied embedding is a unit of its own
+    for module, weight in plain.items():
+        if not isinstance(weight, PlainWeight):
+            continue
+        at = 0 if device.type == "cuda" else weight.at
+        source = 0 if in_memory else weight.at
+        spans[weight.unit] = [Span(source, at, weight.dtype.itemsize * prod(weight.shape))]
+        weights[module] = replace(weight, at=at)
+    return weights, spans

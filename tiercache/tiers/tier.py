@@ -1,0 +1,175 @@
+"""A tier: a slab of memory in which keys are kept or passed through, as a `Residency` decides.
+
+Knows keys, slots and bytes; never layers or models. What fills a slot is somebody else's: the reader below the DRAM
+tier, the transfer below the HBM tier. Stacked, the upper tier's loads are the lower tier's requests.
+
+Ordering: one consumer at a time calls `acquire` and `release` (the computing thread, or the thread of the tier
+above). A slot is filled by one ticket, and is given to the consumer only when that ticket is done; it is filled
+again only after `release`, and, when the consumer is a GPU, after the event recorded there.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from policies.residency import Residency
+from policies.types import Key, Load
+from tiercache.errors import ClosedError
+from tiercache.stats import TierStats
+from tiercache.tiers.slab import Slab
+
+
+class Pending(Protocol):
+    """Bytes on their way."""
+
+    def done(self) -> bool:
+        """Whether they have arrived."""
+
+    def wait(self) -> None:
+        """Block until they have; raise what went wrong."""
+
+    def cancel(self) -> None:
+        """Give up; return when nothing writes any more."""
+
+
+class Fill(Protocol):
+    """Brings the bytes of a key into a slot."""
+
+    def __call__(self, key: Key, slot: torch.Tensor, after: "torch.cuda.Event | None") -> Pending:
+        """Begin; `after` is the event of the slot's last reader on a GPU."""
+
+
+Cause = Callable[[Pending, float], Mapping[str, float]]
+
+
+def waited_for_ssd(pending: Pending, begin: float) -> Mapping[str, float]:
+    """A wait, over now, that was all for the SSD."""
+    return {"ssd": time.perf_counter() - begin}
+
+
+@dataclass
+class _Arrival:
+    slot: torch.Tensor
+    pending: Pending
+
+
+class Tier:
+    """See the module.
+
+    Args:
+        slab: the memory, of at least the placement's pinned and ring bytes.
+        residency: who decides.
+        payload: each key's own bytes, padding left out, for the statistics.
+        fill: brings a key's bytes.
+        stats: where to count.
+        cause: splits a wait that began at a time and is over now by what it was for.
+        observe: is told each decision as (event, key), for replays.
+    """
+
+    def __init__(
+        self,
+        slab: Slab,
+        residency: Residency,
+        payload: Mapping[Key, int],
+        fill: Fill,
+        stats: TierStats,
+        *,
+        cause: Cause,
+        observe: Callable[[str, Key], None] = lambda event, key: None,
+    ) -> None:
+        self._slab, self._residency, self._payload, self._fill = slab, residency, payload, fill
+        self.stats, self._cause, self._observe = stats, cause, observe
+        self._arrivals: dict[Key, _Arrival] = {}
+        self._ready: set[Key] = set()
+        self._read_until: torch.cuda.Event | None = None
+        self._closed = False
+
+    def decide(self, residency: Residency) -> None:
+        """Let another `Residency` decide from now on; everything the last one brought is forgotten."""
+        self._drop(tuple(self._arrivals))
+        self._ready.clear()
+        self._residency = residency
+
+    def load_pinned(self, loaded: Callable[[int], None]) -> None:
+        """Bring every key that stays; `loaded` is told the bytes of each."""
+        for load in self._residency.pinned:
+            self._begin(load)
+        for load in self._residency.pinned:
+            self._arrivals[load.key].pending.wait()
+            self._ready.add(load.key)
+            loaded(self._payload[load.key])
+
+    def pinned_slot(self, key: Key) -> torch.Tensor | None:
+        """The slot of a key that stays and has arrived, for consumers that bind it once."""
+        return self._arrivals[key].slot if key in self._ready else None
+
+    def acquire(self, key: Key) -> torch.Tensor:
+        """The slot with the bytes of `key`, valid until `release`; waits for them if need be."""
+        if self._closed:
+            raise ClosedError("the tiers are closed; open the model again with tiercache.offload(...)")
+        answer = self._residency.acquire(key)
+        self._drop(answer.dropped)
+        self.count(key, hit=answer.hit)
+        self.prefetch()
+        self._residency.hold(key)
+        arrival = self._arrivals[key]
+        if not arrival.pending.done():
+            self._stall(arrival.pending)
+        arrival.pending.wait()
+        return arrival.slot
+
+    def count(self, key: Key, *, hit: bool) -> None:
+        """Enter one request into the statistics."""
+        nbytes = self._payload[key]
+        if hit:
+            self.stats.hits += 1
+            self.stats.hit_bytes += nbytes
+        else:
+            self.stats.misses += 1
+            self.stats.miss_bytes += nbytes
+        self._observe("hit" if hit else "miss", key)
+
+    def release(self, key: Key) -> None:
+        """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
+        if self._slab.bytes.is_cuda:
+            self._read_until = torch.cuda.Event()
+            self._read_until.record()
+        self._residency.release(key)
+        if key not in self._ready:
+            self._arrivals.pop(key, None)
+            self._observe("evict", key)
+        self.prefetch()
+
+    def prefetch(self) -> None:
+        """Begin every load for which there is room."""
+        while (load := self._residency.next_load()) is not None:
+            self._begin(load)
+
+    def close(self) -> None:
+        """Wait for what is under way and give the memory back; harmless when done twice."""
+        self._closed = True
+        while self._arrivals:
+            self._arrivals.popitem()[1].pending.cancel()
+        self._slab = Slab(0, torch.device("cpu"))
+
+    def _begin(self, load: Load) -> None:
+        slot = self._slab.slot(load.offset, load.nbytes)
+        self._observe("load", load.key)
+        self._arrivals[load.key] = _Arrival(slot, self._fill(load.key, slot, self._read_until))
+        self.stats.loaded_bytes += self._payload[load.key]
+        used = self._residency.used_bytes + sum(self.stats.reserved_bytes.values())
+        self.stats.peak_bytes = max(self.stats.peak_bytes, used)
+
+    def _drop(self, keys: tuple[Key, ...]) -> None:
+        for key in keys:
+            self._arrivals.pop(key).pending.cancel()
+            self.stats.dropped_bytes += self._payload[key]
+            self._observe("drop", key)
+
+    def _stall(self, pending: Pending) -> None:
+        begin = time.perf_counter()
+        pending.wait()
+        self.stats.stall_s.update(self._cause(pending, begin))
