@@ -40,11 +40,24 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
         vocab_size=131, n_embd=56, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "opt": lambda: tf.OPTConfig(
-        vocab_size=131, hidden_size=56, ffn_dim=104, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, word_embed_proj_dim=40, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=131,
+        hidden_size=56,
+        ffn_dim=104,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        word_embed_proj_dim=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "falcon": lambda: tf.FalconConfig(
-        vocab_size=131, hidden_size=56, num_hidden_layers=3, num_attention_heads=4, bos_token_id=1, eos_token_id=2,
+        vocab_size=131,
+        hidden_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "gpt-neox": lambda: tf.GPTNeoXConfig(**_without("num_key_value_heads")),
 }

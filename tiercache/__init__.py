@@ -1,7 +1,7 @@
 """tiercache: run language models much larger than the GPU they run on.
 
-    with tiercache.offload("path-or-model", hbm="22GiB", dram="48GiB") as model:
-        model.generate(...)
+with tiercache.offload("path-or-model", hbm="22GiB", dram="48GiB") as model:
+    model.generate(...)
 """
 
 from importlib import import_module

@@ -71,7 +71,7 @@ class Budget:
     @classmethod
     def _share(cls, fraction: float, shown: object) -> "Budget":
         if not 0 < fraction <= 1:
-            raise UsageError(f"a fraction lies above 0 and at most 1, not {shown!r}; for bytes add a unit, as in '1.5GiB'")
+            raise UsageError(f"a fraction lies above 0 and at most 1, not {shown!r}; bytes have a unit: '1.5GiB'")
         return cls(fraction=fraction)
 
     def resolve(self, *, total_bytes: int, free_bytes: int) -> int:

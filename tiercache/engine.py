@@ -17,9 +17,9 @@ from tiercache import plan
 from tiercache.config import Budget, OffloadConfig, Precision, SizeLike, human
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
 from tiercache.model.attach import Attachment
+from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
 from tiercache.model.guard import Guard, refuse_closed
-from tiercache.model.rehearse import Rehearsal
 from tiercache.needs import Demand, demand
 from tiercache.opening import Opened, open_model
 from tiercache.plan import Plan
@@ -37,14 +37,22 @@ class Attached:
         rehearsal: what a pass does and takes.
     """
 
-    def __init__(self, made: Plan, rehearsal: Rehearsal, stats: Stats, refresh: Callable[[Stats], None]) -> None:
-        self.plan, self.rehearsal = made, rehearsal
-        self._stats, self._refresh = stats, refresh
+    def __init__(self, made: Plan, asked: Demand, stats: Stats, refresh: Callable[[Stats], None]) -> None:
+        self.plan, self.rehearsal = made, asked.rehearsal
+        self._asked, self._stats, self._refresh = asked, stats, refresh
 
     def stats(self) -> Stats:
         """The account so far."""
         self._refresh(self._stats)
         return self._stats
+
+    def pass_bytes(self) -> dict[str, int]:
+        """Bytes of one whole pass: the weights it needs, and those of them that come from the SSD."""
+        payload = self._asked.payload
+        return {
+            "needed": sum(payload[key] for key in self._asked.needs.order),
+            "ssd": sum(payload[key] for key in self.plan.streamed),
+        }
 
 
 @contextmanager
@@ -125,7 +133,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise EnvironmentUnsupportedError(
-                f"device={name!r}, but torch {torch.__version__} sees {count} GPUs; run 'tiercache doctor', or ask for device='cpu'"
+                f"device={name!r}, but torch {torch.__version__} sees {count} GPUs; run 'tiercache doctor', or ask for "
+                "device='cpu'"
             )
         return torch.device("cuda", device.index or 0)
     return device
@@ -156,8 +165,8 @@ def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
     total = sum(tier.slab_bytes + sum(tier.reserved_bytes.values()) for tier in on_host)
     if total > free_bytes:
         raise DoesNotFitError(
-            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes are "
-            "missing; lower dram=, or close other programs",
+            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes "
+            "are missing; lower dram=, or close other programs",
             missing_bytes=total - free_bytes,
         )
 
@@ -202,25 +211,23 @@ def _attach(
         if device.type == "cuda":
             account.peak_device_bytes = torch.cuda.max_memory_allocated(device)
 
-    model.tiercache = Attached(made, asked.rehearsal, stats, refresh)
+    setattr(model, "tiercache", Attached(made, asked, stats, refresh))  # noqa: B010 - not a parameter
     stack.callback(_detach, model, opened.given)
 
 
 def _detach(model: transformers.PreTrainedModel, given: bool) -> None:
-    del model.tiercache
+    delattr(model, "tiercache")
     if not given:  # its weights are gone for good
         model.register_forward_pre_hook(refuse_closed)
 
 
-def _table(
-    opened: Opened, tiers: TierStack, reader: Reader, device: torch.device
-) -> torch.Tensor | Rows | None:
+def _table(opened: Opened, tiers: TierStack, reader: Reader, device: torch.device) -> torch.Tensor | Rows | None:
     """Where token embeddings are looked up: a tier, the caller's own table, or the file."""
     _, weight = opened.manifest.embedding
     if opened.given and device.type == "cpu":
         return None
     if opened.given:
-        return TableRows(opened.model.get_input_embeddings().weight.data)
+        return TableRows(weight_of(opened.model.get_submodule(opened.manifest.embedding[0])).data)
     table = tiers.table(weight)
     if table is None:
         (piece,) = opened.manifest.units[weight.unit].pieces
@@ -237,7 +244,4 @@ def _dense(opened: Opened, reader: Reader, device: torch.device) -> dict[str, to
         named = opened.model.named_parameters(remove_duplicate=False)
         return {name: parameter.data.to(device) for name, parameter in named if name not in multiplied}
     own = dict(opened.skeleton.named_parameters())
-    return {
-        name: load(reader, ref).to(device, own[name].dtype) for name, ref in opened.manifest.dense.items()
-    }
-
+    return {name: load(reader, ref).to(device, own[name].dtype) for name, ref in opened.manifest.dense.items()}

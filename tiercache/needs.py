@@ -32,12 +32,14 @@ class Demand:
         needs: units and reserves, for the planner.
         rehearsal: what they were taken from.
         workspace_bytes: memory for weights that are made from what lies in their slot.
+        payload: each unit's own bytes, padding left out.
     """
 
     uses: tuple[Use, ...]
     needs: Needs
     rehearsal: Rehearsal
     workspace_bytes: int
+    payload: dict[int, int]
 
 
 def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Demand:
@@ -49,11 +51,14 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Deman
     manifest = opened.manifest
     rehearsal = rehearse(opened.skeleton, tuple(manifest.weights), config.context, config.logits)
     if unused := sorted(set(manifest.weights) - set(rehearsal.calls)):
-        raise UnsupportedModelError(f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model")
+        raise UnsupportedModelError(
+            f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model"
+        )
     keys = [manifest.weights[module].unit for module in rehearsal.calls]
     runs = [key for key, _ in groupby(keys)]
     again = frozenset(key for key, count in Counter(runs).items() if count > 1)
     workspace = _workspace(opened)
+    payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     table = manifest.embedding[1].unit
     needs = Needs(
         sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
@@ -64,7 +69,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Deman
         compute=_compute_reserve(opened, rehearsal, config, workspace, device),
         dram={"staging": _staging(opened)},
     )
-    return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace)
+    return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
 
 
 def _uses(manifest: Manifest, rehearsal: Rehearsal, keys: list[int]) -> tuple[Use, ...]:
@@ -95,7 +100,7 @@ def _compute_reserve(
         own = dict(opened.skeleton.named_parameters())
         names = opened.manifest.dense or _rest(opened)
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
-        row_bytes = opened.skeleton.get_input_embeddings().weight[0].nbytes
+        row_bytes = own[skeleton.embedding(opened.skeleton)[1]][0].nbytes
         reserve["embedding rows"] = min(config.context, opened.skeleton.config.vocab_size) * row_bytes
     return reserve
 

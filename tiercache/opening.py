@@ -52,7 +52,9 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if isinstance(model_or_path, transformers.PreTrainedModel):
         return _open_given(model_or_path, config, show_progress)
     if not isinstance(model_or_path, str | Path):
-        raise UsageError(f"cannot offload a {type(model_or_path).__name__}; give a transformers model, a folder or a Hub id")
+        raise UsageError(
+            f"cannot offload a {type(model_or_path).__name__}; give a transformers model, a folder or a Hub id"
+        )
     folder = resolve(model_or_path)
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
@@ -103,7 +105,9 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         manifest, slots = memory.of_model(model)
         return Opened(model, bare, manifest, slots, True)
     if config.store is None:
-        raise UsageError(f"precision={config.precision!r} of a model in memory needs store=FOLDER to keep its planes in")
+        raise UsageError(
+            f"precision={config.precision!r} of a model in memory needs store=FOLDER to keep its planes in"
+        )
     if not (config.store / CATALOG_FILE).is_file():
         with tempfile.TemporaryDirectory(dir=config.store.parent, prefix=".tiercache-save-") as folder:
             model.save_pretrained(folder)

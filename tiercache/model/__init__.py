@@ -1,0 +1,1 @@
+"""The attached transformers model: what it needs, and how it gets its weights."""

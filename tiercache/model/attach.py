@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import nn
 
-from tiercache.model.binding import Binder, Parameters, Supply, Use, poison, weight_of
+from tiercache.model.binding import Binder, Parameters, Use, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
+from tiercache.tiers.tier import Source
 
 
 class Attachment:
@@ -31,7 +32,7 @@ class Attachment:
         self,
         model: transformers.PreTrainedModel,
         uses: Iterable[Use],
-        supply: Supply,
+        supply: Source,
         workspace: torch.Tensor,
         dense: Mapping[str, torch.Tensor],
         embedding: str,

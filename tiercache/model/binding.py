@@ -10,23 +10,13 @@ Knows modules and slots; not where slots come from.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tiercache.store.manifest import PlainWeight, Weight
-
-
-class Supply(Protocol):
-    """Hands out the slots of units."""
-
-    def acquire(self, key: int) -> torch.Tensor:
-        """The slot of a unit, valid until `release`."""
-
-    def release(self, key: int) -> None:
-        """The unit is not needed any more in this pass."""
+from tiercache.tiers.tier import Source
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Binder:
         workspace: uint8 memory for weights that must be made from what lies in the slot.
     """
 
-    def __init__(self, model: nn.Module, uses: Iterable[Use], supply: Supply, workspace: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, uses: Iterable[Use], supply: Source, workspace: torch.Tensor) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []

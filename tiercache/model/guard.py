@@ -56,7 +56,7 @@ class Guard:
         self._refuse(sequences, new, past, named)
         if not self._running.acquire(blocking=False):
             raise UsageError(
-                "this model is running in another thread; its weights pass through one buffer, so let that call end first"
+                "this model is running in another thread; its weights pass through one buffer: let that call end first"
             )
         now = time.perf_counter()
         if self._decoding_since is not None and new == 1 and past > 0:
@@ -93,8 +93,8 @@ class Guard:
         rows = sequences * (min(keep, new) if isinstance(keep, int) and keep else new)
         if rows > self._logits:
             raise ContextExceededError(
-                f"this pass returns {rows} rows of logits, logits={self._logits} was reserved; pass logits_to_keep=1, "
-                f"or open the model with logits={rows}"
+                f"this pass returns {rows} rows of logits, logits={self._logits} was reserved; pass logits_to_keep=1, or "
+                f"open the model with logits={rows}"
             )
 
 
@@ -106,7 +106,7 @@ def _shape(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, i
     if not isinstance(ids, torch.Tensor):
         return 0, 0, 0  # the model will say what it lacks
     cache = named.get("past_key_values")
-    past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    past = int(cache.get_seq_length()) if isinstance(cache, transformers.Cache) else 0
     return ids.shape[0], ids.shape[1], past
 
 

@@ -43,9 +43,7 @@ class Rehearsal:
         return max(self.prefill_bytes, self.decode_bytes) - self.kv_bytes
 
 
-def rehearse(
-    model: transformers.PreTrainedModel, watched: Sequence[str], tokens: int, logits: int
-) -> Rehearsal:
+def rehearse(model: transformers.PreTrainedModel, watched: Sequence[str], tokens: int, logits: int) -> Rehearsal:
     """Prefill `tokens` and decode one more on a copy of `model` without data.
 
     Args:
@@ -57,7 +55,8 @@ def rehearse(
     Raises:
         UnsupportedModelError: the model's forward cannot run without data, or keeps no KV cache.
     """
-    stand_in = copy.deepcopy(model).to("meta")
+    stand_in = copy.deepcopy(model)
+    nn.Module.to(stand_in, "meta")
     calls: list[str] = []
     for name in watched:
         stand_in.get_submodule(name).register_forward_pre_hook(_recorder(calls, name))
@@ -113,7 +112,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that some tensor made within it still uses; the model's own left out."""
 
     def __init__(self, model: nn.Module, held: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._users: dict[int, int] = {}
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}

@@ -152,8 +152,8 @@ def read(path: Path) -> Contents:
 def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
     """What a transaction sees."""
     try:
-        meta = json.loads(transaction.get(_META) or b"{}")
-        records = [Record.from_json(value) for key, value in transaction.cursor() if key != _META]
+        meta = json.loads(bytes(transaction.get(_META) or b"{}"))
+        records = [Record.from_json(bytes(value)) for key, value in transaction.cursor() if key != _META]
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
     return Contents(meta, tuple(records))

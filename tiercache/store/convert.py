@@ -7,7 +7,6 @@ ends with the same bytes as one that ran through. The finished folder is renamed
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import time
@@ -18,8 +17,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-import zstandard
-
 from profiler import probe
 from tiercache import planes as codes
 from tiercache.config import human
@@ -27,14 +24,13 @@ from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar
 from tiercache.store import catalog, encode, layout
 from tiercache.store.catalog import Extent, Record
-from tiercache.store.format import CATALOG_FILE, FILES, FRAME_BYTES, VERSION, align
-from tiercache.store.layout import UnitPlan
-from tiercache.store.reader import Buffer, Reader
+from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
+from tiercache.store.reader import Reader
 from tiercache.store.source import Source
+from tiercache.store.writer import Weighed, Writer, record_of, weigh
 
 Compress = Literal["auto", "on", "off"]
 _JOURNAL = "journal.mdb"
-_LEVEL = 3
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -59,7 +55,7 @@ class Report:
     free_bytes: int
     resumed_bytes: int = 0
     seconds: float = 0.0
-    compression: dict[str, dict[str, float | bool]] | None = None
+    compression: Weighed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""
@@ -165,7 +161,7 @@ class _Conversion:
             advance = stack.enter_context(
                 bar(f"converting {self.store.name}", estimate.source_bytes, done_bytes=done, show=show_progress)
             )
-            writer = stack.enter_context(_Writer(self.partial, records, compression))
+            writer = stack.enter_context(Writer(self.partial, records, compression))
             self._write_layers(writer, records, reader, journal, advance)
             self._finish(records, compression)
         return Report(
@@ -179,13 +175,14 @@ class _Conversion:
         )
 
     def _write_layers(
-        self, writer: "_Writer", records: list[Record], reader: Reader, journal: Any, advance: Advance
+        self, writer: Writer, records: list[Record], reader: Reader, journal: Any, advance: Advance
     ) -> None:
         todo = self.units[len(records) :]
         for _, layer in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
             first = len(records)
             for unit in layer:
-                records.append(writer.write(unit, self.source, encode.blocks(unit, self.source, reader, self.group)))
+                blocks = encode.blocks(unit, self.source, reader, self.group)
+                records.append(writer.write(unit, self.source.tensors, blocks))
                 advance(encode.weight_bytes(unit, self.source))
             writer.sync()
             with journal.begin(write=True) as transaction:
@@ -224,14 +221,14 @@ class _Conversion:
                 "bytes); free some space or name a folder on another disk"
             )
 
-    def _choose_compression(self) -> dict[str, dict[str, float | bool]]:
+    def _choose_compression(self) -> Weighed:
         """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
         if self.compress == "off":
             return {}
         disk_gbps = probe.folder_read(self.partial).gbps if self.compress == "auto" else 0.0
         with Reader() as reader:
             sample = next(encode.blocks(self.units[0], self.source, reader, self.group))
-        return {name: _weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
+        return {name: weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
 
     def _catalog_bytes(self) -> int:
         """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
@@ -243,118 +240,12 @@ class _Conversion:
                 offset = align(end.get(name, 0))
                 extents[name] = Extent(offset, nbytes, "0" * 64)
                 end[name] = offset + nbytes
-            records.append(_record(unit, self.source, extents))
+            records.append(record_of(unit, self.source.tensors, extents))
         return catalog.size_bytes({**self.meta, "compression": {}}, records)
 
     def _copied(self) -> list[Path]:
         found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
         return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
-
-
-class _Writer:
-    """Appends units to the store's files behind what the journal vouches for; what lies beyond is overwritten."""
-
-    def __init__(self, folder: Path, records: list[Record], compression: dict[str, dict[str, float | bool]]) -> None:
-        self._used = {name for name, row in compression.items() if row["used"]}
-        self._end = dict.fromkeys(FILES, 0)
-        for record in records:
-            for name, extent in record.extents.items():
-                self._end[name] = max(self._end[name], extent.offset + extent.stored_bytes)
-        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in FILES}
-        for name, descriptor in self._files.items():
-            os.ftruncate(descriptor, align(self._end[name]))
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-
-    def write(self, unit: UnitPlan, source: Source, blocks: Iterator[dict[str, Buffer]]) -> Record:
-        """Append one unit; its record names where it lies."""
-        runs = {name: _Run(self._files[name], align(self._end[name]), name in self._used) for name in unit.sizes}
-        for block in blocks:
-            for name, data in block.items():
-                runs[name].append(data)
-        extents = {name: run.finish() for name, run in runs.items()}
-        for name, extent in extents.items():
-            self._end[name] = extent.offset + extent.stored_bytes
-            os.ftruncate(self._files[name], align(self._end[name]))
-        return _record(unit, source, extents)
-
-    def sync(self) -> None:
-        """Return when everything written is on disk."""
-        for descriptor in self._files.values():
-            os.fdatasync(descriptor)
-
-
-class _Run:
-    """One extent being written: bytes in, an `Extent` out."""
-
-    def __init__(self, descriptor: int, offset: int, compressed: bool) -> None:
-        self._descriptor, self._offset = descriptor, offset
-        self._compressor = zstandard.ZstdCompressor(level=_LEVEL) if compressed else None
-        self._digest = hashlib.sha256()
-        self._plain = self._stored = 0
-        self._frames: list[int] = []
-        self._waiting = bytearray()
-
-    def append(self, data: Buffer) -> None:
-        self._plain += data.nbytes
-        if self._compressor is None:
-            self._put(memoryview(data))
-            return
-        self._waiting += data.tobytes()
-        while len(self._waiting) >= FRAME_BYTES:
-            self._frame(FRAME_BYTES)
-
-    def finish(self) -> Extent:
-        if self._waiting:
-            self._frame(len(self._waiting))
-        return Extent(self._offset, self._plain, self._digest.hexdigest(), tuple(self._frames))
-
-    def _frame(self, nbytes: int) -> None:
-        assert self._compressor is not None
-        frame = self._compressor.compress(bytes(self._waiting[:nbytes]))
-        del self._waiting[:nbytes]
-        self._frames.append(len(frame))
-        self._put(memoryview(frame))
-
-    def _put(self, data: memoryview) -> None:
-        self._digest.update(data)
-        while len(data):
-            count = os.pwrite(self._descriptor, data, self._offset + self._stored)
-            self._stored += count
-            data = data[count:]
-
-
-def _record(unit: UnitPlan, source: Source, extents: dict[str, Extent]) -> Record:
-    if unit.dense:
-        ref = source.tensors[unit.parts[0].parameter]
-        return Record(unit.name, "dense", extents, dtype=ref.dtype, shape=ref.shape)
-    return Record(
-        unit.name,
-        "planes",
-        extents,
-        rows=unit.rows,
-        columns=unit.columns,
-        parts=len(unit.parts),
-        members=unit.members,
-        all_planes=unit.layer is None,
-    )
-
-
-def _weigh(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
-    """Compare the seconds per GB that reading less saves with those that decompressing costs."""
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(sample.tobytes())
-    begin = time.perf_counter()
-    zstandard.ZstdDecompressor().decompress(frame)
-    costs = (time.perf_counter() - begin) / sample.nbytes * 1e9
-    ratio = len(frame) / sample.nbytes
-    saves = (1 - ratio) / disk_gbps if disk_gbps else 0.0
-    forced = disk_gbps == 0.0
-    return {"ratio": round(ratio, 4), "saves_s": saves, "costs_s": costs, "used": forced or saves > costs}
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class PlaneWeight:
             width = codes.plane_row_bytes(self.columns, self.group, plane)
             cut.append(self._rows(slot, at, width)[:, part])
         scales = self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))[:, part]
-        return codes.Planes(tuple(cut), scales.view(torch.float16).unflatten(-1, (-1, 2)), self.columns, self.group)
+        return codes.Planes(tuple(cut), scales.view(torch.float16).reshape(self.rows, -1, 2), self.columns, self.group)
 
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
         nbytes = self.rows * self.parts * width

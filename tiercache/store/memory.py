@@ -26,10 +26,14 @@ def check(model: transformers.PreTrainedModel) -> None:
     if hasattr(model, "tiercache"):
         raise UsageError("this model is offloaded already; leave that context before opening it again")
     if getattr(model, "hf_device_map", None) or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise UsageError("accelerate holds this model's weights (device_map); load it without device_map, or give its path")
+        raise UsageError(
+            "accelerate holds this model's weights (device_map); load it without device_map, or give its path"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or not parameter.is_contiguous():
-            raise UsageError(f"{name} lies on {parameter.device}; give a model in main memory, or the checkpoint's path")
+            raise UsageError(
+                f"{name} lies on {parameter.device} or in a strided view; give a model in main memory, or its path"
+            )
     skeleton.refuse_experts(model.config)
 
 

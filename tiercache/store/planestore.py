@@ -68,7 +68,8 @@ class PlaneStore:
         contents = catalog.read(path / CATALOG_FILE)
         if contents.meta.get("version") != VERSION:
             raise StoreError(
-                f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert again"
+                f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert it "
+                "again"
             )
         _check_lengths(path, contents)
         config = transformers.AutoConfig.from_pretrained(path)
@@ -142,7 +143,9 @@ class PlaneStore:
     def _dense(self, record: Record) -> TensorRef:
         extent = record.extents[DENSE_FILE]
         if extent.frames:
-            raise StoreError(f"{self.folder}: {record.name!r} is compressed, which dense tensors never are; convert again")
+            raise StoreError(
+                f"{self.folder}: {record.name!r} is compressed, which dense tensors never are; convert again"
+            )
         return TensorRef(self.folder / DENSE_FILE, extent.offset, extent.nbytes, record.dtype, record.shape)
 
     def verify(self, *, show_progress: bool | None = None) -> "Verification":
@@ -240,10 +243,10 @@ def _hash_matches(path: Path, extent: Extent) -> bool:
         left, padding = extent.stored_bytes, align(extent.stored_bytes) - extent.stored_bytes
         offset = extent.offset
         while left > 0:
-            count = os.preadv(descriptor, [memoryview(buffer)], offset)
+            count = os.preadv(descriptor, [buffer.data], offset)
             if count == 0:
                 return False
-            digest.update(memoryview(buffer)[: min(count, left)])
+            digest.update(buffer.data[: min(count, left)])
             if count > left and buffer[left : min(count, left + padding)].any():
                 return False
             left, offset = left - count, offset + count

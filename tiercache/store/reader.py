@@ -6,7 +6,6 @@ Ordering: reads are queued in the order of the calls and started in that order; 
 buffer belongs to the reader from `read` until its ticket is done, or was cancelled; nobody else may touch it.
 """
 
-import ctypes
 import mmap
 import os
 import threading
@@ -15,7 +14,6 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +118,7 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, path: Path) -> tuple[int, bool]:
@@ -163,9 +161,11 @@ class Reader:
         done = 0
         while done < needed:
             try:
-                count = os.preadv(descriptor, [memoryview(view[done:])], offset + done)
+                count = os.preadv(descriptor, [view[done:].data], offset + done)
             except OSError as error:
-                raise StoreError(f"cannot read {path} at byte {offset + done}: {error.strerror}; check the disk") from error
+                raise StoreError(
+                    f"cannot read {path} at byte {offset + done}: {error.strerror}; check the disk"
+                ) from error
             if count == 0:
                 raise StoreError(
                     f"{path} ends {needed - done} bytes early, at byte {offset + done}; it was cut short: "
@@ -185,7 +185,7 @@ class Reader:
             target[:] = staging[head:stored]
             return
         try:
-            plain = zstandard.ZstdDecompressor().decompress(memoryview(staging[head:stored]), piece.nbytes)
+            plain = zstandard.ZstdDecompressor().decompress(staging[head:stored].data, piece.nbytes)
         except zstandard.ZstdError as error:
             raise StoreError(f"{piece.path}: the frame at byte {piece.offset} is corrupt; convert again") from error
         if len(plain) != piece.nbytes:
@@ -206,7 +206,7 @@ _STAGING_BYTES = align(FRAME_BYTES + FRAME_BYTES // 128 + 2 * BLOCK_BYTES)
 def aligned_buffer(nbytes: int) -> Buffer:
     """A fresh buffer whose address is a multiple of 4096."""
     raw = np.empty(nbytes + BLOCK_BYTES, np.uint8)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(raw)) % BLOCK_BYTES
+    start = -raw.ctypes.data % BLOCK_BYTES
     return raw[start : start + nbytes]
 
 

@@ -91,9 +91,7 @@ class Source:
             return fingerprint(described, read)
 
 
-def fingerprint(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]
-) -> str:
+def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]) -> str:
     """A hash of tensors' names, dtypes, shapes, and a sample of their bytes.
 
     Args:

@@ -21,7 +21,6 @@ from tiercache.tiers.slab import Slab
 from tiercache.tiers.tier import Cause, Fill, Pending, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
-
 Observer = Callable[[str, str, Key], None]
 
 

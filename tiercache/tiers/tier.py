@@ -22,6 +22,16 @@ from tiercache.stats import TierStats
 from tiercache.tiers.slab import Slab
 
 
+class Source(Protocol):
+    """Hands out the slots of keys."""
+
+    def acquire(self, key: Key) -> torch.Tensor:
+        """The slot of `key`, valid until `release`."""
+
+    def release(self, key: Key) -> None:
+        """The key is not needed any more."""
+
+
 class Pending(Protocol):
     """Bytes on their way."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from policies.types import Key
-from tiercache.tiers.tier import Tier
+from tiercache.tiers.tier import Source
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Transfer:
         device: where the upper slots lie.
     """
 
-    def __init__(self, lower: Tier, spans: Mapping[Key, Sequence[Span]], device: torch.device) -> None:
+    def __init__(self, lower: Source, spans: Mapping[Key, Sequence[Span]], device: torch.device) -> None:
         self._lower, self._spans = lower, spans
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-transfer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -114,5 +114,3 @@ class Transfer:
             copied = torch.cuda.Event()
             copied.record(stream)
         copied.synchronize()
-
-

@@ -1,0 +1,139 @@
+"""Times an offloaded model of a given shape, and holds it against the roofs measured in the same run.
+
+Knows `offload` and its statistics from outside, as a user would.
+"""
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tiercache
+from profiler import probe
+from tiercache.bench import shapes
+from tiercache.config import Precision, human
+
+SCHEMA = "tiercache.bench/1"
+_PROMPT_TOKENS = 16
+_ROOF_BYTES = 128 << 20  # the memory roof is measured within a tight RAM cap too
+
+
+def bench(
+    shape: str,
+    *,
+    precision: Precision = "source",
+    hbm: str | None = None,
+    dram: str = "auto",
+    tokens: int = 8,
+    folder: Path,
+    context: int = 64,
+    seed: int = 0,
+    keep: bool = True,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Make the model, run it, measure the roofs.
+
+    Args:
+        shape: a name from `shapes.SHAPES`.
+        precision, hbm, dram, context: as `offload` takes them.
+        tokens: single-token passes to time.
+        folder: where models are made, and found again by the next run.
+        seed: of the weights.
+        keep: leave the model in `folder`.
+        show_progress: draw bars.
+    """
+    dimensions = shapes.find(shape)
+    place = folder / f"{shape}-{'bf16' if precision == 'source' else 'planes'}-{seed}"
+    make = shapes.make_checkpoint if precision == "source" else shapes.make_store
+    path = make(dimensions, place, seed, show_progress=show_progress)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)
+    with tiercache.offload(
+        path, hbm=hbm, dram=dram, precision=precision, context=context, logits=1, show_progress=show_progress
+    ) as model:
+        prefill_s, decode_s = _time(model, ids, tokens)
+        attached: Any = model.tiercache
+        stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
+    disk = probe.disk_read(_largest_file(path))
+    dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
+    if not keep:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    return _result(locals())
+
+
+def _result(run: dict[str, Any]) -> dict[str, Any]:
+    """What is reported, from what was measured."""
+    sizes, decode_s = run["sizes"], run["decode_s"]
+    pass_s = statistics.median(decode_s)
+    disk_s = sizes["ssd"] / run["disk"].gbps / 1e9
+    dram_s = sizes["needed"] / run["dram_gbps"] / 1e9
+    roof_s = max(disk_s, dram_s)
+    return {
+        "schema": SCHEMA,
+        "hardware": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()},
+        "shape": run["shape"],
+        "precision": run["precision"],
+        "hbm": run["hbm"],
+        "dram": run["dram"],
+        "seed": run["seed"],
+        "prefill_tokens": _PROMPT_TOKENS,
+        "prefill_s": run["prefill_s"],
+        "pass_s": pass_s,
+        "pass_s_all": decode_s,
+        "tokens_per_s": 1 / pass_s,
+        "pass_bytes": sizes,
+        "roofs": {"disk_gbps": run["disk"].gbps, "disk_direct": run["disk"].direct, "dram_gbps": run["dram_gbps"]},
+        "roof_s": roof_s,
+        "bound": "ssd" if disk_s > dram_s else "dram",
+        "over_roof": pass_s / roof_s,
+        "stats": run["stats"],
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """A few lines for a person."""
+    sizes, roofs, stats = result["pass_bytes"], result["roofs"], result["stats"]
+    budgets = f"hbm={result['hbm']} dram={result['dram']}"
+    lines = [
+        f"{result['shape']} {result['precision']} {budgets}, {result['hardware']['cores']} cores, seed "
+        f"{result['seed']}",
+        f"  a pass      {result['pass_s']:.3f} s ({result['tokens_per_s']:.2f} tokens/s); "
+        f"prefill of {result['prefill_tokens']} tokens {result['prefill_s']:.3f} s",
+        f"  needs       {human(sizes['needed'])}, of which {human(sizes['ssd'])} from the SSD",
+        f"  roofs       SSD {roofs['disk_gbps']:.2f} GB/s{'' if roofs['disk_direct'] else ' (not direct)'}, "
+        f"DRAM {roofs['dram_gbps']:.1f} GB/s",
+        f"  the roof    {result['roof_s']:.3f} s, bound by {result['bound']}; the pass takes "
+        f"{result['over_roof']:.2f} x that",
+    ]
+    for name, tier in stats["tiers"].items():
+        stalls = ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in tier["stall_s"].items()) or "none"
+        lines.append(
+            f"  {name:<11} peak {human(tier['peak_bytes'])} of {human(tier['capacity_bytes'])}, hits {tier['hits']}, "
+            f"misses {tier['misses']}, stalls {stalls}"
+        )
+    return "\n".join([*lines, f"  peak RSS    {human(stats['peak_rss_bytes'])}"])
+
+
+def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of each single-token pass after it."""
+    seconds = []
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        seconds.append(time.perf_counter() - begin)
+        for _ in range(tokens):
+            begin = time.perf_counter()
+            token = output.logits[:, -1:].argmax(-1)  # waits for the device
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output.logits.sum().item()
+            seconds.append(time.perf_counter() - begin)
+    return seconds[0], seconds[1:]
+
+
+def _largest_file(folder: Path) -> Path:
+    return max(folder.iterdir(), key=lambda path: path.stat().st_size)
