@@ -1,0 +1,79 @@
+"""What the peers of a benchmark share: the prompt, the clock, and the line of JSON each ends with.
+
+It knows how to time a greedy decode, and nothing of any peer's library or of tiercache's own engine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PROMPT_IDS = (
+    1,
+    15,
+    3,
+    92,
+    65,
+    35,
+    89,
+    79,
+)  # any ids do: the weights are random, and every vocabulary has these
+
+Step = Callable[[Sequence[int]], int]  # appends ids to the context, returns the likeliest next id
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerReport:
+    """What one peer measured of itself."""
+
+    peer: str
+    version: str
+    settings: str  # what was chosen in its favour
+    seconds_per_token: float  # the median of all_s
+    all_s: tuple[float, ...]  # one per decoded token, the first pass left out
+    first_pass_s: float  # the prompt, in one pass
+    load_s: float
+    peak_rss_bytes: int
+    token_ids: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """The line that the benchmark reads."""
+        return json.dumps(asdict(self))
+
+
+def time_decode(peer: str, version: str, step: Step, *, num_tokens: int, load_s: float, settings: str) -> PeerReport:
+    """Feed the prompt in one pass, then decode greedily, one token and one measurement at a time."""
+    seconds: list[float] = []
+    token_ids: list[int] = []
+    fed: Sequence[int] = PROMPT_IDS
+    for _ in range(num_tokens + 1):
+        started_s = time.perf_counter()
+        token_ids.append(step(fed))
+        seconds.append(time.perf_counter() - started_s)
+        fed = token_ids[-1:]
+    return PeerReport(
+        peer=peer,
+        version=version,
+        settings=settings,
+        seconds_per_token=statistics.median(seconds[1:]),
+        all_s=tuple(seconds[1:]),
+        first_pass_s=seconds[0],
+        load_s=load_s,
+        peak_rss_bytes=peak_rss_bytes(),
+        token_ids=tuple(token_ids),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The peak resident set of this process since exec, the file pages it maps included.
+
+    Not ru_maxrss, which Linux carries over from whoever started the process.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel reports no VmHWM in /proc/self/status")

@@ -1,0 +1,106 @@
+"""Peer: llama.cpp on the CPU through llama-cpp-python, timed over a greedy decode of token ids.
+
+It knows llama.cpp's C interface, and nothing of tiercache's engine or of torch, whose import would cost the
+peer some 200 MB of its cap. The weights stay mapped, and are never repacked: a repacked copy would not fit.
+
+    python -m tiercache.bench.peers.llamacpp model.gguf --tokens 4 --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiercache.bench.peers import PROMPT_IDS, PeerReport, Step, time_decode
+from tiercache.errors import EnvironmentUnsupportedError, StoreError
+
+
+def main() -> None:
+    """Read the command line, measure, print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    print(measure(options.gguf, options.tokens, options.threads).to_json())
+
+
+def measure(model_file: Path, num_tokens: int, threads: int) -> PeerReport:
+    """Map the model, then time a greedy decode on the CPU."""
+    import llama_cpp  # an optional dependency, built from source: only this peer needs it
+
+    started_s = time.perf_counter()
+    llama_cpp.llama_backend_init()
+    model = _load(llama_cpp, model_file)
+    context = _context(llama_cpp, model, len(PROMPT_IDS) + num_tokens, threads)
+    load_s = time.perf_counter() - started_s
+    try:
+        return time_decode(
+            "llama.cpp",
+            llama_cpp.__version__,
+            _greedy_step(llama_cpp, model, context),
+            num_tokens=num_tokens,
+            load_s=load_s,
+            settings=f"mmap, not repacked, {threads} threads",
+        )
+    finally:
+        llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+
+
+def _load(llama_cpp: Any, model_file: Path) -> int:
+    params = llama_cpp.llama_model_default_params()
+    _set(params, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, use_extra_bufts=False)
+    model = llama_cpp.llama_model_load_from_file(str(model_file).encode(), params)
+    if not model:
+        raise StoreError(f"llama.cpp cannot load {model_file}; its own message is above. Write it again.")
+    return int(model)
+
+
+def _context(llama_cpp: Any, model: int, num_positions: int, threads: int) -> int:
+    params = llama_cpp.llama_context_default_params()
+    batch = len(PROMPT_IDS)  # no larger: the buffers for logits and activations grow with it
+    _set(params, n_ctx=num_positions, n_batch=batch, n_ubatch=batch, n_threads=threads, n_threads_batch=threads)
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise EnvironmentUnsupportedError(
+            f"llama.cpp cannot make a context of {num_positions} positions; its own message is above. Free some memory."
+        )
+    return int(context)
+
+
+def _set(params: ctypes.Structure, **values: int) -> None:
+    """Set fields that exist: ctypes would accept any other name in silence, and the setting would be lost."""
+    known = {field[0] for field in params._fields_}
+    if missing := sorted(values.keys() - known):
+        raise EnvironmentUnsupportedError(
+            f"This llama-cpp-python has no {', '.join(missing)} in {type(params).__name__}. "
+            "Install the version that the Makefile names."
+        )
+    for name, value in values.items():
+        setattr(params, name, value)
+
+
+def _greedy_step(llama_cpp: Any, model: int, context: int) -> Step:
+    """A step over llama.cpp's own KV cache; positions count on by themselves."""
+    vocabulary_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def step(token_ids: Sequence[int]) -> int:
+        ids = (llama_cpp.llama_token * len(token_ids))(*token_ids)
+        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(token_ids)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(token_ids)} tokens")
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary_size,))
+        return int(logits.argmax())
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
