@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK_BYTES = 4096
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,22 @@ def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> flo
 
     def read(offset: int) -> int:
         if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, chunk_bytes)
-        return os.preadv(descriptor, [memoryview(local.buffer)[: min(chunk_bytes, size - offset)]], offset)
+            local.buffer = _huge(chunk_bytes)
+        return os.preadv(descriptor, [local.buffer[: min(chunk_bytes, size - offset)]], offset)
 
     with ThreadPoolExecutor(threads) as pool:
         begin = time.perf_counter()
         done = sum(pool.map(read, range(0, size, chunk_bytes)))
         return done / (time.perf_counter() - begin) / 1e9
+
+
+def _huge(nbytes: int) -> memoryview:
+    """Memory of huge pages where the system has them: direct reads into ordinary ones stay at half the rate."""
+    region = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % _HUGE_PAGE_BYTES
+    return memoryview(region)[start : start + nbytes]
 
 
 def _together(jobs: Sequence[Callable[[], object]]) -> float:

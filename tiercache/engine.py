@@ -26,6 +26,7 @@ from tiercache.plan import Plan
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
+from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
 
 
@@ -194,7 +195,7 @@ def _attach(
         model,
         [replace(use, weight=tiers.weights[use.module]) for use in asked.uses],
         tiers.top,
-        torch.empty(asked.workspace_bytes, dtype=torch.uint8, device=device),
+        Slab(asked.workspace_bytes, device).bytes,
         _dense(opened, reader, device),
         opened.manifest.embedding[0],
         table,

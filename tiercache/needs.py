@@ -6,6 +6,7 @@ Knows manifests and rehearsals; decides nothing about where things go.
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 
 import torch
 
@@ -21,6 +22,10 @@ from tiercache.planes import DECODE_SCRATCH_BYTES
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.reader import Reader
+
+
+_PACKED_BYTES = 32 << 20
+_SCRATCH_PER_WEIGHT = 8  # bytes that decoding a weight takes in passing, before the bound sets in
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,13 @@ def _compute_reserve(
     opened: Opened, rehearsal: Rehearsal, config: OffloadConfig, workspace: int, device: torch.device
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
-    decoding = any(isinstance(weight, PlaneWeight) for weight in opened.manifest.weights.values())
+    decoded = [prod(w.shape) for w in opened.manifest.weights.values() if isinstance(w, PlaneWeight)]
+    scratch = min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max(decoded, default=0))
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
-        "workspace": workspace + (DECODE_SCRATCH_BYTES if decoding else 0),
+        "workspace": workspace + scratch,
+        "allocator": _allocator_bytes(opened, rehearsal.workspace_bytes + scratch),
     }
     if opened.memory is None or device.type != "cpu":
         own = dict(opened.skeleton.named_parameters())
@@ -103,6 +110,16 @@ def _compute_reserve(
         row_bytes = own[skeleton.embedding(opened.skeleton)[1]][0].nbytes
         reserve["embedding rows"] = min(config.context, opened.skeleton.config.vocab_size) * row_bytes
     return reserve
+
+
+def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:
+    """What allocators and matrix kernels hold beyond the tensors that are asked of them.
+
+    Measured on the CPU: the C library's heap keeps about as much again as the tensors that come and go in a pass, and
+    the matrix kernels pack blocks of the weights they multiply by, up to some 30 MB in all for large ones.
+    """
+    largest = max(unit.slot_bytes for unit in opened.manifest.units)
+    return passing_bytes + min(4 * largest, _PACKED_BYTES)
 
 
 def _rest(opened: Opened) -> list[str]:

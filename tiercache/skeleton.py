@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from tiercache.errors import UnsupportedModelError
@@ -63,6 +65,18 @@ class Ffn:
         return self.outward.columns
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty`, with which layers make their weights, takes no memory.
+
+    Even memory that is given back at once costs: the C library then keeps blocks of that size for later.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within it new parameters land on the meta device while buffers, which are computed, stay real."""
@@ -75,7 +89,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

@@ -1,7 +1,8 @@
 """Gives modules their weights for the length of one call, and takes everything back at the end.
 
 A module keeps its class and its forward: a pre-hook takes the unit from whoever supplies it and points the module's
-`weight` at it, a post-hook, which also runs after an exception, points it away again. Between calls the parameter
+`weight` at it, a post-hook, which also runs after an exception, points it away again (after Ctrl-C, which
+runs no hooks, `release_all` does). Between calls the parameter
 is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
 it by mistake gets NaN and not a plausible number.
 
@@ -41,6 +42,7 @@ class Binder:
     def __init__(self, model: nn.Module, uses: Iterable[Use], supply: Source, workspace: torch.Tensor) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
+        self._bound: nn.Parameter | None = None
         self._hooks: list[RemovableHandle] = []
         for use in uses:
             module = model.get_submodule(use.module)
@@ -48,7 +50,10 @@ class Binder:
             self._hooks.append(module.register_forward_hook(self._end(use), always_call=True))
 
     def release_all(self) -> None:
-        """Give back what an interrupted pass still held."""
+        """Give back what a pass that was cut off still held."""
+        if self._bound is not None:
+            hide(self._bound)
+            self._bound = None
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)
@@ -64,7 +69,7 @@ class Binder:
             key = use.weight.unit
             if key not in self._held:
                 self._held[key] = self._supply.acquire(key)
-            parameter = weight_of(module)
+            parameter = self._bound = weight_of(module)
             parameter.data = self._tensor(use.weight, self._held[key], parameter.dtype)
 
         return begin
@@ -72,6 +77,7 @@ class Binder:
     def _end(self, use: Use) -> Callable[[nn.Module, object, object], None]:
         def end(module: nn.Module, arguments: object, output: object) -> None:
             hide(weight_of(module))
+            self._bound = None
             if use.last and self._held.pop(use.weight.unit, None) is not None:
                 self._supply.release(use.weight.unit)
 

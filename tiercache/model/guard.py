@@ -37,7 +37,8 @@ class Guard:
         finish: Callable[[], None],
     ) -> None:
         self._stats, self._context, self._logits, self._finish = stats, context, logits, finish
-        self._running = threading.Lock()
+        self._runner: threading.Thread | None = None
+        self._choosing = threading.Lock()
         self._began_at = 0.0
         self._decoding_since: float | None = None
         self._hooks: list[RemovableHandle] = [
@@ -54,10 +55,7 @@ class Guard:
     def _begin(self, model: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         sequences, new, past = _shape(arguments, named)
         self._refuse(sequences, new, past, named)
-        if not self._running.acquire(blocking=False):
-            raise UsageError(
-                "this model is running in another thread; its weights pass through one buffer: let that call end first"
-            )
+        self._enter()
         now = time.perf_counter()
         if self._decoding_since is not None and new == 1 and past > 0:
             self._stats.decode_s += now - self._decoding_since
@@ -70,14 +68,26 @@ class Guard:
             self._stats.prefill_tokens += sequences * new
 
     def _end(self, model: torch.nn.Module, arguments: object, output: object) -> None:
-        if not self._running.locked():
+        if self._runner is not threading.current_thread():
             return  # refused before it began
         if self._decoding_since is None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._stats.first_pass_s = time.perf_counter() - self._began_at
         self._finish()
-        self._running.release()
+        self._runner = None
+
+    def _enter(self) -> None:
+        """Make this thread the one that runs. A pass of its own that never ended was cut off by Ctrl-C."""
+        with self._choosing:
+            runner, this = self._runner, threading.current_thread()
+            if runner is not None and runner is not this and runner.is_alive():
+                raise UsageError(
+                    "this model is running in another thread; its weights pass through one buffer: let that call end"
+                )
+            self._runner = this
+        if runner is not None:
+            self._finish()
 
     def _refuse(self, sequences: int, new: int, past: int, named: Mapping[str, Any]) -> None:
         embeds = named.get("inputs_embeds")
@@ -86,15 +96,15 @@ class Guard:
         held = sequences * (past + new)
         if held > self._context:
             raise ContextExceededError(
-                f"this pass needs a KV cache of {held} tokens ({sequences} x {past + new}), context={self._context} was "
-                f"reserved; open the model with context={held} or more"
+                f"this pass needs a KV cache of {held} tokens ({sequences} x {past + new}), context={self._context} "
+                f"was reserved; open the model with context={held} or more"
             )
         keep = named.get("logits_to_keep", 0)
         rows = sequences * (min(keep, new) if isinstance(keep, int) and keep else new)
         if rows > self._logits:
             raise ContextExceededError(
-                f"this pass returns {rows} rows of logits, logits={self._logits} was reserved; pass logits_to_keep=1, or "
-                f"open the model with logits={rows}"
+                f"this pass returns {rows} rows of logits, logits={self._logits} was reserved; pass logits_to_keep=1, "
+                f"or open the model with logits={rows}"
             )
 
 

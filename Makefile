@@ -1,0 +1,49 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Pinned here and not in the library's requirements: this is the build for machines without a GPU, and a looser
+# range may fetch gigabytes of CUDA packages. On a machine with a GPU: make setup TORCH="torch".
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers
+BENCH_DIR ?= .bench
+BENCH_SHAPE ?= tinyllama-1.1b
+BENCH_CAP ?= 1434MiB
+# llama.cpp without AMX: -march=native defines __AMX_INT8__, so switching GGML_AMX_* off is not enough.
+LLAMA_CMAKE := -DGGML_NATIVE=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF \
+	-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
+
+.PHONY: setup demo test check bench peers clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TRANSFORMERS)" -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+peers: setup
+	$(BIN)/python -m pip install --quiet "accelerate>=1.10" "gguf>=0.17"
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_CMAKE)" \
+		$(BIN)/python -m pip install --quiet --no-binary llama-cpp-python --no-cache-dir "llama-cpp-python>=0.3.36"
+
+bench: peers
+	$(BIN)/python -m tiercache.bench --shape $(BENCH_SHAPE) --cap $(BENCH_CAP) --folder $(BENCH_DIR)
+
+clean:
+	rm -rf $(VENV) $(BENCH_DIR) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
