@@ -62,20 +62,15 @@ class Variant:
 
 
 VARIANTS = (
-    Variant(name="planes.py (int2 levels spread by 1/16)"),
-    Variant(name="planes.py, group 32", group=32),
-    Variant(name="planes.py, group 128", group=128),
-    Variant(name="nested, middle", scheme="truncate"),
-    Variant(name="nested, middle, group 32", scheme="truncate", group=32),
-    Variant(name="nested, middle, group 128", scheme="truncate", group=128),
-    Variant(name="nested, int4 spread by 1/64 too", scheme="truncate", fit="fixed"),
+    Variant(name="nested (planes.py's choice)"),
+    Variant(name="nested, group 32", group=32),
+    Variant(name="nested, group 128", group=128),
+    Variant(name="nested, 8-bit scales", scheme="truncate", scale_bits=8),
+    Variant(name="nested, 8-bit scales, group 32", scheme="truncate", scale_bits=8, group=32),
+    Variant(name="nested, levels spread by 1/16, 1/64", scheme="truncate", fit="fixed"),
     Variant(name="nested, unbiased gain", scheme="truncate", fit="unbiased"),
     Variant(name="nested, unbiased gain, group 32", scheme="truncate", fit="unbiased", group=32),
     Variant(name="nested, unbiased gain, group 128", scheme="truncate", fit="unbiased", group=128),
-    Variant(
-        name="the same, 8-bit scales, group 32", scheme="truncate", fit="unbiased", scale_bits=8, group=32
-    ),
-    Variant(name="the same, 8-bit scales, group 64", scheme="truncate", fit="unbiased", scale_bits=8),
     Variant(name="nested, least-squares gain", scheme="truncate", fit="least"),
     Variant(name="nested, least squares per group", scheme="truncate", fit="group"),
     Variant(name="nested, int8 rounded, then truncated", scheme="round"),
@@ -281,7 +276,7 @@ def replaced(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
 
 
 def pico_readings(model: PreTrainedModel, yardstick: Yardstick) -> dict[str, Reading]:
-    """`variant @ rung` -> reading, for every variant, for down along its inputs, for the head's choices."""
+    """`variant @ rung` -> reading: all variants (int8 once, as it loses nothing), down's groups, the head."""
     linears, head = layer_linears(model), model.get_output_embeddings()
     results = {"source": yardstick.read()}
 
@@ -293,14 +288,15 @@ def pico_readings(model: PreTrainedModel, yardstick: Yardstick) -> dict[str, Rea
             results[label] = yardstick.read()
 
     for variant in VARIANTS:
-        for rung in RUNGS:
+        for rung in ("int2", "int4"):
             read(f"{variant.name} @ {rung}", layers(variant, rung))
     chosen = VARIANTS[0]
+    read(f"{chosen.name} @ int8", layers(chosen, "int8"))
     for rung in RUNGS:
-        read(f"planes.py, down grouped along its inputs @ {rung}", layers(chosen, rung, transpose_down=False))
+        read(f"nested, down grouped along its inputs @ {rung}", layers(chosen, rung, transpose_down=False))
         for head_rung in RUNGS:
             weights = layers(chosen, rung) | {head: chosen.rebuild(head.weight.data, head_rung)}
-            read(f"planes.py, head at {head_rung} @ {rung}", weights)
+            read(f"nested, head at {head_rung} @ {rung}", weights)
     return results
 
 
@@ -352,9 +348,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
         model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
         named = layer_linears(model).items()
-        matrices = [
-            m.weight.data.T.contiguous() if n.endswith("down_proj") else m.weight.data for n, m in named
-        ]
+        matrices = [m.weight.data.T.contiguous() if n.endswith("down_proj") else m.weight.data for n, m in named]
         errors("pico weights", matrices)
         readings = pico_readings(model, Yardstick(model, heldout_tokens(tokenizer), args.tokens))
         print_readings(readings)

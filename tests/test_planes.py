@@ -1,0 +1,308 @@
+"""Planes against slow oracles: pure Python integers for the layout, fp64 for the arithmetic."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiercache import planes as module
+from tiercache.errors import QuantizationError, TiercacheError, UsageError
+from tiercache.planes import (
+    DECODE_SCRATCH_BYTES,
+    PLANE_BITS,
+    PLANE_SHIFTS,
+    RUNGS,
+    Planes,
+    decode,
+    encode,
+    num_groups,
+    plane_row_bytes,
+    product,
+    scale_row_bytes,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MISSING = {"int2": 6, "int4": 4, "int8": 0}
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """A matrix of any shape, scale, offset, dtype and outliers, and a group size."""
+    rows, columns = (
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 7, 31, 32, 33, 64, 65, 127, 128, 200, 300])),
+    )
+    magnitude = draw(st.sampled_from([1e-9, 1e-6, 1e-3, 0.02, 1.0, 300.0, 10_000.0]))
+    offset = draw(st.sampled_from([0.0, 0.0, 1.0, -5.0])) * magnitude
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    weight = (torch.randn(rows, columns) * magnitude + offset).clamp(-65000, 65000)
+    if draw(st.booleans()):
+        weight[:, ::13] *= 0
+    return weight.to(draw(st.sampled_from(DTYPES))), draw(st.sampled_from([32, 64, 128]))
+
+
+def code_of(planes: Planes, row: int, column: int) -> int:
+    """The 8-bit code of one weight (missing bits 0), read byte by byte in Python."""
+    code = 0
+    group, i = divmod(column, planes.group)
+    for plane, bits, shift in zip(planes.planes, PLANE_BITS, PLANE_SHIFTS, strict=False):
+        width = planes.group * bits // 8
+        byte = int(plane[row, group * width + i % width])
+        code |= (byte >> (bits * (i // width)) & ((1 << bits) - 1)) << shift
+    return code
+
+
+def codes_of(planes: Planes) -> Tensor:
+    """All codes, int64 [rows, columns], by the slow way."""
+    return torch.tensor([[code_of(planes, r, c) for c in range(planes.columns)] for r in range(planes.rows)])
+
+
+def scales_of(planes: Planes) -> tuple[Tensor, Tensor]:
+    """lo and step of every weight, fp64 [rows, columns]."""
+    lo, step = planes.scales.double().repeat_interleave(planes.group, dim=1)[:, : planes.columns].unbind(-1)
+    return lo, step
+
+
+def fp16_ulp(x: Tensor) -> Tensor:
+    """Distance of neighbouring fp16 values around fp64 `x`."""
+    return torch.exp2(x.abs().clamp_min(2**-14).log2().floor() - 10)
+
+
+@contextmanager
+def shared_storage(planes: Planes) -> Iterator[Planes]:
+    """The same planes as views of one oddly strided bundle, as a store might hand them out."""
+    widths = [plane.shape[1] for plane in planes.planes]
+    bundle = torch.full((planes.rows, sum(widths) + 5), 255, dtype=torch.uint8)
+    parts, at = [], 3
+    for plane in planes.planes:
+        parts.append(bundle[:, at : at + plane.shape[1]])
+        parts[-1].copy_(plane)
+        at += plane.shape[1]
+    scales = torch.empty(*planes.scales.shape[:2], 4, dtype=torch.float16)[..., ::2].copy_(planes.scales)
+    yield Planes(tuple(parts), scales, planes.columns, planes.group)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.sampled_from(list(RUNGS)))
+def test_error_is_bounded_by_half_a_cell(drawn: tuple[Tensor, int], rung: str) -> None:
+    weight, group = drawn
+    planes = encode(weight, group).at(rung)
+    _, step = scales_of(planes)
+    error = (decode(planes, torch.float32).double() - weight.double()).abs()
+    rounding = weight.double().abs().amax() * 2**-22 + (step == 0) * fp16_ulp(weight.double()) / 2
+    assert (error <= step * 2 ** MISSING[rung] / 2 + rounding).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(weights())
+def test_scales_cover_the_group_and_no_more(drawn: tuple[Tensor, int]) -> None:
+    weight, group = drawn
+    planes = encode(weight, group)
+    lo, step = scales_of(planes)
+    varied = step > 0  # a constant group stores the nearest fp16 instead
+    assert (lo <= weight)[varied].all()
+    assert (lo + 256 * step * (1 + 2**-22) >= weight)[varied].all()
+    for row in range(planes.rows):
+        for g, (stored_lo, stored_step) in enumerate(planes.scales[row].tolist()):
+            part = weight[row, g * group : (g + 1) * group].float()
+            least, most = float(part.min()), float(part.max())
+            assert (stored_step == 0) == (least == most)
+            assert abs(least - stored_lo) <= max(abs(least) * 2**-10, 2**-24)
+            if stored_step > 0:
+                assert stored_step - (most - stored_lo) / 256 <= max(stored_step * 2**-9, 2**-24)
+
+
+@settings(max_examples=30, deadline=None)
+@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from([*DTYPES, torch.float64]))
+def test_decode_is_the_formula_bit_for_bit(drawn: tuple[Tensor, int], rung: str, dtype: torch.dtype) -> None:
+    planes = encode(*drawn).at(rung)
+    lo, step = scales_of(planes)
+    exact = lo + step * (codes_of(planes) + 2 ** MISSING[rung] / 2)  # exact in fp64
+    assert torch.equal(decode(planes, dtype), exact.float().to(dtype))
+
+
+@settings(max_examples=20, deadline=None)
+@given(weights())
+def test_codes_are_truncated_and_padding_is_zero(drawn: tuple[Tensor, int]) -> None:
+    weight, group = drawn
+    planes = encode(weight, group)
+    lo, step = scales_of(planes)
+    exact = torch.where(step > 0, (weight.double() - lo) / step.clamp_min(2**-24), 0.0)
+    codes = codes_of(planes)
+    assert (codes <= exact + 1e-4).all()
+    assert (codes >= torch.minimum(exact, torch.tensor(256.0)) - 1 - 1e-4).all()
+    padded = num_groups(planes.columns, group) * group
+    assert all(code_of(planes, r, c) == 0 for r in range(planes.rows) for c in range(planes.columns, padded))
+
+
+@settings(max_examples=15, deadline=None)
+@given(weights())
+def test_lower_rungs_are_the_top_of_the_code(drawn: tuple[Tensor, int]) -> None:
+    planes = encode(*drawn)
+    for rung, missing in MISSING.items():
+        lower = planes.at(rung)
+        assert (lower.rung, lower.missing_bits) == (rung, missing)
+        assert torch.equal(codes_of(lower) >> missing, codes_of(planes) >> missing)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(lower.planes, planes.planes, strict=False))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packing_is_the_documented_layout(group: int, bits: int) -> None:
+    codes = torch.randint(2**bits, (3, 2, group), dtype=torch.uint8)
+    width = group * bits // 8
+    packed = [[[0] * width for _ in range(2)] for _ in range(3)]
+    for r in range(3):
+        for g in range(2):
+            for i in range(group):
+                packed[r][g][i % width] |= int(codes[r, g, i]) << bits * (i // width)
+    assert module._pack(codes, bits).tolist() == packed
+    assert torch.equal(module._unpack(torch.tensor(packed, dtype=torch.uint8), bits), codes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from([(), (1,), (3,), (2, 2)]))
+def test_product_is_decode_times_x(drawn: tuple[Tensor, int], rung: str, batch: tuple[int, ...]) -> None:
+    planes = encode(*drawn).at(rung)
+    x = torch.randn(*batch, planes.columns, dtype=torch.float64)
+    dense = decode(planes, torch.float64)
+    expected, size = x @ dense.T, x.abs() @ dense.abs().T  # [..., rows]
+    lo, step = (scale.abs().amax() for scale in scales_of(planes))
+    cancelled = (lo + 256 * step) * x.abs().sum(-1, keepdim=True)  # partial sums may cancel
+    assert ((product(x, planes) - expected).abs() <= 2**-22 * size + 1e-13 * cancelled).all()
+    single = product(x.float(), planes)
+    assert single.dtype == torch.float32
+    assert single.shape == (*batch, planes.rows)
+    assert ((single - expected).abs() <= 1e-5 * cancelled).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from(DTYPES))
+def test_strides_of_inputs_and_output_change_no_bit(drawn: tuple[Tensor, int], rung: str, dtype: torch.dtype) -> None:
+    weight, group = drawn
+    planes = encode(weight, group).at(rung)
+    plain = decode(planes, dtype)
+    with shared_storage(planes) as strided:
+        transposed = torch.empty(planes.columns, planes.rows, dtype=dtype)
+        assert decode(strided, dtype, out=transposed.T).data_ptr() == transposed.data_ptr()
+        assert torch.equal(transposed.T, plain)
+        sliced = torch.zeros(planes.rows, 2 * planes.columns, dtype=dtype)
+        decode(strided, dtype, out=sliced[:, 1::2])
+        assert torch.equal(sliced[:, 1::2], plain)
+        assert not sliced[:, ::2].any()
+        x = torch.randn(2, planes.columns)
+        assert torch.equal(product(x, strided), product(x, planes))
+    from_strided = encode(weight.T.contiguous().T, group)
+    assert torch.equal(decode(from_strided.at(rung), dtype), plain)
+
+
+def test_views_of_a_neuron_bundle_decode_alike() -> None:
+    gate, up = encode(torch.randn(6, 96)), encode(torch.randn(6, 96))
+    bundle = torch.stack([gate.planes[0], up.planes[0]], dim=1)  # [neurons, parts, bytes]
+    for part, whole in enumerate((gate, up)):
+        view = Planes((bundle[:, part, :],), whole.scales, 96, 64)
+        assert torch.equal(decode(view, torch.float32), decode(whole.at("int2"), torch.float32))
+
+
+@settings(max_examples=25, deadline=None)
+@given(weights(), st.sampled_from(list(RUNGS)), st.integers(1, 700))
+def test_decode_does_not_depend_on_its_blocks(drawn: tuple[Tensor, int], rung: str, block: int) -> None:
+    planes = encode(*drawn).at(rung)
+    whole = decode(planes, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK", block)
+        assert torch.equal(decode(planes, torch.float32), whole)
+
+
+def test_encode_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(9, 333)
+    whole = encode(weight)
+    monkeypatch.setattr(module, "_BLOCK", 150)
+    blocked = encode(weight)
+    assert torch.equal(blocked.scales, whole.scales)
+    assert all(torch.equal(a, b) for a, b in zip(blocked.planes, whole.planes, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, 0.1, -1e-7, 1e-9, 3e-40, 65504.0, -65504.0])
+@pytest.mark.parametrize("rung", list(RUNGS))
+def test_constant_rows_come_back(value: float, rung: str) -> None:
+    planes = encode(torch.full((2, 70), value)).at(rung)
+    error = (decode(planes, torch.float64) - torch.tensor(value)).abs().max()
+    assert error <= fp16_ulp(torch.tensor(value, dtype=torch.float64)) / 2
+    if float(torch.tensor(value).half()) == float(torch.tensor(value)):
+        assert error == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 65536.0, -7e4, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_codes_cannot_hold_are_refused(bad: float, dtype: torch.dtype) -> None:
+    weight = torch.zeros(4, 130, dtype=dtype)
+    weight[2, 129] = bad
+    with pytest.raises(QuantizationError, match=r"row 2 .*unquantised"):
+        encode(weight)
+
+
+def test_the_refused_row_is_counted_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 64)
+    weight = torch.zeros(4, 130)
+    weight[3, 100] = math.nan
+    with pytest.raises(QuantizationError, match="row 3 "):
+        encode(weight)
+
+
+def test_sizes_add_up() -> None:
+    planes = encode(torch.randn(3, 130), 64)
+    assert [p.shape[1] for p in planes.planes] == [plane_row_bytes(130, 64, p) for p in range(3)] == [48, 48, 96]
+    assert planes.scales.shape[1:].numel() * 2 == scale_row_bytes(130, 64) == 12
+    assert sum(PLANE_BITS) == 8
+    assert list(PLANE_SHIFTS) == [8 - sum(PLANE_BITS[: p + 1]) for p in range(3)]
+
+
+@pytest.mark.parametrize("rung", list(RUNGS))
+def test_no_rows_are_no_error(rung: str) -> None:
+    planes = encode(torch.empty(0, 40)).at(rung)
+    assert decode(planes, torch.float16).shape == (0, 40)
+    assert product(torch.zeros(2, 40), planes).shape == (2, 0)
+
+
+def test_misuse_is_a_named_error() -> None:
+    planes = encode(torch.randn(2, 64))
+    low = planes.at("int2")
+    attempts = [
+        lambda: encode(torch.randn(64)),
+        lambda: encode(torch.randn(2, 64, dtype=torch.float64)),
+        lambda: encode(torch.randn(2, 64), 48),
+        lambda: encode(torch.empty(2, 0)),
+        lambda: low.at("int4"),
+        lambda: planes.at("int3"),
+        lambda: decode(planes, torch.float32, out=torch.empty(2, 63)),
+        lambda: decode(planes, torch.float32, out=torch.empty(2, 64, dtype=torch.float16)),
+        lambda: product(torch.randn(3, 63), planes),
+        lambda: product(torch.randn(3, 64).half(), planes),
+        lambda: Planes((), planes.scales, 64, 64),
+        lambda: Planes(planes.planes, planes.scales.float(), 64, 64),
+        lambda: Planes(planes.planes[1:], planes.scales, 64, 64).at("int8"),
+        lambda: Planes((planes.planes[2],), planes.scales, 64, 64),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UsageError):
+            attempt()
+    assert issubclass(UsageError, TiercacheError)
+
+
+def test_decode_stays_within_its_scratch() -> None:
+    planes = encode(torch.randn(600, 5000).bfloat16())  # three blocks
+    out = torch.empty(5000, 600, dtype=torch.bfloat16).T
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        decode(planes, torch.bfloat16, out=out)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert 0 < peak <= DECODE_SCRATCH_BYTES
