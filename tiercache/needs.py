@@ -25,7 +25,7 @@ from tiercache.store.reader import Reader
 
 
 _PACKED_BYTES = 32 << 20
-_SCRATCH_PER_WEIGHT = 8  # bytes that decoding a weight takes in passing, before the bound sets in
+_SCRATCH_PER_WEIGHT = 6  # bytes that decoding a weight takes in passing, before the bound sets in
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _compute_reserve(
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
         "workspace": workspace + scratch,
-        "allocator": _allocator_bytes(opened, rehearsal.workspace_bytes + scratch),
+        "allocator": _allocator_bytes(opened, rehearsal.workspace_bytes),
     }
     if opened.memory is None or device.type != "cpu":
         own = dict(opened.skeleton.named_parameters())
@@ -119,7 +119,7 @@ def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:
     the matrix kernels pack blocks of the weights they multiply by, up to some 30 MB in all for large ones.
     """
     largest = max(unit.slot_bytes for unit in opened.manifest.units)
-    return passing_bytes + min(4 * largest, _PACKED_BYTES)
+    return passing_bytes + min(2 * largest, _PACKED_BYTES)
 
 
 def _rest(opened: Opened) -> list[str]:

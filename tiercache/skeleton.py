@@ -3,10 +3,12 @@
 Builds the real class on the meta device and names its parts. Knows nothing of files' bytes, stores or tiers.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from tiercache.errors import UnsupportedModelError
+from tiercache.errors import StoreError, UnsupportedModelError
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -93,6 +95,30 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_config(folder: Path) -> transformers.PretrainedConfig:
+    """The configuration that lies in `folder`; code that a repository brings along is never run.
+
+    Raises:
+        StoreError: there is none, or it cannot be read.
+        UnsupportedModelError: of a kind that transformers does not know.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise StoreError(f"{folder} has no config.json, so it is no transformers checkpoint; name its folder")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise StoreError(f"{file} cannot be read ({error}); download it again") from error
+    try:
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return config
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} does not know the model type {kind!r}; use a newer transformers, "
+            "or another model"
+        ) from error
 
 
 def build(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from .data import Windows, read_texts, split_files, token_stream, train_tokenizer
 from .perplexity import heldout_loss, heldout_text, heldout_tokens
-from .schedule import Hyper, batch_size, learning_rate, windows_before
+from .schedule import Hyper, learning_rate
 
 HERE = Path(__file__).parent
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -148,8 +148,8 @@ class Trainer:
     def _train_step(self) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.hyper, self.step)
-        first, count = windows_before(self.hyper, self.step), batch_size(self.hyper, self.step)
-        loss = self._loss(*self._windows.batch(first, count))
+        batch = self.hyper.batch
+        loss = self._loss(*self._windows.batch(self.step * batch, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.hyper.clip_norm)
         self._optimizer.step()
@@ -171,7 +171,7 @@ class _Progress:
             return
         count, now = len(self._losses), time.perf_counter()
         step_s = (now - self._since) / count
-        pace = batch_size(self._hyper, step) * self._hyper.window / step_s
+        pace = self._hyper.batch * self._hyper.window / step_s
         left_s = (self._hyper.steps - step - 1) * step_s
         mean = sum(self._losses) / count
         where = f"step {step + 1}/{self._hyper.steps}"
@@ -228,7 +228,7 @@ def _report(
         "training_files": len(texts),
         "training_bytes": sum(len(text.encode()) for text in texts),
         "training_tokens": len(stream),
-        "tokens_seen": windows_before(hyper, hyper.steps) * hyper.window,
+        "tokens_seen": hyper.steps * hyper.batch * hyper.window,
         "seconds": round(trainer.seconds),
         "threads": torch.get_num_threads(),
         "versions": {

@@ -13,6 +13,7 @@ import torch
 
 import tiercache
 from profiler import probe
+from tiercache import stats as stats_module
 from tiercache.bench import shapes
 from tiercache.config import Precision, human
 
@@ -59,6 +60,7 @@ def bench(
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
     disk = probe.disk_read(_largest_file(path))
     dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
+    peak_rss_bytes = stats_module.peak_rss_bytes()  # the roofs' buffers included
     if not keep:
         for file in path.iterdir():
             file.unlink()
@@ -91,6 +93,7 @@ def _result(run: dict[str, Any]) -> dict[str, Any]:
         "roof_s": roof_s,
         "bound": "ssd" if disk_s > dram_s else "dram",
         "over_roof": pass_s / roof_s,
+        "peak_rss_bytes": run["peak_rss_bytes"],
         "stats": run["stats"],
     }
 
@@ -116,7 +119,7 @@ def report(result: dict[str, Any]) -> str:
             f"  {name:<11} peak {human(tier['peak_bytes'])} of {human(tier['capacity_bytes'])}, hits {tier['hits']}, "
             f"misses {tier['misses']}, stalls {stalls}"
         )
-    return "\n".join([*lines, f"  peak RSS    {human(stats['peak_rss_bytes'])}"])
+    return "\n".join([*lines, f"  peak RSS    {human(result['peak_rss_bytes'])}"])
 
 
 def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float]]:

@@ -7,6 +7,7 @@ ends with the same bytes as one that ran through. The finished folder is renamed
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -89,7 +90,9 @@ def convert(
         EnvironmentUnsupportedError: not enough disk, or no permission.
     """
     if compress not in ("auto", "on", "off"):
-        raise UsageError(f"compress={compress!r} is not one of 'auto', 'on', 'off'")
+        raise UsageError(f"compress={compress!r} is not known; choose 'auto', 'on' or 'off'")
+    if group not in codes.GROUPS:
+        raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, codes.GROUPS))}")
     source = Source.open(checkpoint)
     job = _Conversion(source, Path(store).expanduser(), group, compress)
     if dry_run:
@@ -112,6 +115,7 @@ class _Conversion:
             "group": group,
             "plane_bits": list(codes.PLANE_BITS),
             "compress": compress,
+            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._copied()},
         }
 
     def already_done(self) -> bool:
@@ -270,7 +274,7 @@ def _clear_io_errors(folder: Path) -> Iterator[None]:
             raise EnvironmentUnsupportedError(
                 f"the disk of {folder} is full; what is done is kept: free some space and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise EnvironmentUnsupportedError(
                 f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
             ) from error

@@ -72,7 +72,7 @@ class PlaneStore:
                 "again"
             )
         _check_lengths(path, contents)
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = skeleton.read_config(path)
         if config.model_type != contents.meta["model_type"]:
             raise StoreError(
                 f"{path}: config.json describes {config.model_type!r}, the catalogue "
@@ -163,9 +163,13 @@ class PlaneStore:
                 advance(extent.stored_bytes)
                 if not good:
                     bad.append(f"{record.name!r} in {name} at byte {extent.offset}")
+        for name, digest in self.contents.meta["files"].items():
+            file = self.folder / name
+            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                bad.append(f"the file {name}")
         if bad:
             raise StoreError(
-                f"{self.folder}: {len(bad)} of {len(jobs)} extents are corrupt, first {bad[0]}; "
+                f"{self.folder}: {len(bad)} of {len(jobs) + len(self.contents.meta['files'])} parts are corrupt, first {bad[0]}; "
                 "check the disk and convert the checkpoint again"
             )
         return Verification(str(self.folder), len(jobs), total)

@@ -54,9 +54,7 @@ class Source:
             UnsupportedModelError: an architecture or layout that tiercache does not run.
         """
         folder = resolve(path_or_id)
-        if not (folder / "config.json").is_file():
-            raise StoreError(f"{folder} has no config.json, so it is no transformers checkpoint; name its folder")
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = skeleton.read_config(folder)
         skeleton.refuse_experts(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(

@@ -1,0 +1,103 @@
+"""Shared by all tests: no network, repeatable examples, checkpoints and stores made once, children that start fast."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never asks the network
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import architectures
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tiercache.store.convert import convert
+
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)  # two shared cores: time proves nothing, and a failure must come back
+settings.load_profile("tests")
+
+# Children are forked from a server that has imported everything and runs one thread, so one costs milliseconds.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch", "transformers", "architectures", "tiercache.store.planestore", "conftest"])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint(name, dtype, shard)`: the folder of a tiny checkpoint, made once; for reading only."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.float32, shard: str = "50GB") -> Path:
+        if (name, dtype, shard) not in made:
+            folder = tmp_path_factory.mktemp(name) / "checkpoint"
+            architectures.save(name, folder, dtype, shard)
+            made[name, dtype, shard] = folder
+        return made[name, dtype, shard]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def plane_store(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`plane_store(name, group, compress)`: the plane store of a tiny checkpoint, made once; for reading only."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(name: str, group: int = 64, compress: str = "off") -> Path:
+        if (name, group, compress) not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-store") / "store"
+            convert(checkpoint(name), folder, group=group, compress=compress)
+            made[name, group, compress] = folder
+        return made[name, group, compress]
+
+    return get
+
+
+class ChildDiedError(Exception):
+    """A child ended without an answer."""
+
+
+@pytest.fixture(scope="session")
+def start_child() -> Callable[..., tuple[BaseProcess, Connection]]:
+    """`start_child(function, *arguments)`: runs it in a fresh process, `function` being given a pipe's end first."""
+
+    def start(function: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
+        here, there = _FORKS.Pipe()
+        process = _FORKS.Process(target=function, args=(there, *arguments), daemon=True)
+        process.start()
+        there.close()  # so that the child's death ends the pipe
+        return process, here
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def in_child(start_child: Callable[..., tuple[BaseProcess, Connection]]) -> Callable[..., Any]:
+    """`in_child(function, *arguments)`: what it returns, or raises, in a fresh process."""
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        process, pipe = start_child(_answer, function, arguments)
+        try:
+            good, outcome = pipe.recv()
+        except EOFError as error:
+            process.join()
+            raise ChildDiedError(f"{function.__name__} died with exit code {process.exitcode}") from error
+        process.join()
+        if not good:
+            raise outcome
+        return outcome
+
+    return run
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        pipe.send((True, function(*arguments)))
+    except BaseException as error:
+        pipe.send((False, error))

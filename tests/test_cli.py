@@ -1,0 +1,319 @@
+"""The command line as a user meets it: data on stdout, text on stderr, and the exit code of each kind of trouble."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+import typer
+from tokenizers import decoders, models, pre_tokenizers
+from typer.testing import CliRunner, Result
+
+from tiercache import cli
+
+PROMPT = "def read_lines(path):\n"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def save_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, 0 and 1 for the specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def save_model(folder: Path, *, hidden: int = 64, layers: int = 3, dtype: torch.dtype = torch.float32) -> None:
+    """A random Llama that never wants to stop."""
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
+    save_model(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "store"
+    assert call("convert", checkpoint, folder, "--compress", "off").exit_code == 0
+    return folder
+
+
+def call(*arguments: object, given: str | None = None) -> Result:
+    plain = {"FORCE_COLOR": None, "NO_COLOR": "1"}
+    return CliRunner(env=plain).invoke(cli.app, [str(argument) for argument in arguments], input=given)
+
+
+def data(result: Result) -> dict[str, Any]:
+    """The one line of JSON on stdout; anything else there is an error."""
+    (line,) = result.stdout.splitlines()
+    plain: dict[str, Any] = json.loads(line)
+    return plain
+
+
+def refused(result: Result, exit_code: int, kind: str) -> str:
+    """The message of an error that was told in both ways."""
+    assert result.exit_code == exit_code, result.output
+    error = data(result)
+    assert (error["schema"], error["error"], error["exit_code"]) == ("tiercache.error/1", kind, exit_code)
+    message: str = error["message"]
+    assert f"error: {message}" in result.stderr
+    assert "Traceback" not in result.stderr
+    return message
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    code = (  # a shell that runs tests in the background has its children ignore interrupts
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tiercache.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def resident(checkpoint: Path, tokens: int, prompt: str = PROMPT) -> tuple[str, list[int]]:
+    """What transformers itself generates."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    new = new[0, ids.shape[1] :].tolist()
+    return tokenizer.decode(new, skip_special_tokens=True), new
+
+
+def test_help_and_import_need_no_torch() -> None:
+    code = (
+        "import sys, tiercache.cli\n"
+        "try: tiercache.cli.app(['run', '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", ["convert", "verify", "inspect", "run", "bench", "doctor"])
+def test_every_command_has_help_and_json(name: str) -> None:
+    command: Any = typer.main.get_command(cli.app)
+    options = {option for parameter in command.commands[name].params for option in parameter.opts}
+    assert {"--json", "--quiet"} <= options
+    assert command.commands[name].help
+    assert call(name, "--help").exit_code == 0
+
+
+def test_version() -> None:
+    assert call("--version").stdout == "tiercache 0.1.0\n"
+
+
+def test_convert_verify_inspect(checkpoint: Path, tmp_path: Path) -> None:
+    made = call("convert", checkpoint, tmp_path / "store", "--group", 32, "--json")
+    assert data(made)["schema"] == "tiercache.convert/1"
+    assert "MB/s" in made.stderr
+    again = call("convert", checkpoint, tmp_path / "store", "--group", 32)
+    assert "is there already" in again.stderr
+    assert again.stdout == ""
+    other = call("convert", checkpoint, tmp_path / "store", "--group", 64, "--json")
+    assert "group" in refused(other, 4, "StoreError")
+
+    checked = call("verify", tmp_path / "store", "--json")
+    assert data(checked)["extents"] > 0
+    found = call("inspect", tmp_path / "store", "--json")
+    assert data(found)["group"] == 32
+    assert "a pass at int4 reads" in found.stderr
+    assert call("inspect", tmp_path / "store", "--quiet").output == ""
+
+
+def test_dry_run_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    result = call("convert", checkpoint, tmp_path / "store", "--dry-run", "--json")
+    assert data(result)["store_bytes"] > 0
+    assert "would make a store" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_equals_transformers(checkpoint: Path) -> None:
+    text, tokens = resident(checkpoint, 8)
+    result = call("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 8, "--json")
+    found = data(result)
+    assert (found["schema"], found["text"], found["tokens"]) == ("tiercache.run/1", text, tokens)
+    assert found["prompt_tokens"] == len(PROMPT)
+    assert found["stats"]["schema"] == "tiercache.stats/1"
+    assert found["plan"]["schema"] == "tiercache.plan/1"
+    assert "the original weights" in result.stderr
+    assert "peak RSS" in result.stderr
+
+
+def test_run_streams_within_tight_budgets(checkpoint: Path) -> None:
+    text, _ = resident(checkpoint, 8)
+    budgets = ("--hbm", "1MiB", "--dram", "34MiB")
+    result = call("run", checkpoint, "--prompt", "-", "--max-new-tokens", 8, *budgets, given=PROMPT)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == text + "\n"
+    assert "hbm " in result.stderr
+    assert call("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 8, "--quiet").output == text + "\n"
+
+
+def test_run_a_store(checkpoint: Path, store: Path) -> None:
+    options = ("--prompt", PROMPT, "--precision", "int8", "--max-new-tokens", 4, "--json")
+    result = call("run", store, "--checks", *options)
+    assert len(data(result)["tokens"]) == 4
+    assert "int8 weights" in result.stderr
+    own = call("run", checkpoint, "--store", store, *options)
+    assert data(own)["tokens"] == data(result)["tokens"]
+    assert "precision=" in refused(call("run", store, "--prompt", PROMPT, "--json"), 2, "UsageError")
+
+
+def test_sampling_follows_its_seed(checkpoint: Path) -> None:
+    def sample(seed: int, *more: object) -> list[int]:
+        options = ("--temperature", 1.5, "--seed", seed, "--max-new-tokens", 4, "--json", *more)
+        tokens: list[int] = data(call("run", checkpoint, "--prompt", PROMPT, *options))["tokens"]
+        return tokens
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(1, "--top-k", 1) == resident(checkpoint, 4)[1]
+
+
+def test_chat_uses_the_template(checkpoint: Path) -> None:
+    _, tokens = resident(checkpoint, 4, "<user>hello<assistant>")
+    result = call("run", checkpoint, "--chat", "--prompt", "hello", "--max-new-tokens", 4, "--json")
+    assert data(result)["tokens"] == tokens
+
+
+def test_the_bundled_model_is_the_default(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "PICO", checkpoint)
+    assert len(data(call("run", "--max-new-tokens", 2, "--json"))["tokens"]) == 2
+    monkeypatch.setattr(cli, "PICO", checkpoint / "nowhere")
+    assert "tiercache run MODEL" in refused(call("run", "--json"), 2, "UsageError")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--hbm", "22 parsecs"), "22 parsecs"),
+        (("--precision", "int3"), "int3"),
+        (("--device", "tpu"), "tpu"),
+        (("--top-p", "0"), "--top-p"),
+        (("--top-k", "5"), "--temperature 0"),
+        (("--prompt", ""), "no token"),
+    ],
+)
+def test_bad_values_are_usage_errors(checkpoint: Path, options: tuple[str, str], says: str) -> None:
+    assert says in refused(call("run", checkpoint, "--prompt", PROMPT, *options, "--json"), 2, "UsageError")
+
+
+def test_missing_things_are_usage_errors(checkpoint: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    for command in (("run", nowhere, "--prompt", "x"), ("convert", nowhere, tmp_path / "store"), ("verify", nowhere)):
+        assert "nowhere" in refused(call(*command, "--json"), 2, "UsageError")
+    assert "--prompt" in refused(call("run", checkpoint, "--json"), 2, "UsageError")
+    unknown = call("run", checkpoint, "--speed", "ludicrous", "--json")
+    assert unknown.exit_code == 2
+    assert data(unknown)["error"] == "NoSuchOption"
+    assert call("frobnicate").exit_code == 2
+
+
+def test_too_little_memory_says_how_much(checkpoint: Path) -> None:
+    result = call("run", checkpoint, "--prompt", PROMPT, "--dram", "100KB", "--json")
+    message = refused(result, 3, "DoesNotFitError")
+    assert data(result)["missing_bytes"] > 0
+    assert f"{data(result)['missing_bytes']} bytes" in message
+    few = call("run", checkpoint, "--prompt", PROMPT, "--context", 8, "--json")
+    assert "--context" in refused(few, 3, "ContextExceededError")
+
+
+def test_verify_finds_one_flipped_byte(checkpoint: Path, tmp_path: Path) -> None:
+    call("convert", checkpoint, tmp_path / "store", "--compress", "off")
+    file = max((tmp_path / "store").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "corrupt" in refused(call("verify", tmp_path / "store", "--json"), 4, "StoreError")
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    refused(call("verify", tmp_path, "--json"), 4, "StoreError")
+    refused(call("run", tmp_path, "--prompt", "x", "--json"), 4, "StoreError")
+    save_model(tmp_path, layers=1)
+    assert "tokenizer" in refused(call("run", tmp_path, "--prompt", "x", "--json"), 4, "StoreError")
+
+
+def test_absent_gpu_is_an_environment_error(checkpoint: Path) -> None:
+    result = call("run", checkpoint, "--prompt", PROMPT, "--device", "cuda:77", "--json")
+    assert "doctor" in refused(result, 5, "EnvironmentUnsupportedError")
+
+
+def test_the_unexpected_is_one_line_unless_debugged(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*_: object) -> None:
+        raise ZeroDivisionError("a bug\nwith details")
+
+    monkeypatch.setattr(cli, "_encode", break_down)
+    command = ("run", checkpoint, "--prompt", PROMPT)
+    assert "ZeroDivisionError: a bug;" in refused(call(*command, "--json"), 1, "ZeroDivisionError")
+    assert "Traceback" in call("--debug", *command).stderr
+
+
+def test_bench(tmp_path: Path) -> None:
+    result = call("bench", "--shape", "tiny", "--tokens", 2, "--folder", tmp_path / "models", "--json")
+    assert data(result)["schema"] == "tiercache.bench/1"
+    assert "the roof" in result.stderr
+    refused(call("bench", "--shape", "galaxy", "--folder", tmp_path, "--json"), 2, "UsageError")
+
+
+def test_interrupted_run(checkpoint: Path) -> None:
+    with start("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 2_000, "--json") as process:
+        assert process.stderr is not None
+        assert "each pass needs" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert json.loads(stdout)["exit_code"] == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_interrupted_conversion_goes_on(tmp_path: Path) -> None:
+    save_model(tmp_path / "checkpoint", hidden=512, layers=8, dtype=torch.bfloat16)
+    partial = tmp_path / "store.partial"
+    command = ("convert", tmp_path / "checkpoint", tmp_path / "store", "--compress", "off")
+    with start(*command) as process:
+        while not list(partial.glob("plane*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert str(partial) in stderr
+    assert partial.is_dir()
+    assert call(*command).exit_code == 0
+    assert not partial.exists()
+
+
+def test_a_closed_pipe_is_no_crash(checkpoint: Path) -> None:
+    with start("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 4, "--quiet") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        stderr = process.stderr.read()
+    assert process.returncode == 1
+    assert "Traceback" not in stderr

@@ -1,0 +1,163 @@
+"""The house rules that a machine can check: one-way imports, small files and functions, no globals, docstrings."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+PACKAGES = ("policies", "profiler", "tiercache")  # a package imports from itself and from those to its left
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# Lowest first: inside tiercache a file imports only from entries above it in this list. An entry that is a package
+# stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
+# the engine.
+LADDER = (
+    *("errors", "config", "stats", "progress", "planes", "skeleton"),
+    *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
+    *("store.manifest", "store.memory", "store.encode", "store.writer", "store.convert", "store.planestore"),
+    "plan",
+    *("tiers.slab", "tiers.tier", "tiers.transfer", "tiers.stack"),
+    *("model.rehearse", "model.binding", "model.embedding", "model.attach", "model.guard"),
+    *("opening", "needs", "engine", "tiercache", "doctor", "bench", "cli", "__main__"),
+)
+
+# The only torch-free promise that is made file by file.
+TORCH_FILE = "profiler.probe"
+
+
+def _files() -> dict[str, Path]:
+    """Every module of the three packages, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((HOUSE / package).rglob("*.py")):
+            parts = path.relative_to(HOUSE).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES = _files()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def imports(name: str) -> set[str]:
+    """Modules that a module imports, function-level imports included; ours as deep as they are files.
+
+    An `if TYPE_CHECKING` block counts as well, for it hides a cycle and does not remove it.
+    """
+    found: set[str] = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: relative import"
+            module = str(node.module)
+            deeper = {f"{module}.{alias.name}" for alias in node.names} & FILES.keys()
+            names_something_else = len(deeper) < len(node.names)
+            found |= deeper | ({module} if names_something_else else set())
+    return found - {name}
+
+
+def rung(module: str) -> int | None:
+    """Place on the ladder of a module of tiercache."""
+    within = module.removeprefix("tiercache.")
+    places = [place for place, entry in enumerate(LADDER) if within == entry or within.startswith(entry + ".")]
+    return places[0] if places else None
+
+
+def public(name: str) -> Iterator[tuple[str, ast.AST]]:
+    """A module, its public classes and functions, and their public methods."""
+    yield name, TREES[name]
+    stack: list[tuple[str, ast.AST]] = [(name, TREES[name])]
+    while stack:
+        prefix, parent = stack.pop()
+        for node in getattr(parent, "body", ()):
+            if isinstance(node, _DEFINITIONS) and not node.name.startswith("_"):
+                yield f"{prefix}.{node.name}", node
+                if isinstance(node, ast.ClassDef):
+                    stack.append((f"{prefix}.{node.name}", node))
+
+
+def test_the_walk_finds_the_house() -> None:
+    assert {"policies.residency", "profiler.probe", "tiercache", "tiercache.store.convert"} <= FILES.keys()
+    assert "tiercache.store.reader" in imports("tiercache.store.convert")
+    assert "policies.residency" in imports("tiercache.tiers.tier")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_packages_import_leftwards(name: str) -> None:
+    own = PACKAGES.index(name.split(".")[0])
+    rightwards = {module for module in imports(name) if module.split(".")[0] in PACKAGES[own + 1 :]}
+    assert not rightwards
+    assert not {module for module in imports(name) if module.split(".")[0] in ("examples", "tests")}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[0] == "policies"])
+def test_policies_know_only_numpy_and_the_standard_library(name: str) -> None:
+    roots = {module.split(".")[0] for module in imports(name)}
+    assert roots <= {"policies", "numpy", *sys.stdlib_module_names}
+    assert not roots & {"time", "datetime", "random", "threading", "asyncio"}  # no clock, no chance, no threads
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[0] == "profiler" and name != TORCH_FILE])
+def test_profiler_uses_torch_only_in_the_probe(name: str) -> None:
+    assert not {module.split(".")[0] for module in imports(name)} & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split(".")[0] == "tiercache"])
+def test_tiercache_imports_down_the_ladder(name: str) -> None:
+    below = {module: rung(module) for module in imports(name) if module.split(".")[0] == "tiercache"}
+    own = rung(name)
+    if FILES[name].name == "__init__.py" and not below:
+        return
+    assert own is not None, f"{name} has no place on the ladder in {__file__}: enter it above whatever imports it"
+    for module, other in below.items():
+        assert other is not None, f"{name} imports {module}, which stands on no rung"
+        same_package = other == own and name.count(".") > 1
+        assert other < own or same_package, f"{name} imports {module}, which does not stand below it"
+
+
+def test_no_cycle_anywhere() -> None:
+    left = {name: imports(name) & FILES.keys() for name in FILES}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import one another in a circle: {sorted(left)}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "loaded"),
+    [
+        ("import tiercache; tiercache.TiercacheError", set()),
+        ("import policies.pinned, policies.residency", set()),
+        ("import tiercache, numpy", {"numpy"}),  # or the test would see nothing
+    ],
+)
+def test_importing_the_package_imports_nothing_heavy(statement: str, loaded: set[str]) -> None:
+    code = f"{statement}; import sys; print(*({{'torch', 'transformers', 'numpy', 'lmdb'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HOUSE)
+    assert set(found.stdout.split()) == loaded
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_habits(name: str) -> None:
+    lines = FILES[name].read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_FILE_LINES, f"{lines} lines"
+    for node in ast.walk(TREES[name]):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: global"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+        if isinstance(node, _FUNCTIONS):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name].stat().st_size])
+def test_everything_public_is_documented(name: str) -> None:
+    bare = [what for what, node in public(name) if ast.get_docstring(node) is None]
+    assert not bare

@@ -1,0 +1,5 @@
+"""`python -m tiercache` is the same as `tiercache`."""
+
+from tiercache.cli import main
+
+main()
