@@ -38,8 +38,15 @@ def save_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 def save_model(folder: Path, *, hidden: int = 64, layers: int = 3, dtype: torch.dtype = torch.float32) -> None:
     """A random Llama that never wants to stop."""
     config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=258,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)

@@ -143,9 +143,7 @@ def test_file_systems(kind: str, state: str) -> None:
     assert doctor.file_system_check(kind, Path("/data")).state == state
 
 
-@pytest.mark.parametrize(
-    ("gbps", "direct", "state"), [(3.0, True, "ok"), (0.1, True, "warn"), (3.0, False, "warn")]
-)
+@pytest.mark.parametrize(("gbps", "direct", "state"), [(3.0, True, "ok"), (0.1, True, "warn"), (3.0, False, "warn")])
 def test_disk_reads(gbps: float, direct: bool, state: str) -> None:
     assert doctor.reads_check(ReadRoof(gbps, 4, 2 << 20, direct)).state == state
 

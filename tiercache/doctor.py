@@ -43,8 +43,20 @@ _LITTLE_MEMORY_BYTES = 2 << 30
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.sshfs", "fuse.s3fs", "virtiofs")
 _MEMORY = ("tmpfs", "ramfs")
 _FEATURES = (
-    "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16",
-    "asimd", "asimddp", "i8mm", "sve",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
 )
 
 

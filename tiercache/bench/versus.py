@@ -58,12 +58,20 @@ def versus(contest: Contest) -> dict[str, Any]:
             rows[name] = row
     ours = rows["tiercache"]["seconds_per_token"]
     faster = {name: row["seconds_per_token"] / ours for name, row in rows.items() if name != "tiercache"}
-    return {"schema": SCHEMA, "shape": contest.shape, "cap_bytes": contest.cap_bytes, "rows": rows, "faster_than": faster}
+    return {
+        "schema": SCHEMA,
+        "shape": contest.shape,
+        "cap_bytes": contest.cap_bytes,
+        "rows": rows,
+        "faster_than": faster,
+    }
 
 
 def report(result: dict[str, Any]) -> str:
     """A table for a person."""
-    lines = [f"{result['shape']}, bf16, every process capped at {human(result['cap_bytes'])} of RAM, page cache included"]
+    lines = [
+        f"{result['shape']}, bf16, every process capped at {human(result['cap_bytes'])} of RAM, page cache included"
+    ]
     for name, row in result["rows"].items():
         lines.append(
             f"  {name:<18} {row['seconds_per_token']:.3f} s a token, first pass {row['first_pass_s']:.2f} s, "
