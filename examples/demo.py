@@ -1,7 +1,7 @@
 """The main job in one screen: a model larger than the memory it is given writes text, with the resident model's logits.
 
 Runs the bundled pico model (11 MiB of weights) from its checkpoint and from a plane store made on the spot, with less
-memory than its weights, streams what it writes, and compares the logits bit by bit. Ends with exit code 1 if one differs.
+memory than its weights, streams what it writes, and compares the logits bit by bit; exit code 1 if one differs.
 """
 
 import json

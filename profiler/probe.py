@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+LEFTOVERS = ".tiercache-probe-*"  # what a probe that was killed leaves in its folder
 _BLOCK_BYTES = 4096
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -62,7 +63,7 @@ def disk_read(
 
 def folder_read(folder: Path, *, sample_bytes: int = 256 << 20) -> ReadRoof:
     """`disk_read` of a file made for the purpose in `folder` and removed again."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tiercache-probe-") as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=LEFTOVERS.removesuffix("*")) as file:
         block = os.urandom(4 << 20)
         for _ in range(sample_bytes // len(block)):
             file.write(block)

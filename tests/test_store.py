@@ -332,9 +332,6 @@ def outcomes(start_child: Callable[..., Any], *arguments: Any) -> dict[str, list
     return found
 
 
-@pytest.mark.xfail(
-    strict=True, reason="catalog: records have no checksum: other rows, members or scales' offsets go unnoticed"
-)
 def test_a_flipped_bit_in_the_catalogue_is_noticed_or_harmless(copy: Copy, start_child: Callable[..., Any]) -> None:
     folder = copy()
     size = (folder / "catalog.mdb").stat().st_size
@@ -350,7 +347,6 @@ def test_a_truncated_catalogue_is_noticed(copy: Copy, start_child: Callable[...,
     assert outcomes(start_child, copy(), [], [length]).keys() == {"noticed"}
 
 
-@pytest.mark.xfail(strict=True, reason="catalog.environment: LMDB maps the file; in one cut short it meets a SIGBUS")
 @pytest.mark.parametrize("cut_bytes", [1, 4096, 8192, 16_384, 28_672])
 def test_a_catalogue_without_its_end_is_noticed(copy: Copy, start_child: Callable[..., Any], cut_bytes: int) -> None:
     folder = copy()
@@ -381,7 +377,7 @@ def test_a_file_of_another_length_is_noticed_at_once(copy: Copy, file: str, chan
 def test_another_model_s_configuration_is_noticed(copy: Copy, checkpoint: Checkpoint) -> None:
     folder = copy()
     shutil.copy(checkpoint("qwen2") / "config.json", folder)
-    with pytest.raises(StoreError, match=r"'qwen2'.*'llama'"):
+    with pytest.raises(StoreError, match=r"config\.json"):
         PlaneStore.open(folder)
 
 
@@ -401,7 +397,6 @@ def test_verify_finds_another_configuration_of_the_same_family(copy: Copy, chang
         PlaneStore.open(folder).verify()
 
 
-@pytest.mark.xfail(strict=True, reason="PlaneStore.open compares only the model_type of config.json, not its checksum")
 @pytest.mark.parametrize("change", OTHER_CONFIGS)
 def test_opening_finds_another_configuration_of_the_same_family(copy: Copy, change: dict[str, Any]) -> None:
     """Another base of the rotary embedding makes plausible, wrong text: too cheap to check to be left to verify."""
@@ -524,7 +519,6 @@ def test_a_target_that_may_not_be_written(
 
 
 @as_root
-@pytest.mark.xfail(strict=True, reason="header.read_file: PermissionError comes through")
 def test_a_checkpoint_that_may_not_be_read(
     checkpoint: Checkpoint, public_folder: Path, in_child: Callable[..., Any]
 ) -> None:
@@ -544,7 +538,6 @@ def test_a_store_that_may_not_be_read(
         in_child(_as_nobody, _use, folder)
 
 
-@pytest.mark.xfail(strict=True, reason="convert: NotADirectoryError and FileExistsError come through")
 @pytest.mark.parametrize("store", ["file/store", "store"])
 def test_a_target_in_the_way_of_a_file(checkpoint: Checkpoint, tmp_path: Path, store: str) -> None:
     (tmp_path / "file").touch()
@@ -659,12 +652,7 @@ def running_elsewhere(copy: Copy) -> Iterator[Path]:
     "restart",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="convert.run: restart=True removes the folder before it is locked"
-            ),
-        ),
+        True,
     ],
 )
 def test_a_second_conversion_at_once_is_refused(running_elsewhere: Path, checkpoint: Checkpoint, restart: bool) -> None:
@@ -722,9 +710,7 @@ def _lie_about_space(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "tenths",
     [
-        pytest.param(
-            0.1, marks=pytest.mark.xfail(strict=True, reason="catalog.environment: lmdb.DiskError is called damage")
-        ),
+        0.1,
         *(0.5, 2, 4, 8, 9.5, 9.9, 10.2, 10.6),
     ],
 )
@@ -749,7 +735,6 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
     assert [path.name for path in store.parent.iterdir()] == ["store"]
 
 
-@pytest.mark.xfail(strict=True, reason="convert: measuring the disk writes 256 MiB, whatever there is and is needed")
 def test_measuring_the_disk_needs_no_more_space_than_there_is(
     checkpoint: Checkpoint, small_disk: Callable[[int], Path]
 ) -> None:
@@ -768,9 +753,6 @@ def test_weights_that_the_codes_cannot_hold(checkpoint: Checkpoint, tmp_path: Pa
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="encode.blocks: the message names no parameter, and the row counts from the block's first"
-)
 def test_weights_that_the_codes_cannot_hold_are_named(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

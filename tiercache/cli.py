@@ -342,7 +342,7 @@ def bench_command(
     options: dict[str, Any] = {"precision": precision, "hbm": hbm, "dram": dram, "tokens": tokens, "context": context}
     place: dict[str, Any] = {"folder": folder.expanduser(), "seed": seed, "keep": keep}
     result = shapes.bench(shape, **options, **place, show_progress=_progress(as_json, quiet))
-    _tell(shapes.report(result), result, as_json=True, quiet=quiet or as_json)  # a benchmark always ends with its line
+    _tell(shapes.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 
 
 @app.command("doctor")

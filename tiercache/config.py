@@ -5,6 +5,7 @@ Knows nothing of hardware: fractions and "auto" stay symbolic until `Budget.reso
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -57,13 +58,13 @@ class Budget:
         match = _SIZE.fullmatch(text)
         if match is None:
             raise UsageError(f"cannot read the size {text!r}; write it as '22GiB', '48GB', '50%' or 'auto'")
-        number, unit = float(match[1]), match[2].lower()
+        number, unit = Fraction(match[1]), match[2].lower()
         if unit == "%":
-            return cls._share(number / 100, text)
+            return cls._share(float(number / 100), text)
         if unit not in _UNITS:
             raise UsageError(f"unknown unit in {text!r}; use B, KB, MB, GB, TB, KiB, MiB, GiB, TiB or %")
         if unit == "" and "." in text:
-            return cls._share(number, text)
+            return cls._share(float(number), text)
         if (size_bytes := int(number * _UNITS[unit])) <= 0:
             raise UsageError(f"a budget of {text!r} holds nothing; give a size above zero, such as '8GiB'")
         return cls(size_bytes=size_bytes)
@@ -113,7 +114,7 @@ class OffloadConfig:
         for name, value in (("context", self.context), ("logits", self.logits)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
-        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+        if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise UsageError(f"unknown device {self.device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 

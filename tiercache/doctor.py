@@ -29,7 +29,7 @@ Probe = Callable[[Path], Iterable["Check"]]
 
 SCHEMA = "tiercache.doctor/1"
 # pyproject.toml's ranges, from the first that will do to the first that will not; a test compares them.
-RANGES = {"torch": ((2, 6), (3,)), "transformers": ((5,), (6,))}
+RANGES = {"torch": ((2, 6), (3,)), "transformers": ((5, 5), (6,))}
 PYTHON_FLOOR = (3, 11)
 # torch 2.15 dropped the last builds with code for Maxwell, Pascal and Volta.
 LEGACY_INSTALL = 'pip install "torch<2.15" --index-url <the cu126 index named on pytorch\'s install page>'
@@ -42,7 +42,7 @@ _SLOW_DISK_GBPS = 0.3
 _LITTLE_MEMORY_BYTES = 2 << 30
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.sshfs", "fuse.s3fs", "virtiofs")
 _MEMORY = ("tmpfs", "ramfs")
-_FEATURES = (
+_FEATURES = [
     "avx",
     "avx2",
     "fma",
@@ -57,7 +57,7 @@ _FEATURES = (
     "asimddp",
     "i8mm",
     "sve",
-)
+]
 
 
 @dataclass(frozen=True)

@@ -107,18 +107,29 @@ def offload(
         store=None if store is None else Path(store).expanduser(),
         checks=checks,
     )
+    with ExitStack() as stack:
+        yield _open(stack, model_or_path, config, show_progress, observe)
+
+
+def _open(
+    stack: ExitStack,
+    model_or_path: transformers.PreTrainedModel | str | Path,
+    config: OffloadConfig,
+    show_progress: bool | None,
+    observe: Observer,
+) -> transformers.PreTrainedModel:
+    """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
     opened = open_model(model_or_path, config, show_progress=show_progress)
     asked = demand(opened, config, target)
     made = _plan(opened, asked, config, target)
-    with ExitStack() as stack:
-        reader = stack.enter_context(Reader())
-        tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
-        stack.callback(tiers.close)
-        tiers.load(show_progress=show_progress)
-        stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats)
-        _attach(stack, opened, asked, made, tiers, reader, target, stats, config)
-        yield opened.model
+    reader = stack.enter_context(Reader())
+    tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
+    stack.callback(tiers.close)
+    tiers.load(show_progress=show_progress)
+    stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats)
+    _attach(stack, opened, asked, made, tiers, reader, target, stats, config)
+    return opened.model
 
 
 def resolve_device(name: str) -> torch.device:

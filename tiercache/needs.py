@@ -23,7 +23,6 @@ from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.reader import Reader
 
-
 _PACKED_BYTES = 32 << 20
 _SCRATCH_PER_WEIGHT = 6  # bytes that decoding a weight takes in passing, before the bound sets in
 

@@ -117,8 +117,10 @@ class Planes:
         return Planes(self.planes[:count], self.scales, self.columns, self.group)
 
 
-def encode(weight: Tensor, group: int = 64) -> Planes:
+def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     """Quantise `weight` [rows, columns] (fp32, fp16 or bf16, any strides) to all three planes, on its device.
+
+    Errors count rows from `first_row`, for callers that encode a matrix block by block.
 
     Raises QuantizationError for NaN, infinity or a magnitude above fp16's 65504, UsageError for other dtypes.
     """
@@ -135,7 +137,7 @@ def encode(weight: Tensor, group: int = 64) -> Planes:
         if ragged:  # repeat the last column: it changes no group's range
             values = torch.cat([values, values[:, -1:].expand(-1, ragged)], dim=1)
         values = values.reshape(values.shape[0], -1, group)  # [r, g, group]
-        lo, step = _ranges(values, first_row=r.start)
+        lo, step = _ranges(values, first_row=first_row + r.start)
         scales[r, g, 0], scales[r, g, 1] = lo, step
         lo, step = lo.float()[..., None], step.float()[..., None]
         codes = ((values - lo) / step.where(step > 0, torch.inf)).clamp_(0, 255).to(torch.uint8)  # floor

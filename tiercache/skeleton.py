@@ -114,7 +114,9 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
     try:
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return config
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # transformers checks the values in many places and ways
+        if kind in transformers.CONFIG_MAPPING:
+            raise StoreError(f"{file} holds values that make no model ({error}); download it again") from error
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} does not know the model type {kind!r}; use a newer transformers, "
             "or another model"

@@ -120,7 +120,14 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
             advance(sum(unit.sizes.values()))
         writer.sync()
     meta = {"version": VERSION, "identity": f"random-{seed}", "model_type": "llama", "dtype": "bfloat16"}
-    meta |= {"group": GROUP, "plane_bits": list(PLANE_BITS), "compress": "off", "compression": {}, "files": {}}
+    meta |= {
+        "group": GROUP,
+        "plane_bits": list(PLANE_BITS),
+        "compress": "off",
+        "compression": {},
+        "files": {},
+        "units": len(records),
+    }
     catalog.write(folder / CATALOG_FILE, meta, records)
     shape.config().save_pretrained(folder)
     _stamp_file(folder).write_text(json.dumps(stamp), encoding="utf-8")

@@ -81,7 +81,8 @@ def report(result: dict[str, Any]) -> str:
     ours = result["rows"]["tiercache"]["bench"]
     lines.append(
         f"  the roof is {ours['roof_s']:.3f} s ({human(ours['pass_bytes']['ssd'])} a pass from the SSD at "
-        f"{ours['roofs']['disk_gbps']:.2f} GB/s, measured in the same run); tiercache takes {ours['over_roof']:.2f} x that"
+        f"{ours['roofs']['disk_gbps']:.2f} GB/s, measured in the same run); tiercache takes "
+        f"{ours['over_roof']:.2f} x that"
     )
     lines += [f"  tiercache is {ratio:.2f} x as fast as {name}" for name, ratio in result["faster_than"].items()]
     return "\n".join(lines)

@@ -1,11 +1,16 @@
 """The plane store's catalogue: an LMDB file with one record per unit and one for the store itself.
 
-Keys are `meta` and `unit/NNNNN`; values are JSON. The same library keeps the journal of a conversion under way.
+Keys are `meta` and `unit/NNNNN`; values are JSON behind a SHA-256 of key and value; `meta` counts the units.
+The same library keeps the journal of a conversion under way.
 Weights never go in here. A finished catalogue is written in one transaction into a fresh file, so that the same
 records give the same bytes, and is read without a lock file, so that a read-only store will do.
 """
 
+import errno
+import hashlib
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +24,7 @@ from tiercache.errors import StoreError
 
 _MAP_BYTES = 1 << 30  # address space, not disk
 _META = b"meta"
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -110,16 +116,24 @@ def environment(path: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
     """
     if readonly and not path.is_file():
         raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
+    if readonly:
+        _check_length(path)
     try:
         env = lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, lock=False, readonly=readonly)
     except lmdb.Error as error:
-        raise StoreError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+        raise _translated(error, path) from error
     try:
         yield env
     except lmdb.Error as error:
-        raise StoreError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+        raise _translated(error, path) from error
     finally:
         env.close()
+
+
+def _translated(error: lmdb.Error, path: Path) -> Exception:
+    if os.strerror(errno.ENOSPC) in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return StoreError(f"{path} is damaged ({error}); convert the checkpoint again")
 
 
 def write(path: Path, meta: Mapping[str, Any], records: list[Record]) -> None:
@@ -152,8 +166,9 @@ def read(path: Path) -> Contents:
 def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
     """What a transaction sees."""
     try:
-        meta = json.loads(bytes(transaction.get(_META) or b"{}"))
-        records = [Record.from_json(bytes(value)) for key, value in transaction.cursor() if key != _META]
+        values = {bytes(key): _unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
+        meta = json.loads(values.pop(_META, b"{}"))
+        records = [Record.from_json(value) for value in values.values()]
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
     return Contents(meta, tuple(records))
@@ -161,9 +176,39 @@ def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
 
 def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
     """Enter what concerns the whole store."""
-    transaction.put(_META, json.dumps(meta, sort_keys=True).encode())
+    transaction.put(_META, _sealed(_META, json.dumps(meta, sort_keys=True).encode()))
 
 
 def put_record(transaction: lmdb.Transaction, index: int, record: Record) -> None:
     """Enter one unit."""
-    transaction.put(b"unit/%05d" % index, record.to_json())
+    key = b"unit/%05d" % index
+    transaction.put(key, _sealed(key, record.to_json()))
+
+
+def _sealed(key: bytes, value: bytes) -> bytes:
+    """A value behind the hash of its key and itself."""
+    return hashlib.sha256(key + value).digest() + value
+
+
+def _unsealed(key: bytes, sealed: bytes) -> bytes:
+    value = sealed[_DIGEST_BYTES:]
+    if _sealed(key, value) != sealed:
+        raise ValueError(f"checksum of {key.decode(errors='replace')}")
+    return value
+
+
+def _check_length(path: Path) -> None:
+    """LMDB maps its file, and a map that is longer than its file kills the process at the first touch."""
+    with path.open("rb") as file:
+        page_bytes = 4096
+        last_pages = []
+        for page in range(2):  # the two meta pages; offsets as in LMDB's mdb.c, MDB_page and MDB_meta
+            file.seek(page * page_bytes)
+            meta = file.read(152)
+            if len(meta) < 152 or int.from_bytes(meta[16:20], sys.byteorder) != 0xBEEFC0DE:
+                raise StoreError(f"{path} is no LMDB file; convert the checkpoint again")
+            page_bytes = int.from_bytes(meta[40:44], sys.byteorder)
+            last_pages.append(int.from_bytes(meta[136:144], sys.byteorder))
+    size = path.stat().st_size
+    if size < (max(last_pages) + 1) * page_bytes:
+        raise StoreError(f"{path} has {size} bytes and was cut short; convert the checkpoint again")

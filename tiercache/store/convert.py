@@ -115,6 +115,7 @@ class _Conversion:
             "group": group,
             "plane_bits": list(codes.PLANE_BITS),
             "compress": compress,
+            "units": len(self.units),
             "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._copied()},
         }
 
@@ -146,10 +147,10 @@ class _Conversion:
         begin = time.perf_counter()
         estimate = self.estimate()
         with _clear_io_errors(self.partial), ExitStack() as stack:
-            if restart:
-                shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.partial))
+            for path in self.partial.iterdir() if restart else self.partial.glob(probe.LEFTOVERS):
+                path.unlink()
             journal = stack.enter_context(catalog.environment(self.partial / _JOURNAL, readonly=False))
             with journal.begin() as transaction:
                 known = catalog.contents(transaction, self.partial / _JOURNAL)
@@ -229,7 +230,10 @@ class _Conversion:
         """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
         if self.compress == "off":
             return {}
-        disk_gbps = probe.folder_read(self.partial).gbps if self.compress == "auto" else 0.0
+        sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(self.partial).free // 4))
+        disk_gbps = 0.0
+        if self.compress == "auto":
+            disk_gbps = probe.folder_read(self.partial, sample_bytes=sample_bytes).gbps
         with Reader() as reader:
             sample = next(encode.blocks(self.units[0], self.source, reader, self.group))
         return {name: weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
@@ -274,7 +278,9 @@ def _clear_io_errors(folder: Path) -> Iterator[None]:
             raise EnvironmentUnsupportedError(
                 f"the disk of {folder} is full; what is done is kept: free some space and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(f"{error.filename or folder} is in the way; name a folder that can be made") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise EnvironmentUnsupportedError(
                 f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
             ) from error

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tiercache import planes as codes
+from tiercache.errors import QuantizationError
 from tiercache.store.format import PLANE_FILES, SCALE_FILE
 from tiercache.store.header import DTYPES, TensorRef
 from tiercache.store.layout import UnitPlan
@@ -42,12 +43,18 @@ def blocks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterat
         parts.append(stored[part.first : part.first + unit.rows])
     step = max(1, _BLOCK_WEIGHTS // (unit.columns * len(parts)))
     for low in range(0, unit.rows, step):
-        yield _encode([part[low : low + step] for part in parts], group)
+        yield _encode(unit, [part[low : low + step] for part in parts], low, group)
 
 
-def _encode(parts: list[torch.Tensor], group: int) -> dict[str, Buffer]:
+def _encode(unit: UnitPlan, parts: list[torch.Tensor], first_row: int, group: int) -> dict[str, Buffer]:
     """Planes and scales of equal numbers of rows, interleaved row by row."""
-    encoded = [codes.encode(part, group) for part in parts]
+    encoded = []
+    for part, rows in zip(unit.parts, parts, strict=True):
+        try:
+            encoded.append(codes.encode(rows, group, first_row=part.first + first_row))
+        except QuantizationError as error:
+            turned = " (transposed)" if part.transposed else ""
+            raise QuantizationError(f"{part.parameter}{turned}: {error}") from error
     files: dict[str, Buffer] = {}
     for plane, name in enumerate(PLANE_FILES):
         files[name] = _flat(torch.stack([one.planes[plane] for one in encoded], dim=1))

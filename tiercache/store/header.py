@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tiercache.errors import StoreError
+from tiercache.errors import EnvironmentUnsupportedError, StoreError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -54,7 +54,9 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("no map of names to files")
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{index} is no index of a sharded checkpoint ({error!r}); download it again") from error
     found: dict[str, TensorRef] = {}
@@ -73,19 +75,27 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
 def read_file(path: Path) -> dict[str, TensorRef]:
     """Every tensor of one safetensors file; checks that the header describes exactly the bytes that are there."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except PermissionError as error:
+        raise EnvironmentUnsupportedError(f"{path} may not be read; change its permissions") from error
+    with opened as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
             raise StoreError(f"{path} is no safetensors file or is cut short: {size} bytes; download it again")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise StoreError(f"{path}: its header is not JSON ({error}); download it again") from error
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{path}: its header is no JSON object ({error}); download it again") from error
     header.pop("__metadata__", None)
     base = 8 + length
     found = {name: _tensor(path, base, name, entry) for name, entry in header.items()}
-    end = max((ref.offset + ref.nbytes for ref in found.values()), default=base)
+    end = base
+    for ref in sorted(found.values(), key=lambda ref: (ref.offset, ref.nbytes)):
+        if ref.offset != end:
+            raise StoreError(f"{path}: its tensors leave holes or overlap at byte {end}; download it again")
+        end += ref.nbytes
     if end != size:
         raise StoreError(f"{path} has {size} bytes, its header describes {end}; download it again")
     return found
@@ -96,6 +106,8 @@ def _tensor(path: Path, base: int, name: str, entry: dict[str, object]) -> Tenso
         dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
         begin, end = (int(offset) for offset in offsets)  # type: ignore[attr-defined]
         dimensions = tuple(int(n) for n in shape)  # type: ignore[attr-defined]
+        if min((begin, end - begin, *dimensions)) < 0:
+            raise ValueError("below zero")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: the header's entry for {name!r} cannot be read ({error!r})") from error
     if dtype in DTYPES:

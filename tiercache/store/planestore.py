@@ -36,6 +36,7 @@ from tiercache.store.manifest import Manifest, PlaneWeight, Weight, plain_unit
 from tiercache.store.reader import aligned_buffer, open_for_reading
 
 _CHECK_BYTES = 8 << 20  # read and hashed at once
+_DECIDING = ("config.json", "generation_config.json")  # small, and wrong ones make plausible, wrong text
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,17 @@ class PlaneStore:
         if not path.is_dir():
             raise UsageError(f"{path} is no folder; make a store with: tiercache convert CHECKPOINT {path}")
         contents = catalog.read(path / CATALOG_FILE)
+        if contents.meta.get("units", 0) != len(contents.records):
+            raise StoreError(f"{path / CATALOG_FILE} lacks records; convert the checkpoint again")
         if contents.meta.get("version") != VERSION:
             raise StoreError(
                 f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert it "
                 "again"
             )
         _check_lengths(path, contents)
+        for name in _DECIDING:
+            if (digest := contents.meta["files"].get(name)) and not _is_file_with(path / name, digest):
+                raise StoreError(f"{path / name} is not the file that the store was made with; convert again")
         config = skeleton.read_config(path)
         if config.model_type != contents.meta["model_type"]:
             raise StoreError(
@@ -164,12 +170,12 @@ class PlaneStore:
                 if not good:
                     bad.append(f"{record.name!r} in {name} at byte {extent.offset}")
         for name, digest in self.contents.meta["files"].items():
-            file = self.folder / name
-            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            if not _is_file_with(self.folder / name, digest):
                 bad.append(f"the file {name}")
         if bad:
+            parts = len(jobs) + len(self.contents.meta["files"])
             raise StoreError(
-                f"{self.folder}: {len(bad)} of {len(jobs) + len(self.contents.meta['files'])} parts are corrupt, first {bad[0]}; "
+                f"{self.folder}: {len(bad)} of {parts} extents and files are corrupt, first {bad[0]}; "
                 "check the disk and convert the checkpoint again"
             )
         return Verification(str(self.folder), len(jobs), total)
@@ -209,6 +215,10 @@ class Verification:
 
 def _table(manifest: Manifest) -> str:
     return manifest.units[manifest.embedding[1].unit].name
+
+
+def _is_file_with(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def _pieces(path: Path, extent: Extent, at: int) -> list[Piece]:

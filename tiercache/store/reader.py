@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
 from pathlib import Path
 
@@ -49,15 +49,17 @@ class Ticket:
 
         Raises:
             StoreError: the file is cut short or cannot be read.
+            ClosedError: the reader was closed before it got to it.
         """
-        for future in self._futures:
-            future.result()
+        try:
+            for future in self._futures:
+                future.result()
+        except CancelledError as error:
+            raise ClosedError("the read was given up because its reader closed; open the model again") from error
 
     def cancel(self) -> None:
         """Give up; returns when nothing writes to the buffer any more."""
-        for future in self._futures:
-            future.cancel()
-        wait_all(self._futures)
+        wait_all([future for future in self._futures if not future.cancel()])
 
 
 class Reader:
@@ -96,8 +98,8 @@ class Reader:
         if self._closed:
             raise ClosedError("the reader is closed; open the model again with tiercache.offload(...)")
         futures = []
-        for piece in pieces:
-            descriptor, direct = self._open(piece.path)
+        opened = [(piece, *self._open(piece.path)) for piece in pieces]  # all, before the first read is queued
+        for piece, descriptor, direct in opened:
             if piece.aligned or (not direct and not piece.compressed):
                 futures += self._queue_plain(descriptor, direct, piece, slot)
             else:
@@ -185,11 +187,11 @@ class Reader:
             target[:] = staging[head:stored]
             return
         try:
+            if zstandard.get_frame_parameters(staging[head:stored].tobytes()).content_size != piece.nbytes:
+                raise zstandard.ZstdError("another length")
             plain = zstandard.ZstdDecompressor().decompress(staging[head:stored].data, piece.nbytes)
         except zstandard.ZstdError as error:
             raise StoreError(f"{piece.path}: the frame at byte {piece.offset} is corrupt; convert again") from error
-        if len(plain) != piece.nbytes:
-            raise StoreError(f"{piece.path}: the frame at byte {piece.offset} is corrupt; convert again")
         target[:] = np.frombuffer(plain, np.uint8)
 
     def _staging(self) -> Buffer:

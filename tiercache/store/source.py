@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from tiercache import skeleton
-from tiercache.errors import StoreError, UnsupportedModelError, UsageError
+from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
 from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
 
 _SAMPLES, _SAMPLE_BYTES = 9, 64
@@ -62,7 +62,15 @@ class Source:
             )
         files = read_checkpoint(folder)
         dtype = _run_dtype(config, files)
-        tensors = _by_parameter(skeleton.build(config, dtype), files, folder)
+        try:
+            model = skeleton.build(config, dtype)
+        except TiercacheError:
+            raise
+        except Exception as error:  # transformers checks the values of a configuration in many places and ways
+            raise StoreError(
+                f"{folder / 'config.json'} describes no model that can be built ({error}); download it again"
+            ) from error
+        tensors = _by_parameter(model, files, folder)
         return cls(folder, config, dtype, tensors)
 
     def model(self) -> transformers.PreTrainedModel:
@@ -106,10 +114,10 @@ def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: C
 
 def resolve(path_or_id: str | Path) -> Path:
     """The folder of a checkpoint; a Hub id is looked up in the local cache and downloaded if need be."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(path_or_id)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(f"{name!r} is neither a folder nor a Hub id such as 'org/model'; check the path")
     try:

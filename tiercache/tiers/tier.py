@@ -126,9 +126,13 @@ class Tier:
         self.prefetch()
         self._residency.hold(key)
         arrival = self._arrivals[key]
-        if not arrival.pending.done():
-            self._stall(arrival.pending)
-        arrival.pending.wait()
+        try:
+            if not arrival.pending.done():
+                self._stall(arrival.pending)
+            arrival.pending.wait()
+        except BaseException:  # a failed read, or Ctrl-C in the wait: the bytes are free again for the next pass
+            self._give_up(key)
+            raise
         return arrival.slot
 
     def count(self, key: Key, *, hit: bool) -> None:
@@ -144,6 +148,8 @@ class Tier:
 
     def release(self, key: Key) -> None:
         """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
+        if self._closed:
+            return
         if self._slab.bytes.is_cuda:
             self._read_until = torch.cuda.Event()
             self._read_until.record()
@@ -164,6 +170,12 @@ class Tier:
         while self._arrivals:
             self._arrivals.popitem()[1].pending.cancel()
         self._slab = Slab(0, torch.device("cpu"))
+
+    def _give_up(self, key: Key) -> None:
+        if key not in self._ready:
+            self._arrivals.pop(key).pending.cancel()
+            self._residency.release(key)
+            self._observe("drop", key)
 
     def _begin(self, load: Load) -> None:
         slot = self._slab.slot(load.offset, load.nbytes)

@@ -49,8 +49,8 @@ class CopyTicket:
     def cancel(self) -> None:
         """Give up, if the copy has not begun; return when nothing writes any more."""
         assert self.future is not None
-        self.future.cancel()
-        wait_all([self.future])
+        if not self.future.cancel():
+            wait_all([self.future])
 
     def causes(self, begin: float) -> Mapping[str, float]:
         """Split a wait that began at `begin` and ends now into waiting for the SSD and for the link."""
