@@ -42,22 +42,8 @@ _SLOW_DISK_GBPS = 0.3
 _LITTLE_MEMORY_BYTES = 2 << 30
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "fuse.sshfs", "fuse.s3fs", "virtiofs")
 _MEMORY = ("tmpfs", "ramfs")
-_FEATURES = [
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx_vnni",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-]
+_X86 = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+_ARM = ("asimd", "asimddp", "i8mm", "sve")
 
 
 @dataclass(frozen=True)
@@ -378,7 +364,7 @@ def _processor(folder: Path) -> list[Check]:
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     has = set(flags[1].split()) if flags else set()
-    features = " ".join(name for name in _FEATURES if name in has) or "vector features unknown"
+    features = " ".join(name for name in (*_X86, *_ARM) if name in has) or "vector features unknown"
     name = model[1] if model else platform.processor() or platform.machine()
     return [Check("processor", "ok", f"{name}, {os.cpu_count()} threads: {features}")]
 
