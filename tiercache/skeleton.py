@@ -33,6 +33,9 @@ _FFNS = (
 )
 
 
+Model = transformers.PreTrainedModel
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The weight of one linear map.
@@ -139,6 +142,15 @@ def build(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transfor
         ) from error
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def with_defaults(config: transformers.PretrainedConfig, dtype: torch.dtype, folder: Path) -> Model:
+    """`build`, named after `folder` and with the generation defaults that lie there."""
+    model = build(config, dtype)
+    model.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def refuse_experts(config: transformers.PretrainedConfig) -> None:

@@ -88,11 +88,7 @@ class PlaneStore:
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with its generation defaults."""
-        model = skeleton.build(self.config, self.dtype)
-        model.name_or_path = str(self.folder)
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
-        return model
+        return skeleton.with_defaults(self.config, self.dtype, self.folder)
 
     def manifest(self, rung: str) -> Manifest:
         """What the model is made of when computed at `rung`; the head is always read at int8."""

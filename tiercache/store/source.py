@@ -75,11 +75,7 @@ class Source:
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with the generation defaults that lie beside the checkpoint."""
-        model = skeleton.build(self.config, self.dtype)
-        model.name_or_path = str(self.folder)
-        if (self.folder / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(self.folder)
-        return model
+        return skeleton.with_defaults(self.config, self.dtype, self.folder)
 
     def identity(self) -> str:
         """A hash of what the checkpoint holds: names, dtypes, shapes, and a sample of each tensor's bytes.

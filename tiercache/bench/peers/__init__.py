@@ -10,7 +10,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from tiercache.stats import peak_rss_bytes
 
 PROMPT_IDS = (
     1,
@@ -66,14 +67,3 @@ def time_decode(peer: str, version: str, step: Step, *, num_tokens: int, load_s:
         peak_rss_bytes=peak_rss_bytes(),
         token_ids=tuple(token_ids),
     )
-
-
-def peak_rss_bytes() -> int:
-    """The peak resident set of this process since exec, the file pages it maps included.
-
-    Not ru_maxrss, which Linux carries over from whoever started the process.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("the kernel reports no VmHWM in /proc/self/status")
