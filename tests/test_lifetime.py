@@ -99,9 +99,8 @@ def test_a_given_model_is_restored(ending: object, precision: str, tiers: dict, 
     error = ENDINGS[ending]
 
     def use() -> None:
-        with tiercache.offload(
-            model, dram="8MiB", context=CONTEXT, precision=precision, store=tmp_path / "store", **tiers
-        ) as lent:
+        store = {} if precision == "source" else {"store": tmp_path / "store"}
+        with tiercache.offload(model, dram="8MiB", context=CONTEXT, precision=precision, **store, **tiers) as lent:
             assert lent is model
             if precision == "source":
                 assert torch.equal(lent(input_ids=IDS).logits, want)
@@ -200,3 +199,27 @@ def test_saving_from_inside_is_refused(folder: Path, tmp_path: Path) -> None:
             model.state_dict()
         with pytest.raises(errors.UsageError, match="no weights"):
             model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_model_from_pretrained_is_lent_and_restored(folder: Path) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(folder).eval()  # mapped: its parameters are aligned to nothing
+    want, before = model(input_ids=IDS).logits, snapshot(model)
+    for options in ({}, {"hbm": "2MiB"}):
+        with tiercache.offload(model, dram="8MiB", context=CONTEXT, **options) as lent:
+            output = lent(input_ids=IDS)
+            assert torch.equal(output.logits, want)
+            assert not output.logits.requires_grad, "gradients through passing weights would be wrong"
+    assert same(snapshot(model), before)
+
+
+def test_checks_of_a_given_model_s_store(tmp_path: Path) -> None:
+    model = build("llama")
+    options = {"precision": "int8", "store": tmp_path / "deep" / "store", "dram": "8MiB", "context": CONTEXT}
+    with tiercache.offload(model, **options) as lent:
+        lent(input_ids=IDS)
+    target = tmp_path / "deep" / "store" / "plane-0.bin"
+    data = bytearray(target.read_bytes())
+    data[100] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(errors.StoreError, match="corrupt"), tiercache.offload(model, checks=True, **options):
+        pass

@@ -90,6 +90,31 @@ def test_context_is_a_limit(folder: Path) -> None:
         model(input_ids=IDS)
 
 
+def test_context_is_a_limit_for_the_inner_model_and_for_positions(folder: Path) -> None:
+    with tiercache.offload(folder, dram="8MiB", context=12) as model:
+        with pytest.raises(errors.ContextExceededError):
+            model.model(input_ids=torch.arange(3, 20)[None])
+        cache = model.model(input_ids=IDS, use_cache=True).past_key_values
+        with pytest.raises(errors.ContextExceededError):
+            model(IDS, None, None, cache)
+        model(IDS[:, :2], None, None, cache)
+
+
+def test_a_changed_configuration_is_noticed(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    options = {"precision": "int8", "store": tmp_path / "store", "dram": "8MiB", "context": 64}
+    with tiercache.offload(copy, **options) as model:
+        model(input_ids=IDS)
+    config = json.loads((copy / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.StoreError, match="changed"), tiercache.offload(copy, **options):
+        pass
+
+
 def test_logits_are_a_limit(folder: Path) -> None:
     with tiercache.offload(folder, dram="8MiB", context=64, logits=4) as model:
         with pytest.raises(errors.ContextExceededError, match="logits=9"):

@@ -365,12 +365,12 @@ def test_through_two_tiers_each_wait_is_booked_on_its_cause() -> None:
         for key in SIX:
             slow_disk.use(key)
     waits = slow_disk.top.stats.stall_s
-    assert waits["ssd"] > 0.08 > 0.04 > waits["link"] >= 0
+    assert waits["ssd"] > max(0.08, 2 * waits["link"])
     with house(SIX, dram_spare=2000, hbm_spare=0, transfer=SlowLink) as slow_link:
         for key in SIX:
             slow_link.use(key)
     waits = slow_link.top.stats.stall_s
-    assert waits["link"] > 0.08 > 0.04 > waits["ssd"] >= 0
+    assert waits["link"] > max(0.08, 2 * waits["ssd"])
 
 
 def test_what_stays_never_waits() -> None:
@@ -383,13 +383,13 @@ def test_what_stays_never_waits() -> None:
 
 def test_the_loader_works_ahead() -> None:
     """A consumer slower than the disk does not wait for it after the first key."""
-    with house(SIX, dram_spare=1000, delay_s=lambda: 0.005) as tiers:
+    with house(SIX, dram_spare=1000, delay_s=lambda: 0.02) as tiers:
         tiers.use(0)
         first = sum(tiers.dram.stats.stall_s.values())
         for key in list(SIX)[1:]:
-            time.sleep(0.03)
+            time.sleep(0.06)
             tiers.use(key)
-        assert sum(tiers.dram.stats.stall_s.values()) - first < 0.01
+        assert sum(tiers.dram.stats.stall_s.values()) - first < 0.05  # of the 0.1 s that the reads took
 
 
 # ---------------------------------------------------------------- errors and ends

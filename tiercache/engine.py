@@ -157,17 +157,20 @@ def _plan(opened: Opened, asked: Demand, config: OffloadConfig, device: torch.de
     main = hardware.memory()
     hbm_bytes: int | None = None
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself is free to us
+        torch.cuda.reset_peak_memory_stats(device)
         free, total = torch.cuda.mem_get_info(device)
         hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
     elif config.hbm is not None and config.hbm != Budget():
         hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
     taken = hbm_bytes if hbm_bytes is not None and device.type == "cpu" else 0
     dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
-    if opened.memory is not None:  # the weights are in main memory already, and are the caller's
-        dram_bytes += sum(asked.needs.sizes.values())
-    made = plan.make(asked.needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes)
-    if opened.memory is None:
-        _check_free(made, main.free_bytes, device)
+    needs, own = asked.needs, 0
+    if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
+        own = sum(needs.sizes[key] for key in needs.order)
+        needs = replace(needs, always=frozenset(needs.order) if hbm_bytes is None else needs.always)
+    made = plan.make(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
+    _check_free(made, main.free_bytes + own, device)
     return made
 
 
@@ -221,7 +224,7 @@ def _attach(
         account.embedding_bytes = table.read_bytes if isinstance(table, FileRows) else 0
         account.peak_rss_bytes = peak_rss_bytes()
         if device.type == "cuda":
-            account.peak_device_bytes = torch.cuda.max_memory_allocated(device)
+            account.peak_device_bytes = torch.cuda.max_memory_reserved(device)
 
     setattr(model, "tiercache", Attached(made, asked, stats, refresh))  # noqa: B010 - not a parameter
     stack.callback(_detach, model, opened.given)
@@ -233,25 +236,22 @@ def _detach(model: transformers.PreTrainedModel, given: bool) -> None:
         model.register_forward_pre_hook(refuse_closed)
 
 
-def _table(opened: Opened, tiers: TierStack, reader: Reader, device: torch.device) -> torch.Tensor | Rows | None:
+def _table(opened: Opened, tiers: TierStack, reader: Reader, device: torch.device) -> torch.Tensor | Rows:
     """Where token embeddings are looked up: a tier, the caller's own table, or the file."""
     _, weight = opened.manifest.embedding
-    if opened.given and device.type == "cpu":
-        return None
     if opened.given:
-        return TableRows(weight_of(opened.model.get_submodule(opened.manifest.embedding[0])).data)
-    table = tiers.table(weight)
-    if table is None:
+        table = weight_of(opened.model.get_submodule(opened.manifest.embedding[0])).data
+        return table if device.type == "cpu" else TableRows(table)
+    found = tiers.table(weight)
+    if found is None:
         (piece,) = opened.manifest.units[weight.unit].pieces
         return FileRows(piece, weight.shape, weight.dtype, reader)
-    return table if table.device == device and table.dtype == opened.model.dtype else TableRows(table)
+    return found if found.device == device and found.dtype == opened.model.dtype else TableRows(found)
 
 
 def _dense(opened: Opened, reader: Reader, device: torch.device) -> dict[str, torch.Tensor]:
     """Parameters that stay beside the model for good."""
-    if opened.given:
-        if device.type == "cpu":
-            return {}
+    if opened.given:  # the caller's own, but frozen: no gradient can be right when weights pass through
         multiplied = {f"{module}.weight" for module in (*opened.manifest.weights, opened.manifest.embedding[0])}
         named = opened.model.named_parameters(remove_duplicate=False)
         return {name: parameter.data.to(device) for name, parameter in named if name not in multiplied}

@@ -13,6 +13,10 @@ TiercacheError                      1
 Each message says what happened, with the numbers, and one concrete way out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TiercacheError(Exception):
     """Base of every error that tiercache raises on purpose."""
@@ -65,3 +69,12 @@ class EnvironmentUnsupportedError(TiercacheError):
     """This machine lacks something that was asked for: a device, disk space, a permission."""
 
     exit_code = 5
+
+
+@contextmanager
+def permissions_named(path: Path) -> Iterator[None]:
+    """Turns a refusal of the system to read `path` into an `EnvironmentUnsupportedError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise EnvironmentUnsupportedError(f"{path} may not be read; change its permissions") from error

@@ -13,7 +13,7 @@ import torch
 from tiercache import skeleton
 from tiercache.config import OffloadConfig
 from tiercache.errors import UnsupportedModelError
-from tiercache.model.binding import Use, needs_workspace
+from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
 from tiercache.model.rehearse import Rehearsal, rehearse
 from tiercache.opening import Opened
@@ -69,9 +69,9 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Deman
         names=[unit.name for unit in manifest.units],
         order=tuple(dict.fromkeys(runs)),
         always=again,
-        table=None if table in runs or opened.memory is not None else table,
+        table=None if table in runs or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device),
-        dram={"staging": _staging(opened)},
+        dram={"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context},
     )
     return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
 
@@ -87,7 +87,10 @@ def _uses(manifest: Manifest, rehearsal: Rehearsal, keys: list[int]) -> tuple[Us
 
 def _workspace(opened: Opened) -> int:
     """The largest weight that must be made before a module can multiply by it."""
-    return max(needs_workspace(weight, opened.model.dtype) for weight in opened.manifest.weights.values())
+    return max(
+        needs_workspace(weight, weight_of(opened.model.get_submodule(module)).dtype)
+        for module, weight in opened.manifest.weights.items()
+    )
 
 
 def _compute_reserve(
@@ -106,8 +109,7 @@ def _compute_reserve(
         own = dict(opened.skeleton.named_parameters())
         names = opened.manifest.dense or _rest(opened)
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
-        row_bytes = own[skeleton.embedding(opened.skeleton)[1]][0].nbytes
-        reserve["embedding rows"] = min(config.context, opened.skeleton.config.vocab_size) * row_bytes
+        reserve["embedding rows"] = _row_bytes(opened) * config.context
     return reserve
 
 
@@ -119,6 +121,12 @@ def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:
     """
     largest = max(unit.slot_bytes for unit in opened.manifest.units)
     return passing_bytes + min(2 * largest, _PACKED_BYTES)
+
+
+def _row_bytes(opened: Opened) -> int:
+    """A row of the token embedding, in the wider of the file's dtype and the model's; none for the caller's own."""
+    weight = opened.manifest.embedding[1]
+    return 0 if opened.given else weight.shape[1] * max(weight.dtype.itemsize, opened.model.dtype.itemsize)
 
 
 def _rest(opened: Opened) -> list[str]:

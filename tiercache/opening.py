@@ -3,6 +3,7 @@
 Knows folders, checkpoints and stores; nothing of budgets or tiers.
 """
 
+import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tiercache.store import memory
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE
 from tiercache.store.manifest import Manifest, of_source
-from tiercache.store.planestore import PlaneStore
+from tiercache.store.planestore import DECIDING, PlaneStore
 from tiercache.store.source import Source, resolve
 
 Model = transformers.PreTrainedModel
@@ -61,10 +62,7 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     source = Source.open(folder)
     if config.precision != "source":
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
-    if config.checks:
-        raise UsageError(
-            "checks=True needs checksums, which a safetensors checkpoint has none of; convert it and name the store"
-        )
+    _refuse_checks(config)
     return Opened(model := source.model(), model, of_source(source), None, False)
 
 
@@ -73,7 +71,8 @@ def default_store(source: Source, group: int = 64) -> Path:
     home = os.environ.get("TIERCACHE_HOME")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     folder = Path(home).expanduser() if home else cache / "tiercache"
-    return folder / "stores" / f"{source.folder.name}-{source.identity()[:12]}-g{group}"
+    digest = hashlib.sha256(source.identity().encode() + (source.folder / "config.json").read_bytes()).hexdigest()
+    return folder / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}"
 
 
 def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
@@ -84,6 +83,10 @@ def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None)
     store = PlaneStore.open(folder)
     if store.contents.meta["identity"] != source.identity():
         raise StoreError(f"{folder} is the store of another checkpoint than {source.folder}; name another store")
+    for name, digest in store.contents.meta["files"].items():
+        file = source.folder / name
+        if name in DECIDING and not (file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest):
+            raise StoreError(f"{file} has changed since {folder} was made; name another store, or remove that one")
     return store
 
 
@@ -102,6 +105,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
     memory.check(model)
     bare = skeleton.build(model.config, model.dtype)
     if config.precision == "source":
+        _refuse_checks(config)
         manifest, slots = memory.of_model(model)
         return Opened(model, bare, manifest, slots, True)
     if config.store is None:
@@ -109,10 +113,23 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
             f"precision={config.precision!r} of a model in memory needs store=FOLDER to keep its planes in"
         )
     if not (config.store / CATALOG_FILE).is_file():
+        config.store.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=config.store.parent, prefix=".tiercache-save-") as folder:
             model.save_pretrained(folder)
             convert(folder, config.store, show_progress=show_progress)
     store = PlaneStore.open(config.store)
     if store.contents.meta["identity"] != memory.identity(model):
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
+    if config.checks:
+        store.verify(show_progress=show_progress)
     return Opened(model, bare, store.manifest(config.precision), None, True)
+
+
+def _refuse_checks(config: OffloadConfig) -> None:
+    """Options that need a plane store, at source precision."""
+    if config.checks:
+        raise UsageError(
+            "checks=True needs checksums, which original weights have none of; convert, and name the store"
+        )
+    if config.store is not None:
+        raise UsageError("store= is for precision 'int8', 'int4' or 'int2'; at 'source' the original weights are read")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from tiercache.errors import StoreError, UnsupportedModelError
+from tiercache.errors import StoreError, UnsupportedModelError, permissions_named
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -110,8 +110,10 @@ def read_config(folder: Path) -> transformers.PretrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise StoreError(f"{folder} has no config.json, so it is no transformers checkpoint; name its folder")
+    with permissions_named(file):
+        text = file.read_bytes()
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads(text).get("model_type")
     except (ValueError, AttributeError) as error:
         raise StoreError(f"{file} cannot be read ({error}); download it again") from error
     try:

@@ -24,7 +24,7 @@ class Attachment:
         workspace: memory for weights that are made from what lies in a slot.
         dense: parameters to put in, by name; they are on `device` already.
         embedding: module name of the token embedding.
-        table: the whole token embedding on `device`, or the rows it is looked up from; None leaves the module alone.
+        table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
     """
 
@@ -36,13 +36,30 @@ class Attachment:
         workspace: torch.Tensor,
         dense: Mapping[str, torch.Tensor],
         embedding: str,
-        table: torch.Tensor | Rows | None,
+        table: torch.Tensor | Rows,
         device: torch.device,
     ) -> None:
         self._parameters = Parameters()
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
-        uses = tuple(uses)
+        self._binder: Binder | None = None
+        try:
+            self._attach(model, tuple(uses), supply, workspace, dense, embedding, table, device)
+        except BaseException:  # half-way: the model must not stay changed
+            self.close()
+            raise
+
+    def _attach(
+        self,
+        model: transformers.PreTrainedModel,
+        uses: tuple[Use, ...],
+        supply: Source,
+        workspace: torch.Tensor,
+        dense: Mapping[str, torch.Tensor],
+        embedding: str,
+        table: torch.Tensor | Rows,
+        device: torch.device,
+    ) -> None:
         for use in uses:
             self._hide(model.get_submodule(use.module), device)
         for name, tensor in dense.items():
@@ -50,7 +67,7 @@ class Attachment:
             self._parameters.replace(model.get_submodule(module), leaf, tensor)
         if isinstance(table, torch.Tensor):
             self._parameters.replace(model.get_submodule(embedding), "weight", table)
-        elif table is not None:
+        else:
             lookup = model.get_submodule(embedding)
             assert isinstance(lookup, nn.Embedding)
             self._hide(lookup, device)
@@ -60,11 +77,13 @@ class Attachment:
 
     def end_pass(self) -> None:
         """Give back what an interrupted pass still held."""
-        self._binder.release_all()
+        if self._binder is not None:
+            self._binder.release_all()
 
     def close(self) -> None:
         """Everything as before; harmless when done twice."""
-        self._binder.close()
+        if self._binder is not None:
+            self._binder.close()
         if self._lookup is not None:
             self._lookup.close()
         self._parameters.restore()

@@ -40,12 +40,33 @@ class Guard:
         self._runner: threading.Thread | None = None
         self._choosing = threading.Lock()
         self._began_at = 0.0
+        self._alone = False  # the inner model was called without the whole
         self._decoding_since: float | None = None
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
+            *self._inner_hooks(model),
             model.register_state_dict_pre_hook(_refuse_state_dict),
         ]
+
+    def _inner_hooks(self, model: transformers.PreTrainedModel) -> list[RemovableHandle]:
+        """The same limits for calls of the inner model alone, which returns hidden states and no logits."""
+        inner = model.base_model
+        if inner is model:
+            return []
+        return [
+            inner.register_forward_pre_hook(self._begin_inner, with_kwargs=True),
+            inner.register_forward_hook(self._end_inner, always_call=True),
+        ]
+
+    def _begin_inner(self, inner: torch.nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if self._runner is not threading.current_thread():
+            self._alone = True
+            self._begin(inner, arguments, {**named, "logits_to_keep": 1})
+
+    def _end_inner(self, inner: torch.nn.Module, arguments: object, output: object) -> None:
+        if self._alone:
+            self._end(inner, arguments, output)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -71,11 +92,11 @@ class Guard:
         if self._runner is not threading.current_thread():
             return  # refused before it began
         if self._decoding_since is None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if self._stats.device.startswith("cuda"):
+                torch.cuda.synchronize(self._stats.device)
             self._stats.first_pass_s = time.perf_counter() - self._began_at
         self._finish()
-        self._runner = None
+        self._runner, self._alone = None, False
 
     def _enter(self) -> None:
         """Make this thread the one that runs. A pass of its own that never ended was cut off by Ctrl-C."""
@@ -115,7 +136,7 @@ def _shape(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, i
         ids = named.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor):
         return 0, 0, 0  # the model will say what it lacks
-    cache = named.get("past_key_values")
+    cache = named.get("past_key_values", arguments[3] if len(arguments) > 3 else None)
     past = int(cache.get_seq_length()) if isinstance(cache, transformers.Cache) else 0
     return ids.shape[0], ids.shape[1], past
 

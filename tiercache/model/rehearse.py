@@ -79,9 +79,11 @@ def _recorder(calls: list[str], name: str) -> Callable[[nn.Module, Any], None]:
 def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, int]:
     """One pass; returns its cache and the peak of bytes held at once, `cache` included."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    held = cache.get_seq_length() if cache is not None else 0
+    mask = torch.ones(1, held + tokens, dtype=torch.long, device="meta")
     counter = _LiveBytes(model, _cached(cache))
     with torch.no_grad(), _PlainAttention(), counter:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=logits)
     if output.past_key_values is None:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no KV cache; use a decoder-only model")
     return output.past_key_values, counter.peak
@@ -104,7 +106,11 @@ class _PlainAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, _, value = args[:3]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            mask = (kwargs or {}).get("attn_mask")
+            as_bias = query.new_empty(mask.shape) if isinstance(mask, torch.Tensor) else None  # a mask of booleans
+            output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+            del as_bias
+            return output
         return func(*args, **(kwargs or {}))
 
 
@@ -121,7 +127,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # "is the mask all ones?" is all that a forward may ask of data, and here it is
+            return False  # "is the mask all ones?" is all that a forward may ask; a padded batch takes more memory
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 
 import lmdb
 
-from tiercache.errors import StoreError
+from tiercache.errors import StoreError, permissions_named
 
 _MAP_BYTES = 1 << 30  # address space, not disk
 _META = b"meta"
@@ -117,7 +116,7 @@ def environment(path: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
     if readonly and not path.is_file():
         raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
     if readonly:
-        _check_length(path)
+        _check_digest(path)
     try:
         env = lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, lock=False, readonly=readonly)
     except lmdb.Error as error:
@@ -143,6 +142,7 @@ def write(path: Path, meta: Mapping[str, Any], records: list[Record]) -> None:
         put_meta(transaction, meta)
         for index, record in enumerate(records):
             put_record(transaction, index, record)
+    _digest_file(path).write_text(_digest(path) + "\n", encoding="utf-8")
 
 
 def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
@@ -150,7 +150,7 @@ def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "catalog.mdb"
         write(path, meta, records)
-        return path.stat().st_size
+        return path.stat().st_size + _digest_file(path).stat().st_size
 
 
 def read(path: Path) -> Contents:
@@ -197,18 +197,17 @@ def _unsealed(key: bytes, sealed: bytes) -> bytes:
     return value
 
 
-def _check_length(path: Path) -> None:
-    """LMDB maps its file, and a map that is longer than its file kills the process at the first touch."""
-    with path.open("rb") as file:
-        page_bytes = 4096
-        last_pages = []
-        for page in range(2):  # the two meta pages; offsets as in LMDB's mdb.c, MDB_page and MDB_meta
-            file.seek(page * page_bytes)
-            meta = file.read(152)
-            if len(meta) < 152 or int.from_bytes(meta[16:20], sys.byteorder) != 0xBEEFC0DE:
-                raise StoreError(f"{path} is no LMDB file; convert the checkpoint again")
-            page_bytes = int.from_bytes(meta[40:44], sys.byteorder)
-            last_pages.append(int.from_bytes(meta[136:144], sys.byteorder))
-    size = path.stat().st_size
-    if size < (max(last_pages) + 1) * page_bytes:
-        raise StoreError(f"{path} has {size} bytes and was cut short; convert the checkpoint again")
+def _check_digest(path: Path) -> None:
+    """LMDB maps its file and trusts it: over a damaged or shortened one it may end the process."""
+    beside = _digest_file(path)
+    if not beside.is_file() or beside.read_text(encoding="utf-8", errors="replace").strip() != _digest(path):
+        raise StoreError(f"{path} is damaged, for {beside.name} tells another checksum; convert the checkpoint again")
+
+
+def _digest(path: Path) -> str:
+    with permissions_named(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")

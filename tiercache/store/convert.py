@@ -28,7 +28,7 @@ from tiercache.store.catalog import Extent, Record
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
-from tiercache.store.writer import Weighed, Writer, record_of, weigh
+from tiercache.store.writer import Weighed, Writer, record_of, sync, weigh
 
 Compress = Literal["auto", "on", "off"]
 _JOURNAL = "journal.mdb"
@@ -128,7 +128,9 @@ class _Conversion:
                 return False
             raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
         self._refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
-        (self.store / _JOURNAL).unlink(missing_ok=True)
+        if (self.store / _JOURNAL).exists():
+            with _clear_io_errors(self.store):
+                (self.store / _JOURNAL).unlink()
         return True
 
     def estimate(self) -> Report:
@@ -149,6 +151,9 @@ class _Conversion:
         with _clear_io_errors(self.partial), ExitStack() as stack:
             self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.partial))
+            if self.already_done():  # by another, meanwhile
+                self.partial.rmdir()
+                return self.estimate()
             for path in self.partial.iterdir() if restart else self.partial.glob(probe.LEFTOVERS):
                 path.unlink()
             journal = stack.enter_context(catalog.environment(self.partial / _JOURNAL, readonly=False))
@@ -201,12 +206,12 @@ class _Conversion:
         ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
         catalog.write(self.partial / CATALOG_FILE, {**self.meta, "compression": ratios}, records)
         for path in self.partial.iterdir():
-            _sync(path)
-        _sync(self.partial)
+            sync(path)
+        sync(self.partial)
         if self.store.is_dir():
             self.store.rmdir()  # was empty
         self.partial.rename(self.store)
-        _sync(self.store.parent)
+        sync(self.store.parent)
         (self.store / _JOURNAL).unlink()  # if this is interrupted, the next run does it
 
     def _refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
@@ -289,11 +294,3 @@ def _clear_io_errors(folder: Path) -> Iterator[None]:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

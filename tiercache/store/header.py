@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tiercache.errors import EnvironmentUnsupportedError, StoreError
+from tiercache.errors import StoreError, permissions_named
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -53,8 +53,10 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
+    with permissions_named(index):
+        text = index.read_bytes()
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(json.loads(text)["weight_map"])
         if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("no map of names to files")
     except (ValueError, KeyError, TypeError) as error:
@@ -75,11 +77,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
 def read_file(path: Path) -> dict[str, TensorRef]:
     """Every tensor of one safetensors file; checks that the header describes exactly the bytes that are there."""
     size = path.stat().st_size
-    try:
-        opened = path.open("rb")
-    except PermissionError as error:
-        raise EnvironmentUnsupportedError(f"{path} may not be read; change its permissions") from error
-    with opened as file:
+    with permissions_named(path), path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(_MAX_HEADER_BYTES, size - 8):

@@ -16,7 +16,7 @@ import transformers
 
 from tiercache import planes as codes
 from tiercache import skeleton
-from tiercache.errors import StoreError, UsageError
+from tiercache.errors import StoreError, UsageError, permissions_named
 from tiercache.progress import bar
 from tiercache.store import catalog
 from tiercache.store.catalog import Contents, Extent, Record
@@ -36,7 +36,7 @@ from tiercache.store.manifest import Manifest, PlaneWeight, Weight, plain_unit
 from tiercache.store.reader import aligned_buffer, open_for_reading
 
 _CHECK_BYTES = 8 << 20  # read and hashed at once
-_DECIDING = ("config.json", "generation_config.json")  # small, and wrong ones make plausible, wrong text
+DECIDING = ("config.json", "generation_config.json")  # small, and wrong ones make plausible, wrong text
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PlaneStore:
                 "again"
             )
         _check_lengths(path, contents)
-        for name in _DECIDING:
+        for name in DECIDING:
             if (digest := contents.meta["files"].get(name)) and not _is_file_with(path / name, digest):
                 raise StoreError(f"{path / name} is not the file that the store was made with; convert again")
         config = skeleton.read_config(path)
@@ -214,7 +214,8 @@ def _table(manifest: Manifest) -> str:
 
 
 def _is_file_with(path: Path, digest: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    with permissions_named(path):
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 def _pieces(path: Path, extent: Extent, at: int) -> list[Piece]:

@@ -9,7 +9,6 @@ buffer belongs to the reader from `read` until its ticket is done, or was cancel
 import mmap
 import os
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
@@ -33,12 +32,6 @@ class Ticket:
 
     def __init__(self, futures: Iterable["Future[None]"]) -> None:
         self._futures = tuple(futures)
-        self.finished_at = time.perf_counter()
-        for future in self._futures:
-            future.add_done_callback(self._note)
-
-    def _note(self, _: "Future[None]") -> None:
-        self.finished_at = time.perf_counter()
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
@@ -187,7 +180,8 @@ class Reader:
             target[:] = staging[head:stored]
             return
         try:
-            if zstandard.get_frame_parameters(staging[head:stored].tobytes()).content_size != piece.nbytes:
+            header = staging[head : min(head + 18, stored)].tobytes()  # 18 bytes: the longest that zstd has
+            if zstandard.get_frame_parameters(header).content_size != piece.nbytes:
                 raise zstandard.ZstdError("another length")
             plain = zstandard.ZstdDecompressor().decompress(staging[head:stored].data, piece.nbytes)
         except zstandard.ZstdError as error:

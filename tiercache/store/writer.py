@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zstandard
 
+from tiercache.errors import StoreError
 from tiercache.store.catalog import Extent, Record
 from tiercache.store.format import FILES, FRAME_BYTES, align
 from tiercache.store.header import TensorRef
@@ -32,7 +33,12 @@ class Writer:
                 self._end[name] = max(self._end[name], extent.offset + extent.stored_bytes)
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in FILES}
         for name, descriptor in self._files.items():
+            if os.fstat(descriptor).st_size < align(self._end[name]):
+                raise StoreError(
+                    f"{folder / name} is shorter than the journal says; convert again from the start, with --restart"
+                )
             os.ftruncate(descriptor, align(self._end[name]))
+        sync(folder)
 
     def __enter__(self) -> "Writer":
         return self
@@ -64,7 +70,7 @@ class _Run:
 
     def __init__(self, descriptor: int, offset: int, compressed: bool) -> None:
         self._descriptor, self._offset = descriptor, offset
-        self._compressor = zstandard.ZstdCompressor(level=_LEVEL) if compressed else None
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True) if compressed else None
         self._digest = hashlib.sha256()
         self._plain = self._stored = 0
         self._frames: list[int] = []
@@ -126,3 +132,12 @@ def weigh(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
     saves = (1 - ratio) / disk_gbps if disk_gbps else 0.0
     forced = disk_gbps == 0.0
     return {"ratio": round(ratio, 4), "saves_s": saves, "costs_s": costs, "used": forced or saves > costs}
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

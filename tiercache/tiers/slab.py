@@ -30,8 +30,11 @@ class Slab:
     """
 
     def __init__(self, nbytes: int, device: torch.device, *, pinned: bool = False) -> None:
+        self._registered: int | None = None
         try:
-            raw = _mapped(nbytes) if device.type == "cpu" and not pinned else _allocated(nbytes, device, pinned)
+            raw = _mapped(nbytes) if device.type == "cpu" else _allocated(nbytes, device)
+            if pinned and nbytes:
+                self._registered = _register(raw)
         except (RuntimeError, OSError) as error:
             kind = "pinned host memory" if pinned else f"memory on {device}"
             raise EnvironmentUnsupportedError(
@@ -40,9 +43,23 @@ class Slab:
         start = -raw.data_ptr() % _HUGE_PAGE_BYTES
         self.bytes = raw[start : start + nbytes]
 
+    def close(self) -> None:
+        """Unlock pinned memory; harmless when done twice."""
+        if self._registered is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            self._registered = None
+
     def slot(self, offset: int, nbytes: int) -> torch.Tensor:
         """The bytes [offset, offset + nbytes), as uint8."""
         return self.bytes[offset : offset + nbytes]
+
+
+def _register(raw: torch.Tensor) -> int:
+    """Page-lock memory that is there already: torch's own pinned allocator rounds up and keeps what it once had."""
+    code = torch.cuda.cudart().cudaHostRegister(raw.data_ptr(), raw.nbytes, 0)
+    if int(code) != 0:
+        raise RuntimeError(f"cudaHostRegister gives error {int(code)}")
+    return raw.data_ptr()
 
 
 def _mapped(nbytes: int) -> torch.Tensor:
@@ -52,5 +69,5 @@ def _mapped(nbytes: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(region, np.uint8))
 
 
-def _allocated(nbytes: int, device: torch.device, pinned: bool) -> torch.Tensor:
-    return torch.empty(nbytes + _HUGE_PAGE_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(nbytes + _HUGE_PAGE_BYTES, dtype=torch.uint8, device=device)

@@ -67,7 +67,7 @@ class TierStack:
         self._sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
         self._observe = observe
         self.stats: dict[str, TierStats] = {}
-        self.weights, self._spans = _layout(manifest, device, memory is not None)
+        self.weights, self._spans = _layout(manifest, device, memory is not None, plan.hbm is None)
         with ExitStack() as stack:
             self._dram = self._make_dram(plan, device) if memory is None else None
             below = self._dram if memory is None else Memory(memory, TierStats())
@@ -140,12 +140,13 @@ def _copied(pending: Pending, begin: float) -> Mapping[str, float]:
 
 
 def _layout(
-    manifest: Manifest, device: torch.device, in_memory: bool
+    manifest: Manifest, device: torch.device, in_memory: bool, in_place: bool
 ) -> tuple[dict[str, Weight], dict[Key, list[Span]]]:
     """How units lie in the uppermost tier, and which bytes move there.
 
     On the host a tensor keeps its place within a block (see `store.format.lay_out`); on a GPU plain tensors start
-    their slot, since its matrix kernels want alignment.
+    their slot, since its matrix kernels want alignment. Parameters in
+    memory that are multiplied where they are start their own bytes.
     """
     weights = dict(manifest.weights)
     spans: dict[Key, list[Span]] = {}
@@ -155,7 +156,7 @@ def _layout(
     for module, weight in plain.items():
         if not isinstance(weight, PlainWeight):
             continue
-        at = 0 if device.type == "cuda" else weight.at
+        at = 0 if device.type == "cuda" or (in_memory and in_place) else weight.at
         source = 0 if in_memory else weight.at
         spans[weight.unit] = [Span(source, at, weight.dtype.itemsize * prod(weight.shape))]
         weights[module] = replace(weight, at=at)

@@ -17,7 +17,7 @@ import torch
 
 from policies.residency import Residency
 from policies.types import Key, Load
-from tiercache.errors import ClosedError
+from tiercache.errors import ClosedError, DoesNotFitError
 from tiercache.stats import TierStats
 from tiercache.tiers.slab import Slab
 
@@ -58,6 +58,22 @@ Cause = Callable[[Pending, float], Mapping[str, float]]
 def waited_for_ssd(pending: Pending, begin: float) -> Mapping[str, float]:
     """A wait, over now, that was all for the SSD."""
     return {"ssd": time.perf_counter() - begin}
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A load that could not even begin."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise self.error
+
+    def cancel(self) -> None:
+        pass
 
 
 @dataclass
@@ -124,7 +140,12 @@ class Tier:
         self._drop(answer.dropped)
         self.count(key, hit=answer.hit)
         self.prefetch()
-        self._residency.hold(key)
+        try:
+            self._residency.hold(key)
+        except KeyError as error:
+            raise DoesNotFitError(
+                f"unit {key} finds no room while others are in use; run whole passes, or raise the tier's budget"
+            ) from error
         arrival = self._arrivals[key]
         try:
             if not arrival.pending.done():
@@ -152,7 +173,7 @@ class Tier:
             return
         if self._slab.bytes.is_cuda:
             self._read_until = torch.cuda.Event()
-            self._read_until.record()
+            self._read_until.record(torch.cuda.current_stream(self._slab.bytes.device))
         self._residency.release(key)
         if key not in self._ready:
             self._arrivals.pop(key, None)
@@ -169,6 +190,7 @@ class Tier:
         self._closed = True
         while self._arrivals:
             self._arrivals.popitem()[1].pending.cancel()
+        self._slab.close()
         self._slab = Slab(0, torch.device("cpu"))
 
     def _give_up(self, key: Key) -> None:
@@ -180,14 +202,19 @@ class Tier:
     def _begin(self, load: Load) -> None:
         slot = self._slab.slot(load.offset, load.nbytes)
         self._observe("load", load.key)
-        self._arrivals[load.key] = _Arrival(slot, self._fill(load.key, slot, self._read_until))
+        try:
+            pending = self._fill(load.key, slot, self._read_until)
+        except Exception as error:  # it comes out where the key is waited for
+            pending = _Failed(error)
+        self._arrivals[load.key] = _Arrival(slot, pending)
         self.stats.loaded_bytes += self._payload[load.key]
         used = self._residency.used_bytes + sum(self.stats.reserved_bytes.values())
         self.stats.peak_bytes = max(self.stats.peak_bytes, used)
 
     def _drop(self, keys: tuple[Key, ...]) -> None:
         for key in keys:
-            self._arrivals.pop(key).pending.cancel()
+            if (arrival := self._arrivals.pop(key, None)) is not None:
+                arrival.pending.cancel()
             self.stats.dropped_bytes += self._payload[key]
             self._observe("drop", key)
 

@@ -6,7 +6,7 @@ Ordering: jobs are done one after another, in the order of the calls. A job firs
 below (which may wait for the SSD), then, on CUDA, makes the copy stream wait for the event after which the slot may
 be overwritten, copies, and waits for the copy's own event before it gives the lower slot back and calls itself done.
 So nothing overtakes anything, a lower slot is never recycled under a copy, and a finished ticket means that the
-bytes are there for any stream.
+bytes are there for any stream. Passes are expected on one compute stream, the one current when the model was opened.
 """
 
 import time
@@ -72,6 +72,8 @@ class Transfer:
         self._lower, self._spans = lower, spans
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-transfer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # the slab may be memory that kernels under way still use
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def fill(self, key: Key, slot: torch.Tensor, after: "torch.cuda.Event | None") -> CopyTicket:
         """Queue the copy of `key` into `slot`; see `Fill`."""
