@@ -19,6 +19,8 @@ from tiercache.config import Precision, human
 
 SCHEMA = "tiercache.bench/1"
 _PROMPT_TOKENS = 16
+_DISK_BYTES = 2 << 30
+_READ_SETTINGS = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20))
 _ROOF_BYTES = 128 << 20  # the memory roof is measured within a tight RAM cap too
 
 
@@ -58,7 +60,7 @@ def bench(
         prefill_s, decode_s = _time(model, ids, tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
-    disk = probe.disk_read(_largest_file(path))
+    disk = _disk_roof(path)
     dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
     peak_rss_bytes = stats_module.peak_rss_bytes()  # the roofs' buffers included
     if not keep:
@@ -138,5 +140,20 @@ def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float
     return seconds[0], seconds[1:]
 
 
-def _largest_file(folder: Path) -> Path:
-    return max(folder.iterdir(), key=lambda path: path.stat().st_size)
+def _disk_roof(folder: Path) -> probe.ReadRoof:
+    """Direct reads of the model's own files, up to 2 GiB: one small file alone may sit in a cache of the disk."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    best: probe.ReadRoof | None = None
+    for setting in _READ_SETTINGS:
+        left, read, seconds = _DISK_BYTES, 0, 0.0
+        for file in files:
+            size = min(file.stat().st_size, left)
+            if size >= _ROOF_BYTES // 2:
+                roof = probe.disk_read(file, settings=(setting,), limit_bytes=size)
+                left, read, seconds = left - size, read + size, seconds + size / roof.gbps / 1e9
+        if not read:  # a toy: whatever its largest file gives
+            return probe.disk_read(max(files, key=lambda path: path.stat().st_size))
+        if best is None or read / seconds / 1e9 > best.gbps:
+            best = probe.ReadRoof(read / seconds / 1e9, *setting, roof.direct)
+    assert best is not None
+    return best
