@@ -159,5 +159,6 @@ def _layout(
         at = 0 if device.type == "cuda" or (in_memory and in_place) else weight.at
         source = 0 if in_memory else weight.at
         spans[weight.unit] = [Span(source, at, weight.dtype.itemsize * prod(weight.shape))]
-        weights[module] = replace(weight, at=at)
+        if module:
+            weights[module] = replace(weight, at=at)
     return weights, spans
