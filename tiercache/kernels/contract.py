@@ -1,0 +1,113 @@
+"""What every dialect of the plane kernels can do; the `reference` says what the results are.
+
+Knows planes and activations. A dialect never knows where a plane lay before it was given, nor which tier or module it
+belongs to: planes are merged as integers from as many pointers as there are planes, so that no placement changes a bit.
+
+Shapes: x is [tokens, features], contiguous or not; `Planes` may have any row stride, but the bytes of a row lie side by
+side. `rows` selects rows of the stored matrix (in a feed-forward bundle: neurons by slot); None takes all, an empty
+list none; a row may occur more than once. Accumulation is in fp32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tiercache.errors import UsageError
+from tiercache.planes import Planes
+
+MAX_TOKENS = 512
+"""Tokens of one call; more are cut into calls of this many."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
+"""Names of the gates' activations."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Activations made ready for products along the input: quantised, with their group sums, once per input.
+
+    Attributes:
+        tokens, columns, group: of the activations.
+        data: the dialect's own.
+    """
+
+    tokens: int
+    columns: int
+    group: int
+    data: tuple[Tensor, ...]
+
+
+class Kernels(Protocol):
+    """A dialect."""
+
+    name: str
+    device: torch.device
+
+    def prepare(self, x: Tensor, group: int) -> Prepared:
+        """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
+
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """out[t, i] += sum over c of W[rows[i], c] x[t, c]; out is fp32 [tokens, rows].
+
+        A token that holds NaN or infinity gets NaN or infinity in every result.
+        """
+
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
+
+        The neuron-major layout of down matrices: a neuron's column lies as a row, grouped along its own length. A token
+        that holds NaN or infinity in x gets NaN or infinity in every result.
+        """
+
+    def ffn(
+        self,
+        x: Prepared,
+        inward: Sequence[Planes],
+        down: Planes,
+        activation: str,
+        out: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
+
+    def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
+        """Copy rows of byte matrices [n, width] into `out` (uint8), all of the first piece's, then the next's.
+
+        For one copy over a link instead of thousands; `out` may be pinned memory.
+        """
+
+
+def checked_rows(rows: Tensor | None, weight: Planes) -> int:
+    """How many rows a selection names.
+
+    Raises:
+        UsageError: not int32 or int64, or out of range.
+    """
+    if rows is None:
+        return weight.rows
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < weight.rows:
+        raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {weight.rows}")
+    return rows.numel()
+
+
+def check_output(out: Tensor, tokens: int, features: int, device: torch.device) -> None:
+    """Refuse an output that results cannot be added to."""
+    wanted = (tokens, features)
+    if out.dtype != torch.float32 or out.shape != wanted or (out.numel() and out.stride(1) != 1):
+        raise UsageError(f"out is {out.dtype} {list(out.shape)}, expected fp32 {list(wanted)} with rows in one piece")
+    if out.device != device:
+        raise UsageError(f"out is on {out.device}, these kernels are of {device}")
+
+
+def check_activations(x: Tensor, features: int) -> None:
+    """Refuse activations of another shape or kind."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    if x.ndim != 2 or x.dtype not in kinds or x.shape[1] != features:
+        raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32, fp16 or bf16 [tokens, {features}]")
+    if x.shape[0] > MAX_TOKENS:
+        raise UsageError(f"{x.shape[0]} tokens in one call; cut them into calls of {MAX_TOKENS}")

@@ -1,0 +1,319 @@
+/* AVX-512 with VNNI: one byte product instruction for 64 codes, activations as two signed bytes.
+ *
+ * For groups of 64 and 128, where 16 bytes of a 2-bit plane belong to one group: a vector of 64 bytes holds four parts,
+ * and the 16 sums of a byte product hold four numbers of each. Nibbles of several planes are merged before they are
+ * taken apart: X holds the codes j = 0 (low) and j = 2 (high), Y those of j = 1 and j = 3.
+ */
+#ifndef TIERCACHE_AVX512_H
+#define TIERCACHE_AVX512_H
+
+#include <immintrin.h>
+
+#include "generic.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const uint8_t *a, *b, *c, *scale;
+} Row;
+
+INLINE Row row_at(const Matrix *m, int64_t i) {
+    const int64_t at = m->index ? m->index[i] : i;
+    Row r = {m->plane[0] + at * m->plane_stride[0], m->plane[1] + at * m->plane_stride[1],
+             m->plane[2] + at * m->plane_stride[2], m->scale + at * m->scale_stride};
+    return r;
+}
+
+INLINE __m512i pick(uint8_t where, __m512i one, __m512i other) { /* bits of `one` where `where` has ones */
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)where), one, other, 0xCA);
+}
+
+/* Two nibbles a byte: X (pass 0: codes j = 0, 2) or Y (pass 1: j = 1, 3) of the two-bit planes. */
+INLINE __m512i merge(int planes, int pass, __m512i a, __m512i b) {
+    if (planes == 1) return pass ? _mm512_srli_epi16(a, 2) : a;
+    return pass ? pick(0xCC, a, _mm512_srli_epi16(b, 2)) : pick(0xCC, _mm512_slli_epi16(a, 2), b);
+}
+
+/* Codes of the low (high = 0) or high nibbles; `e` holds the four-bit plane's nibbles of the same codes. */
+INLINE __m512i codes(int planes, int high, __m512i x, __m512i e) {
+    if (planes == 3)
+        return high ? pick(0xF0, x, _mm512_srli_epi16(e, 4)) : pick(0xF0, _mm512_slli_epi16(x, 4), e);
+    return _mm512_and_si512(high ? _mm512_srli_epi16(x, 4) : x, _mm512_set1_epi8(planes == 1 ? 3 : 15));
+}
+
+/* Of the 128 bytes of the four-bit plane beside 64 bytes of a two-bit plane: those of pass 0 or 1, lane beside lane. */
+INLINE __m512i nibbles(int group, int pass, __m512i c0, __m512i c1) {
+    if (group == 64) return pass ? _mm512_shuffle_i32x4(c0, c1, 0xDD) : _mm512_shuffle_i32x4(c0, c1, 0x88);
+    return pass ? _mm512_shuffle_i32x4(c0, c1, 0xEE) : _mm512_shuffle_i32x4(c0, c1, 0x44);
+}
+
+INLINE __m512 halves_low(__m512i pairs) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)); }
+INLINE __m512 halves_high(__m512i pairs) { return halves_low(_mm512_srli_epi32(pairs, 16)); }
+INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+
+/* s and c of 16 (lo, step) pairs. */
+INLINE void scales16(__m512i pairs, float power, __m512 *s, __m512 *c) {
+    *s = times(halves_high(pairs), _mm512_set1_ps(power));
+    *c = plus(halves_low(pairs), times(*s, _mm512_set1_ps(0.5f)));
+}
+
+/* Four vectors of 16 sums -> in each 16-byte lane the four vectors' totals of that lane. */
+INLINE __m512i totals(__m512i a0, __m512i a1, __m512i a2, __m512i a3) {
+    const __m512i s01 = _mm512_add_epi32(_mm512_unpacklo_epi32(a0, a1), _mm512_unpackhi_epi32(a0, a1));
+    const __m512i s23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a2, a3), _mm512_unpackhi_epi32(a2, a3));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(s01, s23), _mm512_unpackhi_epi64(s01, s23));
+}
+
+INLINE void transpose4(__m512i v[4]) { /* 4 x 4 numbers in each 16-byte lane */
+    const __m512i l01 = _mm512_unpacklo_epi32(v[0], v[1]), h01 = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i l23 = _mm512_unpacklo_epi32(v[2], v[3]), h23 = _mm512_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi64(l01, l23), v[1] = _mm512_unpackhi_epi64(l01, l23);
+    v[2] = _mm512_unpacklo_epi64(h01, h23), v[3] = _mm512_unpackhi_epi64(h01, h23);
+}
+
+INLINE void transpose_lanes(__m512i v[4]) { /* 4 x 4 lanes of 16 bytes */
+    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xEE);
+    const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xEE);
+    v[0] = _mm512_shuffle_i32x4(a, c, 0x88), v[1] = _mm512_shuffle_i32x4(a, c, 0xDD);
+    v[2] = _mm512_shuffle_i32x4(b, d, 0x88), v[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
+}
+
+/* The high and low bytes of |q| <= 32639: q = 256 high + low. */
+INLINE __m128i high_bytes(__m512i q) {
+    return _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8));
+}
+
+/* --- activations ------------------------------------------------------------------------------------------------- */
+
+INLINE void prepare_part(const float *x, const Shape *s, int32_t p, int64_t token, const Prepared *out) {
+    const int32_t step = s->group == 128 ? 32 : 16;
+    __m512 v[4], largest = _mm512_setzero_ps();
+    __mmask16 bad = 0;
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_loadu_ps(x + column_of(s, p, 0) + j * step);
+        const __m512 size = _mm512_abs_ps(v[j]);
+        bad |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
+        largest = _mm512_max_ps(largest, size);
+    }
+    const float top = bad ? 0.0f : _mm512_reduce_max_ps(largest);
+    const __m512 inverse = _mm512_set1_ps(top < TINY ? 0.0f : FULL / top);
+    __m512i total = _mm512_setzero_si512();
+    const int64_t width = (int64_t)s->parts * 64, base = token * width;
+    for (int j = 0; j < 4; j++) {
+        const __m512i q = bad ? _mm512_setzero_si512() : _mm512_cvtps_epi32(times(v[j], inverse));
+        const int64_t at = base + (out->few ? (p >> 2) * 256 + j * 64 + (p & 3) * 16 : p * 64 + j * 16);
+        _mm_storeu_si128((__m128i *)(out->high + at), high_bytes(q));
+        _mm_storeu_si128((__m128i *)(out->low + at), _mm512_cvtepi32_epi8(q));
+        total = _mm512_add_epi32(total, q);
+    }
+    const float scale = bad ? NAN : top < TINY ? 0.0f : top * (1.0f / FULL);
+    out->scale[token * s->parts + p] = scale;
+    out->sum[token * s->parts + p] = scale * (float)_mm512_reduce_add_epi32(total);
+}
+
+/* --- product, few tokens: four rows at a time --------------------------------------------------------------------- */
+
+INLINE __m512i four_scales(const Row r[4], int group, int64_t at, int count, __m512i order) {
+    const __mmask8 some = (__mmask8)((1u << (count < 4 ? count : 4)) - 1);
+    __m512i v = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, r[0].scale + at));
+    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[1].scale + at), 1);
+    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[2].scale + at), 2);
+    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[3].scale + at), 3);
+    (void)group;
+    return _mm512_permutexvar_epi32(order, v);
+}
+
+INLINE void prefetch_row(const Row *r, int planes, int64_t at, int64_t scale_at) {
+    _mm_prefetch((const char *)r->a + at, _MM_HINT_T0);
+    if (planes > 1) _mm_prefetch((const char *)r->b + at, _MM_HINT_T0);
+    if (planes > 2) {
+        _mm_prefetch((const char *)r->c + 2 * at, _MM_HINT_T0);
+        _mm_prefetch((const char *)r->c + 2 * at + 64, _MM_HINT_T0);
+    }
+    _mm_prefetch((const char *)r->scale + scale_at, _MM_HINT_T0);
+}
+
+/* The results of four rows for one token; `next` are the rows whose bytes will be wanted afterwards, or NULL. */
+INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, const Shape *s, const Prepared *x,
+                       int64_t token) {
+    const int8_t *high = x->high + token * s->parts * 64, *low = x->low + token * s->parts * 64;
+    const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts, power = power_of(planes);
+    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i order = group == 64 ? _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
+                                      : _mm512_set_epi32(13, 9, 5, 1, 13, 9, 5, 1, 12, 8, 4, 0, 12, 8, 4, 0);
+    const int per_chunk = 256 / group;
+    __m512 result = _mm512_setzero_ps();
+    for (int32_t chunk = 0; chunk < s->chunks; chunk++) {
+        const int64_t at = (int64_t)chunk * 64, left = s->bytes - at;
+        const __mmask64 some = left >= 64 ? ~0ull : (1ull << left) - 1;
+        const __mmask64 c_low = left >= 32 ? ~0ull : (1ull << (2 * left)) - 1;
+        const __mmask64 c_high = left >= 64 ? ~0ull : left > 32 ? (1ull << (2 * left - 64)) - 1 : 0;
+        __m512i a[4], b[4], c0[4], c1[4], upper[4], lower[4];
+        for (int i = 0; i < 4; i++) {
+            a[i] = _mm512_maskz_loadu_epi8(some, r[i].a + at);
+            b[i] = planes > 1 ? _mm512_maskz_loadu_epi8(some, r[i].b + at) : a[i];
+            c0[i] = planes > 2 ? _mm512_maskz_loadu_epi8(c_low, r[i].c + 2 * at) : a[i];
+            c1[i] = planes > 2 ? _mm512_maskz_loadu_epi8(c_high, r[i].c + 2 * at + 64) : a[i];
+            upper[i] = lower[i] = _mm512_setzero_si512();
+            if (next) prefetch_row(next + i, planes, at, 4 * (int64_t)chunk * per_chunk);
+        }
+        for (int pass = 0; pass < 2; pass++) {
+            const int8_t *h = high + chunk * 256 + pass * 64, *l = low + chunk * 256 + pass * 64;
+            const __m512i h0 = _mm512_loadu_si512(h), l0 = _mm512_loadu_si512(l);
+            const __m512i h2 = _mm512_loadu_si512(h + 128), l2 = _mm512_loadu_si512(l + 128);
+            for (int i = 0; i < 4; i++) {
+                const __m512i v = merge(planes, pass, a[i], b[i]);
+                const __m512i e = planes > 2 ? nibbles(group, pass, c0[i], c1[i]) : v;
+                const __m512i u0 = codes(planes, 0, v, e), u2 = codes(planes, 1, v, e);
+                upper[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(upper[i], u0, h0), u2, h2);
+                lower[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(lower[i], u0, l0), u2, l2);
+            }
+        }
+        for (int i = 0; i < 4; i++) upper[i] = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
+        const __m512 dot = _mm512_cvtepi32_ps(totals(upper[0], upper[1], upper[2], upper[3])); /* [lane][row] */
+        __m512 step, offset;
+        const int32_t first = chunk * per_chunk, count = s->groups - first;
+        scales16(four_scales(r, group, 4 * (int64_t)first, count < per_chunk ? count : per_chunk, order), power, &step,
+                 &offset);
+        const __m512 xs = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * 4)));
+        const __m512 xt = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(sum + chunk * 4)));
+        result = plus(result, plus(times(dot, times(step, xs)), times(offset, xt)));
+    }
+    return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(result), _mm512_extractf32x4_ps(result, 1)),
+                      _mm_add_ps(_mm512_extractf32x4_ps(result, 2), _mm512_extractf32x4_ps(result, 3)));
+}
+
+INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
+                     int64_t last, float *out, int64_t stride) {
+    Row r[4], next[4];
+    for (int i = 0; i < 4; i++) next[i] = row_at(m, first + i < last ? first + i : last - 1);
+    for (int64_t row = first; row < last; row += 4) {
+        for (int i = 0; i < 4; i++) {
+            const int64_t ahead = row + 4 + i < m->rows ? row + 4 + i : m->rows - 1;
+            r[i] = next[i];
+            next[i] = row_at(m, ahead);
+        }
+        const int count = last - row < 4 ? (int)(last - row) : 4;
+        const __mmask8 some = (__mmask8)((1u << count) - 1);
+        for (int32_t t = 0; t < x->tokens; t++) {
+            const __m128 sum = dot_rows(r, t ? NULL : next, planes, group, s, x, t);
+            float *to = out + t * stride + row;
+            _mm_mask_storeu_ps(to, some, _mm_add_ps(_mm_maskz_loadu_ps(some, to), sum));
+        }
+    }
+}
+
+/* --- many tokens: tiles of bytes [sixteen quads][16 results][4 terms] ---------------------------------------------- */
+
+#define TOKENS 8 /* tokens x 2 vectors of sums stay in registers */
+
+/* sums[t] = S of 32 results (two tiles) and `count` tokens over 64 terms; x: high and low bytes, `stride` apart. */
+INLINE void multiply_tile(const uint8_t *tile, const int8_t *high, const int8_t *low, int64_t stride, const int count,
+                          __m512i sums[TOKENS][2]) {
+    for (int t = 0; t < count; t++) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
+    for (int half = 0; half < 2; half++) {
+        const int8_t *x = half ? low : high;
+        for (int q = 0; q < 16; q++) {
+            const __m512i w0 = _mm512_load_si512(tile + q * 64), w1 = _mm512_load_si512(tile + 1024 + q * 64);
+            for (int t = 0; t < count; t++) {
+                int32_t four;
+                memcpy(&four, x + t * stride + q * 4, 4);
+                const __m512i v = _mm512_set1_epi32(four);
+                sums[t][0] = _mm512_dpbusd_epi32(sums[t][0], w0, v);
+                sums[t][1] = _mm512_dpbusd_epi32(sums[t][1], w1, v);
+            }
+        }
+        if (!half)
+            for (int t = 0; t < count; t++)
+                for (int i = 0; i < 2; i++) sums[t][i] = _mm512_slli_epi32(sums[t][i], 8);
+    }
+}
+
+#define BY_COUNT(count, call)                                   \
+    switch (count) {                                            \
+        case 1: { enum { N = 1 }; call; break; }                \
+        case 2: { enum { N = 2 }; call; break; }                \
+        case 3: { enum { N = 3 }; call; break; }                \
+        case 4: { enum { N = 4 }; call; break; }                \
+        case 5: { enum { N = 5 }; call; break; }                \
+        case 6: { enum { N = 6 }; call; break; }                \
+        case 7: { enum { N = 7 }; call; break; }                \
+        default: { enum { N = 8 }; call; break; }               \
+    }
+
+INLINE __m512i four_rows(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) {
+    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p0));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_loadu_si128((const __m128i *)p1));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_loadu_si128((const __m128i *)p2));
+    return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_loadu_si128((const __m128i *)p3));
+}
+
+/* Part `p` of 32 rows as two tiles; row 4 r + i of a tile lies in lane r of vector i before the transposition. */
+INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t *tile) {
+    const int64_t at = (int64_t)p * 16, c = group == 64 ? (int64_t)p * 32 : (p >> 1) * 64 + (p & 1) * 16;
+    for (int half = 0; half < 2; half++, rows += 16, tile += 1024)
+        for (int pass = 0; pass < 2; pass++) {
+            const int64_t c_at = c + (pass ? group / 4 : 0);
+            __m512i low[4], high[4];
+            for (int i = 0; i < 4; i++) {
+                const Row *r = rows + i;
+                const __m512i a = four_rows(r[0].a + at, r[4].a + at, r[8].a + at, r[12].a + at);
+                const __m512i b = planes > 1 ? four_rows(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at) : a;
+                const __m512i v = merge(planes, pass, a, b);
+                const __m512i e =
+                    planes > 2 ? four_rows(r[0].c + c_at, r[4].c + c_at, r[8].c + c_at, r[12].c + c_at) : v;
+                low[i] = codes(planes, 0, v, e), high[i] = codes(planes, 1, v, e);
+            }
+            transpose4(low), transpose4(high);
+            for (int d = 0; d < 4; d++) {
+                _mm512_store_si512(tile + (4 * pass + d) * 64, low[d]);
+                _mm512_store_si512(tile + (4 * (pass + 2) + d) * 64, high[d]);
+            }
+        }
+}
+
+#define STRIP 128 /* tokens of one item */
+
+INLINE void add_tile(const uint8_t *tile, const Prepared *x, const Shape *s, int32_t p, int64_t token, const int count,
+                     const __m512 step[2], const __m512 offset[2], float *sums) {
+    __m512i dot[TOKENS][2];
+    const int64_t width = (int64_t)s->parts * 64, at = token * width + (int64_t)p * 64;
+    multiply_tile(tile, x->high + at, x->low + at, width, count, dot);
+    for (int t = 0; t < count; t++) {
+        const __m512 xs = _mm512_set1_ps(x->scale[(token + t) * s->parts + p]);
+        const __m512 xt = _mm512_set1_ps(x->sum[(token + t) * s->parts + p]);
+        for (int i = 0; i < 2; i++) {
+            const __m512 scaled = times(_mm512_cvtepi32_ps(dot[t][i]), times(step[i], xs));
+            float *to = sums + t * 32 + i * 16;
+            _mm512_store_ps(to, plus(_mm512_load_ps(to), plus(scaled, times(offset[i], xt))));
+        }
+    }
+}
+
+INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
+                      int64_t token, int tokens, float *out, int64_t stride) {
+    _Alignas(64) float sums[4][STRIP][32];
+    _Alignas(64) uint8_t tile[2048];
+    Row rows[32];
+    const int count = m->rows - first < 32 ? (int)(m->rows - first) : 32;
+    for (int i = 0; i < 32; i++) rows[i] = row_at(m, first + (i < count ? i : count - 1));
+    for (int k = 0; k < 4; k++) memset(sums[k], 0, sizeof(float) * 32 * (size_t)tokens);
+    const float power = power_of(planes);
+    for (int32_t p = 0; p < s->real_parts; p++) {
+        _Alignas(64) uint32_t pairs[32];
+        __m512 step[2], offset[2];
+        tile_rows(rows, planes, group, p, tile);
+        for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
+        for (int i = 0; i < 2; i++) scales16(_mm512_load_si512(pairs + 16 * i), power, &step[i], &offset[i]);
+        for (int t = 0; t < tokens; t += TOKENS) {
+            const int n = tokens - t < TOKENS ? tokens - t : TOKENS;
+            BY_COUNT(n, add_tile(tile, x, s, p, token + t, N, step, offset, sums[p & 3][t]))
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < count; i++)
+            out[(token + t) * stride + first + i] += (sums[0][t][i] + sums[1][t][i]) + (sums[2][t][i] + sums[3][t][i]);
+}
+
+#endif

@@ -1,0 +1,133 @@
+/* The portable path, also compiled for AVX2: plain loops that a compiler turns into 16-bit multiply-adds. */
+#ifndef TIERCACHE_GENERIC_H
+#define TIERCACHE_GENERIC_H
+
+#include "planes.h"
+
+/* Quantise `count` <= 64 values: returns the scale, 0 for all zero and NaN where one is not finite. */
+static inline float quantise(const float *x, int32_t count, int16_t *q, int32_t *total) {
+    float largest = 0.0f, poison = 0.0f;
+    for (int32_t i = 0; i < count; i++) {
+        const float a = fabsf(x[i]);
+        largest = a > largest ? a : largest;
+        poison += x[i] * 0.0f; /* NaN as soon as one is not finite */
+    }
+    const float inverse = largest < TINY || !(largest < INFINITY) ? 0.0f : FULL / largest;
+    int32_t sum = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const float v = x[i] * inverse;
+        q[i] = v == v ? (int16_t)rintf(v) : 0;
+        sum += q[i];
+    }
+    *total = sum;
+    return poison != poison ? NAN : largest < TINY ? 0.0f : largest * (1.0f / FULL);
+}
+
+/* Codes of part `p` as numbers, in the order (j, t): bits 2j of byte t. */
+static inline void unpack_part(const uint8_t *const plane[3], int32_t planes, const Shape *s, int32_t p, int16_t *code) {
+    const int32_t width = s->part / 4;
+    const uint8_t *a = plane[0] + p * width, *b = planes > 1 ? plane[1] + p * width : 0;
+    for (int32_t j = 0; j < 4; j++)
+        for (int32_t t = 0; t < width; t++) {
+            const int32_t top = (a[t] >> (2 * j)) & 3;
+            code[j * width + t] = (int16_t)(b ? 4 * top + ((b[t] >> (2 * j)) & 3) : top);
+        }
+    if (planes < 3) return;
+    const int32_t half = s->group == 128;
+    const uint8_t *c = plane[2] + (half ? (p >> 1) * 64 + (p & 1) * 16 : p * (s->part / 2));
+    const int32_t step = half ? 32 : width; /* from the bytes of j = 0 to those of j = 1 */
+    for (int32_t j = 0; j < 4; j++)
+        for (int32_t t = 0; t < width; t++) {
+            const int32_t bits = (c[(j & 1) * step + t] >> (4 * (j >> 1))) & 15;
+            code[j * width + t] = (int16_t)(16 * code[j * width + t] + bits);
+        }
+}
+
+/* s = step * 2^k and c = lo + s / 2 of a group. */
+static inline void scales_of(const uint8_t *row, int32_t group, float power, float *s, float *c) {
+    uint16_t halves[2];
+    memcpy(halves, row + 4 * group, 4);
+    *s = half_to_float(halves[1]) * power;
+    *c = half_to_float(halves[0]) + *s * 0.5f;
+}
+
+static inline float power_of(int32_t planes) { return planes == 1 ? 64.0f : planes == 2 ? 16.0f : 1.0f; }
+
+static void generic_row(const Matrix *m, const Prepared *x, const Shape *s, int64_t row, float *out, int64_t stride) {
+    float sums[MAX_TOKENS][4];
+    memset(sums, 0, sizeof(float) * 4 * (size_t)x->tokens);
+    const uint8_t *plane[3] = {0};
+    for (int32_t p = 0; p < m->planes; p++) plane[p] = row_of(m->plane[p], m->plane_stride[p], m->index, row);
+    const uint8_t *scale = row_of(m->scale, m->scale_stride, m->index, row);
+    const float power = power_of(m->planes);
+    const int64_t width = (int64_t)s->parts * s->part;
+    for (int32_t p = 0; p < s->real_parts; p++) {
+        int16_t code[64];
+        float step, offset;
+        unpack_part(plane, m->planes, s, p, code);
+        scales_of(scale, p * s->part / s->group, power, &step, &offset);
+        for (int32_t t = 0; t < x->tokens; t++) {
+            const int16_t *q = x->whole + t * width + p * s->part;
+            int32_t dot = 0;
+            for (int32_t i = 0; i < s->part; i++) dot += code[i] * q[i];
+            const float scaled = step * x->scale[(int64_t)t * s->parts + p];
+            const float term = (float)dot * scaled + offset * x->sum[(int64_t)t * s->parts + p];
+            sums[t][p / s->lanes % 4] += term;
+        }
+    }
+    for (int32_t t = 0; t < x->tokens; t++)
+        out[t * stride + row] += (sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]);
+}
+
+/* a = x / X of one block of neurons, and X; NaN where a value is not finite. */
+static inline float normalise(const float *x, int32_t count, float *a) {
+    float largest = 0.0f, poison = 0.0f;
+    for (int32_t i = 0; i < count; i++) {
+        const float v = fabsf(x[i]);
+        largest = v > largest ? v : largest;
+        poison += x[i] * 0.0f;
+    }
+    const int zero = largest < TINY || poison != poison;
+    const float inverse = zero ? 0.0f : 1.0f / largest;
+    for (int32_t i = 0; i < count; i++) a[i] = zero ? 0.0f : x[i] * inverse;
+    return poison != poison ? NAN : zero ? 0.0f : largest;
+}
+
+/* One part of 32 or 64 columns of a down matrix, all neurons, all tokens. */
+static void generic_down(const Matrix *m, const Input *x, const Shape *s, int32_t p, float *out, int64_t stride) {
+    const float power = power_of(m->planes);
+    const int32_t group = p * s->part / s->group;
+    int16_t codes[BLOCK][64];
+    float b[BLOCK], offset[BLOCK];
+    for (int64_t first = 0; first < m->rows; first += BLOCK) {
+        const int32_t count = m->rows - first < BLOCK ? (int32_t)(m->rows - first) : BLOCK;
+        float largest = 0.0f;
+        for (int32_t n = 0; n < count; n++) {
+            const uint8_t *plane[3] = {0};
+            for (int32_t k = 0; k < m->planes; k++)
+                plane[k] = row_of(m->plane[k], m->plane_stride[k], m->index, first + n);
+            unpack_part(plane, m->planes, s, p, codes[n]);
+            scales_of(row_of(m->scale, m->scale_stride, m->index, first + n), group, power, &b[n], &offset[n]);
+            largest = b[n] > largest ? b[n] : largest;
+        }
+        const float inverse = largest > 0.0f ? FULL / largest : 0.0f;
+        for (int32_t n = 0; n < count; n++) b[n] *= inverse;
+        for (int32_t t = 0; t < x->tokens; t++) {
+            float values[BLOCK], a[BLOCK], sum = 0.0f;
+            int32_t dot[64] = {0};
+            load_row(x, t, first, count, values);
+            const float scale = normalise(values, count, a) * (largest * (1.0f / FULL));
+            for (int32_t n = 0; n < count; n++) {
+                const int32_t q = (int32_t)rintf(a[n] * b[n]);
+                for (int32_t i = 0; i < s->part; i++) dot[i] += codes[n][i] * q;
+                sum += values[n] * offset[n];
+            }
+            for (int32_t i = 0; i < s->part; i++) {
+                const int32_t column = column_of(s, p, i);
+                if (column < m->columns) out[t * stride + column] += (float)dot[i] * scale + sum;
+            }
+        }
+    }
+}
+
+#endif

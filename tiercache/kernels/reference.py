@@ -1,0 +1,100 @@
+"""The dialect that says what is right: plain torch over decoded weights, in fp32 or fp64, on any device. Slow."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tiercache.errors import UsageError
+from tiercache.kernels.contract import ACTIVATIONS, Prepared, check_activations, check_output, checked_rows
+from tiercache.planes import Planes, decode
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": _gelu_tanh,
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+        "identity": lambda x: x,
+    }
+)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """The activation called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in _FUNCTIONS:
+        raise UsageError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+    return _FUNCTIONS[name](x)
+
+
+class ReferenceKernels:
+    """See `contract.Kernels`.
+
+    Args:
+        device: where the planes and activations are.
+        dtype: what to compute in; fp64 leaves nothing but the weights' own rounding.
+    """
+
+    name = "reference"
+
+    def __init__(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self._dtype = device or torch.device("cpu"), dtype
+
+    def prepare(self, x: Tensor, group: int) -> Prepared:
+        """See `contract.Kernels`."""
+        check_activations(x, x.shape[-1])
+        return Prepared(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
+
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """See `contract.Kernels`."""
+        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
+        out += x.data[0] @ self._weights(weight, rows).T
+
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """See `contract.Kernels`."""
+        check_activations(x, checked_rows(rows, weight))
+        check_output(out, x.shape[0], weight.columns, self.device)
+        out += x.to(self._dtype) @ self._weights(weight, rows)
+
+    def ffn(
+        self,
+        x: Prepared,
+        inward: Sequence[Planes],
+        down: Planes,
+        activation: str,
+        out: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """See `contract.Kernels`."""
+        hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
+        for more in inward[1:]:
+            hidden = hidden * (x.data[0] @ self._weights(more, rows).T)
+        check_output(out, x.tokens, down.columns, self.device)
+        out += hidden @ self._weights(down, rows)
+
+    def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
+        """See `contract.Kernels`."""
+        at = 0
+        for piece in pieces:
+            nbytes = rows.numel() * piece.shape[1]
+            out[at : at + nbytes].view(rows.numel(), piece.shape[1]).copy_(piece[rows.long()])
+            at += nbytes
+
+    def _weights(self, weight: Planes, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            chosen = rows.long()
+            planes = tuple(plane[chosen] for plane in weight.planes)
+            weight = Planes(planes, weight.scales[chosen], weight.columns, weight.group)
+        return decode(weight, torch.float32).to(self._dtype)
