@@ -55,6 +55,9 @@ class Kernels(Protocol):
         A token that holds NaN or infinity gets NaN or infinity in every result.
         """
 
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+        """`product` of several matrices with as many rows, in one walk where they lie side by side (gate and up)."""
+
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
 

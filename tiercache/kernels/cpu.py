@@ -21,10 +21,6 @@ from tiercache.planes import Planes
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGN = 64
 
-# Up to so many tokens a matrix is walked once per token (its bytes stay in the cache between them); more are multiplied
-# with unpacked tiles. Measured on Zen 4 with `tiercache bench --kernels`, see README.
-FEW_TOKENS = 4
-
 
 class _Matrix(Structure):
     _fields_ = (
@@ -37,7 +33,9 @@ class _Matrix(Structure):
         ("columns", c_int32),
         ("group", c_int32),
         ("planes", c_int32),
-        ("reserved", c_int32),
+        ("parts", c_int32),
+        ("plane_part", c_int64 * 3),
+        ("scale_part", c_int64),
     )
 
 
@@ -68,6 +66,7 @@ class CpuKernels:
             raise EnvironmentUnsupportedError(f"this processor lacks {self.isa}; it has {', '.join(has)}")
         self.name, self.device = f"cpu ({self.isa})", torch.device("cpu")
         self._library = _load(path)
+        self._few = self._library.tc_few()
         self._threads = threads
         self._parallel = _openmp()
 
@@ -75,7 +74,7 @@ class CpuKernels:
         """See `contract.Kernels`."""
         check_activations(x, x.shape[-1])
         tokens, columns = x.shape
-        few = int(tokens <= FEW_TOKENS)
+        few = int(tokens <= self._few)
         nbytes = self._library.tc_prepared_bytes(tokens, columns, group)
         memory = torch.empty(nbytes + _ALIGN, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % _ALIGN :]
@@ -89,12 +88,22 @@ class CpuKernels:
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         _check_match(x, weight)
         matrix, keep = _matrix(weight, rows)
-        few, data = int(x.tokens <= FEW_TOKENS), x.data[0].data_ptr()
-        team = self._team()
-        self._library.tc_product(
-            byref(matrix), x.tokens, few, data, out.data_ptr(), _stride(out), byref(team)
-        )
+        self._product(x, matrix, out)
         del keep
+
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+        """See `contract.Kernels`."""
+        pair = _pair(weights, None)
+        if pair is None or x.group != weights[0].group:  # the latter is refused by `product`
+            for weight, out in zip(weights, outs, strict=True):
+                self.product(x, weight, out)
+            return
+        _check_match(x, weights[0])
+        both = torch.zeros(x.tokens, weights[0].rows, 2)
+        self._product(x, pair[0], both.view(x.tokens, -1))
+        for part, out in enumerate(outs):
+            check_output(out, x.tokens, weights[0].rows, self.device)
+            out += both[..., part]
 
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
         """See `contract.Kernels`."""
@@ -102,9 +111,9 @@ class CpuKernels:
         check_output(out, x.shape[0], weight.columns, self.device)
         matrix, keep = _matrix(weight, rows)
         source, kept = _input(x)
-        few = int(x.shape[0] <= FEW_TOKENS)
-        team = self._team()
-        self._library.tc_product_down(byref(matrix), byref(source), few, out.data_ptr(), _stride(out), byref(team))
+        scratch = torch.empty(self._library.tc_down_scratch(x.shape[1], weight.columns, x.shape[0]))
+        where = (scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
+        self._library.tc_product_down(byref(matrix), byref(source), *where)
         del keep, kept
 
     def ffn(
@@ -119,23 +128,21 @@ class CpuKernels:
         """See `contract.Kernels`."""
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-        if not 1 <= len(inward) <= 2:
-            raise UsageError(f"{len(inward)} inward matrices; a feed-forward block has one or two")
         count = checked_rows(rows, down)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
             _check_match(x, weight)
             if weight.rows != down.rows:
                 raise UsageError(f"inward matrices of {weight.rows} neurons beside a down matrix of {down.rows}")
-        (gate, keep_gate), *more = (_matrix(weight, rows) for weight in inward)
-        last, keep_down = _matrix(down, rows)
-        scratch = torch.empty(2 * x.tokens * count, dtype=torch.float32)
-        up = byref(more[0][0]) if more else None
-        kind, few, data = ACTIVATIONS.index(activation), int(x.tokens <= FEW_TOKENS), x.data[0].data_ptr()
-        team = self._team()
-        where = (data, scratch.data_ptr(), out.data_ptr(), _stride(out), byref(team))
-        self._library.tc_ffn(byref(gate), up, byref(last), kind, x.tokens, few, *where)
-        del keep_gate, keep_down, more
+        entry = _matrix(inward[0], rows) if len(inward) == 1 else _pair(inward, rows)
+        if entry is None:
+            raise UsageError(f"{len(inward)} inward matrices of unlike layout; a block has one, or gate and up alike")
+        last, keep = _matrix(down, rows)
+        scratch = torch.empty(self._library.tc_ffn_scratch(count, down.columns, x.tokens))
+        kind, few, data = ACTIVATIONS.index(activation), int(x.tokens <= self._few), x.data[0].data_ptr()
+        where = (data, scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
+        self._library.tc_ffn(byref(entry[0]), byref(last), kind, x.tokens, few, *where)
+        del keep, entry
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`."""
@@ -152,6 +159,11 @@ class CpuKernels:
             self._library.tc_gather(source, stride, width, index.data_ptr(), index.numel(), at, byref(team))
             at += width * index.numel()
 
+    def _product(self, x: Prepared, matrix: _Matrix, out: Tensor) -> None:
+        few, data = int(x.tokens <= self._few), x.data[0].data_ptr()
+        where = (out.data_ptr(), _stride(out), byref(self._team()))
+        self._library.tc_product(byref(matrix), x.tokens, few, data, *where)
+
     def _team(self) -> _Team:
         threads = self._threads or torch.get_num_threads()
         return _Team(self._parallel, threads if self._parallel else 1, 0)
@@ -163,14 +175,15 @@ def _load(path: Path) -> ctypes.CDLL:
     library.tc_prepared_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.tc_prepared_bytes.restype = c_int64
     matrix, source, team = POINTER(_Matrix), POINTER(_Input), POINTER(_Team)
+    library.tc_few.restype = c_int32
+    library.tc_down_scratch.argtypes = library.tc_ffn_scratch.argtypes = [c_int64, c_int32, c_int32]
+    library.tc_down_scratch.restype = library.tc_ffn_scratch.restype = c_int64
+    out = [c_void_p, c_int64, team]
     signatures = {
         "tc_prepare": [source, c_int32, c_int32, c_int32, c_void_p, team],
-        "tc_product": [matrix, c_int32, c_int32, c_void_p, c_void_p, c_int64, team],
-        "tc_product_down": [matrix, source, c_int32, c_void_p, c_int64, team],
-        "tc_ffn": [
-            *(matrix, matrix, matrix, c_int32, c_int32, c_int32),
-            *(c_void_p, c_void_p, c_void_p, c_int64, team),
-        ],
+        "tc_product": [matrix, c_int32, c_int32, c_void_p, *out],
+        "tc_product_down": [matrix, source, c_void_p, *out],
+        "tc_ffn": [matrix, matrix, c_int32, c_int32, c_int32, c_void_p, c_void_p, *out],
         "tc_gather": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, team],
     }
     for name, arguments in signatures.items():
@@ -198,7 +211,7 @@ def _openmp() -> int | None:
 
 def _matrix(weight: Planes, rows: Tensor | None) -> tuple[_Matrix, object]:
     """The C view of a matrix, and what must outlive it."""
-    matrix = _Matrix(rows=weight.rows, columns=weight.columns, group=weight.group, planes=len(weight.planes))
+    matrix = _Matrix(rows=weight.rows, columns=weight.columns, group=weight.group, planes=len(weight.planes), parts=1)
     for p, plane in enumerate(weight.planes):
         if plane.stride(1) != 1:
             raise UsageError(f"plane {p} has its bytes {plane.stride(1)} apart; the bytes of a row must lie together")
@@ -211,6 +224,26 @@ def _matrix(weight: Planes, rows: Tensor | None) -> tuple[_Matrix, object]:
     index = rows.to(torch.int64).contiguous()
     matrix.index, matrix.rows = index.data_ptr(), index.numel()
     return matrix, index
+
+
+def _pair(weights: Sequence[Planes], rows: Tensor | None) -> tuple[_Matrix, object] | None:
+    """Two matrices whose rows take turns, so that both are read in one walk; None where their layouts differ."""
+    if len(weights) != 2:
+        return None
+    first, second = weights
+    (matrix, keep), (other, _) = _matrix(first, rows), _matrix(second, None)
+    if (other.columns, other.group, other.planes, second.rows) != (
+        *(matrix.columns, matrix.group, matrix.planes),
+        first.rows,
+    ):
+        return None
+    if list(other.plane_stride) != list(matrix.plane_stride) or other.scale_stride != matrix.scale_stride:
+        return None
+    matrix.parts, matrix.rows = 2, 2 * matrix.rows
+    for p in range(matrix.planes):
+        matrix.plane_part[p] = (other.plane[p] or 0) - (matrix.plane[p] or 0)
+    matrix.scale_part = other.scale - matrix.scale
+    return matrix, keep
 
 
 def _input(x: Tensor) -> tuple[_Input, Tensor]:

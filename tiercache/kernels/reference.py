@@ -62,6 +62,11 @@ class ReferenceKernels:
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+        """See `contract.Kernels`."""
+        for weight, out in zip(weights, outs, strict=True):
+            self.product(x, weight, out)
+
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))

@@ -11,6 +11,7 @@
 
 #include "generic.h"
 
+#define AHEAD 4 /* rows: fetched while as many are multiplied; further ahead and nearer were slower */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -18,14 +19,18 @@ typedef struct {
 } Row;
 
 INLINE Row row_at(const Matrix *m, int64_t i) {
-    const int64_t at = m->index ? m->index[i] : i;
-    Row r = {m->plane[0] + at * m->plane_stride[0], m->plane[1] + at * m->plane_stride[1],
-             m->plane[2] + at * m->plane_stride[2], m->scale + at * m->scale_stride};
+    Row r = {row_of(m, 0, i), m->planes > 1 ? row_of(m, 1, i) : NULL, m->planes > 2 ? row_of(m, 2, i) : NULL,
+             row_of(m, 3, i)};
     return r;
 }
 
 INLINE __m512i pick(uint8_t where, __m512i one, __m512i other) { /* bits of `one` where `where` has ones */
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)where), one, other, 0xCA);
+    return _mm512_ternarylogic_epi32(one, _mm512_set1_epi8((char)where), other, 0xE2);
+}
+
+/* sum += products of unsigned codes and signed bytes; gcc copies the sums around its own intrinsic, half of the loop. */
+INLINE void accumulate(__m512i *sum, __m512i code, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(code), "v"(x));
 }
 
 /* Two nibbles a byte: X (pass 0: codes j = 0, 2) or Y (pass 1: j = 1, 3) of the two-bit planes. */
@@ -114,85 +119,108 @@ INLINE void prepare_part(const float *x, const Shape *s, int32_t p, int64_t toke
 
 /* --- product, few tokens: four rows at a time --------------------------------------------------------------------- */
 
-INLINE __m512i four_scales(const Row r[4], int group, int64_t at, int count, __m512i order) {
-    const __mmask8 some = (__mmask8)((1u << (count < 4 ? count : 4)) - 1);
-    __m512i v = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(some, r[0].scale + at));
-    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[1].scale + at), 1);
-    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[2].scale + at), 2);
-    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi32(some, r[3].scale + at), 3);
-    (void)group;
-    return _mm512_permutexvar_epi32(order, v);
+INLINE __m512i four_scales(const Row r[4], int64_t at, __mmask8 some) {
+    __m512i v = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi32(some, r[0].scale + at));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_maskz_loadu_epi32(some, r[1].scale + at));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_maskz_loadu_epi32(some, r[2].scale + at));
+    return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_maskz_loadu_epi32(some, r[3].scale + at));
 }
 
-INLINE void prefetch_row(const Row *r, int planes, int64_t at, int64_t scale_at) {
-    _mm_prefetch((const char *)r->a + at, _MM_HINT_T0);
-    if (planes > 1) _mm_prefetch((const char *)r->b + at, _MM_HINT_T0);
-    if (planes > 2) {
-        _mm_prefetch((const char *)r->c + 2 * at, _MM_HINT_T0);
-        _mm_prefetch((const char *)r->c + 2 * at + 64, _MM_HINT_T0);
+/* Which bytes of a chunk are there: of a two-bit plane, and of both halves of the four-bit plane. */
+typedef struct {
+    __mmask64 two, low, high;
+} Present;
+
+INLINE Present present(int64_t left) {
+    Present here = {~0ull, ~0ull, ~0ull};
+    if (left < 64) {
+        here.two = (1ull << left) - 1;
+        here.low = left >= 32 ? ~0ull : (1ull << (2 * left)) - 1;
+        here.high = left > 32 ? (1ull << (2 * left - 64)) - 1 : 0;
     }
-    _mm_prefetch((const char *)r->scale + scale_at, _MM_HINT_T0);
+    return here;
+}
+
+/* What one chunk adds to four rows' results for one token. [lane][row] */
+INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, int64_t left, const int8_t *high,
+                        const int8_t *low, const float *scale, const float *sum) {
+    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i order = group == 64 ? _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
+                                      : _mm512_set_epi32(13, 9, 5, 1, 13, 9, 5, 1, 12, 8, 4, 0, 12, 8, 4, 0);
+    const Present here = present(left);
+    const int64_t at = (int64_t)chunk * 64;
+    __m512i a[4], b[4], c0[4], c1[4], upper[4], lower[4];
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_maskz_loadu_epi8(here.two, r[i].a + at);
+        b[i] = planes > 1 ? _mm512_maskz_loadu_epi8(here.two, r[i].b + at) : a[i];
+        c0[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.low, r[i].c + 2 * at) : a[i];
+        c1[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.high, r[i].c + 2 * at + 64) : a[i];
+        upper[i] = lower[i] = _mm512_setzero_si512();
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        const int8_t *h = high + chunk * 256 + pass * 64, *l = low + chunk * 256 + pass * 64;
+        const __m512i h0 = _mm512_loadu_si512(h), l0 = _mm512_loadu_si512(l);
+        const __m512i h2 = _mm512_loadu_si512(h + 128), l2 = _mm512_loadu_si512(l + 128);
+        for (int i = 0; i < 4; i++) {
+            const __m512i v = merge(planes, pass, a[i], b[i]);
+            const __m512i e = planes > 2 ? nibbles(group, pass, c0[i], c1[i]) : v;
+            const __m512i u0 = codes(planes, 0, v, e), u2 = codes(planes, 1, v, e);
+            accumulate(&upper[i], u0, h0), accumulate(&lower[i], u0, l0);
+            accumulate(&upper[i], u2, h2), accumulate(&lower[i], u2, l2);
+        }
+    }
+    for (int i = 0; i < 4; i++) upper[i] = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
+    const __m512 dot = _mm512_cvtepi32_ps(totals(upper[0], upper[1], upper[2], upper[3]));
+    const int whole = 256 / group, count = left >= 64 ? whole : (int)left * 4 / group;
+    __m512 step, offset;
+    const __m512i pairs = four_scales(r, (int64_t)chunk * 4 * whole, (__mmask8)((1u << count) - 1));
+    scales16(_mm512_permutexvar_epi32(order, pairs), power_of(planes), &step, &offset);
+    const __m512 xs = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * 4)));
+    const __m512 xt = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(sum + chunk * 4)));
+    return plus(times(dot, times(step, xs)), times(offset, xt));
+}
+
+/* Chunk `chunk` in the sequence of fetching rows ahead: 256 bytes of one row after another, as they lie. */
+INLINE void fetch_rows(const Row next[4], int planes, int group, int32_t chunk) {
+    const Row *r = next + (chunk & 3);
+    const int64_t at = (int64_t)(chunk & ~3) * 64;
+    for (int i = 0; i < 4; i++) {
+        _mm_prefetch((const char *)r->a + at + 64 * i, _MM_HINT_T1);
+        if (planes > 1) _mm_prefetch((const char *)r->b + at + 64 * i, _MM_HINT_T1);
+        if (planes > 2) {
+            _mm_prefetch((const char *)r->c + 2 * at + 128 * i, _MM_HINT_T1);
+            _mm_prefetch((const char *)r->c + 2 * at + 128 * i + 64, _MM_HINT_T1);
+        }
+    }
+    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
 }
 
 /* The results of four rows for one token; `next` are the rows whose bytes will be wanted afterwards, or NULL. */
 INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, const Shape *s, const Prepared *x,
                        int64_t token) {
     const int8_t *high = x->high + token * s->parts * 64, *low = x->low + token * s->parts * 64;
-    const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts, power = power_of(planes);
-    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512i order = group == 64 ? _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
-                                      : _mm512_set_epi32(13, 9, 5, 1, 13, 9, 5, 1, 12, 8, 4, 0, 12, 8, 4, 0);
-    const int per_chunk = 256 / group;
+    const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts;
     __m512 result = _mm512_setzero_ps();
-    for (int32_t chunk = 0; chunk < s->chunks; chunk++) {
-        const int64_t at = (int64_t)chunk * 64, left = s->bytes - at;
-        const __mmask64 some = left >= 64 ? ~0ull : (1ull << left) - 1;
-        const __mmask64 c_low = left >= 32 ? ~0ull : (1ull << (2 * left)) - 1;
-        const __mmask64 c_high = left >= 64 ? ~0ull : left > 32 ? (1ull << (2 * left - 64)) - 1 : 0;
-        __m512i a[4], b[4], c0[4], c1[4], upper[4], lower[4];
-        for (int i = 0; i < 4; i++) {
-            a[i] = _mm512_maskz_loadu_epi8(some, r[i].a + at);
-            b[i] = planes > 1 ? _mm512_maskz_loadu_epi8(some, r[i].b + at) : a[i];
-            c0[i] = planes > 2 ? _mm512_maskz_loadu_epi8(c_low, r[i].c + 2 * at) : a[i];
-            c1[i] = planes > 2 ? _mm512_maskz_loadu_epi8(c_high, r[i].c + 2 * at + 64) : a[i];
-            upper[i] = lower[i] = _mm512_setzero_si512();
-            if (next) prefetch_row(next + i, planes, at, 4 * (int64_t)chunk * per_chunk);
-        }
-        for (int pass = 0; pass < 2; pass++) {
-            const int8_t *h = high + chunk * 256 + pass * 64, *l = low + chunk * 256 + pass * 64;
-            const __m512i h0 = _mm512_loadu_si512(h), l0 = _mm512_loadu_si512(l);
-            const __m512i h2 = _mm512_loadu_si512(h + 128), l2 = _mm512_loadu_si512(l + 128);
-            for (int i = 0; i < 4; i++) {
-                const __m512i v = merge(planes, pass, a[i], b[i]);
-                const __m512i e = planes > 2 ? nibbles(group, pass, c0[i], c1[i]) : v;
-                const __m512i u0 = codes(planes, 0, v, e), u2 = codes(planes, 1, v, e);
-                upper[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(upper[i], u0, h0), u2, h2);
-                lower[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(lower[i], u0, l0), u2, l2);
-            }
-        }
-        for (int i = 0; i < 4; i++) upper[i] = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
-        const __m512 dot = _mm512_cvtepi32_ps(totals(upper[0], upper[1], upper[2], upper[3])); /* [lane][row] */
-        __m512 step, offset;
-        const int32_t first = chunk * per_chunk, count = s->groups - first;
-        scales16(four_scales(r, group, 4 * (int64_t)first, count < per_chunk ? count : per_chunk, order), power, &step,
-                 &offset);
-        const __m512 xs = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * 4)));
-        const __m512 xt = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(sum + chunk * 4)));
-        result = plus(result, plus(times(dot, times(step, xs)), times(offset, xt)));
+    const int32_t whole = s->bytes / 64;
+    for (int32_t chunk = 0; chunk < whole; chunk++) {
+        if (next) fetch_rows(next, planes, group, chunk);
+        result = plus(result, dot_chunk(r, planes, group, chunk, 64, high, low, scale, sum));
     }
+    if (whole < s->chunks)
+        result = plus(result, dot_chunk(r, planes, group, whole, s->bytes - whole * 64, high, low, scale, sum));
     return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(result), _mm512_extractf32x4_ps(result, 1)),
                       _mm_add_ps(_mm512_extractf32x4_ps(result, 2), _mm512_extractf32x4_ps(result, 3)));
 }
 
+/* Rows [first, last) for all tokens; `skip` rows after them are expected to be another thread's. */
 INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
-                     int64_t last, float *out, int64_t stride) {
+                     int64_t last, int64_t skip, float *out, int64_t stride) {
     Row r[4], next[4];
-    for (int i = 0; i < 4; i++) next[i] = row_at(m, first + i < last ? first + i : last - 1);
     for (int64_t row = first; row < last; row += 4) {
+        const int64_t ahead = row + AHEAD < last ? row + AHEAD : row + AHEAD + skip;
         for (int i = 0; i < 4; i++) {
-            const int64_t ahead = row + 4 + i < m->rows ? row + 4 + i : m->rows - 1;
-            r[i] = next[i];
-            next[i] = row_at(m, ahead);
+            r[i] = row_at(m, row + i < last ? row + i : last - 1);
+            next[i] = row_at(m, ahead + i < m->rows ? ahead + i : m->rows - 1);
         }
         const int count = last - row < 4 ? (int)(last - row) : 4;
         const __mmask8 some = (__mmask8)((1u << count) - 1);
@@ -220,8 +248,7 @@ INLINE void multiply_tile(const uint8_t *tile, const int8_t *high, const int8_t 
                 int32_t four;
                 memcpy(&four, x + t * stride + q * 4, 4);
                 const __m512i v = _mm512_set1_epi32(four);
-                sums[t][0] = _mm512_dpbusd_epi32(sums[t][0], w0, v);
-                sums[t][1] = _mm512_dpbusd_epi32(sums[t][1], w1, v);
+                accumulate(&sums[t][0], w0, v), accumulate(&sums[t][1], w1, v);
             }
         }
         if (!half)

@@ -1,22 +1,25 @@
 /* AVX-512 with VNNI, neuron-major matrices: four neurons are interleaved in registers so that a byte product sums over
  * them. See planes.h for the arithmetic and avx512.h for the words.
  *
- * An item is a strip of at most four chunks (1024 columns): 64 bytes of scales and 256 of a two-bit plane for each
- * neuron lie in one piece. While a block of neurons is multiplied the next one's bytes are fetched, row by row.
+ * With few tokens memory decides, and memory wants long pieces: reading 256 bytes of each row in turn reached half the
+ * rate of 1024. So an item is a slice of neurons times a span of at most 16 chunks (4096 columns, 1024 bytes of a two-bit
+ * plane); while a block of its neurons is multiplied, strip by strip of at most 4 chunks, from the second-level cache,
+ * the next block's rows are fetched in the order in which they lie.
  */
 #ifndef TIERCACHE_AVX512_DOWN_H
 #define TIERCACHE_AVX512_DOWN_H
 
 #include "avx512.h"
 
-#define WIDE 4 /* chunks of a strip */
+#define WIDE 4  /* chunks of a strip: 16 groups of 64 */
+#define REACH 16 /* chunks of a span */
 
 typedef struct {
     Row row[BLOCK], ahead[BLOCK];    /* the block's neurons, and the next block's */
     int32_t count, coming;           /* how many of them there are */
-    _Alignas(64) float b[16][BLOCK]; /* folded steps by group of the strip */
-    _Alignas(64) float c[BLOCK][16]; /* offsets */
-    _Alignas(64) float largest[16];  /* Z / 32639 */
+    _Alignas(64) float pairs[BLOCK][32]; /* lo, step by group of the strip */
+    _Alignas(64) float b[BLOCK][16];     /* step * 32639 / Z; zero beyond the last neuron */
+    _Alignas(64) float largest[16];      /* Z * 2^k / 32639 */
 } Block;
 
 typedef struct {
@@ -24,50 +27,58 @@ typedef struct {
     int64_t scale_at;              /* of its first scale in a row */
 } Strip;
 
-INLINE void transpose16(__m512 v[16]) {
+INLINE void transpose16(__m512i v[16]) {
     __m512i q[4][4];
     for (int i = 0; i < 4; i++) { /* rows 4 i .. 4 i + 3 */
-        for (int k = 0; k < 4; k++) q[i][k] = _mm512_castps_si512(v[4 * i + k]);
+        for (int k = 0; k < 4; k++) q[i][k] = v[4 * i + k];
         transpose4(q[i]); /* q[i][d], lane L: column 4 L + d of these rows */
     }
     for (int d = 0; d < 4; d++) {
         __m512i l[4] = {q[0][d], q[1][d], q[2][d], q[3][d]};
         transpose_lanes(l); /* l[L]: column 4 L + d of all rows */
-        for (int k = 0; k < 4; k++) v[4 * k + d] = _mm512_castsi512_ps(l[k]);
+        for (int k = 0; k < 4; k++) v[4 * k + d] = l[k];
     }
+}
+
+INLINE __m512 steps_of(const float *pairs) {
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_ps(_mm512_load_ps(pairs), odd, _mm512_load_ps(pairs + 16));
 }
 
 INLINE void read_scales(Block *block, const Strip *strip, int planes) {
-    const __mmask16 some = (__mmask16)((1u << strip->groups) - 1);
-    const float power = power_of(planes);
-    __m512 largest = _mm512_setzero_ps();
-    _Alignas(64) float steps[BLOCK][16];
+    const uint32_t some = strip->groups == 16 ? ~0u : (1u << (2 * strip->groups)) - 1;
+    _Alignas(64) float largest[32];
+    __m512 most[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int n = 0; n < block->count; n++) {
-        __m512 s, c;
-        scales16(_mm512_maskz_loadu_epi32(some, block->row[n].scale + strip->scale_at), power, &s, &c);
-        largest = _mm512_max_ps(largest, s);
-        _mm512_store_ps(steps[n], s), _mm512_store_ps(block->c[n], c);
+        const __m512i halves = _mm512_maskz_loadu_epi16(some, block->row[n].scale + strip->scale_at);
+        for (int i = 0; i < 2; i++) {
+            const __m512 v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, i));
+            _mm512_store_ps(block->pairs[n] + 16 * i, v);
+            most[i] = _mm512_max_ps(most[i], v);
+        }
     }
-    const __mmask16 any = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(FULL), largest);
-    _mm512_store_ps(block->largest, times(largest, _mm512_set1_ps(1.0f / FULL)));
-    for (int first = 0; first < BLOCK; first += 16) {
-        __m512 v[16];
-        for (int i = 0; i < 16; i++)
-            v[i] = first + i < block->count ? times(_mm512_load_ps(steps[first + i]), inverse) : _mm512_setzero_ps();
-        transpose16(v);
-        for (int g = 0; g < 16; g++) _mm512_store_ps(block->b[g] + first, v[g]);
-    }
+    for (int i = 0; i < 2; i++) _mm512_store_ps(largest + 16 * i, most[i]);
+    const __m512 top = steps_of(largest);
+    const __mmask16 any = _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(FULL), top);
+    for (int n = 0; n < BLOCK; n++)
+        _mm512_store_ps(block->b[n], n < block->count ? times(steps_of(block->pairs[n]), inverse) : _mm512_setzero_ps());
+    _mm512_store_ps(block->largest, times(times(top, _mm512_set1_ps(power_of(planes))), _mm512_set1_ps(1.0f / FULL)));
 }
 
 /* a[64] = x / X of the block's neurons (see `normalise`), sums = the offsets' sums by group of the strip; returns X. */
-INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Block *block, float *a, float *sums) {
-    _Alignas(64) float values[BLOCK] = {0};
+INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Block *block, int planes, float *a,
+                         float *sums) {
+    _Alignas(64) float values[BLOCK] = {0}, both[32];
     load_row(x, token, first, block->count, values);
-    __m512 sum = _mm512_setzero_ps();
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int n = 0; n < block->count; n++)
-        sum = plus(sum, times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->c[n])));
-    _mm512_store_ps(sums, sum);
+        for (int i = 0; i < 2; i++)
+            sum[i] = plus(sum[i], times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->pairs[n] + 16 * i)));
+    for (int i = 0; i < 2; i++) _mm512_store_ps(both + 16 * i, sum[i]);
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 half = _mm512_set1_ps(power_of(planes) * 0.5f);
+    _mm512_store_ps(sums, plus(_mm512_permutex2var_ps(sum[0], even, sum[1]), times(steps_of(both), half)));
     __m512 v[4], largest = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int i = 0; i < 4; i++) {
@@ -82,58 +93,62 @@ INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Blo
     return bad ? NAN : some ? top : 0.0f;
 }
 
-/* q of 64 neurons in one group, split into bytes; quad n of the neurons lies at dword 4 (n % 4) + n / 4. */
-INLINE void fold(const float *a, const float *b, __m512i *high, __m512i *low) {
+/* q of a quad of neurons (in the order 0, 2, 1, 3) in 16 groups, split into bytes. [group][neuron] */
+INLINE void fold_quad(const Block *block, const float *a, int quad, __m512i *high, __m512i *low) {
+    const __m512i half = _mm512_set1_epi16(128), even = _mm512_set1_epi16(255);
     __m512i q[4];
-    for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(times(_mm512_load_ps(a + 16 * i), _mm512_load_ps(b + 16 * i)));
-    const __m512i q01 = _mm512_packs_epi32(q[0], q[1]), q23 = _mm512_packs_epi32(q[2], q[3]);
-    const __m512i half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255);
-    *high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(q01, half), 8),
-                               _mm512_srai_epi16(_mm512_add_epi16(q23, half), 8));
-    *low = _mm512_packus_epi16(_mm512_and_si512(q01, byte), _mm512_and_si512(q23, byte));
+    for (int i = 0; i < 4; i++)
+        q[i] = _mm512_cvtps_epi32(times(_mm512_set1_ps(a[4 * quad + i]), _mm512_load_ps(block->b[4 * quad + i])));
+    const __m512i first = _mm512_mask_blend_epi16(0xAAAAAAAA, q[0], _mm512_slli_epi32(q[1], 16));
+    const __m512i second = _mm512_mask_blend_epi16(0xAAAAAAAA, q[2], _mm512_slli_epi32(q[3], 16));
+    *low = _mm512_ternarylogic_epi32(even, first, _mm512_slli_epi16(second, 8), 0xCA);
+    *high = _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(_mm512_add_epi16(first, half), 8),
+                                      _mm512_add_epi16(second, half), 0xCA);
 }
 
-/* Bytes [16 columns][4 neurons] of a pass's low (v) or high (w) nibbles of 64 bytes of a chunk. */
+/* Four neurons' bytes, one for each column -> by column, in the order 0, 2, 1, 3 that comes free in `fold_quad`. */
 INLINE void interleave(__m512i v[4]) {
-    const __m512i p0 = _mm512_unpacklo_epi8(v[0], v[1]), p1 = _mm512_unpackhi_epi8(v[0], v[1]);
-    const __m512i r0 = _mm512_unpacklo_epi8(v[2], v[3]), r1 = _mm512_unpackhi_epi8(v[2], v[3]);
+    const __m512i p0 = _mm512_unpacklo_epi8(v[0], v[2]), p1 = _mm512_unpackhi_epi8(v[0], v[2]);
+    const __m512i r0 = _mm512_unpacklo_epi8(v[1], v[3]), r1 = _mm512_unpackhi_epi8(v[1], v[3]);
     v[0] = _mm512_unpacklo_epi16(p0, r0), v[1] = _mm512_unpackhi_epi16(p0, r0);
     v[2] = _mm512_unpacklo_epi16(p1, r1), v[3] = _mm512_unpackhi_epi16(p1, r1);
 }
 
 /* v[i], lane k: codes of columns 4 i .. 4 i + 3 of part k, four neurons each, still two to a byte; e likewise. */
-INLINE void four_neurons(const Row *r, int planes, int group, int pass, int64_t at, int64_t left, __m512i v[4],
+INLINE void four_neurons(const Row *r, int planes, int group, int pass, int64_t at, Present here, __m512i v[4],
                          __m512i e[4]) {
-    const __mmask64 some = left >= 64 ? ~0ull : (1ull << left) - 1;
-    const __mmask64 c_low = left >= 32 ? ~0ull : (1ull << (2 * left)) - 1;
-    const __mmask64 c_high = left >= 64 ? ~0ull : left > 32 ? (1ull << (2 * left - 64)) - 1 : 0;
     for (int n = 0; n < 4; n++) {
-        const __m512i a = _mm512_maskz_loadu_epi8(some, r[n].a + at);
-        v[n] = merge(planes, pass, a, planes > 1 ? _mm512_maskz_loadu_epi8(some, r[n].b + at) : a);
+        const __m512i a = _mm512_maskz_loadu_epi8(here.two, r[n].a + at);
+        v[n] = merge(planes, pass, a, planes > 1 ? _mm512_maskz_loadu_epi8(here.two, r[n].b + at) : a);
         if (planes > 2)
-            e[n] = nibbles(group, pass, _mm512_maskz_loadu_epi8(c_low, r[n].c + 2 * at),
-                           _mm512_maskz_loadu_epi8(c_high, r[n].c + 2 * at + 64));
+            e[n] = nibbles(group, pass, _mm512_maskz_loadu_epi8(here.low, r[n].c + 2 * at),
+                           _mm512_maskz_loadu_epi8(here.high, r[n].c + 2 * at + 64));
     }
     interleave(v);
     if (planes > 2) interleave(e);
 }
 
-INLINE void fetch_ahead(const Block *block, const Strip *strip, int planes, int visit) {
-    const int n = visit >> 1;
-    if (n >= block->coming) return;
-    const Row *r = block->ahead + n;
-    const int64_t at = (int64_t)strip->chunk * 64;
-    for (int i = 0; i < strip->chunks; i++) {
-        if (visit & 1) {
-            if (planes < 3) continue;
-            _mm_prefetch((const char *)r->c + 2 * (at + 64 * i), _MM_HINT_T1);
-            _mm_prefetch((const char *)r->c + 2 * (at + 64 * i) + 64, _MM_HINT_T1);
-        } else {
-            _mm_prefetch((const char *)r->a + at + 64 * i, _MM_HINT_T1);
-            if (planes > 1) _mm_prefetch((const char *)r->b + at + 64 * i, _MM_HINT_T1);
+/* The rows being fetched: every visit takes two chunks of a row, then the next row's. */
+typedef struct {
+    const Row *row, *end;
+    int64_t at, last, step; /* bytes of a two-bit plane: the next, beyond the span, back to its start */
+} Fetch;
+
+INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
+    const Row *r = fetch->row;
+    if (r == fetch->end) return;
+    const int64_t at = fetch->at;
+    for (int64_t i = at; i < at + 128; i += 64) {
+        _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
+        if (planes > 1) _mm_prefetch((const char *)r->b + i, _MM_HINT_T1);
+        if (planes > 2) {
+            _mm_prefetch((const char *)r->c + 2 * i, _MM_HINT_T1);
+            _mm_prefetch((const char *)r->c + 2 * i + 64, _MM_HINT_T1);
         }
     }
-    if (visit & 1) _mm_prefetch((const char *)r->scale + strip->scale_at, _MM_HINT_T1);
+    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
+    fetch->at += 128;
+    if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
 }
 
 INLINE __m512i groups_of_lanes(int group, int chunk) {
@@ -143,38 +158,31 @@ INLINE __m512i groups_of_lanes(int group, int chunk) {
 }
 
 /* One token's products with one chunk of a block; out [pass][high nibble][4][16] in the order of `four_neurons`. */
-INLINE void few_chunk(const Block *block, const Strip *strip, int planes, int group, const Shape *s, int chunk,
-                      const __m512i *bytes, __m512 scale, __m512 sum, int fetch, float *out) {
-    _Alignas(64) uint32_t high[16][4], low[16][4]; /* [quad of neurons][lane] */
-    __m512i h[4], l[4];
-    for (int k = 0; k < 4; k++) {
-        const int g = chunk * (256 / group) + (group == 64 ? k : k >> 1);
-        h[k] = bytes[2 * g], l[k] = bytes[2 * g + 1];
-    }
-    transpose4(h), transpose4(l); /* [d], lane L: quad 4 d + L, see `fold` */
-    for (int d = 0; d < 4; d++) _mm512_store_si512(high[4 * d], h[d]), _mm512_store_si512(low[4 * d], l[d]);
-    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const int64_t at = (int64_t)(strip->chunk + chunk) * 64;
+INLINE void few_chunk(const Block *block, int planes, int group, int64_t at, Present here, __m512i lanes,
+                      const __m512i (*bytes)[2], __m512 scale, __m512 sum, Fetch *fetch, float *out) {
+    scale = _mm512_permutexvar_ps(lanes, scale), sum = _mm512_permutexvar_ps(lanes, sum);
     for (int pass = 0; pass < 2; pass++) {
         __m512i upper[8], lower[8];
+#pragma GCC unroll 8
         for (int i = 0; i < 8; i++) upper[i] = lower[i] = _mm512_setzero_si512();
         for (int quad = 0; quad < 16; quad++) {
             __m512i v[4], e[4] = {0};
-            four_neurons(block->row + 4 * quad, planes, group, pass, at, s->bytes - at, v, e);
-            const __m512i xh = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(*(__m128i *)high[quad]));
-            const __m512i xl = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(*(__m128i *)low[quad]));
+            four_neurons(block->row + 4 * quad, planes, group, pass, at, here, v, e);
+            const __m512i xh = _mm512_permutexvar_epi32(lanes, bytes[quad][0]);
+            const __m512i xl = _mm512_permutexvar_epi32(lanes, bytes[quad][1]);
             for (int i = 0; i < 4; i++)
                 for (int nibble = 0; nibble < 2; nibble++) {
                     const __m512i u = codes(planes, nibble, v[i], e[i]);
-                    upper[4 * nibble + i] = _mm512_dpbusd_epi32(upper[4 * nibble + i], u, xh);
-                    lower[4 * nibble + i] = _mm512_dpbusd_epi32(lower[4 * nibble + i], u, xl);
+                    accumulate(&upper[4 * nibble + i], u, xh), accumulate(&lower[4 * nibble + i], u, xl);
                 }
-            if (fetch) fetch_ahead(block, strip, planes, (chunk * 2 + pass) * 16 + quad);
+            if (fetch) fetch_ahead(fetch, planes, group);
         }
-        for (int i = 0; i < 8; i++, out += 16) {
+#pragma GCC unroll 8 /* or the sums live in memory throughout */
+        for (int i = 0; i < 8; i++) {
             const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
             const __m512 term = plus(times(_mm512_cvtepi32_ps(dot), scale), sum);
-            _mm512_store_ps(out, plus(_mm512_load_ps(out), term));
+            float *to = out + pass * 128 + i * 16;
+            _mm512_store_ps(to, plus(_mm512_load_ps(to), term));
         }
     }
 }
@@ -185,57 +193,64 @@ INLINE int32_t column_in_order(const Shape *s, int32_t chunk, int32_t i) {
     return column_of(s, chunk * 4 + lane, 16 * j + 4 * four + (i & 3));
 }
 
-INLINE void next_block(const Matrix *m, int64_t first, Block *block) {
-    const int64_t left = m->rows - first, more = left - BLOCK;
-    block->count = left < BLOCK ? (int32_t)left : BLOCK;
+/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next. */
+INLINE void next_block(const Matrix *m, int64_t first, int64_t end, int64_t then, Block *block) {
+    block->count = end - first < BLOCK ? (int32_t)(end - first) : BLOCK;
+    const int64_t more = m->rows - then;
     block->coming = more <= 0 ? 0 : more < BLOCK ? (int32_t)more : BLOCK;
     for (int n = 0; n < BLOCK; n++) block->row[n] = row_at(m, first + (n < block->count ? n : block->count - 1));
-    for (int n = 0; n < block->coming; n++) block->ahead[n] = row_at(m, first + BLOCK + n);
+    for (int n = 0; n < block->coming; n++) block->ahead[n] = row_at(m, then + n);
 }
 
-INLINE Strip strip_at(const Shape *s, int64_t item, int chunks) {
+INLINE Strip strip_at(const Shape *s, int32_t chunk, int32_t end) {
     Strip strip;
-    strip.chunk = (int32_t)item * chunks;
-    strip.chunks = s->chunks - strip.chunk < chunks ? s->chunks - strip.chunk : chunks;
-    const int32_t first = strip.chunk * 256 / s->group, last = (strip.chunk + strip.chunks) * 256 / s->group;
+    strip.chunk = chunk;
+    strip.chunks = end - chunk < WIDE ? end - chunk : WIDE;
+    const int32_t first = chunk * 256 / s->group, last = (chunk + strip.chunks) * 256 / s->group;
     strip.groups = (last < s->groups ? last : s->groups) - first;
     strip.scale_at = 4 * (int64_t)first;
     return strip;
 }
 
-INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, const Shape *s, Strip strip, float *out,
-                     int64_t stride) {
+/* One strip of a block for all tokens; sums [token][chunk of the span][256]. */
+INLINE void few_strip(Block *block, const Strip *strip, int planes, int group, const Input *x, const Shape *s,
+                      int64_t first, Fetch *fetch, float (*sums)[REACH][256], int32_t chunk) {
+    read_scales(block, strip, planes);
+    for (int32_t t = 0; t < x->tokens; t++) {
+        _Alignas(64) float a[BLOCK], offsets[16];
+        __m512i bytes[16][2];
+        const __m512 largest = _mm512_set1_ps(read_inputs(x, t, first, block, planes, a, offsets));
+        const __m512 scale = times(largest, _mm512_load_ps(block->largest)), offset = _mm512_load_ps(offsets);
+        for (int quad = 0; quad < 16; quad++) fold_quad(block, a, quad, &bytes[quad][0], &bytes[quad][1]);
+        for (int c = 0; c < strip->chunks; c++) {
+            const int64_t at = (int64_t)(strip->chunk + c) * 64;
+            few_chunk(block, planes, group, at, present(s->bytes - at), groups_of_lanes(group, c), bytes, scale, offset,
+                      t ? NULL : fetch, sums[t][chunk + c]);
+        }
+    }
+}
+
+/* A slice of neurons times the chunks [begin, end); `to` gets the sums, [token][columns]. `then`: see `next_block`. */
+INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, const Shape *s, int64_t slice, int64_t then,
+                     int32_t begin, int32_t end, float *to) {
+    _Alignas(64) float sums[FEW][REACH][256];
     Block block;
-    float results[8][WIDE][256] __attribute__((aligned(64)));
-    for (int32_t t = 0; t < x->tokens; t++)
-        for (int c = 0; c < strip.chunks; c++)
-            for (int i = 0; i < 256; i++) {
-                const int32_t column = column_in_order(s, strip.chunk + c, i);
-                results[t][c][i] = column < m->columns ? out[t * stride + column] : 0.0f;
-            }
-    for (int64_t first = 0; first < m->rows; first += BLOCK) {
-        next_block(m, first, &block);
-        read_scales(&block, &strip, planes);
-        for (int32_t t = 0; t < x->tokens; t++) {
-            _Alignas(64) float a[BLOCK], sums[16];
-            __m512i bytes[32];
-            const __m512 largest = _mm512_set1_ps(read_inputs(x, t, first, &block, a, sums));
-            const __m512 scale = times(largest, _mm512_load_ps(block.largest)), sum = _mm512_load_ps(sums);
-            for (int g = 0; g < strip.groups; g++) fold(a, block.b[g], bytes + 2 * g, bytes + 2 * g + 1);
-            for (int g = strip.groups; g < strip.chunks * 256 / group; g++)
-                bytes[2 * g] = bytes[2 * g + 1] = _mm512_setzero_si512();
-            for (int c = 0; c < strip.chunks; c++) {
-                const __m512i lanes = groups_of_lanes(group, c);
-                few_chunk(&block, &strip, planes, group, s, c, bytes, _mm512_permutexvar_ps(lanes, scale),
-                          _mm512_permutexvar_ps(lanes, sum), t == 0, results[t][c]);
-            }
+    const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
+    memset(sums, 0, sizeof sums[0] * (size_t)x->tokens);
+    for (int64_t first = slice; first < stop; first += BLOCK) {
+        next_block(m, first, stop, first + BLOCK < stop ? first + BLOCK : then, &block);
+        Fetch fetch = {block.ahead, block.ahead + block.coming, 64 * (int64_t)begin, 64 * (int64_t)end, 0};
+        fetch.step = (fetch.last - fetch.at + 127) / 128 * 128;
+        for (int32_t chunk = begin; chunk < end; chunk += WIDE) {
+            const Strip strip = strip_at(s, chunk, end);
+            few_strip(&block, &strip, planes, group, x, s, first, &fetch, sums, chunk - begin);
         }
     }
     for (int32_t t = 0; t < x->tokens; t++)
-        for (int c = 0; c < strip.chunks; c++)
+        for (int32_t c = begin; c < end; c++)
             for (int i = 0; i < 256; i++) {
-                const int32_t column = column_in_order(s, strip.chunk + c, i);
-                if (column < m->columns) out[t * stride + column] = results[t][c][i];
+                const int32_t column = column_in_order(s, c, i);
+                if (column < m->columns) to[(int64_t)t * m->columns + column] = sums[t][c - begin][i];
             }
 }
 
@@ -243,12 +258,13 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
 
 #define SPAN 64 /* tokens of one item */
 
-/* Tiles [part][j][quad, in `fold`'s order][16 columns][4 neurons] of one chunk of a block. */
-INLINE void tile_neurons(const Block *block, int planes, int group, int64_t at, int64_t left, uint8_t *tile) {
+/* Tiles [part][j][quad, in the order of `Folded`][16 columns][4 neurons] of one chunk of a block. */
+INLINE void tile_neurons(const Block *block, int planes, int group, int64_t at, Present here, uint8_t *tile) {
     for (int quad = 0; quad < 16; quad++)
         for (int pass = 0; pass < 2; pass++) {
+            const Row *r = block->row + 4 * quad, ordered[4] = {r[0], r[2], r[1], r[3]}; /* `interleave` swaps back */
             __m512i v[4], e[4] = {0};
-            four_neurons(block->row + 4 * quad, planes, group, pass, at, left, v, e);
+            four_neurons(ordered, planes, group, pass, at, here, v, e);
             for (int nibble = 0; nibble < 2; nibble++) {
                 __m512i u[4];
                 for (int i = 0; i < 4; i++) u[i] = codes(planes, nibble, v[i], e[i]);
@@ -274,10 +290,44 @@ INLINE void add_columns(const uint8_t *tile, const int8_t *high, const int8_t *l
         }
 }
 
+/* Activations of a block and what folds them, for many tokens. */
+typedef struct {
+    _Alignas(64) float b[16][BLOCK]; /* by group of the strip */
+    _Alignas(64) float a[SPAN][BLOCK], offset[SPAN][16];
+    _Alignas(64) int8_t high[SPAN][BLOCK], low[SPAN][BLOCK]; /* q of one group; quad n lies at dword 4 (n % 4) + n / 4 */
+    float largest[SPAN], scale[SPAN];
+} Folded;
+
+INLINE void read_block(Block *block, int planes, const Input *x, int64_t first, int64_t token, int tokens, Folded *to) {
+    for (int n = 0; n < BLOCK; n += 16) {
+        __m512i v[16];
+        for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(block->b[n + i]);
+        transpose16(v);
+        for (int g = 0; g < 16; g++) _mm512_store_si512(to->b[g] + n, v[g]);
+    }
+    for (int t = 0; t < tokens; t++)
+        to->largest[t] = read_inputs(x, token + t, first, block, planes, to->a[t], to->offset[t]);
+}
+
+INLINE void fold_group(Folded *x, const Block *block, int g, int tokens) {
+    const __m512i half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255);
+    for (int t = 0; t < tokens; t++) {
+        __m512i q[4];
+        for (int i = 0; i < 4; i++)
+            q[i] = _mm512_cvtps_epi32(times(_mm512_load_ps(x->a[t] + 16 * i), _mm512_load_ps(x->b[g] + 16 * i)));
+        const __m512i q01 = _mm512_packs_epi32(q[0], q[1]), q23 = _mm512_packs_epi32(q[2], q[3]);
+        const __m512i h01 = _mm512_srai_epi16(_mm512_add_epi16(q01, half), 8);
+        const __m512i h23 = _mm512_srai_epi16(_mm512_add_epi16(q23, half), 8);
+        _mm512_store_si512(x->high[t], _mm512_packs_epi16(h01, h23));
+        _mm512_store_si512(x->low[t],
+                           _mm512_packus_epi16(_mm512_and_si512(q01, byte), _mm512_and_si512(q23, byte)));
+        x->scale[t] = x->largest[t] * block->largest[g];
+    }
+}
+
 /* All tokens of a span with one part (four vectors of 16 columns) of a block. */
-INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t columns, const int8_t (*high)[BLOCK],
-                      const int8_t (*low)[BLOCK], const float *scale, const float *sum, int tokens, float *out,
-                      int64_t stride) {
+INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t columns, const Folded *x,
+                      const float *sum, int tokens, float *out, int64_t stride) {
     for (int j = 0; j < 4; j += 2) {
         float *to[2];
         __mmask16 some[2];
@@ -289,7 +339,26 @@ INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t co
         for (int t = 0; t < tokens; t += TOKENS) {
             const int n = tokens - t < TOKENS ? tokens - t : TOKENS;
             float *at[2] = {to[0] + t * stride, to[1] + t * stride};
-            BY_COUNT(n, add_columns(tile + j * 1024, high[t], low[t], scale + t, sum + t * 16, N, at, some, stride))
+            const int8_t *high = x->high[t], *low = x->low[t];
+            BY_COUNT(n, add_columns(tile + j * 1024, high, low, x->scale + t, sum + t * 16, N, at, some, stride))
+        }
+    }
+}
+
+/* A strip of columns for a span of tokens; `sums` holds tokens * 1024 floats. */
+INLINE void many_block(Block *block, const Strip *strip, int planes, int group, const Shape *s, Folded *x, int tokens,
+                       int32_t columns, float *sums) {
+    _Alignas(64) uint8_t tile[16 * 16 * 64];
+    for (int c = 0; c < strip->chunks; c++) {
+        const int64_t at = (int64_t)(strip->chunk + c) * 64;
+        tile_neurons(block, planes, group, at, present(s->bytes - at), tile);
+        for (int k = 0; k < 4; k++) {
+            const int32_t p = (strip->chunk + c) * 4 + k;
+            if (p >= s->real_parts) break;
+            const int g = p * 64 / group - (int)(strip->scale_at / 4);
+            fold_group(x, block, g, tokens);
+            many_part(tile + k * 4096, s, p, columns, x, &x->offset[0][g], tokens,
+                      sums - (int64_t)strip->chunk * 256, WIDE * 256);
         }
     }
 }
@@ -297,31 +366,20 @@ INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t co
 INLINE void many_down(const Matrix *m, int planes, int group, const Input *x, const Shape *s, Strip strip,
                       int64_t token, int tokens, float *out, int64_t stride) {
     Block block;
-    _Alignas(64) uint8_t tile[16 * 16 * 64];
-    _Alignas(64) float a[SPAN][BLOCK], sums[SPAN][16];
-    _Alignas(64) int8_t high[SPAN][BLOCK], low[SPAN][BLOCK];
-    float largest[SPAN], scale[SPAN];
-    for (int64_t first = 0; first < m->rows; first += BLOCK) {
-        next_block(m, first, &block);
-        read_scales(&block, &strip, planes);
-        for (int t = 0; t < tokens; t++) largest[t] = read_inputs(x, token + t, first, &block, a[t], sums[t]);
-        for (int c = 0; c < strip.chunks; c++) {
-            const int64_t at = (int64_t)(strip.chunk + c) * 64;
-            tile_neurons(&block, planes, group, at, s->bytes - at, tile);
-            for (int k = 0; k < 4; k++) {
-                const int32_t p = (strip.chunk + c) * 4 + k;
-                if (p >= s->real_parts) break;
-                const int g = p * 64 / group - (int)(strip.scale_at / 4);
-                for (int t = 0; t < tokens; t++) {
-                    __m512i h, l;
-                    fold(a[t], block.b[g], &h, &l);
-                    _mm512_store_si512(high[t], h), _mm512_store_si512(low[t], l);
-                    scale[t] = largest[t] * block.largest[g];
-                }
-                many_part(tile + k * 4096, s, p, m->columns, high, low, scale, &sums[0][g], tokens,
-                          out + token * stride, stride);
-            }
+    Folded folded;
+    _Alignas(64) float sums[SPAN][WIDE * 256];
+    const int32_t begin = strip.chunk * 256, left = m->columns - begin, width = left < WIDE * 256 ? left : WIDE * 256;
+    for (int64_t slice = 0; slice < m->rows; slice += SLICE) {
+        const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
+        memset(sums, 0, sizeof sums[0] * (size_t)tokens);
+        for (int64_t first = slice; first < stop; first += BLOCK) {
+            next_block(m, first, stop, m->rows, &block);
+            read_scales(&block, &strip, planes);
+            read_block(&block, planes, x, first, token, tokens, &folded);
+            many_block(&block, &strip, planes, group, s, &folded, tokens, m->columns, sums[0]);
         }
+        for (int t = 0; t < tokens; t++)
+            for (int32_t i = 0; i < width; i++) out[(token + t) * stride + begin + i] += sums[t][i];
     }
 }
 

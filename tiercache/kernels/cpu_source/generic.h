@@ -43,12 +43,11 @@ static inline void unpack_part(const uint8_t *const plane[3], int32_t planes, co
         }
 }
 
-/* s = step * 2^k and c = lo + s / 2 of a group. */
-static inline void scales_of(const uint8_t *row, int32_t group, float power, float *s, float *c) {
+/* lo and step of a group. */
+static inline void scales_of(const uint8_t *row, int32_t group, float *lo, float *step) {
     uint16_t halves[2];
     memcpy(halves, row + 4 * group, 4);
-    *s = half_to_float(halves[1]) * power;
-    *c = half_to_float(halves[0]) + *s * 0.5f;
+    *lo = half_to_float(halves[0]), *step = half_to_float(halves[1]);
 }
 
 static inline float power_of(int32_t planes) { return planes == 1 ? 64.0f : planes == 2 ? 16.0f : 1.0f; }
@@ -57,15 +56,16 @@ static void generic_row(const Matrix *m, const Prepared *x, const Shape *s, int6
     float sums[MAX_TOKENS][4];
     memset(sums, 0, sizeof(float) * 4 * (size_t)x->tokens);
     const uint8_t *plane[3] = {0};
-    for (int32_t p = 0; p < m->planes; p++) plane[p] = row_of(m->plane[p], m->plane_stride[p], m->index, row);
-    const uint8_t *scale = row_of(m->scale, m->scale_stride, m->index, row);
+    for (int32_t p = 0; p < m->planes; p++) plane[p] = row_of(m, p, row);
+    const uint8_t *scale = row_of(m, 3, row);
     const float power = power_of(m->planes);
     const int64_t width = (int64_t)s->parts * s->part;
     for (int32_t p = 0; p < s->real_parts; p++) {
         int16_t code[64];
         float step, offset;
         unpack_part(plane, m->planes, s, p, code);
-        scales_of(scale, p * s->part / s->group, power, &step, &offset);
+        scales_of(scale, p * s->part / s->group, &offset, &step);
+        step *= power, offset += step * 0.5f;
         for (int32_t t = 0; t < x->tokens; t++) {
             const int16_t *q = x->whole + t * width + p * s->part;
             int32_t dot = 0;
@@ -93,40 +93,49 @@ static inline float normalise(const float *x, int32_t count, float *a) {
     return poison != poison ? NAN : zero ? 0.0f : largest;
 }
 
-/* One part of 32 or 64 columns of a down matrix, all neurons, all tokens. */
-static void generic_down(const Matrix *m, const Input *x, const Shape *s, int32_t p, float *out, int64_t stride) {
+/* Adds a block of neurons' products with one part of 32 or 64 columns to sums[tokens][64]. */
+static void generic_block(const Matrix *m, const Input *x, const Shape *s, int32_t p, int64_t first, int32_t count,
+                          float (*sums)[64]) {
     const float power = power_of(m->planes);
-    const int32_t group = p * s->part / s->group;
     int16_t codes[BLOCK][64];
-    float b[BLOCK], offset[BLOCK];
-    for (int64_t first = 0; first < m->rows; first += BLOCK) {
-        const int32_t count = m->rows - first < BLOCK ? (int32_t)(m->rows - first) : BLOCK;
-        float largest = 0.0f;
+    float lo[BLOCK], step[BLOCK], b[BLOCK], largest = 0.0f;
+    for (int32_t n = 0; n < count; n++) {
+        const uint8_t *plane[3] = {0};
+        for (int32_t k = 0; k < m->planes; k++) plane[k] = row_of(m, k, first + n);
+        unpack_part(plane, m->planes, s, p, codes[n]);
+        scales_of(row_of(m, 3, first + n), p * s->part / s->group, &lo[n], &step[n]);
+        largest = step[n] > largest ? step[n] : largest;
+    }
+    const float inverse = largest > 0.0f ? FULL / largest : 0.0f;
+    for (int32_t n = 0; n < count; n++) b[n] = step[n] * inverse;
+    for (int32_t t = 0; t < x->tokens; t++) {
+        float values[BLOCK], a[BLOCK], low = 0.0f, steps = 0.0f;
+        int32_t dot[64] = {0};
+        load_row(x, t, first, count, values);
+        const float scale = normalise(values, count, a) * (largest * power * (1.0f / FULL));
         for (int32_t n = 0; n < count; n++) {
-            const uint8_t *plane[3] = {0};
-            for (int32_t k = 0; k < m->planes; k++)
-                plane[k] = row_of(m->plane[k], m->plane_stride[k], m->index, first + n);
-            unpack_part(plane, m->planes, s, p, codes[n]);
-            scales_of(row_of(m->scale, m->scale_stride, m->index, first + n), group, power, &b[n], &offset[n]);
-            largest = b[n] > largest ? b[n] : largest;
+            const int32_t q = (int32_t)rintf(a[n] * b[n]);
+            for (int32_t i = 0; i < s->part; i++) dot[i] += codes[n][i] * q;
+            low += values[n] * lo[n], steps += values[n] * step[n];
         }
-        const float inverse = largest > 0.0f ? FULL / largest : 0.0f;
-        for (int32_t n = 0; n < count; n++) b[n] *= inverse;
-        for (int32_t t = 0; t < x->tokens; t++) {
-            float values[BLOCK], a[BLOCK], sum = 0.0f;
-            int32_t dot[64] = {0};
-            load_row(x, t, first, count, values);
-            const float scale = normalise(values, count, a) * (largest * (1.0f / FULL));
-            for (int32_t n = 0; n < count; n++) {
-                const int32_t q = (int32_t)rintf(a[n] * b[n]);
-                for (int32_t i = 0; i < s->part; i++) dot[i] += codes[n][i] * q;
-                sum += values[n] * offset[n];
-            }
+        const float sum = low + steps * (power * 0.5f);
+        for (int32_t i = 0; i < s->part; i++) sums[t][i] += (float)dot[i] * scale + sum;
+    }
+}
+
+/* One part of a down matrix, all neurons, all tokens. */
+static void generic_down(const Matrix *m, const Input *x, const Shape *s, int32_t p, float *out, int64_t stride) {
+    float sums[MAX_TOKENS][64];
+    for (int64_t slice = 0; slice < m->rows; slice += SLICE) {
+        const int64_t end = slice + SLICE < m->rows ? slice + SLICE : m->rows;
+        memset(sums, 0, sizeof(float) * 64 * (size_t)x->tokens);
+        for (int64_t first = slice; first < end; first += BLOCK)
+            generic_block(m, x, s, p, first, end - first < BLOCK ? (int32_t)(end - first) : BLOCK, sums);
+        for (int32_t t = 0; t < x->tokens; t++)
             for (int32_t i = 0; i < s->part; i++) {
                 const int32_t column = column_of(s, p, i);
-                if (column < m->columns) out[t * stride + column] += (float)dot[i] * scale + sum;
+                if (column < m->columns) out[t * stride + column] += sums[t][i];
             }
-        }
     }
 }
 

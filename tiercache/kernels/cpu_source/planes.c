@@ -17,6 +17,9 @@
 
 #define FEW_ROWS 64 /* rows of one item when there are few tokens */
 
+/* Up to how many tokens a matrix is walked once for each, from the cache; `few` of the other functions. */
+EXPORT int32_t tc_few(void) { return FEW; }
+
 #if FAST
 static int fast(const Shape *s) { return s->group >= 64; }
 #endif
@@ -78,8 +81,9 @@ typedef struct {
     Shape shape;
     float *out;
     int64_t stride;
-    int32_t chunks; /* of a strip */
-    int64_t strips;
+    int64_t strips; /* or spans: pieces of a row */
+    float *slices;  /* [slices][tokens][columns] of `down_few` */
+    int32_t threads;
 } Job;
 
 #define BY_SHAPE(call)                                                                              \
@@ -99,7 +103,8 @@ static void product_few(void *context, int64_t item) {
     const int64_t first = item * FEW_ROWS, last = first + FEW_ROWS < m->rows ? first + FEW_ROWS : m->rows;
 #if FAST
     if (fast(s)) {
-        BY_SHAPE(few_rows(m, PLANES, GROUP, &job->x, s, first, last, job->out, job->stride))
+        const int64_t skip = FEW_ROWS * (job->threads - 1);
+        BY_SHAPE(few_rows(m, PLANES, GROUP, &job->x, s, first, last, skip, job->out, job->stride))
         return;
     }
 #endif
@@ -119,11 +124,12 @@ static void product_many(void *context, int64_t item) {
 
 static Job job_of(const Matrix *m, int32_t tokens, int32_t few, void *prepared, float *out, int64_t stride) {
     const Shape s = shape_of(m->columns, m->group);
-    Job job = {m, prepared_at(prepared, tokens, few, &s), NULL, s, out, stride, 0, 0};
+    Job job = {m, prepared_at(prepared, tokens, few, &s), NULL, s, out, stride, 0, NULL, 1};
     return job;
 }
 
 static void run_product(Job *job, const Team *team) {
+    job->threads = team->threads;
     const int64_t rows = job->matrix->rows;
 #if FAST
     if (fast(&job->shape) && !job->x.few) {
@@ -151,43 +157,68 @@ static void down_few(void *context, int64_t item) {
     const Job *job = context;
     const Matrix *m = job->matrix;
     const Shape *s = &job->shape;
-    const Strip strip = strip_at(s, item, job->chunks);
-    BY_SHAPE(few_down(m, PLANES, GROUP, job->input, s, strip, job->out, job->stride))
+    const int64_t slice = item / job->strips, then = (slice + job->threads) * SLICE;
+    const int32_t begin = (int32_t)(item % job->strips) * REACH;
+    const int32_t end = s->chunks - begin < REACH ? s->chunks : begin + REACH;
+    float *to = job->slices + slice * job->input->tokens * m->columns;
+    BY_SHAPE(few_down(m, PLANES, GROUP, job->input, s, slice * SLICE, then, begin, end, to))
+}
+
+static void add_slices(void *context, int64_t item) {
+    const Job *job = context;
+    const int64_t columns = job->matrix->columns, size = job->input->tokens * columns, first = item * 1024;
+    const int64_t last = first + 1024 < columns ? first + 1024 : columns;
+    for (int32_t t = 0; t < job->input->tokens; t++) {
+        float *out = job->out + t * job->stride;
+        for (int64_t slice = 0; slice * SLICE < job->matrix->rows; slice++) {
+            const float *from = job->slices + slice * size + t * columns;
+            for (int64_t i = first; i < last; i++) out[i] += from[i];
+        }
+    }
 }
 
 static void down_many(void *context, int64_t item) {
     const Job *job = context;
     const Matrix *m = job->matrix;
     const Shape *s = &job->shape;
-    const Strip strip = strip_at(s, item % job->strips, job->chunks);
+    const Strip strip = strip_at(s, (int32_t)(item % job->strips) * WIDE, s->chunks);
     const int64_t token = item / job->strips * SPAN, left = job->input->tokens - token;
     const int tokens = left < SPAN ? (int)left : SPAN;
     BY_SHAPE(many_down(m, PLANES, GROUP, job->input, s, strip, token, tokens, job->out, job->stride))
 }
+
+static void run_fast_down(Job *job, const Team *team) {
+    const int64_t chunks = job->shape.chunks, tokens = job->input->tokens;
+    job->threads = team->threads;
+    if (tokens > FEW) {
+        job->strips = (chunks + WIDE - 1) / WIDE;
+        share(team, down_many, job, job->strips * ((tokens + SPAN - 1) / SPAN));
+        return;
+    }
+    job->strips = (chunks + REACH - 1) / REACH;
+    share(team, down_few, job, job->strips * ((job->matrix->rows + SLICE - 1) / SLICE));
+    share(team, add_slices, job, (job->matrix->columns + 1023) / 1024);
+}
 #endif
 
-static void run_down(Job *job, int32_t few, const Team *team) {
-    const Shape *s = &job->shape;
+/* Floats of scratch that `tc_product_down` wants. */
+EXPORT int64_t tc_down_scratch(int64_t rows, int32_t columns, int32_t tokens) {
+    return tokens > FEW ? 0 : (rows + SLICE - 1) / SLICE * tokens * columns;
+}
+
+/* out[t * stride + c] += sum over rows i of x[t][i] * matrix[i][c]. */
+EXPORT void tc_product_down(const Matrix *m, const Input *x, float *scratch, float *out, int64_t stride,
+                            const Team *team) {
+    Job job = job_of(m, x->tokens, 0, NULL, out, stride);
+    job.input = x, job.slices = scratch;
+    if (!m->rows || !x->tokens) return;
 #if FAST
-    if (fast(s)) {
-        job->chunks = WIDE; /* narrower only to have work for all: strips share cache lines of scales */
-        while (job->chunks > 1 && (s->chunks + job->chunks - 1) / job->chunks < 2 * team->threads) job->chunks /= 2;
-        job->strips = (s->chunks + job->chunks - 1) / job->chunks;
-        const int64_t spans = few ? 1 : (job->input->tokens + SPAN - 1) / SPAN;
-        share(team, few ? down_few : down_many, job, job->strips * spans);
+    if (fast(&job.shape)) {
+        run_fast_down(&job, team);
         return;
     }
 #endif
-    (void)few;
-    share(team, down_part, job, s->real_parts);
-}
-
-/* out[t * stride + c] += sum over rows i of x[t][i] * matrix[i][c]. `few`: at most 8 tokens, one after another. */
-EXPORT void tc_product_down(const Matrix *m, const Input *x, int32_t few, float *out, int64_t stride,
-                            const Team *team) {
-    Job job = job_of(m, x->tokens, few, NULL, out, stride);
-    job.input = x;
-    if (m->rows && x->tokens) run_down(&job, few, team);
+    share(team, down_part, &job, job.shape.real_parts);
 }
 
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, IDENTITY };
@@ -204,29 +235,37 @@ static float activate(int32_t kind, float x) {
 }
 
 typedef struct {
-    float *gate, *up;
+    float *hidden; /* [tokens][rows][parts]; its results lie at [tokens][rows] of `to` */
+    float *to;
     int64_t rows;
-    int32_t kind;
+    int32_t kind, parts;
 } Gating;
 
 static void gate_token(void *context, int64_t token) {
     const Gating *job = context;
-    float *gate = job->gate + token * job->rows, *up = job->up ? job->up + token * job->rows : NULL;
-    for (int64_t i = 0; i < job->rows; i++) gate[i] = activate(job->kind, gate[i]) * (up ? up[i] : 1.0f);
+    const float *from = job->hidden + token * job->rows * job->parts;
+    float *to = job->to + token * job->rows;
+    for (int64_t i = 0; i < job->rows; i++)
+        to[i] = job->parts == 2 ? activate(job->kind, from[2 * i]) * from[2 * i + 1] : activate(job->kind, from[i]);
 }
 
-/* out += down(act(gate x) * up x) for few tokens; `scratch` holds 2 * tokens * rows floats. `up` may be NULL. */
-EXPORT void tc_ffn(const Matrix *gate, const Matrix *up, const Matrix *down, int32_t kind, int32_t tokens, int32_t few,
-                   void *prepared, float *scratch, float *out, int64_t stride, const Team *team) {
-    if (!gate->rows || !tokens) return;
-    const int64_t size = tokens * gate->rows;
-    memset(scratch, 0, sizeof(float) * 2 * (size_t)size);
-    tc_product(gate, tokens, few, prepared, scratch, gate->rows, team);
-    if (up) tc_product(up, tokens, few, prepared, scratch + size, gate->rows, team);
-    Gating gating = {scratch, up ? scratch + size : NULL, gate->rows, kind};
+/* Floats of scratch that `tc_ffn` wants. */
+EXPORT int64_t tc_ffn_scratch(int64_t rows, int32_t columns, int32_t tokens) {
+    return 3 * tokens * rows + tc_down_scratch(rows, columns, tokens);
+}
+
+/* out += down(act(gate x) * up x); the rows of `inward` are gate and up by turns, or one matrix alone. */
+EXPORT void tc_ffn(const Matrix *inward, const Matrix *down, int32_t kind, int32_t tokens, int32_t few, void *prepared,
+                   float *scratch, float *out, int64_t stride, const Team *team) {
+    const int64_t rows = down->rows;
+    if (!rows || !tokens) return;
+    float *hidden = scratch + tokens * rows;
+    memset(hidden, 0, sizeof(float) * (size_t)(tokens * inward->rows));
+    tc_product(inward, tokens, few, prepared, hidden, inward->rows, team);
+    Gating gating = {hidden, scratch, rows, kind, inward->parts};
     share(team, gate_token, &gating, tokens);
-    const Input hidden = {scratch, gate->rows, 0, tokens};
-    tc_product_down(down, &hidden, few, out, stride, team);
+    const Input input = {scratch, rows, 0, tokens};
+    tc_product_down(down, &input, scratch + 3 * tokens * rows, out, stride, team);
 }
 
 typedef struct {

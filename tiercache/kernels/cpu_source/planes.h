@@ -11,8 +11,10 @@
  * with lane = (first byte of the part / 16) % 4, and the result is (sum[0] + sum[1]) + (sum[2] + sum[3]).
  *
  * product_down: steps differ along the sum, so they are folded into the activations. For 64 neurons at a time, with
- * X = largest |x| of the block and Z = largest s of the block in the group,
- *     q = round((x / X) * (s * 32639 / Z)),   out += S * (X * Z / 32639) + sum of x * c
+ * X = largest |x| of the block and Z = its largest step in the group,
+ *     q = round((x / X) * (step * 32639 / Z)),
+ *     sum += S * (X * (Z * 2^k / 32639)) + (sum of x * lo + (sum of x * step) * (2^k / 2))
+ * Neurons are summed in slices of 512, each from zero, and the slices' sums are added to the output in their order.
  */
 #ifndef TIERCACHE_PLANES_H
 #define TIERCACHE_PLANES_H
@@ -24,7 +26,9 @@
 #include <string.h>
 
 #define MAX_TOKENS 512
+#define FEW 4    /* up to so many tokens a matrix is walked once for each; measured, see README */
 #define BLOCK 64 /* neurons whose products are summed as integers; 64 * 255 * 32639 < 2^31 */
+#define SLICE 512 /* neurons whose products are summed before they are added to the output */
 #define FULL 32639.0f
 #define TINY 1e-30f /* below it activations count as zero: their reciprocal would overflow */
 
@@ -34,7 +38,9 @@ typedef struct {
     int64_t plane_stride[3], scale_stride;
     const int64_t *index; /* rows to take, or NULL for all */
     int64_t rows;         /* how many are taken */
-    int32_t columns, group, planes, reserved;
+    int32_t columns, group, planes;
+    int32_t parts;                        /* 2: row i is part i % 2 of stored row i / 2; else 1 */
+    int64_t plane_part[3], scale_part;    /* bytes from a part to the next */
 } Matrix;
 
 typedef struct {
@@ -127,8 +133,12 @@ static inline int32_t column_of(const Shape *s, int32_t p, int32_t i) {
     return (p >> 1) * 128 + (i >> 4) * 32 + (p & 1) * 16 + (i & 15);
 }
 
-static inline const uint8_t *row_of(const uint8_t *base, int64_t stride, const int64_t *index, int64_t i) {
-    return base + (index ? index[i] : i) * stride;
+/* Where row i begins in a plane (or, 3, in the scales). */
+static inline const uint8_t *row_of(const Matrix *m, int32_t plane, int64_t i) {
+    const int64_t stored = m->parts == 2 ? i >> 1 : i, at = m->index ? m->index[stored] : stored;
+    const int64_t part = m->parts == 2 ? i & 1 : 0;
+    if (plane == 3) return m->scale + at * m->scale_stride + part * m->scale_part;
+    return m->plane[plane] + at * m->plane_stride[plane] + part * m->plane_part[plane];
 }
 
 /* What `prepare` leaves: q as two bytes or one 16-bit number (the same size), scales and offsets. */
