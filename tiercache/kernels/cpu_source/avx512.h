@@ -232,6 +232,34 @@ INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, 
     }
 }
 
+/* The rows being fetched: every visit takes two chunks of a row, then the next row's. */
+typedef struct {
+    const Row *row, *end;
+    int64_t at, last, step; /* bytes of a two-bit plane: the next, beyond the span, back to its start */
+} Fetch;
+
+INLINE Fetch fetch_from(const Row *rows, int count, int32_t begin, int32_t end) { /* of these chunks */
+    Fetch fetch = {rows, rows + count, 64 * (int64_t)begin, 64 * (int64_t)end, (end - begin + 1) / 2 * 128};
+    return fetch;
+}
+
+INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
+    const Row *r = fetch->row;
+    if (r == fetch->end) return;
+    const int64_t at = fetch->at;
+    for (int64_t i = at; i < at + 128; i += 64) {
+        _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
+        if (planes > 1) _mm_prefetch((const char *)r->b + i, _MM_HINT_T1);
+        if (planes > 2) {
+            _mm_prefetch((const char *)r->c + 2 * i, _MM_HINT_T1);
+            _mm_prefetch((const char *)r->c + 2 * i + 64, _MM_HINT_T1);
+        }
+    }
+    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
+    fetch->at += 128;
+    if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
+}
+
 /* --- many tokens: tiles of bytes [sixteen quads][16 results][4 terms] ---------------------------------------------- */
 
 #define TOKENS 8 /* tokens x 2 vectors of sums stay in registers */
@@ -319,10 +347,14 @@ INLINE void add_tile(const uint8_t *tile, const Prepared *x, const Shape *s, int
 }
 
 INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
-                      int64_t token, int tokens, float *out, int64_t stride) {
+                      int64_t skip, int64_t token, int tokens, float *out, int64_t stride) {
     _Alignas(64) float sums[4][STRIP][32];
     _Alignas(64) uint8_t tile[2048];
-    Row rows[32];
+    Row rows[32], ahead[32];
+    const int64_t then = first + 32 + skip, more = m->rows - then;
+    const int coming = more <= 0 ? 0 : more < 32 ? (int)more : 32;
+    for (int i = 0; i < coming; i++) ahead[i] = row_at(m, then + i);
+    Fetch fetch = fetch_from(ahead, coming, 0, s->chunks);
     const int count = m->rows - first < 32 ? (int)(m->rows - first) : 32;
     for (int i = 0; i < 32; i++) rows[i] = row_at(m, first + (i < count ? i : count - 1));
     for (int k = 0; k < 4; k++) memset(sums[k], 0, sizeof(float) * 32 * (size_t)tokens);
@@ -330,6 +362,7 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
     for (int32_t p = 0; p < s->real_parts; p++) {
         _Alignas(64) uint32_t pairs[32];
         __m512 step[2], offset[2];
+        for (int i = 0; i < 4; i++) fetch_ahead(&fetch, planes, group); /* 32 rows, 128 of 16 bytes a part */
         tile_rows(rows, planes, group, p, tile);
         for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
         for (int i = 0; i < 2; i++) scales16(_mm512_load_si512(pairs + 16 * i), power, &step[i], &offset[i]);

@@ -128,29 +128,6 @@ INLINE void four_neurons(const Row *r, int planes, int group, int pass, int64_t 
     if (planes > 2) interleave(e);
 }
 
-/* The rows being fetched: every visit takes two chunks of a row, then the next row's. */
-typedef struct {
-    const Row *row, *end;
-    int64_t at, last, step; /* bytes of a two-bit plane: the next, beyond the span, back to its start */
-} Fetch;
-
-INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
-    const Row *r = fetch->row;
-    if (r == fetch->end) return;
-    const int64_t at = fetch->at;
-    for (int64_t i = at; i < at + 128; i += 64) {
-        _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
-        if (planes > 1) _mm_prefetch((const char *)r->b + i, _MM_HINT_T1);
-        if (planes > 2) {
-            _mm_prefetch((const char *)r->c + 2 * i, _MM_HINT_T1);
-            _mm_prefetch((const char *)r->c + 2 * i + 64, _MM_HINT_T1);
-        }
-    }
-    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
-    fetch->at += 128;
-    if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
-}
-
 INLINE __m512i groups_of_lanes(int group, int chunk) {
     const __m512i lanes = group == 64 ? _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0)
                                       : _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -239,8 +216,7 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
     memset(sums, 0, sizeof sums[0] * (size_t)x->tokens);
     for (int64_t first = slice; first < stop; first += BLOCK) {
         next_block(m, first, stop, first + BLOCK < stop ? first + BLOCK : then, &block);
-        Fetch fetch = {block.ahead, block.ahead + block.coming, 64 * (int64_t)begin, 64 * (int64_t)end, 0};
-        fetch.step = (fetch.last - fetch.at + 127) / 128 * 128;
+        Fetch fetch = fetch_from(block.ahead, block.coming, begin, end);
         for (int32_t chunk = begin; chunk < end; chunk += WIDE) {
             const Strip strip = strip_at(s, chunk, end);
             few_strip(&block, &strip, planes, group, x, s, first, &fetch, sums, chunk - begin);
@@ -326,9 +302,10 @@ INLINE void fold_group(Folded *x, const Block *block, int g, int tokens) {
 }
 
 /* All tokens of a span with one part (four vectors of 16 columns) of a block. */
-INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t columns, const Folded *x,
-                      const float *sum, int tokens, float *out, int64_t stride) {
+INLINE void many_part(const uint8_t *tile, int planes, int group, const Shape *s, int32_t p, int32_t columns,
+                      const Folded *x, const float *sum, int tokens, Fetch *fetch, float *out, int64_t stride) {
     for (int j = 0; j < 4; j += 2) {
+        for (int i = 0; i < 4; i++) fetch_ahead(fetch, planes, group); /* a 32nd of the next block */
         float *to[2];
         __mmask16 some[2];
         for (int i = 0; i < 2; i++) {
@@ -347,7 +324,7 @@ INLINE void many_part(const uint8_t *tile, const Shape *s, int32_t p, int32_t co
 
 /* A strip of columns for a span of tokens; `sums` holds tokens * 1024 floats. */
 INLINE void many_block(Block *block, const Strip *strip, int planes, int group, const Shape *s, Folded *x, int tokens,
-                       int32_t columns, float *sums) {
+                       int32_t columns, Fetch *fetch, float *sums) {
     _Alignas(64) uint8_t tile[16 * 16 * 64];
     for (int c = 0; c < strip->chunks; c++) {
         const int64_t at = (int64_t)(strip->chunk + c) * 64;
@@ -357,7 +334,7 @@ INLINE void many_block(Block *block, const Strip *strip, int planes, int group, 
             if (p >= s->real_parts) break;
             const int g = p * 64 / group - (int)(strip->scale_at / 4);
             fold_group(x, block, g, tokens);
-            many_part(tile + k * 4096, s, p, columns, x, &x->offset[0][g], tokens,
+            many_part(tile + k * 4096, planes, group, s, p, columns, x, &x->offset[0][g], tokens, fetch,
                       sums - (int64_t)strip->chunk * 256, WIDE * 256);
         }
     }
@@ -373,10 +350,11 @@ INLINE void many_down(const Matrix *m, int planes, int group, const Input *x, co
         const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
         memset(sums, 0, sizeof sums[0] * (size_t)tokens);
         for (int64_t first = slice; first < stop; first += BLOCK) {
-            next_block(m, first, stop, m->rows, &block);
+            next_block(m, first, stop, first + BLOCK, &block);
+            Fetch fetch = fetch_from(block.ahead, block.coming, strip.chunk, strip.chunk + strip.chunks);
             read_scales(&block, &strip, planes);
             read_block(&block, planes, x, first, token, tokens, &folded);
-            many_block(&block, &strip, planes, group, s, &folded, tokens, m->columns, sums[0]);
+            many_block(&block, &strip, planes, group, s, &folded, tokens, m->columns, &fetch, sums[0]);
         }
         for (int t = 0; t < tokens; t++)
             for (int32_t i = 0; i < width; i++) out[(token + t) * stride + begin + i] += sums[t][i];

@@ -118,7 +118,8 @@ static void product_many(void *context, int64_t item) {
     const Shape *s = &job->shape;
     const int64_t blocks = (m->rows + 31) / 32, token = item / blocks * STRIP, left = job->x.tokens - token;
     const int tokens = left < STRIP ? (int)left : STRIP;
-    BY_SHAPE(many_rows(m, PLANES, GROUP, &job->x, s, item % blocks * 32, token, tokens, job->out, job->stride))
+    const int64_t first = item % blocks * 32, skip = 32 * (job->threads - 1);
+    BY_SHAPE(many_rows(m, PLANES, GROUP, &job->x, s, first, skip, token, tokens, job->out, job->stride))
 }
 #endif
 
