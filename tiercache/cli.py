@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from tiercache import __version__
+from tiercache import __version__, summary
 from tiercache.config import human
 from tiercache.errors import ContextExceededError, DoesNotFitError, StoreError, TiercacheError, UsageError
 
@@ -119,27 +119,8 @@ def convert_command(
         if partial.exists():
             _say(f"what is converted is kept in {partial}; the same command goes on from there", quiet)
         raise
-    _tell((_dry_summary if dry_run else _convert_summary)(report.to_dict()), report.to_dict(), as_json, quiet)
-
-
-def _dry_summary(report: dict[str, Any]) -> str:
-    missing = report["store_bytes"] - report["free_bytes"]
-    return (
-        f"{human(report['source_bytes'])} of weights would make a store of {human(report['store_bytes'])} "
-        f"({report['store_bytes']} bytes; less where zstd pays); {human(report['free_bytes'])} are free on its disk"
-        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}"
-    )
-
-
-def _convert_summary(report: dict[str, Any]) -> str:
-    if not report["seconds"]:
-        return f"{report['store']} is there already, of the same checkpoint and parameters"
-    done = report["source_bytes"] - report["resumed_bytes"]
-    used = [name for name, row in (report["compression"] or {}).items() if row["used"]]
-    return (
-        f"{report['store']}: {human(report['store_bytes'])} from {human(report['source_bytes'])} in "
-        f"{report['seconds']:.1f} s ({done / report['seconds'] / 1e6:.1f} MB/s; {human(report['resumed_bytes'])} done "
-        f"before; compressed: {', '.join(used) or 'nothing'})"
+    _tell(
+        (summary.of_dry_run if dry_run else summary.of_conversion)(report.to_dict()), report.to_dict(), as_json, quiet
     )
 
 
@@ -159,19 +140,7 @@ def inspect_command(store: Store, as_json: Json = False, quiet: Quiet = False) -
     from tiercache.store.planestore import PlaneStore
 
     found = PlaneStore.open(store).describe()
-    _tell(_inspect_summary(found), found, as_json, quiet)
-
-
-def _inspect_summary(found: dict[str, Any]) -> str:
-    lines = [
-        f"{found['folder']}: {found['model_type']}, {found['dtype']}, {found['units']} units, {found['neurons']} "
-        f"neurons, groups of {found['group']}, planes of {'+'.join(map(str, found['plane_bits']))} bits",
-        *(f"  a pass at {rung} reads {human(nbytes)}" for rung, nbytes in found["pass_bytes"].items()),
-    ]
-    for name, row in sorted(found["files"].items()):
-        packed = "" if row["stored_bytes"] == row["plain_bytes"] else f", {human(row['plain_bytes'])} unpacked"
-        lines.append(f"  {name}: {human(row['stored_bytes'])}{packed}, {row['extents']} extents")
-    return "\n".join(lines)
+    _tell(summary.of_store(found), found, as_json, quiet)
 
 
 @app.command("run")
@@ -208,13 +177,13 @@ def run_command(
     budgets: dict[str, Any] = {"hbm": hbm, "dram": dram, "context": context or needed, "logits": 1}
     options: dict[str, Any] = {"precision": precision, "store": store, "device": device, "checks": checks}
     with tiercache.offload(folder, **budgets, **options, show_progress=_progress(as_json, quiet)) as lent:
-        _say(_outlook(lent, precision), quiet)
+        _say(summary.outlook(lent, precision), quiet)
         tokens = _generate(lent, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
         attached: Any = lent.tiercache
         stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
-    _tell(_run_summary(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)
+    _tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)
 
 
 def _pico() -> Path:
@@ -286,44 +255,9 @@ def _generate(
     return cast("list[int]", output[0, ids.shape[1] :].tolist())
 
 
-def _outlook(model: Any, precision: str) -> str:
-    """What is known before the first token."""
-    sizes, plan = model.tiercache.pass_bytes(), model.tiercache.plan
-    budgets = ", ".join(
-        f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
-    )
-    device = model.tiercache.stats().device
-    nature = "the original weights" if precision == "source" else f"{precision} weights (the original's, rounded)"
-    return (
-        f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
-        f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
-    )
-
-
-def _run_summary(stats: dict[str, Any], tokens: int) -> str:
-    lines = [_tier_summary(name, tier) for name, tier in stats["tiers"].items()]
-    direct = "direct" if stats["direct_io"] else "through the page cache"
-    lines.append(f"ssd   {human(stats['ssd_bytes'])} read, {direct}")
-    device = f", GPU {human(stats['peak_device_bytes'])}" if stats["peak_device_bytes"] else ""
-    lines.append(
-        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
-        f"peak RSS {human(stats['peak_rss_bytes'])}{device}"
-    )
-    if stats["lossy"]:
-        lines.append("notice: this run was lossy: another text than the weights at this precision would have given")
-    return "\n".join(lines)
-
-
-def _tier_summary(name: str, tier: dict[str, Any]) -> str:
-    stalls = ", ".join(f"{cause} {seconds:.3f} s" for cause, seconds in tier["stall_s"].items()) or "none"
-    return (
-        f"{name:<5} peak {human(tier['peak_bytes'])} of {human(tier['capacity_bytes'])}; {tier['hits']} hits, "
-        f"{tier['misses']} misses; {human(tier['loaded_bytes'])} brought in; stalls: {stalls}"
-    )
-
-
 @app.command("bench")
 def bench_command(
+    ctx: typer.Context,
     shape: Annotated[str, typer.Option(help="A model's shape, such as tiny or llama-2-7b.")] = "tinyllama-1.1b",
     precision: Precision = "source",
     hbm: Annotated[str | None, typer.Option(help="Budget of the fastest tier; none by default.")] = None,
@@ -331,18 +265,46 @@ def bench_command(
     tokens: Annotated[int, typer.Option(min=1, help="Single-token passes to time.")] = 8,
     folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
     context: Annotated[int, typer.Option(min=1, help="Tokens to reserve KV cache for.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")] = False,
+    kernel_shapes: Annotated[str | None, typer.Option(help="With --kernels: 7b,70b by default.")] = None,
+    precisions: Annotated[str | None, typer.Option(help="With --kernels: int2,int4,int8 by default.")] = None,
+    token_counts: Annotated[str | None, typer.Option(help="With --kernels: 1,4,16,32,64 by default.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a model of a given shape, with random weights, against the roofs measured in the same run."""
+    """Time a model of a given shape, or the kernels, on random weights, against roofs measured in the same run."""
+    _refuse_idle(ctx, kernels)
+    if kernels:
+        _bench_kernels((kernel_shapes, precisions, token_counts), seed, as_json, quiet)
+        return
     from tiercache.bench import shape as shapes
 
     options: dict[str, Any] = {"precision": precision, "hbm": hbm, "dram": dram, "tokens": tokens, "context": context}
     place: dict[str, Any] = {"folder": folder.expanduser(), "seed": seed, "keep": keep}
     result = shapes.bench(shape, **options, **place, show_progress=_progress(as_json, quiet))
     _tell(shapes.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
+
+
+def _refuse_idle(ctx: Any, kernels: bool) -> None:
+    """Refuse options of the other kind of benchmark, which would do nothing."""
+    of_kernels, common = ("kernel_shapes", "precisions", "token_counts"), ("kernels", "seed", "as_json", "quiet")
+    for name in ctx.params:
+        given = ctx.get_parameter_source(name).name == "COMMANDLINE"
+        if given and name not in common and (name in of_kernels) != kernels:
+            option = "--" + name.replace("_", "-")
+            cure = "leave it out; its own options are --kernel-shapes, --precisions and --token-counts"
+            how = f"with --kernels; {cure}" if kernels else "without --kernels; add that"
+            raise UsageError(f"{option} does nothing {how}")
+
+
+def _bench_kernels(lists: tuple[str | None, str | None, str | None], seed: int, as_json: bool, quiet: bool) -> None:
+    from tiercache.bench import kernels, kernels_report
+
+    options = kernels.Options(**kernels.parse(*lists), seed=seed, show_progress=_progress(as_json, quiet))
+    result = kernels.bench(options)
+    _tell(kernels_report.report(result), result, as_json=True, quiet=quiet)
 
 
 @app.command("doctor")

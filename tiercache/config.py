@@ -13,6 +13,7 @@ from tiercache.errors import UsageError
 
 Precision = Literal["source", "int8", "int4", "int2"]
 SizeLike = int | float | str
+KernelChoice = Literal["auto", "fast", "decode"]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", start=1)}
@@ -97,6 +98,7 @@ class OffloadConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         store: folder of the plane store, if named.
         checks: verify every checksum before the model is handed out.
+        kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can be.
     """
 
     hbm: Budget | None
@@ -107,10 +109,13 @@ class OffloadConfig:
     device: str = "auto"
     store: Path | None = None
     checks: bool = False
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
+        if self.kernels not in get_args(KernelChoice):
+            raise UsageError(f"unknown kernels {self.kernels!r}; choose one of {', '.join(get_args(KernelChoice))}")
         for name, value in (("context", self.context), ("logits", self.logits)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")

@@ -9,32 +9,25 @@ import platform
 import re
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from rich.markup import escape
 from rich.table import Table
 
 from profiler import hardware, probe
-from tiercache import __version__
+from tiercache import __version__, gpu_checks
+from tiercache.checks import Check, Probe, dotted, module, processor_name, text_of
 from tiercache.config import human
-
-State = Literal["ok", "warn", "fail"]
-Probe = Callable[[Path], Iterable["Check"]]
 
 SCHEMA = "tiercache.doctor/1"
 # pyproject.toml's ranges, from the first that will do to the first that will not; a test compares them.
 RANGES = {"torch": ((2, 6), (3,)), "transformers": ((5, 5), (6,))}
 PYTHON_FLOOR = (3, 11)
-# torch 2.15 dropped the last builds with code for Maxwell, Pascal and Volta.
-LEGACY_INSTALL = 'pip install "torch<2.15" --index-url <the cu126 index named on pytorch\'s install page>'
-_LEGACY_BELOW = (7, 5)
-_PINNED_SAMPLE_BYTES = 256 << 20
 _LITTLE_DISK_BYTES = 10 << 30
 _PROBE_DISK_BYTES = 1 << 30
 _READ_SAMPLE_BYTES = 64 << 20
@@ -44,34 +37,6 @@ _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "glusterfs", "afs", "f
 _MEMORY = ("tmpfs", "ramfs")
 _X86 = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 _ARM = ("asimd", "asimddp", "i8mm", "sve")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding.
-
-    Attributes:
-        name: what was looked at.
-        state: "fail" where something will not work, "warn" where it will be slow or risky.
-        value: what was found.
-        advice: what to do; empty when there is nothing to.
-    """
-
-    name: str
-    state: State
-    value: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Link:
-    """A GPU's PCIe link: generation and lanes, now and at most; 0 where the driver does not say."""
-
-    name: str
-    generation: int
-    max_generation: int
-    width: int
-    max_width: int
 
 
 def diagnose(store_folder: Path | None = None) -> list[Check]:
@@ -120,17 +85,9 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _module(name: str) -> Any | None:
-    """A module that may be missing or broken, which is then a finding and no reason to stop."""
-    try:
-        return import_module(name)
-    except Exception:
-        return None
-
-
 def _python(folder: Path) -> list[Check]:
     good = sys.version_info >= PYTHON_FLOOR
-    advice = "" if good else f"install Python {_dotted(PYTHON_FLOOR)} or newer"
+    advice = "" if good else f"install Python {dotted(PYTHON_FLOOR)} or newer"
     return [Check("python", "ok" if good else "fail", f"{platform.python_version()} on {platform.platform()}", advice)]
 
 
@@ -157,150 +114,12 @@ def version_check(name: str, version: str) -> Check:
 def requirement(name: str) -> str:
     """The supported range, as pip reads it."""
     floor, ceiling = RANGES[name]
-    return f"{name}>={_dotted(floor)},<{_dotted(ceiling)}"
+    return f"{name}>={dotted(floor)},<{dotted(ceiling)}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def _dotted(numbers: Sequence[int]) -> str:
-    return ".".join(str(number) for number in numbers)
-
-
-def _gpu(folder: Path) -> list[Check]:
-    torch = _module("torch")
-    if torch is None:
-        return []  # said already
-    with warnings.catch_warnings():  # torch warns of an old card in its own words
-        warnings.simplefilter("ignore")
-        if not torch.cuda.is_available():
-            return [unusable(_driver_gpus(), torch.__version__, torch.version.cuda)]
-        archs = torch.cuda.get_arch_list()
-        devices = range(torch.cuda.device_count())
-        return [
-            architecture(torch.cuda.get_device_name(n), torch.cuda.get_device_capability(n), archs) for n in devices
-        ]
-
-
-def unusable(seen: Sequence[str], torch_version: str, cuda: str | None) -> Check:
-    """What it means that torch can use no GPU, given those that the driver shows."""
-    if not seen:
-        return Check("gpu", "ok", "none: CPU only")
-    if cuda is None:
-        return Check(
-            "gpu",
-            "fail",
-            f"{', '.join(seen)}; but torch {torch_version} is built without CUDA",
-            f"install a torch with CUDA; for Maxwell, Pascal and Volta: {LEGACY_INSTALL}",
-        )
-    return Check(
-        "gpu",
-        "fail",
-        f"{', '.join(seen)}; but torch {torch_version} (CUDA {cuda}) cannot use it",
-        "update the NVIDIA driver to one for that CUDA ('nvidia-smi' says which it has), or install a torch for an "
-        "older CUDA; see also that CUDA_VISIBLE_DEVICES does not hide the card",
-    )
-
-
-def architecture(name: str, capability: tuple[int, int], archs: Sequence[str]) -> Check:
-    """Whether this torch has code that the GPU can run."""
-    label = f"{name}, compute capability {_dotted(capability)}"
-    if runs_on(capability, archs):
-        return Check("gpu", "ok", label)
-    legacy = capability < _LEGACY_BELOW
-    advice = LEGACY_INSTALL if legacy else "install a torch that is built for this card, from pytorch's install page"
-    return Check("gpu", "fail", f"{label}; torch has code for {', '.join(archs) or 'no GPU'} only", advice)
-
-
-def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Whether code of one of `archs` runs: binaries (sm_XY) on the same major version, PTX (compute_XY) on any later.
-
-    >>> runs_on((6, 1), ["sm_50", "sm_60"]), runs_on((6, 1), ["sm_75", "sm_80"])
-    (True, False)
-    """
-    for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(archs)):
-        built = (int(major), int(minor))
-        same_family = kind == "compute" or built[0] == capability[0]
-        exactly = suffix == "a"  # code for that chip alone
-        if built == capability if exactly else built <= capability and same_family:
-            return True
-    return False
-
-
-def _driver_gpus() -> list[str]:
-    """Names of the GPUs that the driver shows, whatever torch can do."""
-    if names := [link.name for link in _links()]:
-        return names
-    files = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    found = (re.search(r"Model:\s*(.+)", _text(path)) for path in sorted(files))
-    return [match[1] if match else "an NVIDIA GPU" for match in found]
-
-
-def _pcie(folder: Path) -> list[Check]:
-    return [link_check(link) for link in _links()]
-
-
-def link_check(link: Link) -> Check:
-    """Fewer lanes than the card has cost bandwidth for good; a lower generation is how a card saves power at rest."""
-    if not link.max_width:
-        return Check("pcie", "ok", f"{link.name}: the driver does not say")
-    found = f"{link.name}: gen {link.generation} x{link.width} now, gen {link.max_generation} x{link.max_width} at most"
-    if link.width < link.max_width:
-        return Check("pcie", "warn", found, "weights stream slower: use a slot with all lanes, and check the riser")
-    resting = link.generation < link.max_generation
-    return Check("pcie", "ok", found, "a card at rest lowers the generation; look again under load" if resting else "")
-
-
-def _links() -> list[Link]:
-    nvml = _module("pynvml")
-    if nvml is None:
-        return []
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:  # no driver
-        return []
-    try:
-        return [_link(nvml, nvml.nvmlDeviceGetHandleByIndex(n)) for n in range(nvml.nvmlDeviceGetCount())]
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _link(nvml: Any, device: Any) -> Link:
-    def ask(name: str) -> int:
-        try:
-            return int(getattr(nvml, f"nvmlDeviceGet{name}")(device))
-        except nvml.NVMLError:  # virtual machines hide it
-            return 0
-
-    generations = ask("CurrPcieLinkGeneration"), ask("MaxPcieLinkGeneration")
-    return Link(str(nvml.nvmlDeviceGetName(device)), *generations, ask("CurrPcieLinkWidth"), ask("MaxPcieLinkWidth"))
-
-
-def _pinned_memory(folder: Path) -> list[Check]:
-    """Whether memory can be pinned; tried, since the driver need not keep to the limit that the shell shows."""
-    limit = f"memlock {_memlock()}"
-    torch = _module("torch")
-    if torch is None or not torch.cuda.is_available():
-        return [Check("pinned memory", "ok", f"{limit}; without a GPU nothing is pinned")]
-    size = human(_PINNED_SAMPLE_BYTES)
-    try:
-        torch.empty(_PINNED_SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        advice = "raise the limit: 'ulimit -l unlimited', or --ulimit memlock=-1 for a container"
-        return [Check("pinned memory", "fail", f"{size} could not be pinned ({reason}); {limit}", advice)]
-    return [Check("pinned memory", "ok", f"{size} pinned; {limit}")]
-
-
-def _memlock() -> str:
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return "unknown"
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "unlimited" if soft == resource.RLIM_INFINITY else human(soft)
 
 
 def _disk_space(folder: Path) -> list[Check]:
@@ -360,13 +179,11 @@ def _main_memory(folder: Path) -> list[Check]:
 
 
 def _processor(folder: Path) -> list[Check]:
-    text = _text(Path("/proc/cpuinfo"))
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    text = text_of(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     has = set(flags[1].split()) if flags else set()
     features = " ".join(name for name in (*_X86, *_ARM) if name in has) or "vector features unknown"
-    name = model[1] if model else platform.processor() or platform.machine()
-    return [Check("processor", "ok", f"{name}, {os.cpu_count()} threads: {features}")]
+    return [Check("processor", "ok", f"{processor_name()}, {os.cpu_count()} threads: {features}")]
 
 
 def _compiler(folder: Path) -> list[Check]:
@@ -376,22 +193,36 @@ def _compiler(folder: Path) -> list[Check]:
     return [Check("compiler", "ok", found)]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _kernels(folder: Path) -> list[Check]:
+    """Which dialect multiplies planes, on the processor and on the GPU if torch can use one."""
+    torch = module("torch")
+    if torch is None:
+        return []  # said already
+    from tiercache.kernels.select import describe  # needs torch, whose absence is a finding
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [kernels_check(device, *describe(torch.device(device))) for device in devices]
+
+
+def kernels_check(device: str, fast: bool, text: str) -> Check:
+    """Whether products of planes are fast on a device; slow ones are right as well."""
+    if fast:
+        return Check("kernels", "ok", f"{device}: {text}")
+    cure = "install gcc (or another C compiler: cc, clang), or name one in CC"
+    advice = cure if device == "cpu" else "see the gpu row; what is missing is told here"
+    return Check("kernels", "warn", f"{device}: {text}", advice)
 
 
 PROBES: tuple[Probe, ...] = (
     _python,
     _libraries,
-    _gpu,
-    _pcie,
-    _pinned_memory,
+    gpu_checks.gpu,
+    gpu_checks.pcie,
+    gpu_checks.pinned_memory,
     _main_memory,
     _processor,
     _compiler,
+    _kernels,
     _file_system,
     _disk_space,
     _disk_reads,

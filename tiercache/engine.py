@@ -4,6 +4,7 @@ Brings the parts together: what was named, its demand, the plan, the tiers, the 
 stays where is the plan's, what moves when is the tiers'.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,8 +15,10 @@ import transformers
 
 from profiler import hardware
 from tiercache import plan
-from tiercache.config import Budget, OffloadConfig, Precision, SizeLike, human
+from tiercache.config import Budget, KernelChoice, OffloadConfig, Precision, SizeLike, human
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
+from tiercache.kernels.contract import Kernels
+from tiercache.kernels.select import select
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
@@ -68,6 +71,7 @@ def offload(
     store: str | Path | None = None,
     device: str = "auto",
     checks: bool = False,
+    kernels: KernelChoice = "auto",
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
 ) -> Iterator[transformers.PreTrainedModel]:
@@ -88,6 +92,8 @@ def offload(
         store: the plane store's folder; made there if missing. By default one in the cache folder.
         device: "auto", "cpu", "cuda" or "cuda:N".
         checks: verify every checksum of the store first.
+        kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and equal
+            to the bit to the rounded model in transformers; "auto" is fast where that can be, and warns where not.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
 
@@ -106,6 +112,7 @@ def offload(
         device=device,
         store=None if store is None else Path(store).expanduser(),
         checks=checks,
+        kernels=kernels,
     )
     with ExitStack() as stack:
         yield _open(stack, model_or_path, config, show_progress, observe)
@@ -121,15 +128,30 @@ def _open(
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
     opened = open_model(model_or_path, config, show_progress=show_progress)
-    asked = demand(opened, config, target)
+    kernels = _kernels(config, target)
+    asked = demand(opened, config, target, kernels=kernels is not None)
     made = _plan(opened, asked, config, target)
     reader = stack.enter_context(Reader())
     tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
     stack.callback(tiers.close)
     tiers.load(show_progress=show_progress)
-    stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats)
-    _attach(stack, opened, asked, made, tiers, reader, target, stats, config)
+    name = "torch" if config.precision == "source" else "decode" if kernels is None else kernels.name
+    stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats, kernels=name)
+    _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels)
     return opened.model
+
+
+def _kernels(config: OffloadConfig, device: torch.device) -> Kernels | None:
+    """Who multiplies by planes; None decodes them, which is said aloud where it was not asked for."""
+    if config.precision == "source" or config.kernels == "decode":
+        return None
+    try:
+        return select(device)
+    except EnvironmentUnsupportedError as error:
+        if config.kernels == "fast":
+            raise
+        warnings.warn(f"every matrix is decoded before it is multiplied, which is slow: {error}", stacklevel=5)
+        return None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -201,6 +223,7 @@ def _attach(
     device: torch.device,
     stats: Stats,
     config: OffloadConfig,
+    kernels: Kernels | None,
 ) -> None:
     """Put hooks and parameters in; what undoes them goes on `stack`."""
     model = opened.model
@@ -214,6 +237,7 @@ def _attach(
         opened.manifest.embedding[0],
         table,
         device,
+        kernels,
     )
     stack.callback(attachment.close)
     guard = Guard(model, stats, context=config.context, logits=config.logits, finish=attachment.end_pass)

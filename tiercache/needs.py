@@ -15,6 +15,7 @@ from tiercache.config import OffloadConfig
 from tiercache.errors import UnsupportedModelError
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
+from tiercache.model.linear import scratch_bytes
 from tiercache.model.rehearse import Rehearsal, rehearse
 from tiercache.opening import Opened
 from tiercache.plan import Needs
@@ -46,8 +47,8 @@ class Demand:
     payload: dict[int, int]
 
 
-def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Demand:
-    """Rehearse `opened` and add up what it takes.
+def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool) -> Demand:
+    """Rehearse `opened` and add up what it takes; `kernels`: planes are multiplied as they are.
 
     Raises:
         UnsupportedModelError: modules that a pass never calls, or a forward that cannot be rehearsed.
@@ -61,7 +62,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Deman
     keys = [manifest.weights[module].unit for module in rehearsal.calls]
     runs = [key for key, _ in groupby(keys)]
     again = frozenset(key for key, count in Counter(runs).items() if count > 1)
-    workspace = _workspace(opened)
+    workspace = _workspace(opened, kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     table = manifest.embedding[1].unit
     needs = Needs(
@@ -70,7 +71,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device) -> Deman
         order=tuple(dict.fromkeys(runs)),
         always=again,
         table=None if table in runs or opened.given else table,
-        compute=_compute_reserve(opened, rehearsal, config, workspace, device),
+        compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
         dram={"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context},
     )
     return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
@@ -85,20 +86,28 @@ def _uses(manifest: Manifest, rehearsal: Rehearsal, keys: list[int]) -> tuple[Us
     return tuple(uses.values())
 
 
-def _workspace(opened: Opened) -> int:
+def _workspace(opened: Opened, kernels: bool) -> int:
     """The largest weight that must be made before a module can multiply by it."""
     return max(
-        needs_workspace(weight, weight_of(opened.model.get_submodule(module)).dtype)
+        needs_workspace(weight, weight_of(opened.model.get_submodule(module)).dtype, kernels=kernels)
         for module, weight in opened.manifest.weights.items()
     )
 
 
 def _compute_reserve(
-    opened: Opened, rehearsal: Rehearsal, config: OffloadConfig, workspace: int, device: torch.device
+    opened: Opened,
+    rehearsal: Rehearsal,
+    config: OffloadConfig,
+    workspace: int,
+    device: torch.device,
+    kernels: bool,
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
-    decoded = [prod(w.shape) for w in opened.manifest.weights.values() if isinstance(w, PlaneWeight)]
-    scratch = min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max(decoded, default=0))
+    planes = [weight for weight in opened.manifest.weights.values() if isinstance(weight, PlaneWeight)]
+    if kernels:
+        scratch = scratch_bytes(planes, config.context)
+    else:
+        scratch = min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max((prod(w.shape) for w in planes), default=0))
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,

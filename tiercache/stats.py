@@ -51,6 +51,7 @@ class Stats:
 
     Attributes:
         tiers: counters by tier, fastest first.
+        kernels: who multiplies: "torch" for original weights, "decode", or the dialect of the plane kernels.
         passes: forward passes, and the tokens they carried.
         first_pass_s: seconds of the newest prefill, which is the time to the first token.
         decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
@@ -64,6 +65,7 @@ class Stats:
     direct_io: bool
     tiers: dict[str, TierStats]
     lossy: bool = False
+    kernels: str = "torch"
     passes: int = 0
     tokens: int = 0
     prefill_tokens: int = 0

@@ -51,6 +51,11 @@ def compiler() -> list[str] | None:
     return None
 
 
+def is_built(isa: str) -> bool:
+    """Whether the library of `isa` is there already."""
+    return _path(isa).is_file()
+
+
 def library(isa: str) -> Path:
     """The compiled library of `isa`; compiles it if it is not there.
 
@@ -62,7 +67,7 @@ def library(isa: str) -> Path:
     """
     if isa not in ISAS:
         raise UsageError(f"unknown instruction set {isa!r}; there are {', '.join(ISAS)}")
-    path = _folder() / f"planes-{_digest(isa)}-{isa}.so"
+    path = _path(isa)
     if path.is_file():
         return path
     command = compiler()
@@ -100,7 +105,7 @@ def _digest(isa: str) -> str:
     return text.hexdigest()[:16]
 
 
-def _folder() -> Path:
+def _path(isa: str) -> Path:
     home = os.environ.get("TIERCACHE_HOME")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return (Path(home).expanduser() if home else cache / "tiercache") / "kernels"
+    return (Path(home).expanduser() if home else cache / "tiercache") / "kernels" / f"planes-{_digest(isa)}-{isa}.so"

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from tiercache.kernels.contract import Kernels
 from tiercache.model.binding import Binder, Parameters, Use, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
 from tiercache.tiers.tier import Source
@@ -26,6 +27,7 @@ class Attachment:
         embedding: module name of the token embedding.
         table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
+        kernels: multiply by planes as they are; None makes weights of them.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class Attachment:
         embedding: str,
         table: torch.Tensor | Rows,
         device: torch.device,
+        kernels: Kernels | None,
     ) -> None:
         self._parameters = Parameters()
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
         try:
-            self._attach(model, tuple(uses), supply, workspace, dense, embedding, table, device)
+            self._attach(model, tuple(uses), supply, workspace, dense, embedding, table, device, kernels)
         except BaseException:  # half-way: the model must not stay changed
             self.close()
             raise
@@ -59,6 +62,7 @@ class Attachment:
         embedding: str,
         table: torch.Tensor | Rows,
         device: torch.device,
+        kernels: Kernels | None,
     ) -> None:
         for use in uses:
             self._hide(model.get_submodule(use.module), device)
@@ -73,7 +77,7 @@ class Attachment:
             self._hide(lookup, device)
             self._lookup = Lookup(lookup, table)
         self._move_buffers(model, device)
-        self._binder = Binder(model, uses, supply, workspace)
+        self._binder = Binder(model, uses, supply, workspace, kernels)
 
     def end_pass(self) -> None:
         """Give back what an interrupted pass still held."""

@@ -6,6 +6,8 @@ runs no hooks, `release_all` does). Between calls the parameter
 is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
 it by mistake gets NaN and not a plausible number.
 
+Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
+
 Knows modules and slots; not where slots come from.
 """
 
@@ -16,7 +18,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tiercache.store.manifest import PlainWeight, Weight
+from tiercache.kernels.contract import Kernels
+from tiercache.model.linear import Inputs, PlaneForward, partners
+from tiercache.store.manifest import PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Source
 
 
@@ -37,23 +41,41 @@ class Binder:
         uses: what each module multiplies by.
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
+        kernels: multiply by planes as they are; None makes weights of them.
     """
 
-    def __init__(self, model: nn.Module, uses: Iterable[Use], supply: Source, workspace: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        uses: Iterable[Use],
+        supply: Source,
+        workspace: torch.Tensor,
+        kernels: Kernels | None,
+    ) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
         self._bound: nn.Parameter | None = None
         self._hooks: list[RemovableHandle] = []
-        for use in uses:
-            module = model.get_submodule(use.module)
-            self._hooks.append(module.register_forward_pre_hook(self._begin(use)))
-            self._hooks.append(module.register_forward_hook(self._end(use), always_call=True))
+        self._forwards = Forwards()
+        self._inputs = None if kernels is None else Inputs(kernels)
+        named = [(use, model.get_submodule(use.module)) for use in uses]
+        pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
+        for use, module in named:
+            forward = None
+            if isinstance(use.weight, PlaneWeight) and kernels is not None and self._inputs is not None:
+                partner = pairs.get(use.module)
+                forward = PlaneForward(use.module, module, use.weight, kernels, self._inputs, partner)
+                self._forwards.replace(module, forward)
+            self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
+            self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
 
     def release_all(self) -> None:
         """Give back what a pass that was cut off still held."""
         if self._bound is not None:
             hide(self._bound)
             self._bound = None
+        if self._inputs is not None:
+            self._inputs.forget()
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)
@@ -61,23 +83,30 @@ class Binder:
     def close(self) -> None:
         """Remove the hooks."""
         self.release_all()
+        self._forwards.restore()
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _begin(self, use: Use) -> Callable[[nn.Module, object], None]:
+    def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
         def begin(module: nn.Module, arguments: object) -> None:
             key = use.weight.unit
             if key not in self._held:
                 self._held[key] = self._supply.acquire(key)
+            if forward is not None:
+                forward.slot = self._held[key]
+                return
             parameter = self._bound = weight_of(module)
             parameter.data = self._tensor(use.weight, self._held[key], parameter.dtype)
 
         return begin
 
-    def _end(self, use: Use) -> Callable[[nn.Module, object, object], None]:
+    def _end(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object, object], None]:
         def end(module: nn.Module, arguments: object, output: object) -> None:
-            hide(weight_of(module))
-            self._bound = None
+            if forward is not None:
+                forward.slot = None
+            else:
+                hide(weight_of(module))
+                self._bound = None
             if use.last and self._held.pop(use.weight.unit, None) is not None:
                 self._supply.release(use.weight.unit)
 
@@ -106,8 +135,10 @@ def hide(parameter: nn.Parameter) -> None:
     parameter.data = poison(parameter.shape, parameter.dtype, parameter.device)
 
 
-def needs_workspace(weight: Weight, dtype: torch.dtype) -> int:
-    """Bytes of workspace that binding `weight` takes."""
+def needs_workspace(weight: Weight, dtype: torch.dtype, *, kernels: bool) -> int:
+    """Bytes of workspace that binding `weight` takes; `kernels`: there are some for planes."""
+    if isinstance(weight, PlaneWeight) and kernels:
+        return 0
     if isinstance(weight, PlainWeight) and weight.dtype == dtype:
         return 0
     return torch.Size(weight.shape).numel() * dtype.itemsize
@@ -116,6 +147,27 @@ def needs_workspace(weight: Weight, dtype: torch.dtype) -> int:
 def poison(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """NaN in every place, for the memory of one."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(tuple(shape))
+
+
+class Forwards:
+    """Gives modules another forward and remembers what they had: most have none of their own."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, object | None]] = []
+
+    def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        """Let calls of `module` run `forward`."""
+        self._before.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
+
+    def restore(self) -> None:
+        """Put the old ones back; harmless when done twice."""
+        while self._before:
+            module, forward = self._before.pop()
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
 
 
 class Parameters:

@@ -1,0 +1,102 @@
+"""Where kernels are timed on a GPU: weights in its own memory, and weights that it reads over the link.
+
+No GPU has run this file yet: its figures, its roofs and the reads from pinned memory are untried.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tiercache.bench.stand import Effort, Stand
+from tiercache.bench.torch_peers import CUDA_PEERS, Peer
+from tiercache.kernels.contract import Kernels
+from tiercache.kernels.select import select
+from tiercache.tiers.slab import Slab
+
+_UNKNOWN_CACHE_BYTES = 64 << 20
+_ROOF_REPEATS = 8
+
+
+def stands() -> tuple[Stand, ...]:
+    """Those of the current GPU; none without one."""
+    if not torch.cuda.is_available():
+        return ()
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernels = select(device)
+    return CudaStand(device, kernels), PinnedStand(device, kernels)
+
+
+class CudaStand:
+    """A GPU and its own memory. See `Stand`."""
+
+    batch = 16  # a look at the clock waits for the GPU, which takes about as long as a small product
+
+    def __init__(self, device: torch.device, kernels: Kernels) -> None:
+        self.device, self.kernels, self.label = device, kernels, str(device)
+        self.peers: tuple[Peer, ...] = CUDA_PEERS
+        properties = torch.cuda.get_device_properties(device)
+        self.cache_bytes = int(getattr(properties, "L2_cache_size", _UNKNOWN_CACHE_BYTES))
+
+    def memory(self, nbytes: int) -> Tensor:
+        """See `Stand`."""
+        return Slab(nbytes, self.device).bytes
+
+    def roof_gbps(self, effort: Effort) -> float:
+        """The better of a copy within the device, which moves each byte twice, and a sum."""
+        source = torch.ones(effort.roof_bytes // 4, device=self.device)
+        target = torch.empty_like(source)
+        copied = 2 * self._rate(lambda: target.copy_(source), source.nbytes)
+        return max(copied, self._rate(source.sum, source.nbytes))
+
+    def wait(self) -> None:
+        """See `Stand`."""
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """See `Stand`."""
+
+    def _rate(self, work: Callable[[], object], nbytes: int) -> float:
+        """GB/s of the fastest repeat, after one that warms up."""
+        best = float("inf")
+        for _ in range(1 + _ROOF_REPEATS):
+            self.wait()
+            begin = time.perf_counter()
+            work()
+            self.wait()
+            best = min(best, time.perf_counter() - begin)
+        return nbytes / best / 1e9
+
+
+class PinnedStand(CudaStand):
+    """A GPU whose kernels read weights from pinned main memory themselves, over the link. See `Stand`."""
+
+    def __init__(self, device: torch.device, kernels: Kernels) -> None:
+        super().__init__(device, kernels)
+        self.label = f"{device}, weights in pinned memory"
+        self.peers = ()
+        self._slab: Slab | None = None
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Pinned; what was handed out before is not pinned any more."""
+        self.close()
+        self._slab = Slab(nbytes, torch.device("cpu"), pinned=True)
+        return self._slab.bytes
+
+    def roof_gbps(self, effort: Effort) -> float:
+        """One large copy from pinned memory to the device."""
+        self.close()
+        slab = Slab(effort.roof_bytes, torch.device("cpu"), pinned=True)
+        try:
+            target = torch.empty(effort.roof_bytes, dtype=torch.uint8, device=self.device)
+            return self._rate(lambda: target.copy_(slab.bytes, non_blocking=True), effort.roof_bytes)
+        finally:
+            slab.close()
+
+    def close(self) -> None:
+        """Unlock the memory handed out; harmless when done twice."""
+        if self._slab is not None:
+            self.wait()
+            self._slab.close()
+            self._slab = None

@@ -1,0 +1,61 @@
+"""What a person reads of a run of the kernel benchmark."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tiercache.config import human
+
+_WIDTH = 200  # more than the table takes: no terminal's width cuts what is kept in a log
+# Headings of the speeds against peers: seconds of the peer over seconds of the kernel.
+_PEERS = ("torch bf16", "torch int8", "torch int4")
+
+
+def report(result: dict[str, Any]) -> str:
+    """Hardware and dialects, then a table of every case."""
+    hardware = result["hardware"]
+    lines = [
+        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads; torch {result['torch']}; "
+        f"seed {result['seed']}; groups of {result['group']}",
+        *(line for stand in result["stands"] for line in _stand(stand)),
+        f"every case agrees with the reference within {result['tolerance']} of its results' root mean square",
+    ]
+    console = Console(width=_WIDTH, color_system=None)
+    with console.capture() as captured:
+        for stand in result["stands"]:
+            console.print(_table(stand["device"], result["results"]))
+    return "\n".join(lines) + "\n" + "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _stand(stand: dict[str, Any]) -> list[str]:
+    low, high = min(stand["roofs_gbps"]), max(stand["roofs_gbps"])
+    return [
+        f"{stand['device']}: kernels {stand['kernels']}; roof {high:.1f} GB/s; "
+        f"at other times in this run {low:.1f} and more; "
+        f"matrices of {human(stand['working_set_bytes'])} take turns, the cache has {human(stand['cache_bytes'])}",
+        *(f"{stand['device']}: {name} is left out: {reason}" for name, reason in stand["peers_left_out"].items()),
+    ]
+
+
+def _table(device: str, results: list[dict[str, Any]]) -> Table:
+    shown = Table(title=device, title_justify="left", box=None)
+    for heading in ("kernel", "matrix", "weights"):
+        shown.add_column(heading, no_wrap=True)
+    speeds = [f"x {name.removeprefix('torch ') if name.endswith('16') else name}" for name in _PEERS]
+    for heading in ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", *speeds, "error"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in results:
+        if row["device"] == device:
+            shown.add_row(
+                *(row["kernel"], f"{row['rows']} x {row['columns']}", row["precision"], str(row["tokens"])),
+                *(f"{1e3 * row['seconds']:.3f}", f"{row['gbps']:.2f}", f"{row['ratio']:.0%}", f"{row['gflops']:.0f}"),
+                *(_speed(row, name) for name in _PEERS),
+                f"{row['max_error']:.1e}",
+            )
+    return shown
+
+
+def _speed(row: dict[str, Any], peer: str) -> str:
+    seconds = row["peer_seconds"].get(peer)
+    return "" if seconds is None else f"{seconds / row['seconds']:.2f}"

@@ -1,0 +1,148 @@
+"""Where kernels are timed: a device with its clock, its roof, and memory laid out as the tiers lay it out.
+
+Knows the kernels' contract; nothing of which matrices are multiplied.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from profiler import hardware, probe
+from tiercache.bench.torch_peers import CPU_PEERS, Peer
+from tiercache.config import human
+from tiercache.errors import DoesNotFitError
+from tiercache.kernels.contract import Kernels
+from tiercache.kernels.select import select
+from tiercache.tiers.slab import Slab
+
+_CACHES = Path("/sys/devices/system/cpu")
+_CACHE_FILES = ("level", "shared_cpu_list", "size")
+_UNKNOWN_CACHE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        least_s, least_samples: of each case, whichever takes longer.
+        caches: the working set exceeds the last-level cache by this factor, and is `least_bytes` or more.
+        roof_bytes: read to measure the roof.
+    """
+
+    least_s: float = 0.3
+    least_samples: int = 3
+    caches: int = 8
+    least_bytes: int = 256 << 20
+    roof_bytes: int = 1 << 30
+
+
+class Stand(Protocol):
+    """A place to time kernels.
+
+    Attributes:
+        label: its name in the results.
+        kernels: the dialect.
+        device: where activations lie.
+        cache_bytes: of the cache that the working set has to exceed.
+        batch: calls between two looks at the clock.
+        peers: what else can multiply here.
+    """
+
+    label: str
+    kernels: Kernels
+    device: torch.device
+    cache_bytes: int
+    batch: int
+    peers: tuple[Peer, ...]
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Bytes to lay matrices out in."""
+
+    def roof_gbps(self, effort: Effort) -> float:
+        """What reading that memory from the device reaches at most, measured now."""
+
+    def wait(self) -> None:
+        """Return when all work that was started is done."""
+
+    def close(self) -> None:
+        """Give back what memory handed out has locked; harmless when done twice."""
+
+
+class CpuStand:
+    """This machine's processor and main memory, in huge pages as the tiers' slabs are. See `Stand`.
+
+    Args:
+        kernels: the dialect; by default the one that is chosen for this processor.
+    """
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.label, self.device, self.batch = "cpu", torch.device("cpu"), 1
+        self.kernels = kernels or select(self.device)
+        self.cache_bytes = last_level_cache_bytes()
+        self.peers: tuple[Peer, ...] = CPU_PEERS
+
+    def memory(self, nbytes: int) -> Tensor:
+        """See `Stand`."""
+        free = hardware.memory().free_bytes
+        if nbytes > free:
+            raise DoesNotFitError(
+                f"the matrices to rotate take {human(nbytes)} and {human(free)} of main memory are free: "
+                f"{nbytes - free} bytes are missing; close other programs or name a smaller --kernel-shapes",
+                missing_bytes=nbytes - free,
+            )
+        return Slab(nbytes, self.device).bytes
+
+    def roof_gbps(self, effort: Effort) -> float:
+        """See `Stand`."""
+        return probe.dram_read(size_bytes=effort.roof_bytes)
+
+    def wait(self) -> None:
+        """See `Stand`."""
+
+    def close(self) -> None:
+        """See `Stand`."""
+
+
+def working_set_bytes(stand: Stand, effort: Effort) -> int:
+    """Bytes to rotate through so that each call finds none of its weights in a cache."""
+    return max(effort.least_bytes, effort.caches * stand.cache_bytes)
+
+
+def median_s(stand: Stand, call: Callable[[int], object], effort: Effort) -> float:
+    """Seconds of one call: the median, after two that warm up. `call` is told its number."""
+    for number in range(2):
+        call(number)
+    stand.wait()
+    samples: list[float] = []
+    number, begun = 2, time.perf_counter()
+    while len(samples) < effort.least_samples or time.perf_counter() - begun < effort.least_s:
+        begin = time.perf_counter()
+        for _ in range(stand.batch):
+            call(number)
+            number += 1
+        stand.wait()
+        samples.append((time.perf_counter() - begin) / stand.batch)
+    return statistics.median(samples)
+
+
+def last_level_cache_bytes() -> int:
+    """Of all processors that this process may run on together; a guess where the system does not say."""
+    sizes: dict[tuple[int, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        for folder in (_CACHES / f"cpu{cpu}" / "cache").glob("index*"):
+            try:
+                level, shared, size = ((folder / name).read_text().strip() for name in _CACHE_FILES)
+            except OSError:
+                continue
+            if size.endswith("K") and level.isdigit():
+                sizes[int(level), shared] = int(size[:-1]) << 10
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last) or _UNKNOWN_CACHE_BYTES

@@ -1,0 +1,103 @@
+"""Random matrices laid out in memory as a tier's slots hold them, as many as it takes to overflow every cache."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiercache.bench.shapes import GROUP
+from tiercache.bench.stand import Effort, Stand, working_set_bytes
+from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.store.format import align
+from tiercache.store.manifest import PlaneWeight
+
+_POOL_BYTES = 1 << 24
+_STRIDE = 1_000_003  # how far on in the pool the next piece begins
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Random bytes that all matrices repeat, each from another place: enough for timing, and made once.
+
+    Attributes:
+        codes: uint8.
+        scales: the bytes of fp16 lo and step, for weights within about +-0.07.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def make(cls, seed: int) -> "Pool":
+        """From a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
+        spread = 1 + 0.1 * torch.rand(_POOL_BYTES >> 4, 2, generator=generator)
+        scales = (spread * torch.tensor([-0.0625, 0.125 / 256])).half()
+        return cls(codes, scales.flatten().view(torch.uint8))
+
+
+def make(stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int], rung: str) -> list[tuple[Planes, ...]]:
+    """Copies of a unit at a rung, each as the planes of its parts.
+
+    Args:
+        stand: whose memory they take.
+        effort: how much of it.
+        pool: what they are filled with.
+        layout: rows, columns, and how many matrices lie side by side in a row.
+        rung: of the planes.
+    """
+    rows, columns, parts = layout
+    widths = [plane_row_bytes(columns, GROUP, plane) for plane in range(RUNGS[rung])]
+    *plane_at, scale_at, unit_bytes = _offsets([*widths, scale_row_bytes(columns, GROUP)], rows * parts)
+    weights = [
+        PlaneWeight(0, rows, columns, GROUP, parts, (part,), tuple(plane_at), scale_at, transposed=False)
+        for part in range(parts)
+    ]
+    count = max(1, -(-working_set_bytes(stand, effort) // unit_bytes))
+    memory = stand.memory(count * unit_bytes)
+    made = []
+    for number, slot in enumerate(memory.split(unit_bytes)):
+        for place, at in enumerate(plane_at):
+            _fill(slot[at : at + rows * parts * widths[place]], pool.codes, _STRIDE * (3 * number + place))
+        scales = slot[scale_at : scale_at + rows * parts * scale_row_bytes(columns, GROUP)]
+        _fill(scales, pool.scales, 4 * _STRIDE * number)  # by whole pairs
+        made.append(tuple(weight.part(slot, part) for part, weight in enumerate(weights)))
+    return made
+
+
+def nbytes(weight: Planes) -> int:
+    """Codes and scales of one matrix at the rung held."""
+    return sum(plane.numel() for plane in weight.planes) + weight.scales.nbytes
+
+
+def some_rows(weight: Planes, rows: Tensor) -> Planes:
+    """The given rows, in main memory."""
+    planes = tuple(plane[rows.to(plane.device)].cpu() for plane in weight.planes)
+    return Planes(planes, weight.scales[rows.to(weight.scales.device)].cpu(), weight.columns, weight.group)
+
+
+def one_group(weight: Planes, group: int) -> Planes:
+    """The columns of one group, in main memory."""
+    widths = [plane_row_bytes(weight.group, weight.group, plane) for plane in range(len(weight.planes))]
+    planes = tuple(
+        plane[:, width * group : width * (group + 1)].cpu() for plane, width in zip(weight.planes, widths, strict=True)
+    )
+    return Planes(planes, weight.scales[:, group : group + 1].cpu(), weight.group, weight.group)
+
+
+def _offsets(widths: list[int], rows: int) -> list[int]:
+    """Where each piece of a slot begins, and where the slot ends."""
+    at = [0]
+    for width in widths:
+        at.append(align(at[-1] + rows * width))
+    return at
+
+
+def _fill(target: Tensor, pool: Tensor, start: int) -> None:
+    """Repeat the pool over `target`, from `start` on."""
+    at, begin = 0, start % pool.numel()
+    while at < target.numel():
+        piece = pool[begin : begin + target.numel() - at]
+        target[at : at + piece.numel()].copy_(piece)
+        at, begin = at + piece.numel(), 0

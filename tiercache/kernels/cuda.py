@@ -1,0 +1,339 @@
+"""The dialect for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
+
+Up to 8 tokens the kernels read planes once and multiply in fp32 (why fp32: rows.cu). More tokens go in blocks of 8, or
+above `switch` tokens by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit
+weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums
+are made, depends on shapes alone, never on where planes lie or how they are aligned: no placement changes a bit.
+
+Planes may lie on the device or in page-locked host memory; kernels read the latter over the link, once per call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tiercache.errors import UsageError
+from tiercache.kernels.contract import ACTIVATIONS, Kernels, Prepared, check_activations, check_output, checked_rows
+from tiercache.kernels.cuda_calls import (
+    CHUNK_COLUMNS,
+    FEW_TOKENS,
+    MOST_PIECES,
+    Blocks,
+    Slices,
+    chunks_of,
+    decode_call,
+    down_call,
+    gather_call,
+    matrix,
+    prepare_call,
+    rows_call,
+    sum_call,
+)
+from tiercache.kernels.cuda_driver import Driver, Launcher
+from tiercache.kernels.reference import activate
+from tiercache.planes import Planes, encode
+
+SCRATCH_BYTES = 32 << 20
+"""Upper bound of a tile of weights: decoded, or brought near (a single row may exceed it)."""
+
+DEFAULT_SWITCH = 32
+"""Tokens up to which blocks of 8 are faster than decoding. Counted, measured on no card: decoding moves 17 times an
+int4 matrix's bytes (it writes and reads fp32), a block about twice them; `measure_switch` finds the true one."""
+
+_KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
+_STORED_BYTES = 2  # of a weight, no less than planes and scales take at any rung and group
+
+
+class CudaKernels:
+    """See `contract.Kernels`. Row lists that lie on the device are not checked for range: that would stall the stream.
+
+    Args:
+        device: the CUDA device.
+        launcher: what runs the kernels; None for the device's driver.
+        switch: tokens above which weights are decoded first.
+
+    Raises:
+        EnvironmentUnsupportedError: no such device, or no compiler for it.
+    """
+
+    def __init__(self, device: torch.device, launcher: Launcher | None = None, switch: int = DEFAULT_SWITCH) -> None:
+        if launcher is None:
+            driver = Driver(device)
+            launcher, device = driver, driver.device
+        self.device, self._launcher = device, launcher
+        self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
+        self._switch = max(switch, FEW_TOKENS)
+
+    def prepare(self, x: Tensor, group: int) -> Prepared:
+        """See `contract.Kernels`."""
+        tokens, columns = x.shape
+        self._check_input(x, columns)
+        if tokens > self._switch:
+            return Prepared(tokens, columns, group, (x.float(),))
+        blocks, chunks = Blocks.of(tokens), chunks_of(columns)
+        packed = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS)
+        sums = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS // group)
+        if tokens:
+            into = (packed.data_ptr(), sums.data_ptr())
+            strides = (x.stride(0), x.stride(1))
+            self._launcher.launch(
+                prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
+            )
+        return Prepared(tokens, columns, group, (packed, sums))
+
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """See `contract.Kernels`."""
+        _check_prepared(x, weight)
+        check_output(out, x.tokens, self._selected(rows, weight), self.device)
+        for some, (near,), chosen in self._tiles(x.tokens, (weight,), rows):
+            self._product(x, near, out[:, some], chosen)
+
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+        """See `contract.Kernels`. One launch each: on a GPU nothing is gained by walking matrices together."""
+        for weight, out in zip(weights, outs, strict=True):
+            self.product(x, weight, out)
+
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        """See `contract.Kernels`."""
+        self._check_input(x, self._selected(rows, weight))
+        check_output(out, x.shape[0], weight.columns, self.device)
+        for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
+            self._product_down(x[:, some], near, out, chosen)
+
+    def ffn(
+        self,
+        x: Prepared,
+        inward: Sequence[Planes],
+        down: Planes,
+        activation: str,
+        out: Tensor,
+        rows: Tensor | None = None,
+    ) -> None:
+        """See `contract.Kernels`."""
+        if activation not in ACTIVATIONS:
+            raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
+            raise UsageError(
+                f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"
+            )
+        for each in inward:
+            _check_prepared(x, each)
+        self._selected(rows, down)
+        check_output(out, x.tokens, down.columns, self.device)
+        fused = x.tokens <= self._switch and len({len(each.planes) for each in inward}) == 1
+        for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
+            if fused:
+                hidden = self._hidden(x, near[:-1], activation, chosen)
+                self._spread(hidden, x.tokens, near[-1], out, chosen)
+            else:
+                self._product_down(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
+
+    def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
+        """See `contract.Kernels`. Pieces and `out` may lie on the device or in page-locked host memory."""
+        nbytes = rows.numel() * sum(piece.shape[1] for piece in pieces)
+        if out.dtype != torch.uint8 or out.ndim != 1 or not out.is_contiguous() or out.numel() < nbytes:
+            raise UsageError(f"out is {out.dtype} {list(out.shape)}, expected {nbytes} bytes (uint8) in one piece")
+        for piece in pieces:
+            if piece.dtype != torch.uint8 or piece.ndim != 2 or (piece.shape[1] > 1 and piece.stride(1) != 1):
+                raise UsageError(
+                    f"a piece is {piece.dtype} {list(piece.shape)}, expected uint8 [n, width], rows in one piece"
+                )
+            if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(piece):
+                raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
+        index = self._index(rows)
+        at, widths = self._launcher.address(out) if nbytes else 0, 0
+        for first in range(0, len(pieces) if nbytes else 0, MOST_PIECES):
+            some = [(self._at(piece), piece.stride(0), piece.shape[1]) for piece in pieces[first : first + MOST_PIECES]]
+            into = at + widths * rows.numel()
+            self._launcher.launch(gather_call(some, index.data_ptr(), rows.numel(), into))
+            widths += sum(width for _, _, width in some)
+
+    def measure_switch(self, rows: int = 4096, columns: int = 4096) -> int:
+        """The `switch` for this card: the most tokens, in steps of 8, for which blocks are faster than decoding.
+
+        Times an int4 matrix of that shape on the device; takes seconds.
+        """
+        weight = encode(torch.randn(rows, columns, device=self.device)).at("int4")
+        found = FEW_TOKENS
+        for tokens in range(2 * FEW_TOKENS, 129, FEW_TOKENS):
+            x = torch.randn(tokens, columns, device=self.device)
+            out = torch.zeros(tokens, rows, device=self.device)
+            by_blocks, by_decoding = (
+                self._seconds(CudaKernels(self.device, self._launcher, switch), x, weight, out)
+                for switch in (tokens, tokens - 1)
+            )
+            if by_blocks > by_decoding:
+                break
+            found = tokens
+        return found
+
+    def _seconds(self, kernels: Kernels, x: Tensor, weight: Planes, out: Tensor) -> float:
+        """The least time of a product in four, of which the first compiles and warms up."""
+        best = float("inf")
+        for _ in range(4):
+            self._launcher.synchronize()
+            start = time.perf_counter()
+            kernels.product(kernels.prepare(x, weight.group), weight, out)
+            self._launcher.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def _tiles(
+        self, tokens: int, weights: Sequence[Planes], rows: Tensor | None
+    ) -> Iterator[tuple[slice, list[Planes], Tensor | None]]:
+        """The selection cut up for passes over it: (which of the rows, the matrices, the rows of those to take).
+
+        One pass takes all. More than one read planes again and again, so far planes are first brought near, in tiles;
+        the cut is the same for near ones, for where planes lie must not change the order of a sum.
+        """
+        count = weights[0].rows if rows is None else rows.numel()
+        index = None if rows is None else self._index(rows)
+        if not count or not tokens:
+            return
+        if tokens <= FEW_TOKENS:
+            yield slice(0, count), list(weights), index
+            return
+        padded = sum(weight.scales.shape[1] * weight.group for weight in weights)
+        step = max(1, SCRATCH_BYTES // (padded * (4 if tokens > self._switch else _STORED_BYTES)))
+        for start in range(0, count, step):
+            some = slice(start, min(count, start + step))
+            near, chosen = list(weights), None if index is None else index[some]
+            if index is None:
+                near = [_rows_of(weight, some) for weight in weights]
+            if tokens <= self._switch and not all(self._is_near(weight) for weight in near):
+                near, chosen = [self._brought_near(weight, chosen) for weight in near], None
+            yield some, near, chosen
+
+    def _is_near(self, weight: Planes) -> bool:
+        return all(self._launcher.is_near(each) for each in (*weight.planes, weight.scales))
+
+    def _brought_near(self, weight: Planes, rows: Tensor | None) -> Planes:
+        """A copy of the rows in the device's memory."""
+        index = torch.arange(weight.rows, dtype=torch.int32, device=self.device) if rows is None else rows
+        pieces = [*weight.planes, weight.scales.flatten(1).view(torch.uint8)]
+        block = torch.empty(len(index) * sum(p.shape[1] for p in pieces), dtype=torch.uint8, device=self.device)
+        self.gather(pieces, index, block)
+        parts = [
+            part.view(len(index), piece.shape[1])
+            for part, piece in zip(block.split([len(index) * p.shape[1] for p in pieces]), pieces, strict=True)
+        ]
+        scales = parts[-1].view(torch.float16).view(len(index), -1, 2)
+        return Planes(tuple(parts[:-1]), scales, weight.columns, weight.group)
+
+    def _product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+        if x.tokens > self._switch:
+            with _full_precision():
+                out += x.data[0] @ self._decoded(weight, rows).T
+            return
+        self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
+
+    def _launch_rows(
+        self, x: Prepared, weights: Sequence[Planes], out: tuple[int, int], rows: Tensor | None, activation: int
+    ) -> None:
+        packed, sums = x.data
+        matrices = [matrix(weight, self._at) for weight in weights]
+        count = weights[0].rows if rows is None else rows.numel()
+        given = (packed.data_ptr(), sums.data_ptr())
+        sizes = (count, x.tokens, activation, self._launcher.multiprocessors)
+        planes = len(weights[0].planes)
+        self._launcher.launch(rows_call(matrices, planes, given, x.columns, _pointer(rows), out, *sizes))
+
+    def _hidden(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: Tensor | None) -> Tensor:
+        """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
+        blocks, count = Blocks.of(x.tokens), inward[0].rows if rows is None else rows.numel()
+        hidden = self._empty(blocks.count, count, blocks.size)
+        self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
+        return hidden
+
+    def _act(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: Tensor | None) -> Tensor:
+        """The same as [tokens, rows], matrix by matrix: for many tokens, or rungs that differ."""
+        count = inward[0].rows if rows is None else rows.numel()
+        parts = [torch.zeros(x.tokens, count, device=self.device) for _ in inward]
+        for weight, part in zip(inward, parts, strict=True):
+            self._product(x, weight, part, rows)
+        hidden = activate(activation, parts[0])
+        return hidden if len(parts) == 1 else hidden * parts[1]
+
+    def _product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+        tokens = x.shape[0]
+        if tokens > self._switch:
+            with _full_precision():
+                out += x.float() @ self._decoded(weight, rows)
+            return
+        blocks = Blocks.of(tokens)
+        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks.padded - tokens))
+        packed = padded.view(blocks.count, blocks.size, -1).transpose(1, 2).contiguous()
+        self._spread(packed, tokens, weight, out, rows)
+
+    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+        """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
+        found, blocks, count = matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
+        padded = found.groups * found.group
+        slices = Slices.of(count, padded, self._launcher.multiprocessors)
+        partial = self._empty(slices.count, blocks.padded, padded)
+        given = (x.data_ptr(), _pointer(rows), partial.data_ptr())
+        self._launcher.launch(down_call(found, len(weight.planes), *given, count, blocks, slices))
+        into = (out.data_ptr(), out.stride(0))
+        self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
+
+    def _decoded(self, weight: Planes, rows: Tensor | None) -> Tensor:
+        """The weights in fp32 [rows, columns]."""
+        found, count = matrix(weight, self._at), weight.rows if rows is None else rows.numel()
+        values = self._empty(count, found.groups * found.group)
+        self._launcher.launch(decode_call(found, len(weight.planes), _pointer(rows), count, values.data_ptr()))
+        return values[:, : weight.columns]
+
+    def _at(self, tensor: Tensor) -> int:
+        return self._launcher.address(tensor)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=self.device)
+
+    def _check_input(self, x: Tensor, features: int) -> None:
+        check_activations(x, features)
+        if x.device != self.device:
+            raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
+
+    def _selected(self, rows: Tensor | None, weight: Planes) -> int:
+        """How many rows are selected."""
+        if rows is None or rows.device.type == "cpu":
+            return checked_rows(rows, weight)
+        if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
+        return rows.numel()
+
+    def _index(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device, torch.int32).contiguous()
+
+
+def _rows_of(weight: Planes, some: slice) -> Planes:
+    return Planes(tuple(plane[some] for plane in weight.planes), weight.scales[some], weight.columns, weight.group)
+
+
+def _pointer(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.data_ptr()
+
+
+def _check_prepared(x: Prepared, weight: Planes) -> None:
+    if (x.columns, x.group) != (weight.columns, weight.group):
+        raise UsageError(
+            f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"
+        )
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """torch's fp32 products are that, whatever the program has allowed: TF32 keeps 11 bits."""
+    owner = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(owner, name)
+    setattr(owner, name, full)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,251 @@
+"""How the CUDA kernels are called: their arguments as bytes, their grids and shared memory, as pure functions.
+
+Knows addresses and shapes; nothing of devices or drivers, so that the same calls run on a GPU and in the emulation of
+the tests. The structures mirror those of `cuda_source` field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tiercache.errors import UsageError
+from tiercache.planes import Planes
+
+THREADS = 256
+WARPS = THREADS // 32
+CHUNK_COLUMNS = 1024
+"""Columns of the input that a warp takes at a time."""
+
+FEW_TOKENS = 8
+"""Most tokens of one pass of the kernels that read planes; more are done in blocks of as many."""
+
+MOST_PIECES = 16
+"""Matrices of one gather."""
+
+_TILE_BYTES = 33 << 10  # of x in shared memory: a chunk for 8 tokens, or 8 for one; three blocks fit a multiprocessor
+_GRID_Y = 65535  # CUDA's limit
+
+Address = Callable[[Tensor], int]
+"""Where a kernel finds a tensor's bytes."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch: the kernel's name, blocks in x, y, z, threads of a block, dynamic shared memory, its one argument."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    arguments: ctypes.Structure
+    threads: int = THREADS
+
+
+class MatrixArguments(ctypes.Structure):
+    """`Matrix` of planes.cuh."""
+
+    _fields_ = (
+        ("plane", ctypes.c_void_p * 3),
+        ("pitch", ctypes.c_int64 * 3),
+        ("scales", ctypes.c_void_p),
+        ("scales_pitch", ctypes.c_int64),
+        ("groups", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("aligned", ctypes.c_int),
+        ("padding", ctypes.c_int),
+    )
+
+
+class RowsArguments(ctypes.Structure):
+    """Of rows.cu."""
+
+    _fields_ = (
+        ("matrix", MatrixArguments * 2),
+        *((name, ctypes.c_void_p) for name in ("x", "sums", "rows", "out")),
+        ("out_pitch", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("count", "tokens", "matrices", "chunks", "tile_chunks", "activation")),
+    )
+
+
+class DownArguments(ctypes.Structure):
+    """Of down.cu."""
+
+    _fields_ = (
+        ("matrix", MatrixArguments),
+        *((name, ctypes.c_void_p) for name in ("x", "rows", "partial")),
+        *((name, ctypes.c_int) for name in ("count", "per_slice")),
+    )
+
+
+class DecodeArguments(ctypes.Structure):
+    """Of decode.cu."""
+
+    _fields_ = (
+        ("matrix", MatrixArguments),
+        *((name, ctypes.c_void_p) for name in ("rows", "out")),
+        *((name, ctypes.c_int) for name in ("first", "count")),
+    )
+
+
+class PrepareArguments(ctypes.Structure):
+    """Of common.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("pitch", "stride")),
+        *((name, ctypes.c_void_p) for name in ("out", "sums")),
+        *((name, ctypes.c_int) for name in ("kind", "columns", "group", "tokens", "padded_tokens", "chunks")),
+    )
+
+
+class SumArguments(ctypes.Structure):
+    """Of common.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("partial", "out")),
+        ("out_pitch", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("slices", "padded_tokens", "padded_columns", "columns")),
+    )
+
+
+class GatherArguments(ctypes.Structure):
+    """Of common.cu."""
+
+    _fields_ = (
+        ("piece", ctypes.c_void_p * MOST_PIECES),
+        *((name, ctypes.c_int64 * MOST_PIECES) for name in ("pitch", "out_at")),
+        ("width", ctypes.c_int * MOST_PIECES),
+        *((name, ctypes.c_void_p) for name in ("rows", "out")),
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tokens cut into blocks of the kernels' sizes: `size` each (1, 2, 4 or 8), the last one padded."""
+
+    count: int
+    size: int
+
+    @staticmethod
+    def of(tokens: int) -> Blocks:
+        """The cut of that many tokens."""
+        size = next(size for size in (1, 2, 4, FEW_TOKENS) if size >= min(tokens, FEW_TOKENS))
+        return Blocks(-(-tokens // size), size)
+
+    @property
+    def padded(self) -> int:
+        """Tokens with the padding."""
+        return self.count * self.size
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Rows cut into slices of `size` each, for sums across the rows."""
+
+    count: int
+    size: int
+
+    @staticmethod
+    def of(rows: int, padded_columns: int, multiprocessors: int) -> Slices:
+        """About four blocks a multiprocessor, yet eight rows or more a warp.
+
+        Whatever the tokens and wherever the planes are, so that neither changes the order of a sum.
+        """
+        strips = -(-padded_columns // (16 * 32))
+        wanted = min(-(-4 * multiprocessors // strips), -(-rows // (8 * WARPS)))
+        size = -(-rows // max(1, wanted))
+        return Slices(-(-rows // size), size)
+
+
+def chunks_of(columns: int) -> int:
+    """Chunks of a row of x."""
+    return -(-columns // CHUNK_COLUMNS)
+
+
+def matrix(planes: Planes, address: Address) -> MatrixArguments:
+    """A matrix as the kernels see it."""
+    if any(plane.shape[1] > 1 and plane.stride(1) != 1 for plane in planes.planes):
+        raise UsageError("the bytes of a plane's row do not lie side by side; give a view with a row stride only")
+    if planes.scales.stride(2) != 1 or (planes.scales.shape[1] > 1 and planes.scales.stride(1) != 2):
+        raise UsageError("the scales of a row do not lie side by side; give a view with a row stride only")
+    found = MatrixArguments(groups=planes.scales.shape[1], group=planes.group)
+    bits = 0
+    for p, plane in enumerate(planes.planes):
+        found.plane[p], found.pitch[p] = at, pitch = address(plane), plane.stride(0)
+        bits |= at | pitch
+    found.scales, found.scales_pitch = address(planes.scales), 2 * planes.scales.stride(0)
+    found.aligned = int(bits % 8 == 0 and (found.scales | found.scales_pitch) % 4 == 0)
+    return found
+
+
+def rows_call(
+    matrices: Sequence[MatrixArguments],
+    planes: int,
+    x: tuple[int, int],
+    columns: int,
+    rows: int,
+    out: tuple[int, int],
+    count: int,
+    tokens: int,
+    activation: int,
+    multiprocessors: int,
+) -> Call:
+    """Of rows.cu: x is (packed, sums), out (address, pitch in elements); `activation` -1 adds to out."""
+    blocks, items = Blocks.of(tokens), count * len(matrices)
+    per_warp = 4 if items >= 2 * multiprocessors * WARPS * 4 else 2  # a result's bits depend on neither
+    chunks = chunks_of(columns)
+    chunk_bytes = blocks.size * 4 * (CHUNK_COLUMNS + CHUNK_COLUMNS // matrices[0].group)
+    tile_chunks = min(chunks, max(1, _TILE_BYTES // chunk_bytes))
+    grid = (blocks.count, -(-items // (WARPS * per_warp)), 1)
+    if grid[1] > _GRID_Y:
+        raise UsageError(f"{count} rows in one call; cut them into calls of {_GRID_Y * WARPS}")
+    arguments = RowsArguments(
+        *((MatrixArguments * 2)(*matrices), *x, rows, *out),
+        *(count, tokens, len(matrices), chunks, tile_chunks, activation),
+    )
+    return Call(f"rows_{planes}_{blocks.size}_{per_warp}", grid, tile_chunks * chunk_bytes, arguments)
+
+
+def down_call(
+    found: MatrixArguments, planes: int, x: int, rows: int, partial: int, count: int, blocks: Blocks, slices: Slices
+) -> Call:
+    """Of down.cu: x is [blocks, count, size]; partial [slices, blocks, size, padded columns]."""
+    split = 2 if blocks.size > 4 else 1  # of a word among lanes
+    strips = -(-found.groups * found.group * split // (16 * 32))
+    shared_bytes = WARPS // 2 * blocks.size * (16 // split) * 32 * 4
+    arguments = DownArguments(found, x, rows, partial, count, slices.size)
+    return Call(f"down_{planes}_{blocks.size}_1", (strips, slices.count, blocks.count), shared_bytes, arguments)
+
+
+def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int) -> Call:
+    """Of common.cu: adds `parts` slices for padded tokens; out is (address, pitch in elements)."""
+    arguments = SumArguments(partial, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
+    return Call("sum", (-(-columns // THREADS), tokens, 1), 0, arguments)
+
+
+def prepare_call(
+    x: int, strides: tuple[int, int], kind: int, shape: tuple[int, int], group: int, packed: tuple[int, int]
+) -> Call:
+    """Of common.cu: x of that shape, strides and kind (0 fp32, 1 fp16, 2 bf16) into (packed, sums)."""
+    blocks, chunks = Blocks.of(shape[0]), chunks_of(shape[1])
+    arguments = PrepareArguments(x, *strides, *packed, kind, shape[1], group, shape[0], blocks.size, chunks)
+    return Call("prepare", (chunks, blocks.padded, 1), 4 * THREADS, arguments)
+
+
+def decode_call(found: MatrixArguments, planes: int, rows: int, count: int, out: int) -> Call:
+    """Of decode.cu: `count` rows into fp32 [count, padded columns]."""
+    words = found.groups * found.group // 16
+    arguments = DecodeArguments(found, rows, out, 0, count)
+    return Call(f"decode_{planes}_0_0", (count, -(-words // THREADS), 1), 0, arguments)
+
+
+def gather_call(pieces: Sequence[tuple[int, int, int]], rows: int, count: int, out: int) -> Call:
+    """Of common.cu: up to 16 pieces (address, pitch, width), one after another in `out`."""
+    arguments, at = GatherArguments(rows=rows, out=out), 0
+    for i, (address, pitch, width) in enumerate(pieces):
+        arguments.piece[i], arguments.pitch[i], arguments.width[i], arguments.out_at[i] = address, pitch, width, at
+        at += width * count
+    return Call("gather", (count, len(pieces), 1), 0, arguments, threads=128)

@@ -1,0 +1,47 @@
+"""Which dialect serves a device, and what to do where it cannot.
+
+Knows the dialects by name; nothing of models.
+"""
+
+from functools import cache
+
+import torch
+
+from tiercache.errors import EnvironmentUnsupportedError
+from tiercache.kernels import build
+from tiercache.kernels.contract import Kernels
+
+
+@cache
+def select(device: torch.device) -> Kernels:
+    """The fast dialect of `device`, made once in a process.
+
+    Raises:
+        EnvironmentUnsupportedError: it cannot be had here (no compiler, an unknown processor); says what would help.
+    """
+    if device.type == "cuda":
+        from tiercache.kernels.cuda import CudaKernels  # looks for the driver
+
+        return CudaKernels(device)
+    if device.type != "cpu":
+        raise EnvironmentUnsupportedError(f"there are no plane kernels for {device.type}; use a CPU or an NVIDIA GPU")
+    from tiercache.kernels.cpu import CpuKernels
+
+    return CpuKernels()
+
+
+def describe(device: torch.device) -> tuple[bool, str]:
+    """Whether the fast dialect serves `device`, and a line about it for a person; compiles nothing."""
+    if device.type == "cuda":
+        try:
+            return True, select(device).name
+        except EnvironmentUnsupportedError as error:
+            return False, f"matrices are decoded before each product, which is slow: {error}"
+    best = build.instruction_sets()[0]
+    if build.is_built(best) or build.compiler() is not None:
+        state = "compiled" if build.is_built(best) else "compiled at first use"
+        note = "" if best == "avx512vnni" else f"; this processor has no AVX-512 with VNNI, so {best} is the best here"
+        return best != "portable", f"cpu ({best}), {state}{note}"
+    return False, (
+        "no C compiler, so matrices are decoded before each product, which is slow; install gcc (or set CC to a compiler)"
+    )

@@ -1,0 +1,164 @@
+"""Multiplies a linear module's input by planes where they lie, instead of making its weight first.
+
+The module stays the same object with its parameters, hooks and class; for as long as it is attached, its `forward` is an
+instance of `PlaneForward`. Knows modules, planes and kernels; not where slots come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.store.manifest import PlaneWeight
+
+
+@dataclass
+class _Made:
+    """Something made from one input, good for as long as that input is the same and unchanged."""
+
+    x: Tensor
+    version: int
+    what: object
+
+    def fits(self, x: Tensor) -> bool:
+        return self.x is x and _version(x) == self.version
+
+
+class Inputs:
+    """What several modules share of one input: its prepared form, and the product that its partner has made already."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._prepared: tuple[int, _Made] | None = None
+        self._results: dict[str, _Made] = {}
+
+    def prepare(self, x: Tensor, tokens: Tensor, group: int) -> Prepared:
+        """`tokens` is x as a matrix; the newest one is kept."""
+        if self._prepared is not None:
+            kept, made = self._prepared
+            if kept == group and made.fits(x) and isinstance(made.what, Prepared):
+                return made.what
+        prepared = self._kernels.prepare(tokens, group)
+        self._prepared = group, _Made(x, _version(x), prepared)
+        return prepared
+
+    def keep(self, name: str, x: Tensor, result: Tensor) -> None:
+        """Keep what module `name` will be asked for."""
+        self._results[name] = _Made(x, _version(x), result)
+
+    def take(self, name: str, x: Tensor) -> Tensor | None:
+        """What was kept for module `name`, if it was made from this very input."""
+        made = self._results.pop(name, None)
+        return made.what if made is not None and made.fits(x) and isinstance(made.what, Tensor) else None
+
+    def forget(self) -> None:
+        """At the end of a pass: inputs and results go."""
+        self._prepared = None
+        self._results.clear()
+
+
+class PlaneForward:
+    """The forward of one linear module over planes.
+
+    Attributes:
+        slot: where its unit lies, set for the length of a call.
+
+    Args:
+        name: the module's.
+        module: an `nn.Linear` or a `Conv1D`.
+        weight: its planes.
+        kernels: who multiplies.
+        inputs: shared by all modules of the model.
+        partner: name and planes of the module that will be called with the same input (up, for gate), or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: PlaneWeight,
+        kernels: Kernels,
+        inputs: Inputs,
+        partner: tuple[str, PlaneWeight] | None = None,
+    ) -> None:
+        self._name, self._module, self._weight = name, module, weight
+        self._kernels, self._inputs, self._partner = kernels, inputs, partner
+        self._down = is_down(module, weight)
+        self._features = weight.columns if self._down else weight.rows * len(weight.own)
+        self.slot: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs], in the dtype of x."""
+        assert self.slot is not None
+        result = self._inputs.take(self._name, x)
+        if result is None:
+            result = self._multiply(x, self.slot)
+        bias = self._module.bias
+        if bias is not None:
+            result = result + bias.to(x.dtype)
+        return result.view(*x.shape[:-1], self._features)
+
+    def _multiply(self, x: Tensor, slot: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        if tokens.shape[0] > MAX_TOKENS:
+            result = tokens.new_empty(tokens.shape[0], self._features)
+            for at in range(0, tokens.shape[0], MAX_TOKENS):
+                piece = tokens[at : at + MAX_TOKENS]
+                result[at : at + MAX_TOKENS] = self._product(piece, piece, slot)
+            return result
+        return self._product(x, tokens, slot).to(x.dtype)
+
+    def _product(self, x: Tensor, tokens: Tensor, slot: Tensor) -> Tensor:
+        out = tokens.new_zeros(tokens.shape[0], self._features, dtype=torch.float32)
+        if self._down:
+            self._kernels.product_down(tokens, self._weight.part(slot, self._weight.own[0]), out)
+            return out
+        prepared = self._inputs.prepare(x, tokens, self._weight.group)
+        parts = [self._weight.part(slot, part) for part in self._weight.own]
+        outs = list(out.split(self._weight.rows, dim=1))
+        if self._partner is None:
+            self._kernels.products(prepared, parts, outs)
+            return out
+        name, weight = self._partner
+        other = torch.zeros_like(out)
+        self._kernels.products(prepared, [*parts, weight.part(slot, weight.own[0])], [*outs, other])
+        self._inputs.keep(name, x, other.to(x.dtype))
+        return out
+
+
+def is_down(module: nn.Module, weight: PlaneWeight) -> bool:
+    """Whether the stored rows are input features (neurons), so that products are summed over them."""
+    return weight.transposed != isinstance(module, Conv1D)
+
+
+def partners(weights: Sequence[tuple[str, PlaneWeight, nn.Module]]) -> dict[str, tuple[str, PlaneWeight]]:
+    """For the first of two equal matrices of a unit that rows of inputs go into, in the order of calls: the second."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, weight, module in weights:
+        if is_down(module, weight) or len(weight.own) != 1 or weight.parts < 2:
+            continue
+        if weight.unit in first:
+            found[first[weight.unit]] = (name, weight)
+        first[weight.unit] = name
+    return found
+
+
+def scratch_bytes(weights: Sequence[PlaneWeight], tokens: int) -> int:
+    """An upper bound of what a product allocates in passing beside its result, for passes of `tokens`."""
+    rows = min(tokens, MAX_TOKENS)
+    return max((rows * _bytes_per_token(weight) for weight in weights), default=0)
+
+
+def _bytes_per_token(weight: PlaneWeight) -> int:
+    """The prepared input, and fp32 results of gate and up, by turns and apart (or a down matrix's slices)."""
+    inputs, outputs = weight.columns + 1024, 2 * weight.rows * len(weight.own)
+    return 3 * inputs + 4 * (2 * outputs + weight.columns)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; tensors of inference mode have no count, and are taken to be left alone."""
+    return 0 if x.is_inference() else x._version

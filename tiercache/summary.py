@@ -1,0 +1,78 @@
+"""What a person reads on standard error: a few lines for each kind of result. Takes plain data, prints nothing."""
+
+from typing import Any
+
+from tiercache.config import human
+
+
+def of_dry_run(report: dict[str, Any]) -> str:
+    """What a conversion would take."""
+    missing = report["store_bytes"] - report["free_bytes"]
+    return (
+        f"{human(report['source_bytes'])} of weights would make a store of {human(report['store_bytes'])} "
+        f"({report['store_bytes']} bytes; less where zstd pays); {human(report['free_bytes'])} are free on its disk"
+        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}"
+    )
+
+
+def of_conversion(report: dict[str, Any]) -> str:
+    """What a conversion did."""
+    if not report["seconds"]:
+        return f"{report['store']} is there already, of the same checkpoint and parameters"
+    done = report["source_bytes"] - report["resumed_bytes"]
+    used = [name for name, row in (report["compression"] or {}).items() if row["used"]]
+    return (
+        f"{report['store']}: {human(report['store_bytes'])} from {human(report['source_bytes'])} in "
+        f"{report['seconds']:.1f} s ({done / report['seconds'] / 1e6:.1f} MB/s; {human(report['resumed_bytes'])} done "
+        f"before; compressed: {', '.join(used) or 'nothing'})"
+    )
+
+
+def of_store(found: dict[str, Any]) -> str:
+    """What is in a store."""
+    lines = [
+        f"{found['folder']}: {found['model_type']}, {found['dtype']}, {found['units']} units, {found['neurons']} "
+        f"neurons, groups of {found['group']}, planes of {'+'.join(map(str, found['plane_bits']))} bits",
+        *(f"  a pass at {rung} reads {human(nbytes)}" for rung, nbytes in found["pass_bytes"].items()),
+    ]
+    for name, row in sorted(found["files"].items()):
+        packed = "" if row["stored_bytes"] == row["plain_bytes"] else f", {human(row['plain_bytes'])} unpacked"
+        lines.append(f"  {name}: {human(row['stored_bytes'])}{packed}, {row['extents']} extents")
+    return "\n".join(lines)
+
+
+def outlook(model: Any, precision: str) -> str:
+    """What is known before the first token."""
+    sizes, plan = model.tiercache.pass_bytes(), model.tiercache.plan
+    budgets = ", ".join(
+        f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
+    )
+    device = model.tiercache.stats().device
+    nature = "the original weights" if precision == "source" else f"{precision} weights (the original's, rounded)"
+    return (
+        f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
+        f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
+    )
+
+
+def of_run(stats: dict[str, Any], tokens: int) -> str:
+    """Where a run's bytes and seconds went."""
+    lines = [_tier_summary(name, tier) for name, tier in stats["tiers"].items()]
+    direct = "direct" if stats["direct_io"] else "through the page cache"
+    lines.append(f"ssd   {human(stats['ssd_bytes'])} read, {direct}")
+    device = f", GPU {human(stats['peak_device_bytes'])}" if stats["peak_device_bytes"] else ""
+    lines.append(
+        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
+        f"peak RSS {human(stats['peak_rss_bytes'])}{device}"
+    )
+    if stats["lossy"]:
+        lines.append("notice: this run was lossy: another text than the weights at this precision would have given")
+    return "\n".join(lines)
+
+
+def _tier_summary(name: str, tier: dict[str, Any]) -> str:
+    stalls = ", ".join(f"{cause} {seconds:.3f} s" for cause, seconds in tier["stall_s"].items()) or "none"
+    return (
+        f"{name:<5} peak {human(tier['peak_bytes'])} of {human(tier['capacity_bytes'])}; {tier['hits']} hits, "
+        f"{tier['misses']} misses; {human(tier['loaded_bytes'])} brought in; stalls: {stalls}"
+    )
