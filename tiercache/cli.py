@@ -264,7 +264,7 @@ def bench_command(
     dram: Annotated[str, typer.Option(help="Budget of main memory.")] = "auto",
     tokens: Annotated[int, typer.Option(min=1, help="Single-token passes to time.")] = 8,
     folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
-    context: Annotated[int, typer.Option(min=1, help="Tokens to reserve KV cache for.")] = 64,
+    context: Annotated[int, typer.Option(min=1, help="Tokens to reserve KV cache for.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")] = False,

@@ -73,7 +73,7 @@ def scale_row_bytes(columns: int, group: int) -> int:
     return 4 * num_groups(columns, group)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as tensors are: equal only to itself, so that it can be a key
 class Planes:
     """A matrix held as its first planes; how many are held is its rung.
 

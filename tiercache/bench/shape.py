@@ -19,6 +19,7 @@ from tiercache.config import Precision, human
 
 SCHEMA = "tiercache.bench/1"
 _PROMPT_TOKENS = 16
+_BATCH_TOKENS = 32
 _DISK_BYTES = 2 << 30
 _READ_SETTINGS = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20))
 _ROOF_BYTES = 128 << 20  # the memory roof is measured within a tight RAM cap too
@@ -32,7 +33,7 @@ def bench(
     dram: str = "auto",
     tokens: int = 8,
     folder: Path,
-    context: int = 64,
+    context: int = 128,
     seed: int = 0,
     keep: bool = True,
     show_progress: bool | None = None,
@@ -57,7 +58,7 @@ def bench(
     with tiercache.offload(
         path, hbm=hbm, dram=dram, precision=precision, context=context, logits=1, show_progress=show_progress
     ) as model:
-        prefill_s, decode_s = _time(model, ids, tokens)
+        prefill_s, decode_s, batch_s = _time(model, ids, tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
     disk = _disk_roof(path)
@@ -87,6 +88,9 @@ def _result(run: dict[str, Any]) -> dict[str, Any]:
         "seed": run["seed"],
         "prefill_tokens": _PROMPT_TOKENS,
         "prefill_s": run["prefill_s"],
+        "batch_tokens": _BATCH_TOKENS,
+        "batch_s": run["batch_s"],
+        "kernels": run["stats"]["kernels"],
         "pass_s": pass_s,
         "pass_s_all": decode_s,
         "tokens_per_s": 1 / pass_s,
@@ -108,7 +112,8 @@ def report(result: dict[str, Any]) -> str:
         f"{result['shape']} {result['precision']} {budgets}, {result['hardware']['cores']} cores, seed "
         f"{result['seed']}",
         f"  a pass      {result['pass_s']:.3f} s ({result['tokens_per_s']:.2f} tokens/s); "
-        f"prefill of {result['prefill_tokens']} tokens {result['prefill_s']:.3f} s",
+        f"prefill of {result['prefill_tokens']} tokens {result['prefill_s']:.3f} s, "
+        f"{result['batch_tokens']} more {result['batch_s']:.3f} s; {result['kernels']}",
         f"  needs       {human(sizes['needed'])}, of which {human(sizes['ssd'])} from the SSD",
         f"  roofs       SSD {roofs['disk_gbps']:.2f} GB/s{'' if roofs['disk_direct'] else ' (not direct)'}, "
         f"DRAM {roofs['dram_gbps']:.1f} GB/s",
@@ -124,8 +129,8 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  peak RSS    {human(result['peak_rss_bytes'])}"])
 
 
-def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float]]:
-    """Seconds of the prefill, and of each single-token pass after it."""
+def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float], float]:
+    """Seconds of the prefill, of each single-token pass after it, and of a batch the second time."""
     seconds = []
     with torch.inference_mode():
         begin = time.perf_counter()
@@ -137,7 +142,13 @@ def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
             output.logits.sum().item()
             seconds.append(time.perf_counter() - begin)
-    return seconds[0], seconds[1:]
+        for _ in range(2):
+            begin = time.perf_counter()
+            batch = ids.repeat(1, _BATCH_TOKENS // _PROMPT_TOKENS)
+            output = model(batch, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            output.logits.sum().item()
+            batch_s = time.perf_counter() - begin
+    return seconds[0], seconds[1:], batch_s
 
 
 def _disk_roof(folder: Path) -> probe.ReadRoof:

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 from pathlib import Path
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -69,6 +70,8 @@ class CpuKernels:
         self._few = self._library.tc_few()
         self._threads = threads
         self._parallel = _openmp()
+        self._placed: WeakKeyDictionary[Planes, _Matrix] = WeakKeyDictionary()
+        self._pairs: WeakKeyDictionary[Planes, tuple[ReferenceType[Planes], _Matrix | None]] = WeakKeyDictionary()
 
     def prepare(self, x: Tensor, group: int) -> Prepared:
         """See `contract.Kernels`."""
@@ -87,20 +90,20 @@ class CpuKernels:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         _check_match(x, weight)
-        matrix, keep = _matrix(weight, rows)
+        matrix, keep = _taken(self._matrix(weight), rows)
         self._product(x, matrix, out)
         del keep
 
     def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
         """See `contract.Kernels`."""
-        pair = _pair(weights, None)
-        if pair is None or x.group != weights[0].group:  # the latter is refused by `product`
+        pair = self._pair(weights)
+        if pair is None:
             for weight, out in zip(weights, outs, strict=True):
                 self.product(x, weight, out)
             return
         _check_match(x, weights[0])
         both = torch.zeros(x.tokens, weights[0].rows, 2)
-        self._product(x, pair[0], both.view(x.tokens, -1))
+        self._product(x, pair, both.view(x.tokens, -1))
         for part, out in enumerate(outs):
             check_output(out, x.tokens, weights[0].rows, self.device)
             out += both[..., part]
@@ -109,7 +112,7 @@ class CpuKernels:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
-        matrix, keep = _matrix(weight, rows)
+        matrix, keep = _taken(self._matrix(weight), rows)
         source, kept = _input(x)
         scratch = torch.empty(self._library.tc_down_scratch(x.shape[1], weight.columns, x.shape[0]))
         where = (scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
@@ -134,15 +137,16 @@ class CpuKernels:
             _check_match(x, weight)
             if weight.rows != down.rows:
                 raise UsageError(f"inward matrices of {weight.rows} neurons beside a down matrix of {down.rows}")
-        entry = _matrix(inward[0], rows) if len(inward) == 1 else _pair(inward, rows)
+        entry = self._matrix(inward[0]) if len(inward) == 1 else self._pair(inward)
         if entry is None:
             raise UsageError(f"{len(inward)} inward matrices of unlike layout; a block has one, or gate and up alike")
-        last, keep = _matrix(down, rows)
+        first, kept = _taken(entry, rows)
+        last, keep = _taken(self._matrix(down), rows)
         scratch = torch.empty(self._library.tc_ffn_scratch(count, down.columns, x.tokens))
         kind, few, data = ACTIVATIONS.index(activation), int(x.tokens <= self._few), x.data[0].data_ptr()
         where = (data, scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
-        self._library.tc_ffn(byref(entry[0]), byref(last), kind, x.tokens, few, *where)
-        del keep, entry
+        self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
+        del keep, kept
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`."""
@@ -158,6 +162,23 @@ class CpuKernels:
             source, stride, width = piece.data_ptr(), piece.stride(0), piece.shape[1]
             self._library.tc_gather(source, stride, width, index.data_ptr(), index.numel(), at, byref(team))
             at += width * index.numel()
+
+    def _matrix(self, weight: Planes) -> _Matrix:
+        """The C view of a matrix, made once: a pass has hundreds of products, and each costs microseconds."""
+        found = self._placed.get(weight)
+        if found is None:
+            found = self._placed[weight] = _matrix(weight)
+        return found
+
+    def _pair(self, weights: Sequence[Planes]) -> _Matrix | None:
+        """Two matrices whose rows take turns, so that both are read in one walk; None where their layouts differ."""
+        if len(weights) != 2:
+            return None
+        first, second = weights
+        known = self._pairs.get(first)
+        if known is None or known[0]() is not second:
+            known = self._pairs[first] = ref(second), _pair(self._matrix(first), self._matrix(second))
+        return known[1]
 
     def _product(self, x: Prepared, matrix: _Matrix, out: Tensor) -> None:
         few, data = int(x.tokens <= self._few), x.data[0].data_ptr()
@@ -209,8 +230,7 @@ def _openmp() -> int | None:
     return None
 
 
-def _matrix(weight: Planes, rows: Tensor | None) -> tuple[_Matrix, object]:
-    """The C view of a matrix, and what must outlive it."""
+def _matrix(weight: Planes) -> _Matrix:
     matrix = _Matrix(rows=weight.rows, columns=weight.columns, group=weight.group, planes=len(weight.planes), parts=1)
     for p, plane in enumerate(weight.planes):
         if plane.stride(1) != 1:
@@ -219,31 +239,31 @@ def _matrix(weight: Planes, rows: Tensor | None) -> tuple[_Matrix, object]:
     if weight.scales.stride()[1:] != (2, 1) and weight.scales.shape[1] > 1:
         raise UsageError(f"scales have strides {weight.scales.stride()}; those of a row must lie together")
     matrix.scale, matrix.scale_stride = weight.scales.data_ptr(), 2 * weight.scales.stride(0)
+    return matrix
+
+
+def _taken(matrix: _Matrix, rows: Tensor | None) -> tuple[_Matrix, Tensor | None]:
+    """Some rows of a matrix, and what must outlive them."""
     if rows is None:
         return matrix, None
     index = rows.to(torch.int64).contiguous()
-    matrix.index, matrix.rows = index.data_ptr(), index.numel()
-    return matrix, index
+    some = _Matrix.from_buffer_copy(matrix)
+    some.index, some.rows = index.data_ptr(), index.numel() * matrix.parts
+    return some, index
 
 
-def _pair(weights: Sequence[Planes], rows: Tensor | None) -> tuple[_Matrix, object] | None:
-    """Two matrices whose rows take turns, so that both are read in one walk; None where their layouts differ."""
-    if len(weights) != 2:
+def _pair(first: _Matrix, second: _Matrix) -> _Matrix | None:
+    alike = ("rows", "columns", "group", "planes", "scale_stride")
+    if any(getattr(first, name) != getattr(second, name) for name in alike):
         return None
-    first, second = weights
-    (matrix, keep), (other, _) = _matrix(first, rows), _matrix(second, None)
-    if (other.columns, other.group, other.planes, second.rows) != (
-        *(matrix.columns, matrix.group, matrix.planes),
-        first.rows,
-    ):
+    if list(first.plane_stride) != list(second.plane_stride):
         return None
-    if list(other.plane_stride) != list(matrix.plane_stride) or other.scale_stride != matrix.scale_stride:
-        return None
-    matrix.parts, matrix.rows = 2, 2 * matrix.rows
-    for p in range(matrix.planes):
-        matrix.plane_part[p] = (other.plane[p] or 0) - (matrix.plane[p] or 0)
-    matrix.scale_part = other.scale - matrix.scale
-    return matrix, keep
+    both = _Matrix.from_buffer_copy(first)
+    both.parts, both.rows = 2, 2 * first.rows
+    for p in range(first.planes):
+        both.plane_part[p] = second.plane[p] - first.plane[p]
+    both.scale_part = second.scale - first.scale
+    return both
 
 
 def _input(x: Tensor) -> tuple[_Input, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
 
@@ -89,6 +90,7 @@ class PlaneForward:
         self._down = is_down(module, weight)
         self._features = weight.columns if self._down else weight.rows * len(weight.own)
         self.slot: Tensor | None = None
+        self._placed: tuple[int, list[Planes]] = 0, []
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], in the dtype of x."""
@@ -112,21 +114,30 @@ class PlaneForward:
         return self._product(x, tokens, slot).to(x.dtype)
 
     def _product(self, x: Tensor, tokens: Tensor, slot: Tensor) -> Tensor:
-        out = tokens.new_zeros(tokens.shape[0], self._features, dtype=torch.float32)
+        out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
+        parts = self._parts(slot)
         if self._down:
-            self._kernels.product_down(tokens, self._weight.part(slot, self._weight.own[0]), out)
+            self._kernels.product_down(tokens, parts[0], out)
             return out
         prepared = self._inputs.prepare(x, tokens, self._weight.group)
-        parts = [self._weight.part(slot, part) for part in self._weight.own]
-        outs = list(out.split(self._weight.rows, dim=1))
-        if self._partner is None:
-            self._kernels.products(prepared, parts, outs)
-            return out
-        name, weight = self._partner
-        other = torch.zeros_like(out)
-        self._kernels.products(prepared, [*parts, weight.part(slot, weight.own[0])], [*outs, other])
-        self._inputs.keep(name, x, other.to(x.dtype))
+        if len(parts) == 1:
+            self._kernels.product(prepared, parts[0], out)
+        elif self._partner is None:
+            self._kernels.products(prepared, parts, out.split(self._weight.rows, dim=1))
+        else:
+            other = torch.zeros_like(out)
+            self._kernels.products(prepared, parts, [out, other])
+            self._inputs.keep(self._partner[0], x, other.to(x.dtype))
         return out
+
+    def _parts(self, slot: Tensor) -> list[Planes]:
+        """The matrices to multiply by, the partner's last; made once for a slot that stays."""
+        if self._placed[0] != slot.data_ptr():
+            parts = [self._weight.part(slot, part) for part in self._weight.own]
+            if self._partner is not None:
+                parts.append(self._partner[1].part(slot, self._partner[1].own[0]))
+            self._placed = slot.data_ptr(), parts
+        return self._placed[1]
 
 
 def is_down(module: nn.Module, weight: PlaneWeight) -> bool:

@@ -147,6 +147,8 @@ class Tier:
                 f"unit {key} finds no room while others are in use; run whole passes, or raise the tier's budget"
             ) from error
         arrival = self._arrivals[key]
+        if key in self._ready:
+            return arrival.slot
         try:
             if not arrival.pending.done():
                 self._stall(arrival.pending)

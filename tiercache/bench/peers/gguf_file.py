@@ -63,6 +63,49 @@ def write_gguf(checkpoint: Path, out_file: Path, file_type: FileType) -> None:
     writer.close()
 
 
+def write_random_q4_0(config: dict[str, Any], out_file: Path, seed: int) -> None:
+    """A GGUF file of the shape of `config` (a Llama's, as `config.json` has it) with random q4_0 matrices.
+
+    Blocks repeat one seeded pool: right about bytes and arithmetic, and written at the disk's speed.
+    """
+    import gguf  # an optional dependency: only this peer needs it
+
+    kinds = gguf.GGMLQuantizationType
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kinds.Q4_0]
+    pool = np.random.default_rng(seed).integers(0, 256, (1 << 18, block_bytes), np.uint8)
+    pool[:, :2] = np.full(1, 0.004, np.float16).view(np.uint8)  # a block's scale; weights within +-0.032
+    writer = gguf.GGUFWriter(out_file, "llama")
+    _add_metadata(writer, _completed(config), gguf.LlamaFileType.MOSTLY_Q4_0)
+    shapes = _random_shapes(config)
+    for name, shape in shapes.items():
+        matrix = len(shape) == 2
+        nbytes = math.prod(shape) // block * block_bytes if matrix else 4 * shape[0]
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, kinds.Q4_0 if matrix else kinds.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for shape in shapes.values():
+        blocks = math.prod(shape) // block
+        writer.write_tensor_data(np.resize(pool, (blocks, block_bytes)) if len(shape) == 2 else np.ones(shape, "f4"))
+    writer.close()
+
+
+def _random_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an untied Llama by GGUF's names, in the order in which a pass reads them."""
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    rows = {"attn_k": (kv, hidden), "attn_v": (kv, hidden), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)}
+    rows |= {"ffn_down": (hidden, ffn)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in _targets({**config, "tie_word_embeddings": False}).values():
+        kind = target.split(".")[-2]
+        if kind in ("token_embd", "output"):
+            shapes[target] = (config["vocab_size"], hidden)
+        else:
+            shapes[target] = (hidden,) if kind.endswith("norm") else rows.get(kind, (hidden, hidden))
+    return shapes
+
+
 @dataclass(frozen=True)
 class _Source:
     """One tensor of the checkpoint, and what becomes of it."""
@@ -138,13 +181,19 @@ def _encode(tensor: torch.Tensor, encoding: gguf.GGMLQuantizationType) -> np.nda
 def _read_config(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's config.json, as transformers 4 or 5 wrote it, checked and with defaults filled in."""
     config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    return _completed(config, str(checkpoint))
+
+
+def _completed(config: dict[str, Any], name: str = "the model") -> dict[str, Any]:
+    """The configuration with what may be left out filled in; others than plain Llamas are refused."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if config["model_type"] != "llama" or kind != "default":
         raise UnsupportedModelError(
-            f"{checkpoint} is a {config['model_type']} with {kind} rope; only a llama with default rope is "
+            f"{name} is a {config['model_type']} with {kind} rope; only a llama with default rope is "
             "written to GGUF here. Use another model."
         )
+    config = dict(config)
     config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     config.setdefault("tie_word_embeddings", False)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])

@@ -1,7 +1,8 @@
 """Peer: llama.cpp on the CPU through llama-cpp-python, timed over a greedy decode of token ids.
 
 It knows llama.cpp's C interface, and nothing of tiercache's engine or of torch, whose import would cost the
-peer some 200 MB of its cap. The weights stay mapped, and are never repacked: a repacked copy would not fit.
+peer some 200 MB of its cap. The weights stay mapped; they are repacked only when asked, since under a cap a repacked copy
+would not fit.
 
     python -m tiercache.bench.peers.llamacpp model.gguf --tokens 4 --threads 2
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tiercache.bench.peers import PROMPT_IDS, PeerReport, Step, time_decode
+from tiercache.bench.peers import BATCH_IDS, PROMPT_IDS, PeerReport, Step, time_decode
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 
 
@@ -27,18 +28,22 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--repack", action="store_true", help="let llama.cpp copy the weights into its own layout")
+    parser.add_argument("--batch", action="store_true", help="time a pass over a batch of tokens as well")
     options = parser.parse_args()
-    print(measure(options.gguf, options.tokens, options.threads).to_json())
+    report = measure(options.gguf, options.tokens, options.threads, repack=options.repack, batch=options.batch)
+    print(report.to_json())
 
 
-def measure(model_file: Path, num_tokens: int, threads: int) -> PeerReport:
+def measure(model_file: Path, num_tokens: int, threads: int, *, repack: bool, batch: bool) -> PeerReport:
     """Map the model, then time a greedy decode on the CPU."""
     import llama_cpp  # an optional dependency, built from source: only this peer needs it
 
     started_s = time.perf_counter()
     llama_cpp.llama_backend_init()
-    model = _load(llama_cpp, model_file)
-    context = _context(llama_cpp, model, len(PROMPT_IDS) + num_tokens, threads)
+    model = _load(llama_cpp, model_file, repack)
+    widest = len(BATCH_IDS) if batch else len(PROMPT_IDS)
+    context = _context(llama_cpp, model, len(PROMPT_IDS) + num_tokens + 2 * widest, threads, widest)
     load_s = time.perf_counter() - started_s
     try:
         return time_decode(
@@ -47,25 +52,26 @@ def measure(model_file: Path, num_tokens: int, threads: int) -> PeerReport:
             _greedy_step(llama_cpp, model, context),
             num_tokens=num_tokens,
             load_s=load_s,
-            settings=f"mmap, not repacked, {threads} threads",
+            settings=f"mmap, {'repacked' if repack else 'not repacked'}, {threads} threads",
+            batch=batch,
         )
     finally:
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
 
 
-def _load(llama_cpp: Any, model_file: Path) -> int:
+def _load(llama_cpp: Any, model_file: Path, repack: bool) -> int:
     params = llama_cpp.llama_model_default_params()
-    _set(params, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, use_extra_bufts=False)
+    _set(params, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, use_extra_bufts=repack)
     model = llama_cpp.llama_model_load_from_file(str(model_file).encode(), params)
     if not model:
         raise StoreError(f"llama.cpp cannot load {model_file}; its own message is above. Write it again.")
     return int(model)
 
 
-def _context(llama_cpp: Any, model: int, num_positions: int, threads: int) -> int:
+def _context(llama_cpp: Any, model: int, num_positions: int, threads: int, batch: int) -> int:
+    """A context for passes of at most `batch` tokens: the buffers for logits and activations grow with it."""
     params = llama_cpp.llama_context_default_params()
-    batch = len(PROMPT_IDS)  # no larger: the buffers for logits and activations grow with it
     _set(params, n_ctx=num_positions, n_batch=batch, n_ubatch=batch, n_threads=threads, n_threads_batch=threads)
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
