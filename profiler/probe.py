@@ -76,20 +76,21 @@ def dram_read(*, threads: int | None = None, size_bytes: int = 1 << 30, repeats:
     """GB/s of the C library's own vectorised scan (`memchr`) over memory, on all cores; the median of `repeats`.
 
     It needs no compiler, loads every byte once and does next to nothing with it: about what the best plain vector
-    read reaches, where a framework's sum stays at two thirds.
+    read reaches, where a framework's sum stays at two thirds. Pages are huge where the system has them, as in the
+    tiers' slabs: among ordinary ones the search for pages, not the memory, may set the rate.
     """
     workers = threads or len(os.sched_getaffinity(0))
     share = size_bytes // workers
-    with mmap.mmap(-1, share * workers) as memory:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        ctypes.memset(address, 1, share * workers)
-        scan = ctypes.CDLL(None).memchr
-        scan.argtypes, scan.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
-        rates = []
-        for _ in range(repeats):
-            jobs = [lambda at=address + n * share: scan(at, 0, share) for n in range(workers)]
-            rates.append(share * workers / _together(jobs) / 1e9)
-        return statistics.median(rates)
+    memory = _huge(share * workers)  # unmapped with the last name for it
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ctypes.memset(address, 1, share * workers)
+    scan = ctypes.CDLL(None).memchr
+    scan.argtypes, scan.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+    rates = []
+    for _ in range(repeats):
+        jobs = [lambda at=address + n * share: scan(at, 0, share) for n in range(workers)]
+        rates.append(share * workers / _together(jobs) / 1e9)
+    return statistics.median(rates)
 
 
 def _open(path: Path) -> tuple[int, bool]:
@@ -116,7 +117,7 @@ def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> flo
 
 
 def _huge(nbytes: int) -> memoryview:
-    """Memory of huge pages where the system has them: direct reads into ordinary ones stay at half the rate."""
+    """Memory of huge pages where the system has them: reads into or from ordinary ones stay at lower rates."""
     region = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from profiler.probe import ReadRoof
-from tiercache import cli, doctor
-from tiercache.doctor import Check, Link
+from tiercache import cli, doctor, gpu_checks
+from tiercache.checks import Check
+from tiercache.gpu_checks import Link
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +20,17 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_READ_SAMPLE_BYTES", 4 << 20)
     checks = doctor.diagnose(tmp_path / "not" / "yet")
     names = [check.name for check in checks]
-    expected = ["python", "torch", "transformers", "gpu", "pinned memory", "main memory", "processor", "compiler"]
+    expected = [
+        "python",
+        "torch",
+        "transformers",
+        "gpu",
+        "pinned memory",
+        "main memory",
+        "processor",
+        "compiler",
+        "kernels",
+    ]
     assert set(expected) <= set(names)
     assert names[-3:] == ["file system", "disk space", "disk reads"]
     assert [check.state for check in checks if check.name in ("python", "torch", "transformers")] == ["ok"] * 3
@@ -100,23 +111,23 @@ def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_architectures(capability: tuple[int, int], archs: list[str], runs: bool) -> None:
-    assert doctor.runs_on(capability, archs) is runs
-    assert doctor.architecture("card", capability, archs).state == ("ok" if runs else "fail")
+    assert gpu_checks.runs_on(capability, archs) is runs
+    assert gpu_checks.architecture("card", capability, archs).state == ("ok" if runs else "fail")
 
 
 def test_old_cards_get_the_line_that_installs_the_last_build_for_them() -> None:
-    old = doctor.architecture("Tesla P40", (6, 1), ["sm_75"])
-    assert doctor.LEGACY_INSTALL in old.advice
+    old = gpu_checks.architecture("Tesla P40", (6, 1), ["sm_75"])
+    assert gpu_checks.LEGACY_INSTALL in old.advice
     assert "torch<2.15" in old.advice
-    assert doctor.LEGACY_INSTALL not in doctor.architecture("new", (13, 0), ["sm_75"]).advice
+    assert gpu_checks.LEGACY_INSTALL not in gpu_checks.architecture("new", (13, 0), ["sm_75"]).advice
 
 
 def test_a_gpu_that_torch_cannot_use_fails() -> None:
-    assert doctor.unusable([], "2.13.0+cpu", None).value == "none: CPU only"
-    assert doctor.unusable([], "2.13.0+cpu", None).state == "ok"
-    without = doctor.unusable(["Tesla P40"], "2.13.0+cpu", None)
+    assert gpu_checks.unusable([], "2.13.0+cpu", None).value == "none: CPU only"
+    assert gpu_checks.unusable([], "2.13.0+cpu", None).state == "ok"
+    without = gpu_checks.unusable(["Tesla P40"], "2.13.0+cpu", None)
     assert (without.state, "Tesla P40" in without.value, "cu126" in without.advice) == ("fail", True, True)
-    assert "driver" in doctor.unusable(["RTX 3090"], "2.13.0", "13.0").advice
+    assert "driver" in gpu_checks.unusable(["RTX 3090"], "2.13.0", "13.0").advice
 
 
 @pytest.mark.parametrize(
@@ -129,7 +140,7 @@ def test_a_gpu_that_torch_cannot_use_fails() -> None:
     ],
 )
 def test_links(link: Link, state: str, advice: str) -> None:
-    check = doctor.link_check(link)
+    check = gpu_checks.link_check(link)
     assert check.state == state
     assert advice in check.advice
     assert bool(check.advice) == bool(advice)
@@ -155,3 +166,11 @@ def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("profiler.probe.folder_read", refuse)
     (check,) = doctor._disk_reads(tmp_path)
     assert (check.state, "Permission denied" in check.value) == ("warn", True)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_slow_kernels_are_a_warning_with_a_cure(fast: bool) -> None:
+    check = doctor.kernels_check("cpu", fast, "said of it")
+    assert (check.state, "said of it" in check.value) == ("ok" if fast else "warn", True)
+    assert ("CC" in check.advice) is not fast
+    assert doctor.works([check])

@@ -18,13 +18,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
 # the engine.
 LADDER = (
-    *("errors", "config", "stats", "progress", "planes", "skeleton"),
+    *("errors", "config", "stats", "progress", "planes", "kernels", "skeleton"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.convert", "store.planestore"),
     "plan",
     *("tiers.slab", "tiers.tier", "tiers.transfer", "tiers.stack"),
     *("model.rehearse", "model.binding", "model.embedding", "model.attach", "model.guard"),
-    *("opening", "needs", "engine", "tiercache", "doctor", "bench", "cli", "__main__"),
+    *("opening", "needs", "engine", "tiercache", "checks", "gpu_checks", "doctor", "bench", "summary", "cli"),
+    "__main__",
 )
 
 # The only torch-free promise that is made file by file.

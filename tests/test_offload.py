@@ -1,7 +1,8 @@
 """The promise: an offloaded model gives the very bits of the resident one, whatever the budgets."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from architectures import CONFIGS, build, save
 
 import tiercache
 from tiercache import planes, skeleton
+from tiercache.errors import EnvironmentUnsupportedError
+from tiercache.kernels.select import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From everything in one tier to a few dozen KiB beside what a pass itself takes.
@@ -107,7 +110,7 @@ def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
 def test_rungs_equal_the_resident_reference(name: str, rung: str, folders: dict, tmp_path: Path) -> None:
     folder = folders[name, torch.bfloat16 if rung == "int4" else torch.float32]
     want = steps(at_rung(folder, rung))
-    options = {"precision": rung, "store": tmp_path / "store"}
+    options = {"precision": rung, "store": tmp_path / "store", "kernels": "decode"}
     reserved = reserve(folder, **options)
     for kind in BUDGETS:
         sizes = budgets(kind, reserved)
@@ -115,11 +118,56 @@ def test_rungs_equal_the_resident_reference(name: str, rung: str, folders: dict,
             assert equal(steps(model), want), kind
 
 
+@pytest.mark.parametrize("rung", planes.RUNGS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fast_kernels_give_the_same_bits_wherever_planes_lie(
+    name: str, rung: str, folders: dict, plane_store: Callable[..., Path]
+) -> None:
+    store = plane_store(name)
+    options = {"precision": rung, "kernels": "fast"}
+    reserved = reserve(store, **options)
+    with tiercache.offload(store, dram="64MiB", context=CONTEXT, precision=rung, kernels="decode") as model:
+        want = steps(model)
+    results = []
+    for kind in BUDGETS:
+        with tiercache.offload(store, context=CONTEXT, **budgets(kind, reserved), **options) as model:
+            results.append(steps(model))
+            assert model.tiercache.stats().kernels.startswith("cpu (")
+        assert equal(results[-1], results[0]), kind
+    for got, exact in zip(results[0], want, strict=True):  # 16-bit fixed-point activations, through two layers
+        assert not torch.equal(got, exact)
+        assert (got - exact).abs().max() < 3e-3 * exact.std()
+
+
+def test_without_a_compiler_it_says_so_and_decodes(
+    plane_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = plane_store("llama")
+    with tiercache.offload(store, precision="int4", dram="64MiB", context=CONTEXT, kernels="decode") as model:
+        want = steps(model)
+    select.cache_clear()
+    monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with ExitStack() as stack:
+        opened = tiercache.offload(store, precision="int4", dram="64MiB", context=CONTEXT)
+        with pytest.warns(UserWarning, match=r"slow: the kernels need a C compiler; install gcc"):
+            model = stack.enter_context(opened)
+        assert model.tiercache.stats().kernels == "decode"
+        assert equal(steps(model), want)
+    with (
+        pytest.raises(EnvironmentUnsupportedError, match="C compiler"),
+        tiercache.offload(store, precision="int4", dram="64MiB", context=CONTEXT, kernels="fast"),
+    ):
+        pass
+
+
 def test_a_store_alone_will_do(folders: dict, tmp_path: Path) -> None:
     folder = folders["llama", torch.float32]
     tiercache.convert(folder, tmp_path / "store")
     want = steps(at_rung(folder, "int4"))
-    with tiercache.offload(tmp_path / "store", precision="int4", dram="64MiB", context=CONTEXT) as model:
+    options = {"precision": "int4", "dram": "64MiB", "context": CONTEXT, "kernels": "decode"}
+    with tiercache.offload(tmp_path / "store", **options) as model:
         assert equal(steps(model), want)
 
 

@@ -268,7 +268,9 @@ def bench_command(
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
     kernels: Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")] = False,
-    kernel_shapes: Annotated[str | None, typer.Option(help="With --kernels: 7b,70b by default.")] = None,
+    kernel_shapes: Annotated[
+        str | None, typer.Option(help="With --kernels: 7b by default; also 70b and others.")
+    ] = None,
     precisions: Annotated[str | None, typer.Option(help="With --kernels: int2,int4,int8 by default.")] = None,
     token_counts: Annotated[str | None, typer.Option(help="With --kernels: 1,4,16,32,64 by default.")] = None,
     as_json: Json = False,

@@ -98,7 +98,8 @@ class OffloadConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         store: folder of the plane store, if named.
         checks: verify every checksum before the model is handed out.
-        kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can be.
+        kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can
+            be.
     """
 
     hbm: Budget | None

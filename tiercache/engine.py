@@ -92,8 +92,8 @@ def offload(
         store: the plane store's folder; made there if missing. By default one in the cache folder.
         device: "auto", "cpu", "cuda" or "cuda:N".
         checks: verify every checksum of the store first.
-        kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and equal
-            to the bit to the rounded model in transformers; "auto" is fast where that can be, and warns where not.
+        kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and
+            equal to the bit to the rounded model in transformers; "auto" is fast where that can be, and warns where not.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
 

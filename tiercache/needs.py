@@ -103,11 +103,7 @@ def _compute_reserve(
     kernels: bool,
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
-    planes = [weight for weight in opened.manifest.weights.values() if isinstance(weight, PlaneWeight)]
-    if kernels:
-        scratch = scratch_bytes(planes, config.context)
-    else:
-        scratch = min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max((prod(w.shape) for w in planes), default=0))
+    scratch = _product_scratch(opened, config) if kernels else _decode_scratch(opened)
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
@@ -120,6 +116,21 @@ def _compute_reserve(
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
         reserve["embedding rows"] = _row_bytes(opened) * config.context
     return reserve
+
+
+def _decode_scratch(opened: Opened) -> int:
+    decoded = [prod(w.shape) for w in opened.manifest.weights.values() if isinstance(w, PlaneWeight)]
+    return min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max(decoded, default=0))
+
+
+def _product_scratch(opened: Opened, config: OffloadConfig) -> int:
+    """Of the greediest product; the head makes as many rows as logits may be asked for."""
+    most = 0
+    for name, weight in opened.manifest.weights.items():
+        if isinstance(weight, PlaneWeight):
+            tokens = min(config.logits, config.context) if skeleton.layer_of(name) is None else config.context
+            most = max(most, scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens))
+    return most
 
 
 def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:

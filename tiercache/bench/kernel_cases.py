@@ -13,7 +13,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels, activate
 from tiercache.planes import Planes
 
-KERNELS = ("product", "product_down", "ffn")
+BUNDLE_KERNELS = ("products", "product_down", "ffn")
 SHAPE_NAMES: Mapping[str, str] = MappingProxyType(
     {"7b": "llama-2-7b", "70b": "llama-2-70b", **{name: name for name in SHAPES}}
 )
@@ -24,7 +24,11 @@ _REFERENCE_ROWS = 2048  # decoded at a time
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel over matrices of [rows, columns], `parts` of which lie side by side."""
+    """A kernel over matrices of [rows, columns], `parts` of which lie side by side.
+
+    In a bundle, whose parts are gate, up and down, gate and up are multiplied together, as the engine does: `products`
+    of both in one walk. `product` is for matrices that lie by themselves.
+    """
 
     shape: str
     kernel: str
@@ -38,27 +42,34 @@ class Case:
         return self.rows if self.kernel == "product_down" else self.columns
 
     @property
+    def all_rows(self) -> int:
+        """Rows that results name: of gate and up together for `products`."""
+        return 2 * self.rows if self.kernel == "products" else self.rows
+
+    @property
     def outputs(self) -> int:
         """Features of the results."""
-        return self.rows if self.kernel == "product" else self.columns
+        return self.all_rows if self.kernel in ("product", "products") else self.columns
 
     @property
     def weights(self) -> int:
         """Weights that a call multiplies by."""
-        return self.rows * self.columns * (3 if self.kernel == "ffn" else 1)
+        return self.all_rows * self.columns * (3 if self.kernel == "ffn" else 1)
 
 
 def cases(shape: str) -> tuple[Case, ...]:
-    """Those of a model's shape: an attention matrix by itself, and a feed-forward block whole and in parts."""
+    """Those of a model's shape: matrices by themselves, as high as wide and higher, and a feed-forward bundle."""
     found = SHAPES[SHAPE_NAMES[shape]]
-    attention = Case(shape, "product", found.hidden, found.hidden, 1)
-    return attention, *(Case(shape, kernel, found.ffn, found.hidden, 3) for kernel in KERNELS)
+    alone = (Case(shape, "product", rows, found.hidden, 1) for rows in (found.hidden, found.ffn))
+    return *alone, *(Case(shape, kernel, found.ffn, found.hidden, 3) for kernel in BUNDLE_KERNELS)
 
 
 def work(case: Case, units: list[tuple[Planes, ...]]) -> list[tuple[Planes, ...]]:
-    """The matrices that calls take in turn: a bundle each, or any one part, since all parts look alike in memory."""
+    """The matrices that calls take in turn: a bundle, its gate and up, or any one part, since all parts look alike."""
     if case.kernel == "ffn":
         return units
+    if case.kernel == "products":
+        return [unit[:2] for unit in units]
     return [(weight,) for unit in units for weight in unit]
 
 
@@ -73,6 +84,8 @@ def bound_call(
             kernels.product_down(x, chosen[0], out)
         elif case.kernel == "product":
             kernels.product(kernels.prepare(x, GROUP), chosen[0], out)
+        elif case.kernel == "products":
+            kernels.products(kernels.prepare(x, GROUP), chosen, out.chunk(2, dim=1))
         else:
             kernels.ffn(kernels.prepare(x, GROUP), chosen[:2], chosen[2], _ACTIVATION, out)
 
@@ -89,9 +102,12 @@ class Expected:
 
 def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Expected:
     """The reference's results over one entry of `work`, x on the processor."""
-    if case.kernel == "product":
+    if case.kernel in ("product", "products"):
         rows = torch.linspace(0, case.rows - 1, min(_SAMPLE_ROWS, case.rows)).long().unique()
-        return Expected(rows, _product(x, workset.some_rows(weights[0], rows)))
+        features = torch.cat([rows + part * case.rows for part in range(len(weights))])
+        return Expected(
+            features, torch.cat([_product(x, workset.some_rows(weight, rows)) for weight in weights], dim=1)
+        )
     if case.kernel == "ffn":
         gate, up, down = weights
         hidden = activate(_ACTIVATION, _all_rows(x, gate)) * _all_rows(x, up)

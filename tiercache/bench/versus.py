@@ -87,10 +87,11 @@ def report(result: dict[str, Any]) -> str:
             f"group {human(row['cgroup_peak_bytes'])}  {row['settings']}"
         )
     ours = result["rows"]["tiercache"]["bench"]
+    sizes, roofs = ours["pass_bytes"], ours["roofs"]
     lines.append(
-        f"  the roof is {ours['roof_s']:.3f} s, bound by {ours['bound']}: of {human(ours['pass_bytes']['needed'])} a pass "
-        f"{human(ours['pass_bytes']['ssd'])} from the SSD at {ours['roofs']['disk_gbps']:.2f} GB/s, DRAM at "
-        f"{ours['roofs']['dram_gbps']:.1f} GB/s, measured in the same run; tiercache takes {ours['over_roof']:.2f} x that"
+        f"  the roof is {ours['roof_s']:.3f} s, bound by {ours['bound']}: of {human(sizes['needed'])} a pass "
+        f"{human(sizes['ssd'])} come from the SSD at {roofs['disk_gbps']:.2f} GB/s, DRAM gives {roofs['dram_gbps']:.1f} "
+        f"GB/s, measured in the same run; tiercache takes {ours['over_roof']:.2f} x that"
     )
     lines += [f"  tiercache is {ratio:.2f} x as fast as {name}" for name, ratio in result["faster_than"].items()]
     for name, ratio in result["batch_faster_than"].items():
@@ -143,7 +144,7 @@ def _environment() -> dict[str, str]:
 
 def _write_gguf(program: str, model: Path, gguf: Path) -> None:
     """In a process of its own, so that its memory is gone before anything is timed."""
-    program = f"import json, pathlib, sys; from tiercache.bench.peers.gguf_file import write_gguf, write_random_q4_0; {program}"
+    program = f"import json, pathlib, sys; from tiercache.bench.peers import gguf_file; gguf_file.{program}"
     beside = gguf.with_suffix(".gguf.new")
     subprocess.run([sys.executable, "-c", program, str(model), str(beside)], check=True)
     beside.rename(gguf)

@@ -27,8 +27,8 @@ ISAS: dict[str, tuple[frozenset[str], tuple[str, ...]]] = {
     "portable": (frozenset(), ()),
 }
 # No fused multiply-add: every instruction set gives the same bits.
-_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
-_FLAGS += ("-fno-trapping-math",)
+_FLAGS: tuple[str, ...] = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden")
+_FLAGS += ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _TIMEOUT_S = 300.0
 
 
@@ -86,8 +86,8 @@ def _compile(command: list[str], isa: str, path: Path) -> None:
             done = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if done.returncode:
                 raise EnvironmentUnsupportedError(
-                    f"{shlex.join(command)} cannot compile the kernels for {isa}: {done.stderr.strip()[-400:]}; install "
-                    "gcc 9 or newer, or name another compiler in CC"
+                    f"{shlex.join(command)} cannot compile the kernels for {isa}: {done.stderr.strip()[-400:]}; "
+                    "install gcc 9 or newer, or name another compiler in CC"
                 )
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -42,6 +42,4 @@ def describe(device: torch.device) -> tuple[bool, str]:
         state = "compiled" if build.is_built(best) else "compiled at first use"
         note = "" if best == "avx512vnni" else f"; this processor has no AVX-512 with VNNI, so {best} is the best here"
         return best != "portable", f"cpu ({best}), {state}{note}"
-    return False, (
-        "no C compiler, so matrices are decoded before each product, which is slow; install gcc (or set CC to a compiler)"
-    )
+    return False, ("no C compiler, so matrices are decoded before each product, which is slow; install gcc (or set CC)")

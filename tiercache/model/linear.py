@@ -1,7 +1,7 @@
 """Multiplies a linear module's input by planes where they lie, instead of making its weight first.
 
-The module stays the same object with its parameters, hooks and class; for as long as it is attached, its `forward` is an
-instance of `PlaneForward`. Knows modules, planes and kernels; not where slots come from.
+The module stays the same object with its parameters, hooks and class; for as long as it is attached, its `forward` is
+an instance of `PlaneForward`. Knows modules, planes and kernels; not where slots come from.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.planes import Planes
 from tiercache.store.manifest import PlaneWeight
+
+_FEW, _SLICE = 8, 512  # bounds of what `kernels` do; see their sources
+_PADDING = 1024
 
 
 @dataclass
@@ -99,7 +102,7 @@ class PlaneForward:
         if result is None:
             result = self._multiply(x, self.slot)
         bias = self._module.bias
-        if bias is not None:
+        if isinstance(bias, Tensor):
             result = result + bias.to(x.dtype)
         return result.view(*x.shape[:-1], self._features)
 
@@ -158,16 +161,15 @@ def partners(weights: Sequence[tuple[str, PlaneWeight, nn.Module]]) -> dict[str,
     return found
 
 
-def scratch_bytes(weights: Sequence[PlaneWeight], tokens: int) -> int:
-    """An upper bound of what a product allocates in passing beside its result, for passes of `tokens`."""
+def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
+    """An upper bound of what a product of `tokens` allocates in passing, its result in fp32 included."""
     rows = min(tokens, MAX_TOKENS)
-    return max((rows * _bytes_per_token(weight) for weight in weights), default=0)
-
-
-def _bytes_per_token(weight: PlaneWeight) -> int:
-    """The prepared input, and fp32 results of gate and up, by turns and apart (or a down matrix's slices)."""
-    inputs, outputs = weight.columns + 1024, 2 * weight.rows * len(weight.own)
-    return 3 * inputs + 4 * (2 * outputs + weight.columns)
+    if is_down(module, weight):
+        slices = min(rows, _FEW) * -(-weight.rows // _SLICE)  # each has sums of its own when there are few tokens
+        return 4 * (rows + slices) * weight.columns
+    prepared = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
+    results = 4 * weight.rows * (4 if weight.parts > 1 and len(weight.own) == 1 else 2 * len(weight.own))
+    return rows * (prepared + results)  # gate and up are made by turns, then parted
 
 
 def _version(x: Tensor) -> int:

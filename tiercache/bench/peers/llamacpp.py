@@ -1,8 +1,8 @@
 """Peer: llama.cpp on the CPU through llama-cpp-python, timed over a greedy decode of token ids.
 
 It knows llama.cpp's C interface, and nothing of tiercache's engine or of torch, whose import would cost the
-peer some 200 MB of its cap. The weights stay mapped; they are repacked only when asked, since under a cap a repacked copy
-would not fit.
+peer some 200 MB of its cap. The weights stay mapped; they are repacked only when asked, since under a cap a repacked
+copy would not fit.
 
     python -m tiercache.bench.peers.llamacpp model.gguf --tokens 4 --threads 2
 """

@@ -1,9 +1,9 @@
 /* Products across the rows, for up to 8 tokens a pass: out[t, c] += sum over i of x[t, i] W[rows[i], c].
  *
- * A block owns a strip of columns and a slice of the rows; its warps take the slice's rows in turn, each lane the columns
- * of one word (for 8 tokens: of half a word, or the sums would not fit the registers). Strips of a warp are 128 bytes of
- * a 2-bit plane, one full request over a link. Warps are added up in shared memory, slices by `sum`, both in a fixed
- * order: no atomics, the same bits each time. fp32 for the reason given in rows.cu.
+ * A block owns a strip of columns and a slice of the rows; its warps take the slice's rows in turn, each lane the
+ * columns of one word (for 8 tokens: of half a word, or the sums would not fit the registers). Strips of a warp are 128
+ * bytes of a 2-bit plane, one full request over a link (64 for 8 tokens). Warps are added up in shared memory, slices
+ * by `sum`, both in a fixed order: no atomics, the same bits each time. fp32 for the reason given in rows.cu.
  */
 #include "planes.cuh"
 

@@ -1,14 +1,15 @@
 /* Products along the input, for up to 8 tokens a pass: out[t, i] += W[i] x[t], or hidden = act(gate x) * (up x).
  *
- * A warp owns R rows from end to end, so no choice of grid, alignment or place changes the order of a sum, and a token's
- * result does not depend on how many tokens came with it. A lane takes 8 bytes of each 2-bit plane (and 2 x 8 of the
- * 4-bit one) at a time; R rows at int4 are 64 bytes in flight a lane, 32 to 48 KB a multiprocessor, several times what
- * hides the latency of any memory here (936 GB/s x 600 ns is 7 KB for each of a 3090's): wider loads would add nothing.
+ * A warp owns R rows from end to end, so no choice of grid, alignment or place changes the order of a sum, and a
+ * token's result does not depend on how many tokens came with it. A lane takes 8 bytes of each 2-bit plane (and 2 x 8
+ * of the 4-bit one) at a time; R rows at int4 are 64 bytes in flight a lane, 32 to 48 KB a multiprocessor, several
+ * times what hides the latency of memory (936 GB/s x 600 ns is 7 KB for each of a 3090's): wider loads add nothing.
  *
  * Why fp32 and not dp4a. A weight costs 1.25 integer operations to merge, 1 to make a float of, and 1 multiply-add a
  * token: at int4 6.5 operations a byte for one token. A 3090 issues 19 a byte of its memory's bandwidth, a P40 17, an
- * M40 12: bound by memory to 2 or 4 tokens, and streamed over PCIe to far more than 8. dp4a on activations in two bytes
- * would gain a factor of two where that is not so (int4 on an H200, 8 tokens elsewhere), at a fixed-point rounding of x.
+ * M40 12: bound by memory to 2 or 4 tokens, and streamed over PCIe to far more than 8. dp4a on activations in two
+ * bytes would gain a factor of two where that is not so (int4 on an H200, 8 tokens elsewhere), at a fixed-point
+ * rounding of x.
  */
 #include "planes.cuh"
 
@@ -146,7 +147,8 @@ template <int T, int R> static __device__ __forceinline__ void rows_kernel(const
         for (int c = 0; c < chunks; ++c) {
             const int unit = (done + c) * 32 + lane;
             if (unit < units)
-                two_words<T, R>(at, unit, groups_shift, aligned, tile + c * T * 256 + lane, sums + c * sums_a_chunk, total);
+                two_words<T, R>(at, unit, groups_shift, aligned, tile + c * T * 256 + lane, sums + c * sums_a_chunk,
+                                total);
         }
     }
 #pragma unroll

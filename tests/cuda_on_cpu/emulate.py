@@ -1,0 +1,103 @@
+"""The CUDA kernels on the CPU: the same source, built with g++ over a shim, and a launcher for the same calls."""
+
+import concurrent.futures
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tiercache.errors import UsageError
+from tiercache.kernels.cuda_calls import Call
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda_source"
+# No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
+FLAGS = (
+    "-O1",
+    "-fPIC",
+    "-std=c++17",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-U_FORTIFY_SOURCE",
+)
+
+
+def build(folder: Path) -> Path:
+    """The library of all kernels, compiled into `folder` if it is not there yet."""
+    if (folder / "kernels.so").exists():
+        return folder / "kernels.so"
+    folder.mkdir(exist_ok=True)
+    jobs = [(f"{name}-{p}.o", SOURCE / f"{name}.cu", p) for name in ("rows", "down", "decode") for p in (1, 2, 3)]
+    jobs += [
+        ("common.o", SOURCE / "common.cu", 3),
+        ("shim.o", HERE / "shim.cpp", 3),
+        ("driver.o", HERE / "driver.cpp", 3),
+    ]
+
+    def compiled(job: tuple[str, Path, int]) -> str:
+        out, source, planes = job
+        command = [
+            "g++",
+            *FLAGS,
+            f"-I{HERE}",
+            f"-DPLANES={planes}",
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            str(folder / out),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return str(folder / out)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, jobs))
+    subprocess.run(["g++", "-shared", *objects, "-ldl", "-o", str(folder / "kernels.so")], check=True)
+    return folder / "kernels.so"
+
+
+class Emulation:
+    """A launcher for tensors of the CPU.
+
+    Args:
+        library: what `build` made.
+        far: treat all tensors as though they lay across a link.
+        multiprocessors: a small number, so that small shapes reach all grids.
+    """
+
+    capability = (0, 0)
+
+    def __init__(self, library: Path, far: bool = False, multiprocessors: int = 1) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.far, self.multiprocessors = far, multiprocessors
+        self.launched: list[Call] = []
+        self.refused: torch.Tensor | None = None
+
+    def address(self, tensor: torch.Tensor) -> int:
+        if tensor is self.refused:
+            raise UsageError("pageable memory")
+        return tensor.data_ptr()
+
+    def is_near(self, tensor: torch.Tensor) -> bool:
+        return not self.far
+
+    def launch(self, call: Call) -> None:
+        self.launched.append(call)
+        self.library.shim_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_uint] * 2, ctypes.c_void_p]
+        kernel = ctypes.cast(getattr(self.library, call.kernel), ctypes.c_void_p)
+        grid = (ctypes.c_uint * 3)(*call.grid)
+        arguments = ctypes.addressof(call.arguments)
+        code = self.library.shim_launch(kernel, grid, call.threads, call.shared_bytes, arguments)
+        assert code == 0, f"{call.kernel}: {('', 'a barrier not all reach', 'a write past shared memory')[code]}"
+
+    def argument_bytes(self, kernel: str) -> int:
+        """Size of the kernel's argument as the C++ compiler lays it out."""
+        return int(getattr(self.library, f"{kernel}_bytes")())
+
+    def synchronize(self) -> None:
+        pass

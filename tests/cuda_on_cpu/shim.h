@@ -1,0 +1,59 @@
+/* CUDA's words for a host compiler: a block is a set of fibers, one a thread; blocks run one after another.
+ *
+ * Shared memory starts as NaN for every block and ends in canaries; fibers take turns in an order that is reversed
+ * after each round, so that a missing barrier shows; a barrier that not all reach is an error, not a hang.
+ */
+#ifndef SHIM_H
+#define SHIM_H
+
+#include <cmath>
+#include <cstring>
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct uint3 { unsigned x, y, z; };
+
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+extern unsigned char *shim_shared;
+void shim_block_barrier();
+float shim_shuffle_xor(float value, int far);
+
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define SHARED(type, name) type *const name = (type *)shim_shared
+#define KERNEL(name, Arguments) SHIM_KERNEL(name, Arguments)
+#define SHIM_KERNEL(name, Arguments) \
+    static void name##_body(const Arguments &a); \
+    extern "C" void name(const void *a) { name##_body(*(const Arguments *)a); } \
+    extern "C" unsigned name##_bytes() { return sizeof(Arguments); } \
+    static void name##_body(const Arguments &a)
+
+static inline void __syncthreads() { shim_block_barrier(); }
+static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static inline int min(int a, int b) { return a < b ? a : b; }
+
+static inline float __int_as_float(int bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const unsigned long long both = (unsigned long long)y << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= (unsigned)(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return result;
+}
+
+static inline float shim_half_to_float(unsigned short bits) {
+    const int sign = bits >> 15, exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    float value = ldexpf((float)(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
+    return sign ? -value : value;
+}
+
+#endif

@@ -1,0 +1,203 @@
+"""The kernel benchmark on toy matrices: its schema, its layout in memory, its checks, and what it refuses."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from tiercache import cli
+from tiercache.bench import kernel_cases, kernels, kernels_report, stand, torch_peers, workset
+from tiercache.bench.kernels import Options
+from tiercache.bench.stand import CpuStand, Effort
+from tiercache.errors import DoesNotFitError, TiercacheError
+from tiercache.kernels.contract import Prepared
+from tiercache.kernels.reference import ReferenceKernels
+from tiercache.planes import Planes, decode
+
+BRIEF = Effort(least_s=0, least_samples=1, caches=0, least_bytes=1 << 20, roof_bytes=8 << 20)
+TINY = Options(("tiny",), ("int2", "int8"), (1, 3), effort=BRIEF, show_progress=False)
+ROW = {
+    *("kernel", "device", "shape", "precision", "tokens", "rows", "columns", "gbps", "roof_gbps", "ratio", "seconds"),
+    *("gflops", "max_error", "peers", "peer_seconds"),
+}
+
+
+class Toppled(ReferenceKernels):
+    """Forgets the last column of what it multiplies by."""
+
+    def prepare(self, x: Tensor, group: int) -> Prepared:
+        x = x.clone()
+        x[:, -1] = 0
+        return super().prepare(x, group)
+
+
+class Toxic(ReferenceKernels):
+    """Gives NaN."""
+
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+        out.fill_(torch.nan)
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return kernels.bench(TINY, [CpuStand(ReferenceKernels())])
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command measures briefly, with the reference."""
+    real = kernels.bench
+
+    def bench(options: Options, stands: Sequence[stand.Stand] | None = None) -> dict[str, Any]:
+        return real(dataclasses.replace(options, effort=BRIEF), [CpuStand(ReferenceKernels())])
+
+    monkeypatch.setattr(kernels, "bench", bench)
+
+
+def call(*arguments: object) -> Result:
+    plain = {"FORCE_COLOR": None, "NO_COLOR": "1"}
+    return CliRunner(env=plain).invoke(cli.app, ["bench", *map(str, arguments)])
+
+
+def test_every_case_has_its_row(result: dict[str, Any]) -> None:
+    assert result["schema"] == "tiercache.kernels/1"
+    rows = result["results"]
+    assert len(rows) == 5 * len(TINY.precisions) * len(TINY.token_counts)
+    assert all(row.keys() == ROW for row in rows)
+    kinds = {(row["kernel"], row["rows"], row["columns"]) for row in rows}
+    alone = {("product", 256, 256), ("product", 704, 256)}
+    assert kinds == alone | {("products", 2 * 704, 256), ("product_down", 704, 256), ("ffn", 704, 256)}
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["gbps"] / row["roof_gbps"])
+        assert 0 <= row["max_error"] < 1e-4  # the reference beside itself, summed in another order
+        assert row["peers"].keys() == row["peer_seconds"].keys() >= {"torch bf16"}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_gbps_counts_codes_and_scales(result: dict[str, Any]) -> None:
+    weights = 704 * 256
+    bytes_each = {"int2": 2 / 8 + 4 / 64, "int8": 1 + 4 / 64}
+    for row in result["results"]:
+        if row["rows"] >= 704:
+            parts = {"ffn": 3, "products": 2}.get(row["kernel"], 1)
+            read = parts * weights * bytes_each[row["precision"]]
+            assert row["gbps"] * 1e9 * row["seconds"] == pytest.approx(read)
+            assert row["gflops"] * 1e9 * row["seconds"] == pytest.approx(2 * row["tokens"] * parts * weights)
+
+
+def test_the_report_names_hardware_seed_and_dialect(result: dict[str, Any]) -> None:
+    text = kernels_report.report(result)
+    head = "".join(text.splitlines()[:2])
+    for part in ("seed 0", "threads", "kernels reference", "roof"):
+        assert part in head
+    assert "x bf16" in text
+    assert "x torch int4" in text
+    assert max(map(len, text.splitlines())) <= 200
+
+
+def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
+    place = CpuStand(ReferenceKernels())
+    units = workset.make(place, BRIEF, workset.Pool.make(0), (704, 256, 3), "int4")
+    assert sum(workset.nbytes(weight) for unit in units for weight in unit) >= BRIEF.least_bytes
+    gate, up, _ = units[0]
+    assert [plane.stride() for plane in gate.planes] == [(3 * 64, 1)] * 2
+    assert gate.scales.stride() == (3 * 8, 2, 1)
+    assert up.planes[0].data_ptr() - gate.planes[0].data_ptr() == 64
+    assert gate.planes[0].data_ptr() % 4096 == 0
+    values = decode(gate, torch.float32)
+    assert 0.02 < float(values.std()) < 0.05
+    assert not values.equal(decode(up, torch.float32))
+    assert not values.equal(decode(units[1][0], torch.float32))
+
+
+def test_samples_are_the_whole_results() -> None:
+    place, pool = CpuStand(ReferenceKernels()), workset.Pool.make(1)
+    for case in kernel_cases.cases("tiny"):
+        units = workset.make(place, BRIEF, pool, (case.rows, case.columns, case.parts), "int2")
+        x = torch.randn(2, case.inputs).bfloat16()
+        weights = kernel_cases.work(case, units)
+        out = torch.zeros(2, case.outputs)
+        kernel_cases.bound_call(place.kernels, case, weights, x, out)(0)
+        assert kernel_cases.error(kernel_cases.expected(case, weights[0], x), out) < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [Toppled(), Toxic()])
+def test_wrong_results_stop_the_run(wrong: ReferenceKernels) -> None:
+    with pytest.raises(TiercacheError, match="off the reference"):
+        kernels.bench(TINY, [CpuStand(wrong)])
+
+
+def test_a_peer_that_is_missing_is_told_once() -> None:
+    def absent(*_: object) -> torch_peers.Packed:
+        raise AttributeError("no such operator\nat all")
+
+    place = CpuStand(ReferenceKernels())
+    place.peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
+    result = kernels.bench(dataclasses.replace(TINY, precisions=("int2",)), [place])
+    assert result["stands"][0]["peers_left_out"] == {"torch int3": "no such operator"}
+    assert all(row["peers"].keys() == {"torch bf16"} for row in result["results"])
+    assert kernels_report.report(result).count("torch int3 is left out: no such operator") == 1
+
+
+def test_peers_multiply_the_same_shapes() -> None:
+    pool = torch.arange(256, dtype=torch.uint8).repeat(64)
+    packed = torch_peers.BF16.pack(128, 64, pool)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch_peers.BF16.product(x, packed).equal(x @ packed[0].T)
+    (codes, scales) = torch_peers.INT8.pack(128, 64, pool)
+    assert (codes.dtype, codes.shape, scales.shape) == (torch.int8, (128, 64), (128,))
+    assert torch_peers.shapes("ffn", 704, 256) == ((704, 256), (704, 256), (256, 704))
+
+
+def test_too_little_memory_is_told_before_it_is_taken() -> None:
+    with pytest.raises(DoesNotFitError, match="--kernel-shapes") as caught:
+        CpuStand(ReferenceKernels()).memory(1 << 60)
+    assert caught.value.missing_bytes > 0
+
+
+def test_the_cache_of_this_machine() -> None:
+    assert stand.last_level_cache_bytes() >= 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--kernel-shapes", "7c"), "70b"),
+        (("--kernel-shapes", ""), "70b"),
+        (("--precisions", "int4,int3"), "int2, int4, int8"),
+        (("--token-counts", "1,many"), "1,16"),
+        (("--token-counts", "0"), "512"),
+        (("--token-counts", "513"), "512"),
+        (("--precision", "int4"), "--precisions"),
+        (("--shape", "tiny"), "--kernel-shapes"),
+    ],
+)
+def test_bad_values_name_the_choices(arguments: tuple[str, str], says: str) -> None:
+    result = call("--kernels", *arguments, "--json")
+    assert result.exit_code == 2, result.output
+    error = json.loads(result.stdout)
+    assert error["error"] == "UsageError"
+    assert says in error["message"]
+
+
+def test_options_of_kernels_need_the_word() -> None:
+    result = call("--token-counts", "1", "--json")
+    assert result.exit_code == 2
+    assert "--kernels" in json.loads(result.stdout)["message"]
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("more", [(), ("--json",), ("--quiet",)])
+def test_the_command_prints_only_json_on_stdout(more: tuple[str, ...]) -> None:
+    options = ("--kernel-shapes", "tiny", "--precisions", "int4", "--token-counts", "1", "--seed", 3)
+    result = call("--kernels", *options, *more)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    found = json.loads(line)
+    assert (found["schema"], found["seed"], len(found["results"])) == ("tiercache.kernels/1", 3, 5)
+    assert ("product_down" in result.stderr) is ("--quiet" not in more)

@@ -1,0 +1,370 @@
+"""The CUDA kernels against the reference: emulated on the CPU from the same source, and on a GPU where there is one."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, selection, spans, strided
+from cuda_on_cpu.emulate import Emulation, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiercache.errors import EnvironmentUnsupportedError, UsageError
+from tiercache.kernels import cuda, cuda_calls
+from tiercache.kernels.contract import ACTIVATIONS
+from tiercache.kernels.cuda import CudaKernels
+from tiercache.kernels.cuda_calls import Blocks, Slices
+from tiercache.kernels.reference import ReferenceKernels
+from tiercache.planes import Planes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products by many threads that wait for one another would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated kernels, built once."""
+    return build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")
+
+
+@pytest.fixture(scope="session")
+def kernels(library: Path) -> CudaKernels:
+    """Kernels on the emulation; blocks of 8 up to 24 tokens, so that small tests reach both ways."""
+    return CudaKernels(CPU, Emulation(library), switch=24)
+
+
+SHAPES = {
+    "rows": st.integers(1, 40),
+    "columns": st.one_of(st.integers(1, 300), st.integers(1000, 1100), st.integers(2040, 2200)),
+    "group": st.sampled_from((32, 64, 128)),
+    "rung": st.sampled_from(RUNGS),
+    "tokens": st.one_of(st.integers(1, 9), st.integers(15, 17), st.integers(24, 26)),
+    "seed": st.integers(0, 1 << 16),
+}
+
+
+KINDS = st.sampled_from((torch.float32, torch.float16, torch.bfloat16))
+
+
+@settings(max_examples=120)
+@given(st.data(), st.fixed_dictionaries(SHAPES), KINDS, st.sampled_from((0, 0, 1, 3, 4, 8)))
+def test_product_is_the_reference(
+    kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
+) -> None:
+    weight = matrix(shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
+    rows = selection(data.draw, weight.rows)
+    x = activations(shape["tokens"], weight.columns, kind, shape["seed"])
+    count = weight.rows if rows is None else len(rows)
+    out = torch.ones(x.shape[0], count + 2)[:, 1:-1]
+    kernels.product(kernels.prepare(x, weight.group), strided(weight, gap) if gap else weight, out, rows)
+    magnitude = 1 + x.float().abs() @ spans(weight, rows).T
+    assert_close(out, 1 + x.double() @ dense(weight, rows).double().T, magnitude)
+
+
+@settings(max_examples=120)
+@given(st.data(), st.fixed_dictionaries(SHAPES), KINDS, st.sampled_from((0, 0, 1, 3, 4, 8)))
+def test_product_down_is_the_reference(
+    kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
+) -> None:
+    high = data.draw(st.sampled_from((1, 10)))  # several slices of the rows
+    weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
+    rows = selection(data.draw, weight.rows)
+    x = activations(shape["tokens"], weight.rows if rows is None else len(rows), kind, shape["seed"])
+    out = torch.ones(x.shape[0], weight.columns + 2)[:, 1:-1]
+    kernels.product_down(x, strided(weight, gap) if gap else weight, out, rows)
+    magnitude = 1 + x.float().abs() @ spans(weight, rows)
+    assert_close(out, 1 + x.double() @ dense(weight, rows).double(), magnitude)
+
+
+@settings(max_examples=60)
+@given(st.data(), st.fixed_dictionaries(SHAPES), st.sampled_from(ACTIVATIONS), st.integers(1, 2), st.booleans())
+def test_ffn_is_the_reference(
+    kernels: CudaKernels, data: Any, shape: dict[str, Any], activation: str, inward: int, mixed: bool
+) -> None:
+    given_rungs = [shape["rung"], "int8" if mixed else shape["rung"], shape["rung"]]
+    parts = [matrix(shape["rows"], shape["columns"], shape["group"], rung, i) for i, rung in enumerate(given_rungs)]
+    rows = selection(data.draw, shape["rows"])
+    x = torch.randn(shape["tokens"], shape["columns"], generator=torch.Generator().manual_seed(shape["seed"]))
+    out, wanted = torch.ones(2, *x.shape)
+    kernels.ffn(kernels.prepare(x, shape["group"]), parts[:inward], parts[2], activation, out, rows)
+    slow = ReferenceKernels(dtype=torch.float64)
+    slow.ffn(slow.prepare(x, shape["group"]), parts[:inward], parts[2], activation, wanted, rows)
+    inner = [1 + x.abs() @ spans(part, rows).T for part in parts[:inward]]
+    hidden = inner[0] ** (2 if activation == "relu2" else 1) * (inner[1] if inward == 2 else 1)
+    assert_close(out, wanted, 1 + 2 * hidden @ spans(parts[2], rows))
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize(("group", "columns"), [(32, 100), (64, 1), (64, 200), (128, 300)])
+def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, rung: str, group: int, columns: int) -> None:
+    weight = matrix(5, columns, group, rung)
+    rows = torch.tensor([4, 0, 0], dtype=torch.int32)
+    assert torch.equal(kernels._decoded(strided(weight, 1), rows), dense(weight, rows))
+    assert torch.equal(kernels._decoded(weight, None), dense(weight))
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_one_row_of_everything(kernels: CudaKernels, rung: str, group: int) -> None:
+    weight, x = matrix(1, 1, group, rung), torch.full((1, 1), 3.0)
+    out, down = torch.zeros(2, 1, 1)
+    kernels.product(kernels.prepare(x, group), weight, out)
+    kernels.product_down(x, weight, down)
+    assert_close(out, 3 * dense(weight), 3 * spans(weight))
+    assert_close(down, 3 * dense(weight), 3 * spans(weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 11, 25])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, rung: str) -> None:
+    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 100_000)  # several tiles
+    up, down = matrix(150, 1100, 64, rung), matrix(150, 200, 64, rung, 1)
+    rows = torch.randint(0, 150, (130,), dtype=torch.int32)
+    results = []
+    for far, gap in ((False, 0), (True, 0), (False, 3), (True, 8)):
+        kernels = CudaKernels(CPU, Emulation(library, far), switch=24)
+        x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(1))
+        w, v = (strided(each, gap) if gap else each for each in (up, down))
+        prepared = kernels.prepare(x, 64)
+        out, sums, ffn = torch.zeros(tokens, 130), torch.zeros(tokens, 200), torch.zeros(tokens, 200)
+        kernels.product(prepared, w, out, rows)
+        kernels.product_down(out, v, sums, rows)
+        kernels.ffn(prepared, [w, w], v, "silu", ffn, rows)
+        results.append(torch.cat([out, sums, ffn], 1))
+    assert_close(results[0][:, :130], x @ dense(up, rows).T, x.abs() @ spans(up, rows).T)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_token_is_the_same_in_any_company(library: Path, rung: str) -> None:
+    weight, x = matrix(150, 1500, 64, rung), torch.randn(20, 1500)
+    few, many = (CudaKernels(CPU, Emulation(library, multiprocessors=n), switch=24) for n in (1, 100))
+    together, down = torch.zeros(20, 150), torch.zeros(20, 1500)
+    few.product(few.prepare(x, 64), weight, together)
+    few.product_down(x[:, :150], weight, down)
+    for start, tokens in ((0, 1), (3, 2), (5, 3), (7, 8)):
+        some = x[start : start + tokens]
+        alone, across = torch.zeros(tokens, 150), torch.zeros(tokens, 1500)
+        many.product(many.prepare(some, 64), weight, alone)  # another grid, too
+        few.product_down(some[:, :150], weight, across)
+        assert torch.equal(alone, together[start : start + tokens])
+        assert torch.equal(across, down[start : start + tokens])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_what_is_not_finite_stays_so_and_spreads_to_no_other_token(
+    kernels: CudaKernels, rung: str, bad: float, tokens: int
+) -> None:
+    weight = matrix(20, 130, 64, rung)
+    weight.scales[3] = 0  # rows of nothing but zeros
+    x, y = torch.randn(tokens, 130), torch.randn(tokens, 20)
+    x[0, 129] = y[0, 19] = bad
+    out, down, ffn = torch.zeros(tokens, 20), torch.zeros(tokens, 130), torch.zeros(tokens, 130)
+    prepared = kernels.prepare(x, 64)
+    kernels.product(prepared, weight, out)
+    kernels.product_down(y, weight, down)
+    kernels.ffn(prepared, [weight, weight], weight, "silu", ffn)
+    for each in (out, down, ffn):
+        assert not each[0].isfinite().any()
+        assert each[1:].isfinite().all()
+
+
+def test_nothing_to_do(kernels: CudaKernels) -> None:
+    weight, none = matrix(4, 100, 64, "int4"), torch.zeros(0, dtype=torch.int32)
+    out = torch.ones(3, 100)
+    kernels.product_down(torch.randn(3, 0), weight, out, none)
+    kernels.product(kernels.prepare(torch.randn(3, 100), 64), weight, torch.ones(3, 0), none)
+    kernels.ffn(kernels.prepare(torch.randn(3, 100), 64), [weight], weight, "relu", out, none)
+    assert torch.equal(out, torch.ones(3, 100))
+    kernels.product(kernels.prepare(torch.randn(0, 100), 64), weight, torch.ones(0, 4))
+    kernels.product_down(torch.randn(0, 4), weight, torch.ones(0, 100))
+    kernels.gather([weight.planes[0]], none, torch.ones(0, dtype=torch.uint8))
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(0, 9)), min_size=1, max_size=18),
+    st.lists(st.integers(0, 6), max_size=9),
+    st.integers(0, 3),
+    st.sampled_from((1, 4, 16)),
+)
+def test_gather_is_the_reference(
+    kernels: CudaKernels, shapes: list[tuple[int, int]], rows: list[int], offset: int, unit: int
+) -> None:
+    pieces = [torch.randint(0, 256, (7, unit * (w + gap)), dtype=torch.uint8)[:, : unit * w] for w, gap in shapes]
+    index = torch.tensor(rows, dtype=torch.int64)
+    size = len(rows) * sum(piece.shape[1] for piece in pieces)
+    found, wanted = torch.zeros(2, size + 9, dtype=torch.uint8)
+    kernels.gather(pieces, index, found[offset : offset + size])
+    ReferenceKernels().gather(pieces, index, wanted[offset : offset + size])
+    assert torch.equal(found, wanted)
+
+
+def _at_the_edge(library: str, rung: str, group: int) -> bool:
+    """All kernels on planes and scales that end where readable memory ends; the address space behind is refused."""
+    libc, page = ctypes.CDLL(None, use_errno=True), 4096
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    kernels = CudaKernels(CPU, Emulation(Path(library)), switch=24)
+
+    def edged(tensor: Tensor) -> Tensor:
+        pages = -(-tensor.nbytes // page)
+        start = libc.mmap(None, (pages + 1) * page, 3, 0x22, -1, 0)
+        assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+        raw = (ctypes.c_ubyte * tensor.nbytes).from_address(start + pages * page - tensor.nbytes)
+        return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    weight = matrix(7, 300, group, rung)
+    guarded = Planes(tuple(edged(p) for p in weight.planes), edged(weight.scales), 300, group)
+    for tokens in (1, 3, 8, 9, 25):
+        x, out, down = torch.randn(tokens, 300), torch.zeros(tokens, 7), torch.zeros(tokens, 300)
+        prepared = kernels.prepare(edged(x), group)
+        kernels.product(prepared, guarded, out)
+        kernels.product_down(edged(out), guarded, down)
+        kernels.ffn(prepared, [guarded, guarded], guarded, "silu", down)
+    block = edged(torch.zeros(7 * weight.planes[0].shape[1], dtype=torch.uint8))
+    kernels.gather([guarded.planes[0]], torch.arange(7, dtype=torch.int32), block)
+    return torch.equal(block, weight.planes[0].flatten())
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Path, rung: str) -> None:
+    for group in (32, 64, 128):
+        assert in_child(_at_the_edge, str(library), rung, group)
+
+
+def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) -> None:
+    emulation: Any = kernels._launcher
+    names = {
+        "rows_3_8_4": cuda_calls.RowsArguments,
+        "down_1_1_1": cuda_calls.DownArguments,
+        "decode_2_0_0": cuda_calls.DecodeArguments,
+        "prepare": cuda_calls.PrepareArguments,
+        "sum": cuda_calls.SumArguments,
+        "gather": cuda_calls.GatherArguments,
+    }
+    for kernel, structure in names.items():
+        assert emulation.argument_bytes(kernel) == ctypes.sizeof(structure)
+
+
+def test_grids_fit_every_card() -> None:
+    found = cuda_calls.MatrixArguments(groups=448, group=64)
+    for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
+        for group in (32, 64, 128):
+            shaped = cuda_calls.MatrixArguments(groups=28672 // group, group=group)
+            call = cuda_calls.rows_call([shaped], 2, (0, 0), 28672, 0, (0, 0), count, tokens, -1, mps)
+            assert call.shared_bytes <= 48 << 10
+            assert call.grid[1] <= 65535
+            assert call.grid[1] * cuda_calls.WARPS * int(call.kernel[-1]) >= count
+        slices = Slices.of(count, 28672, mps)
+        call = cuda_calls.down_call(found, 3, 0, 0, 0, count, Blocks.of(tokens), slices)
+        assert call.shared_bytes <= 48 << 10
+        assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
+    with pytest.raises(UsageError, match="cut them"):
+        cuda_calls.rows_call([found], 2, (0, 0), 28672, 0, (0, 0), 3_000_000, 1, -1, 82)
+
+
+def test_what_cannot_be_meant_is_refused(library: Path) -> None:
+    launcher = Emulation(library)
+    kernels = CudaKernels(CPU, launcher)
+    weight = matrix(4, 100, 64, "int4")
+    x, out = kernels.prepare(torch.randn(2, 100), 64), torch.zeros(2, 4)
+    with pytest.raises(UsageError, match="prepared in groups of 32"):
+        kernels.product(kernels.prepare(torch.randn(2, 100), 32), weight, out)
+    with pytest.raises(UsageError, match="rows 0 to 4 of a matrix of 4"):
+        kernels.product(x, weight, out, torch.tensor([0, 4]))
+    with pytest.raises(UsageError, match="unknown activation"):
+        kernels.ffn(x, [weight], weight, "swish", torch.zeros(2, 100))
+    with pytest.raises(UsageError, match="expected fp32"):
+        kernels.product(x, weight, out.double())
+    with pytest.raises(UsageError, match="tokens in one call"):
+        kernels.prepare(torch.zeros(513, 100), 64)
+    with pytest.raises(UsageError, match="side by side"):
+        kernels.product(x, Planes((weight.planes[0].T.contiguous().T,), weight.scales, 100, 64), out)
+    with pytest.raises(UsageError, match="of a piece of 4"):
+        kernels.gather([weight.planes[0]], torch.tensor([4]), torch.zeros(100, dtype=torch.uint8))
+    launcher.refused = weight.planes[1]
+    with pytest.raises(UsageError, match="pageable"):
+        kernels.product(x, weight, out)
+    assert not out.any()
+
+
+def test_the_switch_can_be_measured(kernels: CudaKernels) -> None:
+    assert kernels.measure_switch(rows=16, columns=64) in range(8, 129, 8)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentUnsupportedError, match="torch sees no CUDA device"):
+        CudaKernels(torch.device("cuda"))
+
+
+@pytest.fixture(scope="session")
+def on_gpu() -> CudaKernels:
+    """The kernels of the GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    return CudaKernels(torch.device("cuda"))
+
+
+def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
+    return Planes(tuple(to(plane) for plane in weight.planes), to(weight.scales), weight.columns, weight.group)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 20, 64])
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, rung: str, tokens: int, pinned: bool) -> None:
+    for columns, gap in ((3000, 0), (3001, 3)):
+        up, down = matrix(700, columns, group, rung), matrix(700, columns, group, rung, 1)
+        there = [
+            _moved(strided(each, gap) if gap else each, lambda t: t.pin_memory() if pinned else t.to(on_gpu.device))
+            for each in (up, down)
+        ]
+        rows = torch.randint(0, 700, (333,), dtype=torch.int32)
+        x, index = torch.randn(tokens, columns), rows.to(on_gpu.device)
+        prepared = on_gpu.prepare(x.to(on_gpu.device), group)
+        out, sums, ffn = (torch.zeros(tokens, n, device=on_gpu.device) for n in (333, columns, columns))
+        on_gpu.product(prepared, there[0], out, index)
+        on_gpu.product_down(out, there[1], sums, index)
+        on_gpu.ffn(prepared, [there[0], there[1]], there[1], "silu", ffn, index)
+        torch.cuda.synchronize()
+        assert_close(out.cpu(), x @ dense(up, rows).T, x.abs() @ spans(up, rows).T)
+        assert_close(sums.cpu(), out.cpu() @ dense(down, rows), out.cpu().abs() @ spans(down, rows))
+        slow, wanted = ReferenceKernels(dtype=torch.float64), torch.zeros(tokens, columns)
+        slow.ffn(slow.prepare(x, group), [up, down], down, "silu", wanted, rows)
+        inner = [1 + x.abs() @ spans(each, rows).T for each in (up, down)]
+        assert_close(ffn.cpu(), wanted, 2 * (inner[0] * inner[1]) @ spans(down, rows))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gathers_from_either_memory_into_either(on_gpu: CudaKernels) -> None:
+    here = [torch.randint(0, 256, (50, width), dtype=torch.uint8) for width in (64, 100, 33)]
+    pieces = [here[0].pin_memory(), here[1].to(on_gpu.device), here[2].pin_memory()]
+    rows, wanted = torch.randint(0, 50, (20,)), torch.zeros(20 * 197, dtype=torch.uint8)
+    ReferenceKernels().gather(here, rows, wanted)
+    for out in (torch.zeros_like(wanted).pin_memory(), torch.zeros_like(wanted, device=on_gpu.device)):
+        on_gpu.gather(pieces, rows, out)
+        torch.cuda.synchronize()
+        assert torch.equal(out.cpu(), wanted)
+    with pytest.raises(UsageError, match="pageable"):
+        on_gpu.gather(here, rows, torch.zeros_like(wanted, device=on_gpu.device))

@@ -1,0 +1,145 @@
+"""The CUDA source compiles for every card that is served, is kept well, and gets to a driver. Needs no GPU."""
+
+import ctypes
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_on_cpu.cases import assert_close, dense, matrix, spans
+from cuda_on_cpu.emulate import build
+
+from tiercache.errors import EnvironmentUnsupportedError, UsageError
+from tiercache.kernels import cuda_driver, nvrtc
+from tiercache.kernels.cuda import CudaKernels
+from tiercache.kernels.cuda_driver import Driver
+
+
+@pytest.fixture(scope="session")
+def compiler() -> nvrtc.Nvrtc:
+    """An NVRTC of CUDA 12, which serves all cards from 5.2 on."""
+    found = [each for each in nvrtc.compilers() if 52 in each.architectures]
+    assert found, "the tests need the NVRTC of CUDA 12: pip install nvidia-cuda-nvrtc-cu12"
+    return found[0]
+
+
+UNITS = [nvrtc.Unit(f"{name}.cu", planes) for name in ("rows", "down", "decode") for planes in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("architecture", [52, 61, 75, 86, 90])
+def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
+    target = compiler.target(divmod(architecture, 10))
+    assert target == f"sm_{architecture}"
+    # Three planes are all of the code, less two constants; all rungs for the oldest card.
+    for unit in [nvrtc.Unit("common.cu"), *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
+        code = compiler.compile(unit, target)
+        assert code.startswith(b"\x7fELF")
+        for kernel in kernels_of(unit):
+            assert kernel.encode() + b"\0" in code
+            assert nvrtc.Unit.of(kernel) == unit
+
+
+def kernels_of(unit: nvrtc.Unit) -> list[str]:
+    p = unit.planes
+    return {
+        "common.cu": ["prepare", "sum", "gather"],
+        "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
+        "down.cu": [f"down_{p}_{t}_1" for t in (1, 2, 4, 8)],
+        "decode.cu": [f"decode_{p}_0_0"],
+    }[unit.file]
+
+
+class FakeCompiler(nvrtc.Nvrtc):
+    """Serves some cards, compiles to a word, counts."""
+
+    def __init__(self, architectures: tuple[int, ...], version: tuple[int, int] = (13, 0)) -> None:
+        self.path, self.compiled = "fake", 0
+        self.__dict__.update(architectures=architectures, version=version)
+
+    def compile(self, unit: nvrtc.Unit, target: str) -> bytes:
+        self.compiled += 1
+        return f"{unit} {target}".encode() * 1000
+
+
+def test_the_compiler_that_serves_the_card_is_chosen() -> None:
+    new, old = FakeCompiler((75, 80, 90, 120)), FakeCompiler((50, 52, 61, 75, 90), (12, 6))
+    assert nvrtc.choose((9, 0), [new, old]) == (new, "sm_90")
+    assert nvrtc.choose((5, 2), [new, old]) == (old, "sm_52")
+    assert nvrtc.choose((12, 0), [old, new]) == (new, "sm_120")
+    assert nvrtc.choose((12, 1), [new, old]) == (new, "compute_120")  # the driver translates
+    with pytest.raises(EnvironmentUnsupportedError, match=r"5\.2.*found 13\.0 \(from 7\.5\).*nvidia-cuda-nvrtc-cu12"):
+        nvrtc.choose((5, 2), [new])
+    with pytest.raises(EnvironmentUnsupportedError, match="found none"):
+        nvrtc.choose((8, 6), [])
+
+
+def test_compiled_code_is_kept_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path))
+    folder, unit, fake = nvrtc.cache_folder(), nvrtc.Unit("rows.cu", 2), FakeCompiler((86,))
+    assert folder == tmp_path / "kernels"
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(nvrtc.image(unit, fake, "sm_86", folder))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    before = fake.compiled
+    assert set(found) == {nvrtc.image(unit, fake, "sm_86", folder)}
+    assert fake.compiled == before
+    assert len(list(folder.iterdir())) == 1
+    for other in (
+        (unit, FakeCompiler((86,), (12, 0)), "sm_86"),
+        (nvrtc.Unit("rows.cu", 3), fake, "sm_86"),
+        (unit, fake, "sm_90"),
+    ):
+        nvrtc.image(*other, folder)
+    assert len(list(folder.iterdir())) == 4
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentUnsupportedError, match="TIERCACHE_HOME"):
+        nvrtc.image(unit, fake, "sm_86", tmp_path / "file")
+
+
+def test_what_the_compiler_says_is_passed_on(compiler: nvrtc.Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "source", lambda file: b"#error not today\n")
+    with pytest.raises(EnvironmentUnsupportedError, match="not today"):
+        compiler.compile(nvrtc.Unit("rows.cu", 2), "sm_86")
+
+
+def test_calls_reach_a_driver(
+    compiler: nvrtc.Nvrtc, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From CudaKernels to cuLaunchKernel, with a driver of the same signatures on top of the emulated kernels."""
+    library = ctypes.CDLL(str(build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")))
+    loaded = ctypes.CDLL
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "device_count": 1,
+        "get_device_capability": (8, 6),
+        "get_device_properties": SimpleNamespace(multi_processor_count=2),
+        "current_stream": SimpleNamespace(cuda_stream=0x123456789A),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cuda_driver, "compilers", lambda: [compiler])
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name == "libcuda.so.1" else loaded(name))
+    driver = Driver(torch.device("cuda"), tmp_path / "kept")
+    kernels = CudaKernels(torch.device("cpu"), driver)
+    assert (str(driver.device), kernels.name) == ("cuda:0", "cuda (sm_86)")
+    weight, x, out, down = matrix(30, 200, 64, "int2"), torch.randn(3, 200), torch.zeros(3, 30), torch.zeros(3, 200)
+    kernels.product(kernels.prepare(x, 64), weight, out)
+    kernels.product_down(out, weight, down)
+    assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
+    assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "rows", "down"}
+    library.stub_refuse(ctypes.c_uint64(weight.scales.data_ptr()))
+    with pytest.raises(UsageError, match="pageable memory"):
+        kernels.product_down(out, weight, down)
+    with pytest.raises(EnvironmentUnsupportedError, match="there are 1 CUDA devices"):
+        Driver(torch.device("cuda", 1), tmp_path)
+    for kept in (tmp_path / "kept").iterdir():
+        kept.write_bytes(b"spoiled")
+    with pytest.raises(EnvironmentUnsupportedError, match=r"stub says no.*empty it"):
+        CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).prepare(x, 64)
