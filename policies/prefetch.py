@@ -30,6 +30,10 @@ class CyclicPrefetch:
         if self._next == len(self._order) and not self._once:
             self._next = 0
 
+    def restart(self) -> None:
+        """From the beginning of the round."""
+        self._next = 0
+
     def seek(self, key: Key) -> None:
         """The scan jumped: `key` is wanted now.
 

@@ -123,6 +123,11 @@ class Residency:
                 break
         self._retire()
 
+    def restart(self) -> None:
+        """Forget what passes through: the next round begins with an empty ring."""
+        self._ring.clear()
+        self._prefetch.restart()
+
     def _retire(self) -> None:
         while self._ring and self._ring[0].free:
             self._ring.popleft()

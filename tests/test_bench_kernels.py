@@ -98,6 +98,8 @@ def test_the_report_names_hardware_seed_and_dialect(result: dict[str, Any]) -> N
     assert "x bf16" in text
     assert "x torch int4" in text
     assert max(map(len, text.splitlines())) <= 200
+    kernels_named = [line.split()[0] for line in text.splitlines() if line.startswith(" product") or "ffn" in line]
+    assert kernels_named == sorted(kernels_named, key=["product", "products", "product_down", "ffn"].index)
 
 
 def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:

@@ -22,7 +22,7 @@ LADDER = (
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.convert", "store.planestore"),
     "plan",
-    *("tiers.slab", "tiers.tier", "tiers.transfer", "tiers.stack"),
+    *("tiers.slab", "tiers.crossover", "tiers.tier", "tiers.transfer", "tiers.stack"),
     *("model.rehearse", "model.binding", "model.embedding", "model.attach", "model.guard"),
     *("opening", "needs", "engine", "tiercache", "checks", "gpu_checks", "doctor", "bench", "summary", "cli"),
     "__main__",

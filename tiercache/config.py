@@ -100,6 +100,7 @@ class OffloadConfig:
         checks: verify every checksum before the model is handed out.
         kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can
             be.
+        cpu_tokens: up to how many tokens a pass has planes multiplied by the CPU in DRAM; None where it is measured.
     """
 
     hbm: Budget | None
@@ -111,12 +112,15 @@ class OffloadConfig:
     store: Path | None = None
     checks: bool = False
     kernels: KernelChoice = "auto"
+    cpu_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if self.kernels not in get_args(KernelChoice):
             raise UsageError(f"unknown kernels {self.kernels!r}; choose one of {', '.join(get_args(KernelChoice))}")
+        if self.cpu_tokens is not None and (isinstance(self.cpu_tokens, bool) or not self.cpu_tokens >= 0):
+            raise UsageError(f"cpu_tokens={self.cpu_tokens!r} must be a whole number of tokens, 0 or more, or None")
         for name, value in (("context", self.context), ("logits", self.logits)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")

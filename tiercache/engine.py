@@ -26,9 +26,11 @@ from tiercache.model.guard import Guard, refuse_closed
 from tiercache.needs import Demand, demand
 from tiercache.opening import Opened, open_model
 from tiercache.plan import Plan
+from tiercache.planes import RUNGS
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
+from tiercache.tiers.crossover import tokens_below
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
 
@@ -72,6 +74,7 @@ def offload(
     device: str = "auto",
     checks: bool = False,
     kernels: KernelChoice = "auto",
+    cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
 ) -> Iterator[transformers.PreTrainedModel]:
@@ -93,7 +96,9 @@ def offload(
         device: "auto", "cpu", "cuda" or "cuda:N".
         checks: verify every checksum of the store first.
         kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and
-            equal to the bit to the rounded model in transformers; "auto" is fast where that can be, and warns where not.
+            equal to the bit to the rounded model in transformers; "auto" is fast where it can be, and warns where not.
+        cpu_tokens: up to how many tokens a pass lets the CPU multiply, where they lie in DRAM, the planes that do not
+            stay in HBM, instead of copying them up; measured when None, 0 for never.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
 
@@ -113,6 +118,7 @@ def offload(
         store=None if store is None else Path(store).expanduser(),
         checks=checks,
         kernels=kernels,
+        cpu_tokens=cpu_tokens,
     )
     with ExitStack() as stack:
         yield _open(stack, model_or_path, config, show_progress, observe)
@@ -129,29 +135,40 @@ def _open(
     target = resolve_device(config.device)
     opened = open_model(model_or_path, config, show_progress=show_progress)
     kernels = _kernels(config, target)
-    asked = demand(opened, config, target, kernels=kernels is not None)
+    asked = demand(opened, config, target, kernels=bool(kernels))
     made = _plan(opened, asked, config, target)
     reader = stack.enter_context(Reader())
     tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
     stack.callback(tiers.close)
     tiers.load(show_progress=show_progress)
-    name = "torch" if config.precision == "source" else "decode" if kernels is None else kernels.name
+    name = "torch" if config.precision == "source" else kernels[target.type].name if kernels else "decode"
     stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats, kernels=name)
+    stats.cpu_tokens = _cpu_tokens(config, made, kernels, target)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels)
     return opened.model
 
 
-def _kernels(config: OffloadConfig, device: torch.device) -> Kernels | None:
-    """Who multiplies by planes; None decodes them, which is said aloud where it was not asked for."""
+def _kernels(config: OffloadConfig, device: torch.device) -> dict[str, Kernels]:
+    """Who multiplies by planes, by device; nobody decodes them, which is said aloud where it was not asked for."""
     if config.precision == "source" or config.kernels == "decode":
-        return None
+        return {}
     try:
-        return select(device)
+        return {"cpu": select(torch.device("cpu")), device.type: select(device)}
     except EnvironmentUnsupportedError as error:
         if config.kernels == "fast":
             raise
         warnings.warn(f"every matrix is decoded before it is multiplied, which is slow: {error}", stacklevel=5)
-        return None
+        return {}
+
+
+def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], device: torch.device) -> int:
+    """Up to how many tokens a pass lets the CPU multiply what does not stay in HBM."""
+    passing = made.hbm is not None and len(made.hbm.placement.pinned) < len(made.hbm.order)
+    if not passing or not kernels:
+        return 0
+    if config.cpu_tokens is not None:
+        return config.cpu_tokens
+    return tokens_below(kernels["cpu"], RUNGS[config.precision], device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -223,7 +240,7 @@ def _attach(
     device: torch.device,
     stats: Stats,
     config: OffloadConfig,
-    kernels: Kernels | None,
+    kernels: dict[str, Kernels],
 ) -> None:
     """Put hooks and parameters in; what undoes them goes on `stack`."""
     model = opened.model
@@ -240,7 +257,14 @@ def _attach(
         kernels,
     )
     stack.callback(attachment.close)
-    guard = Guard(model, stats, context=config.context, logits=config.logits, finish=attachment.end_pass)
+
+    def start(tokens: int) -> None:
+        below = tokens <= stats.cpu_tokens
+        stats.cpu_passes += below
+        tiers.begin(below=below)
+
+    limits = {"context": config.context, "logits": config.logits}
+    guard = Guard(model, stats, **limits, start=start, finish=attachment.end_pass)
     stack.callback(guard.close)
 
     def refresh(account: Stats) -> None:

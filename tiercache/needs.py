@@ -72,7 +72,8 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         always=again,
         table=None if table in runs or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
-        dram={"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context},
+        dram={"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context}
+        | ({"products": _product_scratch(opened, config)} if kernels and device.type != "cpu" else {}),
     )
     return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
 

@@ -53,6 +53,8 @@ class Stats:
         tiers: counters by tier, fastest first.
         kernels: who multiplies: "torch" for original weights, "decode", or the dialect of the plane kernels.
         passes: forward passes, and the tokens they carried.
+        cpu_tokens: passes of up to so many tokens had what does not stay in HBM multiplied by the CPU, in DRAM.
+        cpu_passes: how many passes did.
         first_pass_s: seconds of the newest prefill, which is the time to the first token.
         decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
         embedding_bytes: token embedding rows read from the SSD.
@@ -66,6 +68,8 @@ class Stats:
     tiers: dict[str, TierStats]
     lossy: bool = False
     kernels: str = "torch"
+    cpu_tokens: int = 0
+    cpu_passes: int = 0
     passes: int = 0
     tokens: int = 0
     prefill_tokens: int = 0

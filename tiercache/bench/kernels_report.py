@@ -45,15 +45,22 @@ def _table(device: str, results: list[dict[str, Any]]) -> Table:
     speeds = [f"x {name.removeprefix('torch ') if name.endswith('16') else name}" for name in _PEERS]
     for heading in ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", *speeds, "error"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for row in results:
-        if row["device"] == device:
-            shown.add_row(
-                *(row["kernel"], f"{row['rows']} x {row['columns']}", row["precision"], str(row["tokens"])),
-                *(f"{1e3 * row['seconds']:.3f}", f"{row['gbps']:.2f}", f"{row['ratio']:.0%}", f"{row['gflops']:.0f}"),
-                *(_speed(row, name) for name in _PEERS),
-                f"{row['max_error']:.1e}",
-            )
+    for row in _by_matrix([row for row in results if row["device"] == device]):
+        shown.add_row(
+            *(row["kernel"], f"{row['rows']} x {row['columns']}", row["precision"], str(row["tokens"])),
+            *(f"{1e3 * row['seconds']:.3f}", f"{row['gbps']:.2f}", f"{row['ratio']:.0%}", f"{row['gflops']:.0f}"),
+            *(_speed(row, name) for name in _PEERS),
+            f"{row['max_error']:.1e}",
+        )
     return shown
+
+
+def _by_matrix(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Precisions of a case one after another: those of one bundle were measured together."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results:
+        groups.setdefault((row["shape"], row["kernel"], row["rows"], row["columns"]), []).append(row)
+    return [row for group in groups.values() for row in group]
 
 
 def _speed(row: dict[str, Any], peer: str) -> str:

@@ -90,7 +90,7 @@ def report(result: dict[str, Any]) -> str:
     sizes, roofs = ours["pass_bytes"], ours["roofs"]
     lines.append(
         f"  the roof is {ours['roof_s']:.3f} s, bound by {ours['bound']}: of {human(sizes['needed'])} a pass "
-        f"{human(sizes['ssd'])} come from the SSD at {roofs['disk_gbps']:.2f} GB/s, DRAM gives {roofs['dram_gbps']:.1f} "
+        f"{human(sizes['ssd'])} come from the SSD at {roofs['disk_gbps']:.2f} GB/s, DRAM: {roofs['dram_gbps']:.1f} "
         f"GB/s, measured in the same run; tiercache takes {ours['over_roof']:.2f} x that"
     )
     lines += [f"  tiercache is {ratio:.2f} x as fast as {name}" for name, ratio in result["faster_than"].items()]

@@ -27,7 +27,7 @@ class Attachment:
         embedding: module name of the token embedding.
         table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
-        kernels: multiply by planes as they are; None makes weights of them.
+        kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Attachment:
         embedding: str,
         table: torch.Tensor | Rows,
         device: torch.device,
-        kernels: Kernels | None,
+        kernels: Mapping[str, Kernels],
     ) -> None:
         self._parameters = Parameters()
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
@@ -62,7 +62,7 @@ class Attachment:
         embedding: str,
         table: torch.Tensor | Rows,
         device: torch.device,
-        kernels: Kernels | None,
+        kernels: Mapping[str, Kernels],
     ) -> None:
         for use in uses:
             self._hide(model.get_submodule(use.module), device)

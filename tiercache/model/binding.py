@@ -11,7 +11,7 @@ Planes are not made into a weight where there are kernels: the module's `forward
 Knows modules and slots; not where slots come from.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class Binder:
         uses: what each module multiplies by.
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
-        kernels: multiply by planes as they are; None makes weights of them.
+        kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
     """
 
     def __init__(
@@ -50,19 +50,19 @@ class Binder:
         uses: Iterable[Use],
         supply: Source,
         workspace: torch.Tensor,
-        kernels: Kernels | None,
+        kernels: Mapping[str, Kernels],
     ) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
         self._bound: nn.Parameter | None = None
         self._hooks: list[RemovableHandle] = []
         self._forwards = Forwards()
-        self._inputs = None if kernels is None else Inputs(kernels)
+        self._inputs = Inputs()
         named = [(use, model.get_submodule(use.module)) for use in uses]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
             forward = None
-            if isinstance(use.weight, PlaneWeight) and kernels is not None and self._inputs is not None:
+            if isinstance(use.weight, PlaneWeight) and kernels:
                 partner = pairs.get(use.module)
                 forward = PlaneForward(use.module, module, use.weight, kernels, self._inputs, partner)
                 self._forwards.replace(module, forward)
@@ -74,8 +74,7 @@ class Binder:
         if self._bound is not None:
             hide(self._bound)
             self._bound = None
-        if self._inputs is not None:
-            self._inputs.forget()
+        self._inputs.forget()
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)

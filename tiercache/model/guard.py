@@ -24,6 +24,7 @@ class Guard:
         stats: where passes are counted.
         context: tokens, over the batch, that a KV cache may hold.
         logits: rows of logits that a pass may return.
+        start: called before each pass with the tokens it carries.
         finish: called after each pass, also after one that failed.
     """
 
@@ -34,9 +35,11 @@ class Guard:
         *,
         context: int,
         logits: int,
+        start: Callable[[int], None],
         finish: Callable[[], None],
     ) -> None:
-        self._stats, self._context, self._logits, self._finish = stats, context, logits, finish
+        self._stats, self._context, self._logits = stats, context, logits
+        self._start, self._finish = start, finish
         self._runner: threading.Thread | None = None
         self._choosing = threading.Lock()
         self._began_at = 0.0
@@ -77,6 +80,7 @@ class Guard:
         sequences, new, past = _shape(arguments, named)
         self._refuse(sequences, new, past, named)
         self._enter()
+        self._start(sequences * new)
         now = time.perf_counter()
         if self._decoding_since is not None and new == 1 and past > 0:
             self._stats.decode_s += now - self._decoding_since

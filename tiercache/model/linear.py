@@ -4,7 +4,7 @@ The module stays the same object with its parameters, hooks and class; for as lo
 an instance of `PlaneForward`. Knows modules, planes and kernels; not where slots come from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +34,18 @@ class _Made:
 class Inputs:
     """What several modules share of one input: its prepared form, and the product that its partner has made already."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._prepared: tuple[int, _Made] | None = None
+    def __init__(self) -> None:
+        self._prepared: tuple[Kernels, int, _Made] | None = None
         self._results: dict[str, _Made] = {}
 
-    def prepare(self, x: Tensor, tokens: Tensor, group: int) -> Prepared:
-        """`tokens` is x as a matrix; the newest one is kept."""
+    def prepare(self, kernels: Kernels, x: Tensor, tokens: Tensor, group: int) -> Prepared:
+        """`tokens` is x as a matrix, where the kernels compute; the newest one is kept."""
         if self._prepared is not None:
-            kept, made = self._prepared
-            if kept == group and made.fits(x) and isinstance(made.what, Prepared):
+            whose, kept, made = self._prepared
+            if whose is kernels and kept == group and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
-        prepared = self._kernels.prepare(tokens, group)
-        self._prepared = group, _Made(x, _version(x), prepared)
+        prepared = kernels.prepare(tokens, group)
+        self._prepared = kernels, group, _Made(x, _version(x), prepared)
         return prepared
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
@@ -74,7 +73,7 @@ class PlaneForward:
         name: the module's.
         module: an `nn.Linear` or a `Conv1D`.
         weight: its planes.
-        kernels: who multiplies.
+        kernels: who multiplies, by the kind of device that the slot is on.
         inputs: shared by all modules of the model.
         partner: name and planes of the module that will be called with the same input (up, for gate), or None.
     """
@@ -84,7 +83,7 @@ class PlaneForward:
         name: str,
         module: nn.Module,
         weight: PlaneWeight,
-        kernels: Kernels,
+        kernels: Mapping[str, Kernels],
         inputs: Inputs,
         partner: tuple[str, PlaneWeight] | None = None,
     ) -> None:
@@ -114,23 +113,26 @@ class PlaneForward:
                 piece = tokens[at : at + MAX_TOKENS]
                 result[at : at + MAX_TOKENS] = self._product(piece, piece, slot)
             return result
-        return self._product(x, tokens, slot).to(x.dtype)
+        return self._product(x, tokens, slot).to(x)  # dtype and device
 
     def _product(self, x: Tensor, tokens: Tensor, slot: Tensor) -> Tensor:
+        """fp32, on the device of the slot's kernels; a slot in main memory may be a GPU's or the CPU's to multiply."""
+        kernels = self._kernels[slot.device.type]
+        tokens = tokens.to(kernels.device)
         out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
         parts = self._parts(slot)
         if self._down:
-            self._kernels.product_down(tokens, parts[0], out)
+            kernels.product_down(tokens, parts[0], out)
             return out
-        prepared = self._inputs.prepare(x, tokens, self._weight.group)
+        prepared = self._inputs.prepare(kernels, x, tokens, self._weight.group)
         if len(parts) == 1:
-            self._kernels.product(prepared, parts[0], out)
+            kernels.product(prepared, parts[0], out)
         elif self._partner is None:
-            self._kernels.products(prepared, parts, out.split(self._weight.rows, dim=1))
+            kernels.products(prepared, parts, out.split(self._weight.rows, dim=1))
         else:
             other = torch.zeros_like(out)
-            self._kernels.products(prepared, parts, [out, other])
-            self._inputs.keep(self._partner[0], x, other.to(x.dtype))
+            kernels.products(prepared, parts, [out, other])
+            self._inputs.keep(self._partner[0], x, other.to(x))
         return out
 
     def _parts(self, slot: Tensor) -> list[Planes]:

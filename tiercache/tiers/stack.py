@@ -41,6 +41,37 @@ class Memory:
         """Nothing to do."""
 
 
+class Choice:
+    """Hands out units from the upper tier, or from the lower one in passes that multiply them there.
+
+    Args:
+        upper: the tier whose pinned units are always taken from it.
+        lower: where the others lie.
+    """
+
+    def __init__(self, upper: Tier, lower: Tier | Memory) -> None:
+        self._upper, self._lower = upper, lower
+        self._below = False
+
+    def begin(self, *, below: bool) -> None:
+        """A pass begins; `below`: it multiplies the passing units where they lie."""
+        if below != self._below:
+            (self._upper.pause if below else self._upper.resume)()
+            self._below = below
+
+    def acquire(self, key: Key) -> torch.Tensor:
+        """The slot of `key` in one of the tiers, valid until `release`."""
+        if not self._below or self._upper.pinned_slot(key) is not None:
+            return self._upper.acquire(key)
+        self._upper.count(key, hit=False)
+        return self._lower.acquire(key)
+
+    def release(self, key: Key) -> None:
+        """The key is not needed any more."""
+        above = not self._below or self._upper.pinned_slot(key) is not None
+        (self._upper if above else self._lower).release(key)
+
+
 class TierStack:
     """See the module.
 
@@ -74,16 +105,21 @@ class TierStack:
             assert below is not None
             if self._dram is not None:
                 stack.callback(self._dram.close)
-            self.top: Tier | Memory = below
+            self.top: Tier | Memory | Choice = below
             self._hbm = None
             if plan.hbm is not None:
                 transfer = Transfer(below, self._spans, device)
                 stack.callback(transfer.close)
                 self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
                 stack.callback(self._hbm.close)
-                self.top = self._hbm
+                self.top = Choice(self._hbm, below)
             self.stats["dram"] = below.stats
             self._closing = stack.pop_all()
+
+    def begin(self, *, below: bool) -> None:
+        """A pass begins; `below`: units that do not stay in HBM are handed out where they lie in DRAM."""
+        if isinstance(self.top, Choice):
+            self.top.begin(below=below)
 
     def load(self, *, show_progress: bool | None) -> None:
         """Bring every unit that stays to its place."""

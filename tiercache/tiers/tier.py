@@ -111,7 +111,7 @@ class Tier:
         self._arrivals: dict[Key, _Arrival] = {}
         self._ready: set[Key] = set()
         self._read_until: torch.cuda.Event | None = None
-        self._closed = False
+        self._closed = self._paused = False
 
     def decide(self, residency: Residency) -> None:
         """Let another `Residency` decide from now on; everything the last one brought is forgotten."""
@@ -184,8 +184,21 @@ class Tier:
 
     def prefetch(self) -> None:
         """Begin every load for which there is room."""
+        if self._paused:
+            return
         while (load := self._residency.next_load()) is not None:
             self._begin(load)
+
+    def pause(self) -> None:
+        """Between passes: give up what is on its way, and bring nothing until `resume`; what stays is handed out."""
+        self._paused = True
+        self._drop(tuple(key for key in self._arrivals if key not in self._ready))
+        self._residency.restart()
+
+    def resume(self) -> None:
+        """Bring again what passes through."""
+        self._paused = False
+        self.prefetch()
 
     def close(self) -> None:
         """Wait for what is under way and give the memory back; harmless when done twice."""

@@ -1,0 +1,91 @@
+"""Measures, on this machine and now, what it costs to bring planes up and to multiply them where they lie.
+
+Knows slabs and kernels; the decision is `policies.offload`'s.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from policies import offload
+from tiercache.kernels.contract import MAX_TOKENS, Kernels
+from tiercache.planes import PLANE_BITS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.tiers.slab import Slab
+
+_COLUMNS, _GROUP = 4096, 64
+_BYTES = 48 << 20  # read once for each measurement: more than most caches hold
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, MAX_TOKENS)
+_REPEATS = 3
+
+
+def tokens_below(kernels: Kernels, planes: int, device: torch.device) -> int:
+    """Up to how many tokens a pass is faster with the CPU multiplying in DRAM than with copies to `device`.
+
+    Takes some 50 MB of main memory for as long as it measures, and a tenth of that on `device`.
+
+    Args:
+        kernels: the CPU's.
+        planes: how many planes the weights have.
+        device: where the fastest tier lies.
+    """
+    lower = Slab(_BYTES, torch.device("cpu"), pinned=device.type == "cuda")
+    try:
+        weight = _matrix(lower.bytes, planes)
+        used = weight.rows * _row_bytes(planes)
+        link_s = _link(lower.bytes[:used], device)
+        product_s: dict[int, float] = {}
+        for tokens in _TOKENS:
+            product_s[tokens] = _product(kernels, weight, tokens)
+            if product_s[tokens] >= link_s:
+                break
+        return offload.tokens_below(link_s, product_s)
+    finally:
+        lower.close()
+
+
+def _row_bytes(planes: int) -> int:
+    return sum(plane_row_bytes(_COLUMNS, _GROUP, p) for p in range(planes)) + scale_row_bytes(_COLUMNS, _GROUP)
+
+
+def _matrix(memory: torch.Tensor, planes: int) -> Planes:
+    """A matrix that fills `memory`; its weights are zero, which takes as long as any others."""
+    memory.zero_()
+    rows, at, cut = memory.numel() // _row_bytes(planes), 0, []
+    for p in range(min(planes, len(PLANE_BITS))):
+        nbytes = rows * plane_row_bytes(_COLUMNS, _GROUP, p)
+        cut.append(memory[at : at + nbytes].view(rows, -1))
+        at += nbytes
+    scales = memory[at : at + rows * scale_row_bytes(_COLUMNS, _GROUP)]
+    return Planes(tuple(cut), scales.view(torch.float16).view(rows, -1, 2), _COLUMNS, _GROUP)
+
+
+def _link(source: torch.Tensor, device: torch.device) -> float:
+    """Seconds to copy `source` up, in pieces as large as a unit's."""
+    target = Slab(_BYTES // 8, device).bytes
+
+    def copy() -> None:
+        for piece in source.split(target.numel()):
+            target[: piece.numel()].copy_(piece, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return _seconds(copy)
+
+
+def _product(kernels: Kernels, weight: Planes, tokens: int) -> float:
+    """Seconds of a product with `tokens`, the preparation of its input included."""
+    x, out = torch.ones(tokens, _COLUMNS), torch.zeros(tokens, weight.rows)
+    return _seconds(lambda: kernels.product(kernels.prepare(x, _GROUP), weight, out))
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The median of a few, after one that does not count."""
+    work()
+    taken = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return statistics.median(taken)
