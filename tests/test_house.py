@@ -23,7 +23,7 @@ LADDER = (
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.convert", "store.planestore"),
     "plan",
     *("tiers.slab", "tiers.crossover", "tiers.tier", "tiers.transfer", "tiers.stack"),
-    *("model.rehearse", "model.binding", "model.embedding", "model.attach", "model.guard"),
+    *("model.rehearse", "model.linear", "model.binding", "model.embedding", "model.attach", "model.guard"),
     *("opening", "needs", "engine", "tiercache", "checks", "gpu_checks", "doctor", "bench", "summary", "cli"),
     "__main__",
 )

@@ -32,12 +32,14 @@ class Prepared:
     Attributes:
         tokens, columns, group: of the activations.
         data: the dialect's own.
+        dialect: whose it is; another's would read nonsense.
     """
 
     tokens: int
     columns: int
     group: int
     data: tuple[Tensor, ...]
+    dialect: str = ""
 
 
 class Kernels(Protocol):
@@ -89,12 +91,15 @@ def checked_rows(rows: Tensor | None, weight: Planes) -> int:
     Raises:
         UsageError: not int32 or int64, or out of range.
     """
-    if rows is None:
-        return weight.rows
+    return weight.rows if rows is None else checked_index(rows, weight.rows)
+
+
+def checked_index(rows: Tensor, available: int) -> int:
+    """How many rows a list names, of a matrix that has `available`; see `checked_rows`."""
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < weight.rows:
-        raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {weight.rows}")
+    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < available:
+        raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {available}")
     return rows.numel()
 
 
@@ -107,10 +112,11 @@ def check_output(out: Tensor, tokens: int, features: int, device: torch.device) 
         raise UsageError(f"out is on {out.device}, these kernels are of {device}")
 
 
-def check_activations(x: Tensor, features: int) -> None:
-    """Refuse activations of another shape or kind."""
+def check_activations(x: Tensor, features: int | None = None) -> None:
+    """Refuse activations of another shape or kind; any number of features if None."""
     kinds = (torch.float32, torch.float16, torch.bfloat16)
-    if x.ndim != 2 or x.dtype not in kinds or x.shape[1] != features:
-        raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32, fp16 or bf16 [tokens, {features}]")
+    if x.ndim != 2 or x.dtype not in kinds or (features is not None and x.shape[1] != features):
+        wanted = "features" if features is None else features
+        raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32, fp16 or bf16 [tokens, {wanted}]")
     if x.shape[0] > MAX_TOKENS:
         raise UsageError(f"{x.shape[0]} tokens in one call; cut them into calls of {MAX_TOKENS}")

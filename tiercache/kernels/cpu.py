@@ -16,8 +16,15 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import build
-from tiercache.kernels.contract import ACTIVATIONS, Prepared, check_activations, check_output, checked_rows
-from tiercache.planes import Planes
+from tiercache.kernels.contract import (
+    ACTIVATIONS,
+    Prepared,
+    check_activations,
+    check_output,
+    checked_index,
+    checked_rows,
+)
+from tiercache.planes import Planes, num_groups
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGN = 64
@@ -70,47 +77,57 @@ class CpuKernels:
         self._few = self._library.tc_few()
         self._threads = threads
         self._parallel = _openmp()
+        self._teams: dict[int, _Team] = {}
+        self._sizes: dict[tuple[int, int, int], int] = {}
         self._placed: WeakKeyDictionary[Planes, _Matrix] = WeakKeyDictionary()
         self._pairs: WeakKeyDictionary[Planes, tuple[ReferenceType[Planes], _Matrix | None]] = WeakKeyDictionary()
 
     def prepare(self, x: Tensor, group: int) -> Prepared:
         """See `contract.Kernels`."""
-        check_activations(x, x.shape[-1])
+        check_activations(x)
+        _check_host("x", x)
         tokens, columns = x.shape
+        num_groups(columns, group)  # refuses a size that there is not
         few = int(tokens <= self._few)
-        nbytes = self._library.tc_prepared_bytes(tokens, columns, group)
+        nbytes = self._sizes.get((tokens, columns, group))
+        if nbytes is None:
+            nbytes = self._sizes[tokens, columns, group] = self._library.tc_prepared_bytes(tokens, columns, group)
         memory = torch.empty(nbytes + _ALIGN, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % _ALIGN :]
         source, keep = _input(x)
         self._library.tc_prepare(byref(source), columns, group, few, memory.data_ptr(), byref(self._team()))
         del keep
-        return Prepared(tokens, columns, group, (memory,))
+        return Prepared(tokens, columns, group, (memory,), self.name)
 
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
-        _check_match(x, weight)
+        self._check_match(x, weight)
         matrix, keep = _taken(self._matrix(weight), rows)
         self._product(x, matrix, out)
         del keep
 
     def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
         """See `contract.Kernels`."""
+        if len(weights) != len(outs):
+            raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
+        for weight, out in zip(weights, outs, strict=True):
+            check_output(out, x.tokens, weight.rows, self.device)
+            self._check_match(x, weight)
         pair = self._pair(weights)
         if pair is None:
             for weight, out in zip(weights, outs, strict=True):
-                self.product(x, weight, out)
+                self._product(x, self._matrix(weight), out)
             return
-        _check_match(x, weights[0])
         both = torch.zeros(x.tokens, weights[0].rows, 2)
         self._product(x, pair, both.view(x.tokens, -1))
         for part, out in enumerate(outs):
-            check_output(out, x.tokens, weights[0].rows, self.device)
             out += both[..., part]
 
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
+        _check_host("x", x)
         check_output(out, x.shape[0], weight.columns, self.device)
         matrix, keep = _taken(self._matrix(weight), rows)
         source, kept = _input(x)
@@ -134,7 +151,7 @@ class CpuKernels:
         count = checked_rows(rows, down)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
-            _check_match(x, weight)
+            self._check_match(x, weight)
             if weight.rows != down.rows:
                 raise UsageError(f"inward matrices of {weight.rows} neurons beside a down matrix of {down.rows}")
         entry = self._matrix(inward[0]) if len(inward) == 1 else self._pair(inward)
@@ -150,15 +167,18 @@ class CpuKernels:
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`."""
-        index, team, at = rows.to(torch.int64).contiguous(), self._team(), out.data_ptr()
+        for what, tensor in (("rows", rows), ("out", out)):
+            _check_host(what, tensor)
         needed = sum(piece.shape[1] for piece in pieces) * rows.numel()
         if out.dtype != torch.uint8 or not out.is_contiguous() or out.numel() < needed:
             raise UsageError(f"out is {out.dtype} of {out.numel()}, expected at least {needed} bytes in one piece")
         for piece in pieces:
+            _check_host("a piece", piece)
             if piece.dtype != torch.uint8 or piece.ndim != 2 or piece.stride(1) != 1:
                 raise UsageError(f"cannot gather rows of {piece.dtype} {list(piece.shape)}; give byte matrices")
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < piece.shape[0]:
-                raise UsageError(f"rows {int(index.min())} to {int(index.max())} of a matrix of {piece.shape[0]}")
+            checked_index(rows, piece.shape[0])
+        index, team, at = rows.to(torch.int64).contiguous(), self._team(), out.data_ptr()
+        for piece in pieces:
             source, stride, width = piece.data_ptr(), piece.stride(0), piece.shape[1]
             self._library.tc_gather(source, stride, width, index.data_ptr(), index.numel(), at, byref(team))
             at += width * index.numel()
@@ -185,9 +205,21 @@ class CpuKernels:
         where = (out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_product(byref(matrix), x.tokens, few, data, *where)
 
+    def _check_match(self, x: Prepared, weight: Planes) -> None:
+        if (x.columns, x.group) != (weight.columns, weight.group):
+            raise UsageError(
+                f"activations of {x.columns} in groups of {x.group} for a matrix of {weight.columns} in groups of "
+                f"{weight.group}; prepare them for it"
+            )
+        if x.dialect != self.name:
+            raise UsageError(f"activations prepared by {x.dialect or 'others'} for {self.name}; prepare them again")
+
     def _team(self) -> _Team:
+        """The threads that torch uses now."""
         threads = self._threads or torch.get_num_threads()
-        return _Team(self._parallel, threads if self._parallel else 1, 0)
+        if threads not in self._teams:
+            self._teams[threads] = _Team(self._parallel, threads if self._parallel else 1, 0)
+        return self._teams[threads]
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -233,10 +265,13 @@ def _openmp() -> int | None:
 def _matrix(weight: Planes) -> _Matrix:
     matrix = _Matrix(rows=weight.rows, columns=weight.columns, group=weight.group, planes=len(weight.planes), parts=1)
     for p, plane in enumerate(weight.planes):
+        _check_host(f"plane {p}", plane)
         if plane.stride(1) != 1:
             raise UsageError(f"plane {p} has its bytes {plane.stride(1)} apart; the bytes of a row must lie together")
         matrix.plane[p], matrix.plane_stride[p] = plane.data_ptr(), plane.stride(0)
-    if weight.scales.stride()[1:] != (2, 1) and weight.scales.shape[1] > 1:
+    _check_host("the scales", weight.scales)
+    apart, within = weight.scales.stride()[1:]
+    if within != 1 or (apart != 2 and weight.scales.shape[1] > 1):
         raise UsageError(f"scales have strides {weight.scales.stride()}; those of a row must lie together")
     matrix.scale, matrix.scale_stride = weight.scales.data_ptr(), 2 * weight.scales.stride(0)
     return matrix
@@ -246,6 +281,7 @@ def _taken(matrix: _Matrix, rows: Tensor | None) -> tuple[_Matrix, Tensor | None
     """Some rows of a matrix, and what must outlive them."""
     if rows is None:
         return matrix, None
+    _check_host("rows", rows)
     index = rows.to(torch.int64).contiguous()
     some = _Matrix.from_buffer_copy(matrix)
     some.index, some.rows = index.data_ptr(), index.numel() * matrix.parts
@@ -276,9 +312,6 @@ def _stride(out: Tensor) -> int:
     return out.stride(0) if out.shape[0] > 1 else out.shape[1]
 
 
-def _check_match(x: Prepared, weight: Planes) -> None:
-    if (x.columns, x.group) != (weight.columns, weight.group):
-        raise UsageError(
-            f"activations of {x.columns} in groups of {x.group} for a matrix of {weight.columns} in groups of "
-            f"{weight.group}; prepare them for it"
-        )
+def _check_host(what: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise UsageError(f"{what} is on {tensor.device}; these kernels are the CPU's")

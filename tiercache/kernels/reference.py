@@ -54,7 +54,7 @@ class ReferenceKernels:
 
     def prepare(self, x: Tensor, group: int) -> Prepared:
         """See `contract.Kernels`."""
-        check_activations(x, x.shape[-1])
+        check_activations(x)
         return Prepared(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:

@@ -1,0 +1,109 @@
+"""Passes of few tokens multiply in DRAM what does not stay in HBM: the same bits, and nothing is copied."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiercache
+from policies.offload import tokens_below
+from tiercache.errors import UsageError
+from tiercache.kernels.select import select
+from tiercache.stats import Stats
+from tiercache.tiers import crossover
+
+CONTEXT = 64
+IDS = torch.randint(3, 131, (1, 9), generator=torch.Generator().manual_seed(3))
+
+
+def run(store: Path, **options: object) -> tuple[list[torch.Tensor], Stats]:
+    """A prefill of nine tokens, four steps, and a second prefill."""
+    with tiercache.offload(store, precision="int4", dram="64MiB", context=CONTEXT, **options) as model:
+        with torch.no_grad():
+            output = model(input_ids=IDS, use_cache=True)
+            logits = [output.logits]
+            for place in range(4):
+                token = IDS[:, place : place + 1]
+                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                logits.append(output.logits)
+            logits.append(model(input_ids=IDS).logits)
+        return logits, model.tiercache.stats()
+
+
+def small(store: Path) -> int:
+    """An HBM budget in which a few units stay and the others pass."""
+    with tiercache.offload(store, precision="int4", dram="64MiB", hbm="64MiB", context=CONTEXT) as model:
+        plan = model.tiercache.plan.hbm
+        return sum(plan.reserved_bytes.values()) + 75_000
+
+
+@pytest.mark.parametrize("hbm_spare", [0, 10_000])
+def test_the_same_bits_wherever_they_are_multiplied(hbm_spare: int, plane_store: Callable[..., Path]) -> None:
+    store = plane_store("llama")
+    hbm = small(store) + hbm_spare
+    want, _ = run(store)
+    moved = {}
+    for most, passes in ((0, 0), (1, 4), (8, 4), (9, 6), (512, 6)):
+        logits, stats = run(store, hbm=hbm, cpu_tokens=most)
+        assert all(torch.equal(one, other) for one, other in zip(logits, want, strict=True)), most
+        assert (stats.cpu_tokens, stats.cpu_passes) == (most, passes)
+        upper = stats.tiers["hbm"]
+        assert upper.misses > 0
+        assert upper.peak_bytes <= upper.capacity_bytes
+        moved[most] = upper.loaded_bytes
+    assert moved[512] == moved[9] < moved[1] < moved[0]
+
+
+def test_what_passes_is_not_copied_at_all_when_all_is_multiplied_below(plane_store: Callable[..., Path]) -> None:
+    store = plane_store("llama")
+    hbm = small(store)
+    _, stats = run(store, hbm=hbm, cpu_tokens=512)
+    upper = stats.tiers["hbm"]
+    # main memory was asked for what stays in HBM, once, and for all that passes, in each pass
+    assert stats.tiers["dram"].needed_bytes == upper.loaded_bytes + upper.miss_bytes
+    assert upper.hit_bytes == stats.passes * upper.loaded_bytes > 0
+
+
+def test_it_is_measured_where_it_is_not_said(plane_store: Callable[..., Path]) -> None:
+    store = plane_store("llama")
+    logits, stats = run(store, hbm=small(store))
+    assert stats.cpu_tokens in {0, *crossover._TOKENS}
+    want, _ = run(store)
+    assert all(torch.equal(one, other) for one, other in zip(logits, want, strict=True))
+
+
+def test_with_all_in_hbm_nothing_is_measured_or_multiplied_below(plane_store: Callable[..., Path]) -> None:
+    _, stats = run(plane_store("llama"), hbm="64MiB")
+    assert (stats.cpu_tokens, stats.cpu_passes) == (0, 0)
+
+
+def test_original_weights_are_always_copied_up(checkpoint: Callable[..., Path]) -> None:
+    options = {"dram": "64MiB", "context": CONTEXT, "cpu_tokens": 512}
+    with tiercache.offload(checkpoint("llama"), hbm="64MiB", **options) as model:
+        reserved = sum(model.tiercache.plan.hbm.reserved_bytes.values())
+    with tiercache.offload(checkpoint("llama"), hbm=reserved + 120_000, **options) as model:
+        model(input_ids=IDS)
+        assert model.tiercache.stats().cpu_tokens == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, True])
+def test_a_wrong_number_is_refused(wrong: object, plane_store: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="cpu_tokens"):
+        run(plane_store("llama"), cpu_tokens=wrong)
+
+
+@given(st.floats(0.001, 10), st.dictionaries(st.integers(1, 512), st.floats(0.001, 10), max_size=6))
+def test_the_decision(link_s: float, product_s: dict[int, float]) -> None:
+    most = tokens_below(link_s, product_s)
+    assert most == 0 or most in product_s
+    assert all(product_s[tokens] < link_s for tokens in product_s if tokens <= most)
+    beyond = sorted(tokens for tokens in product_s if tokens > most)
+    assert not beyond or product_s[beyond[0]] >= link_s
+
+
+def test_the_measurement_gives_its_memory_back() -> None:
+    host = torch.device("cpu")
+    assert crossover.tokens_below(select(host), 2, host) in {0, *crossover._TOKENS}
