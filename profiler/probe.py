@@ -72,23 +72,36 @@ def folder_read(folder: Path, *, sample_bytes: int = 256 << 20) -> ReadRoof:
         return disk_read(Path(file.name), settings=((4, 2 << 20),))
 
 
-def dram_read(*, threads: int | None = None, size_bytes: int = 1 << 30, repeats: int = 5) -> float:
-    """GB/s of the C library's own vectorised scan (`memchr`) over memory, on all cores; the median of `repeats`.
+def dram_read(
+    *,
+    threads: int | None = None,
+    size_bytes: int = 1 << 30,
+    repeats: int = 5,
+    memory: memoryview | None = None,
+) -> float:
+    """GB/s of the C library's own vectorised comparison (of memory with itself) on all cores; median of `repeats`.
 
-    It needs no compiler, loads every byte once and does next to nothing with it: about what the best plain vector
-    read reaches, where a framework's sum stays at two thirds. Pages are huge where the system has them, as in the
-    tiers' slabs: among ordinary ones the search for pages, not the memory, may set the rate.
+    It needs no compiler, loads every byte from memory once and does next to nothing with it: about what the best plain
+    vector read reaches, where a framework's sum stays at two thirds. Pages are huge where the system has them, as in
+    the tiers' slabs: among ordinary ones the search for pages, not the memory, may set the rate.
+
+    Args:
+        threads: as many as cores by default.
+        size_bytes: how much to read.
+        repeats: how often.
+        memory: what to read instead of new memory: of a machine with several memories each place has its own roof.
     """
     workers = threads or len(os.sched_getaffinity(0))
-    share = size_bytes // workers
-    memory = _huge(share * workers)  # unmapped with the last name for it
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    ctypes.memset(address, 1, share * workers)
-    scan = ctypes.CDLL(None).memchr
-    scan.argtypes, scan.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
+    if memory is None:
+        memory = _huge(size_bytes)
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size_bytes)
+    address, share = ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory.nbytes // workers
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes, compare.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
+    starts = [address + n * share for n in range(workers)]
     rates = []
     for _ in range(repeats):
-        jobs = [lambda at=address + n * share: scan(at, 0, share) for n in range(workers)]
+        jobs = [lambda at=at: compare(at, at, share) for at in starts]
         rates.append(share * workers / _together(jobs) / 1e9)
     return statistics.median(rates)
 

@@ -101,7 +101,7 @@ def test_gbps_counts_codes_and_scales(result: dict[str, Any]) -> None:
 
 def test_the_report_names_hardware_seed_and_dialect(result: dict[str, Any]) -> None:
     text = kernels_report.report(result)
-    head = "".join(text.splitlines()[:2])
+    head = "".join(text.splitlines()[:3])
     for part in ("seed 0", "threads", "kernels reference", "roof"):
         assert part in head
     assert "x bf16" in text

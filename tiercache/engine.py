@@ -18,7 +18,7 @@ from tiercache import plan
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Precision, SizeLike, human
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
-from tiercache.kernels.select import select
+from tiercache.kernels.select import is_ready, select
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
@@ -27,6 +27,7 @@ from tiercache.needs import Demand, demand
 from tiercache.opening import Opened, open_model
 from tiercache.plan import Plan
 from tiercache.planes import RUNGS
+from tiercache.progress import note
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
@@ -134,7 +135,7 @@ def _open(
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
     opened = open_model(model_or_path, config, show_progress=show_progress)
-    kernels = _kernels(config, target)
+    kernels = _kernels(config, target, show_progress)
     asked = demand(opened, config, target, kernels=bool(kernels))
     made = _plan(opened, asked, config, target)
     reader = stack.enter_context(Reader())
@@ -148,10 +149,12 @@ def _open(
     return opened.model
 
 
-def _kernels(config: OffloadConfig, device: torch.device) -> dict[str, Kernels]:
+def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | None) -> dict[str, Kernels]:
     """Who multiplies by planes, by device; nobody decodes them, which is said aloud where it was not asked for."""
     if config.precision == "source" or config.kernels == "decode":
         return {}
+    if not is_ready(torch.device("cpu")):
+        note("compiling the kernels for this processor, once; it takes some 15 seconds", show=show_progress)
     try:
         return {"cpu": select(torch.device("cpu")), device.type: select(device)}
     except EnvironmentUnsupportedError as error:

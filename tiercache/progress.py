@@ -20,6 +20,12 @@ from rich.progress import (
 Advance = Callable[[int], None]
 
 
+def note(text: str, *, show: bool | None = None) -> None:
+    """A line on standard error about something that takes a while; `show` as for `bar`."""
+    if sys.stderr.isatty() if show is None else show:
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def bar(title: str, total_bytes: int, *, done_bytes: int = 0, show: bool | None = None) -> Iterator[Advance]:
     """A progress bar on standard error; calls of what it yields add bytes.

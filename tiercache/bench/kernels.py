@@ -130,10 +130,6 @@ class _Run:
         rows = []
         for shape in self._options.shapes:
             rows += [row for layout in _by_layout(kernel_cases.cases(shape)) for row in self._layout(layout)]
-        self._roofs.append(self._stand.roof_gbps(self._options.effort))
-        roof = max(self._roofs)  # others may use the same memory: the best of many tells what it can do
-        for row in rows:
-            row |= {"roof_gbps": roof, "ratio": row["gbps"] / roof}
         found = {
             "device": self._stand.label,
             "kernels": self._stand.kernels.name,
@@ -150,14 +146,23 @@ class _Run:
         peers = {case: self._peers(case, inputs[case]) for case in layout}
         first = layout[0]
         for rung in self._options.precisions:
-            self._roofs.append(self._stand.roof_gbps(self._options.effort))
+            rows: list[dict[str, Any]] = []
             shape = (first.rows, first.columns, first.parts)
             units = workset.make(self._stand, self._options.effort, self._pool, shape, rung)
+            before = self._roof(units)
             for case in layout:
-                for row in self._case(case, units, inputs[case]):
-                    yield row | _beside(peers[case], row["tokens"])
+                rows += [row | _beside(peers[case], row["tokens"]) for row in self._case(case, units, inputs[case])]
                 self._advance(case.weights)
+            roof = (before + self._roof(units)) / 2  # others use the same memory: what it gives changes within seconds
             del units  # before the next take their memory
+            yield from (row | {"roof_gbps": roof, "ratio": row["gbps"] / roof} for row in rows)
+
+    def _roof(self, units: list[tuple[Planes, ...]]) -> float:
+        """Of the very memory that the matrices lie in."""
+        memory = torch.empty(0, dtype=torch.uint8, device=self._stand.device)
+        memory.set_(units[0][0].planes[0].untyped_storage())
+        self._roofs.append(self._stand.roof_gbps(self._options.effort, memory))
+        return self._roofs[-1]
 
     def _activations(self, case: Case) -> Tensor:
         """bf16 [most tokens, inputs]; a call of fewer tokens takes the first."""

@@ -43,7 +43,7 @@ class CudaStand:
         """See `Stand`."""
         return Slab(nbytes, self.device).bytes
 
-    def roof_gbps(self, effort: Effort) -> float:
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
         """The better of a copy within the device, which moves each byte twice, and a sum."""
         source = torch.ones(effort.roof_bytes // 4, device=self.device)
         target = torch.empty_like(source)
@@ -84,7 +84,7 @@ class PinnedStand(CudaStand):
         self._slab = Slab(nbytes, torch.device("cpu"), pinned=True)
         return self._slab.bytes
 
-    def roof_gbps(self, effort: Effort) -> float:
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
         """One large copy from pinned memory to the device."""
         self.close()
         slab = Slab(effort.roof_bytes, torch.device("cpu"), pinned=True)

@@ -30,10 +30,10 @@ def report(result: dict[str, Any]) -> str:
 
 def _stand(stand: dict[str, Any]) -> list[str]:
     low, high = min(stand["roofs_gbps"]), max(stand["roofs_gbps"])
+    turns = f"matrices of {human(stand['working_set_bytes'])} take turns, the cache has {human(stand['cache_bytes'])}"
     return [
-        f"{stand['device']}: kernels {stand['kernels']}; roof {high:.1f} GB/s; "
-        f"at other times in this run {low:.1f} and more; "
-        f"matrices of {human(stand['working_set_bytes'])} take turns, the cache has {human(stand['cache_bytes'])}",
+        f"{stand['device']}: kernels {stand['kernels']}; {turns}",
+        f"{stand['device']}: the roof, read from each matrix before and after, was {low:.1f} to {high:.1f} GB/s",
         *(f"{stand['device']}: {name} is left out: {reason}" for name, reason in stand["peers_left_out"].items()),
     ]
 

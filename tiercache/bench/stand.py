@@ -66,8 +66,8 @@ class Stand(Protocol):
     def memory(self, nbytes: int) -> Tensor:
         """Bytes to lay matrices out in."""
 
-    def roof_gbps(self, effort: Effort) -> float:
-        """What reading that memory from the device reaches at most, measured now."""
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
+        """What reading `memory` from the device, or other memory like it, reaches at most, measured now."""
 
     def wait(self) -> None:
         """Return when all work that was started is done."""
@@ -100,9 +100,9 @@ class CpuStand:
             )
         return Slab(nbytes, self.device).bytes
 
-    def roof_gbps(self, effort: Effort) -> float:
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
         """See `Stand`."""
-        return probe.dram_read(size_bytes=effort.roof_bytes)
+        return probe.dram_read(memory=memory.numpy().data)
 
     def wait(self) -> None:
         """See `Stand`."""

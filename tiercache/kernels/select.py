@@ -30,6 +30,11 @@ def select(device: torch.device) -> Kernels:
     return CpuKernels()
 
 
+def is_ready(device: torch.device) -> bool:
+    """Whether `select` would not have to compile first, which takes some seconds."""
+    return device.type != "cpu" or build.is_built(build.instruction_sets()[0])
+
+
 def describe(device: torch.device) -> tuple[bool, str]:
     """Whether the fast dialect serves `device`, and a line about it for a person; compiles nothing."""
     if device.type == "cuda":

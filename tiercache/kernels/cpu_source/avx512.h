@@ -180,58 +180,6 @@ INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, in
     return plus(times(dot, times(step, xs)), times(offset, xt));
 }
 
-/* Chunk `chunk` in the sequence of fetching rows ahead: 256 bytes of one row after another, as they lie. */
-INLINE void fetch_rows(const Row next[4], int planes, int group, int32_t chunk) {
-    const Row *r = next + (chunk & 3);
-    const int64_t at = (int64_t)(chunk & ~3) * 64;
-    for (int i = 0; i < 4; i++) {
-        _mm_prefetch((const char *)r->a + at + 64 * i, _MM_HINT_T1);
-        if (planes > 1) _mm_prefetch((const char *)r->b + at + 64 * i, _MM_HINT_T1);
-        if (planes > 2) {
-            _mm_prefetch((const char *)r->c + 2 * at + 128 * i, _MM_HINT_T1);
-            _mm_prefetch((const char *)r->c + 2 * at + 128 * i + 64, _MM_HINT_T1);
-        }
-    }
-    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
-}
-
-/* The results of four rows for one token; `next` are the rows whose bytes will be wanted afterwards, or NULL. */
-INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, const Shape *s, const Prepared *x,
-                       int64_t token) {
-    const int8_t *high = x->high + token * s->parts * 64, *low = x->low + token * s->parts * 64;
-    const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts;
-    __m512 result = _mm512_setzero_ps();
-    const int32_t whole = s->bytes / 64;
-    for (int32_t chunk = 0; chunk < whole; chunk++) {
-        if (next) fetch_rows(next, planes, group, chunk);
-        result = plus(result, dot_chunk(r, planes, group, chunk, 64, high, low, scale, sum));
-    }
-    if (whole < s->chunks)
-        result = plus(result, dot_chunk(r, planes, group, whole, s->bytes - whole * 64, high, low, scale, sum));
-    return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(result), _mm512_extractf32x4_ps(result, 1)),
-                      _mm_add_ps(_mm512_extractf32x4_ps(result, 2), _mm512_extractf32x4_ps(result, 3)));
-}
-
-/* Rows [first, last) for all tokens; `skip` rows after them are expected to be another thread's. */
-INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
-                     int64_t last, int64_t skip, float *out, int64_t stride) {
-    Row r[4], next[4];
-    for (int64_t row = first; row < last; row += 4) {
-        const int64_t ahead = row + AHEAD < last ? row + AHEAD : row + AHEAD + skip;
-        for (int i = 0; i < 4; i++) {
-            r[i] = row_at(m, row + i < last ? row + i : last - 1);
-            next[i] = row_at(m, ahead + i < m->rows ? ahead + i : m->rows - 1);
-        }
-        const int count = last - row < 4 ? (int)(last - row) : 4;
-        const __mmask8 some = (__mmask8)((1u << count) - 1);
-        for (int32_t t = 0; t < x->tokens; t++) {
-            const __m128 sum = dot_rows(r, t ? NULL : next, planes, group, s, x, t);
-            float *to = out + t * stride + row;
-            _mm_mask_storeu_ps(to, some, _mm_add_ps(_mm_maskz_loadu_ps(some, to), sum));
-        }
-    }
-}
-
 /* The rows being fetched: every visit takes two chunks of a row, then the next row's. */
 typedef struct {
     const Row *row, *end;
@@ -258,6 +206,44 @@ INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
     _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
     fetch->at += 128;
     if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
+}
+
+/* The results of four rows for one token; `next` are the rows whose bytes will be wanted afterwards, or NULL. */
+INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, const Shape *s, const Prepared *x,
+                       int64_t token) {
+    const int8_t *high = x->high + token * s->parts * 64, *low = x->low + token * s->parts * 64;
+    const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts;
+    __m512 result = _mm512_setzero_ps();
+    const int32_t whole = s->bytes / 64;
+    Fetch fetch = fetch_from(next, next ? 4 : 0, 0, s->chunks);
+    for (int32_t chunk = 0; chunk < whole; chunk++) {
+        fetch_ahead(&fetch, planes, group), fetch_ahead(&fetch, planes, group); /* four rows while four are multiplied */
+        result = plus(result, dot_chunk(r, planes, group, chunk, 64, high, low, scale, sum));
+    }
+    if (whole < s->chunks)
+        result = plus(result, dot_chunk(r, planes, group, whole, s->bytes - whole * 64, high, low, scale, sum));
+    return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(result), _mm512_extractf32x4_ps(result, 1)),
+                      _mm_add_ps(_mm512_extractf32x4_ps(result, 2), _mm512_extractf32x4_ps(result, 3)));
+}
+
+/* Rows [first, last) for all tokens; `skip` rows after them are expected to be another thread's. */
+INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, const Shape *s, int64_t first,
+                     int64_t last, int64_t skip, float *out, int64_t stride) {
+    Row r[4], next[4];
+    for (int64_t row = first; row < last; row += 4) {
+        const int64_t ahead = row + AHEAD < last ? row + AHEAD : row + AHEAD + skip;
+        for (int i = 0; i < 4; i++) {
+            r[i] = row_at(m, row + i < last ? row + i : last - 1);
+            next[i] = row_at(m, ahead + i < m->rows ? ahead + i : m->rows - 1);
+        }
+        const int count = last - row < 4 ? (int)(last - row) : 4;
+        const __mmask8 some = (__mmask8)((1u << count) - 1);
+        for (int32_t t = 0; t < x->tokens; t++) {
+            const __m128 sum = dot_rows(r, t ? NULL : next, planes, group, s, x, t);
+            float *to = out + t * stride + row;
+            _mm_mask_storeu_ps(to, some, _mm_add_ps(_mm_maskz_loadu_ps(some, to), sum));
+        }
+    }
 }
 
 /* --- many tokens: tiles of bytes [sixteen quads][16 results][4 terms] ---------------------------------------------- */
