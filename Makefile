@@ -10,6 +10,7 @@ TRANSFORMERS ?= transformers
 BENCH_DIR ?= .bench
 BENCH_SHAPE ?= tinyllama-1.1b
 BENCH_CAP ?= 1434MiB
+BENCH_KERNELS ?= 7b
 # llama.cpp without AMX: -march=native defines __AMX_INT8__, so switching GGML_AMX_* off is not enough.
 LLAMA_CMAKE := -DGGML_NATIVE=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF \
 	-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__ -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF \
@@ -42,7 +43,10 @@ peers: setup
 		$(BIN)/python -m pip install --quiet --no-binary llama-cpp-python --no-cache-dir "llama-cpp-python>=0.3.36"
 
 bench: peers
+	$(BIN)/tiercache bench --kernels --kernel-shapes $(BENCH_KERNELS)
 	$(BIN)/python -m tiercache.bench --shape $(BENCH_SHAPE) --cap $(BENCH_CAP) --folder $(BENCH_DIR)
+	$(BIN)/python -m tiercache.bench --shape llama-2-7b --precision int4 --cap 18GiB --folder $(BENCH_DIR)
+	$(BIN)/python -m tiercache.bench --shape llama-2-7b --precision int4 --cap 2080MiB --folder $(BENCH_DIR)
 
 clean:
 	rm -rf $(VENV) $(BENCH_DIR) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

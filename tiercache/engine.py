@@ -154,7 +154,7 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
     if config.precision == "source" or config.kernels == "decode":
         return {}
     if not is_ready(torch.device("cpu")):
-        note("compiling the kernels for this processor, once; it takes some 15 seconds", show=show_progress)
+        note("compiling the kernels for this processor, once; it takes about half a minute", show=show_progress)
     try:
         return {"cpu": select(torch.device("cpu")), device.type: select(device)}
     except EnvironmentUnsupportedError as error:
