@@ -14,6 +14,7 @@ from tiercache.errors import UsageError
 from tiercache.kernels.select import select
 from tiercache.stats import Stats
 from tiercache.tiers import crossover
+from tiercache.tiers.transfer import CopyTicket
 
 CONTEXT = 64
 IDS = torch.randint(3, 131, (1, 9), generator=torch.Generator().manual_seed(3))
@@ -107,3 +108,22 @@ def test_the_decision(link_s: float, product_s: dict[int, float]) -> None:
 def test_the_measurement_gives_its_memory_back() -> None:
     host = torch.device("cpu")
     assert crossover.tokens_below(select(host), 2, host) in {0, *crossover._TOKENS}
+
+
+def test_interrupted_while_the_copies_are_given_up(plane_store: Callable[..., Path]) -> None:
+    store = plane_store("llama")
+    want, _ = run(store)
+    options = {"precision": "int4", "dram": "64MiB", "context": CONTEXT, "hbm": small(store), "cpu_tokens": 4}
+    with tiercache.offload(store, **options) as model, torch.no_grad():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CopyTicket, "cancel", interrupt)
+            with pytest.raises(KeyboardInterrupt):  # this pass is to be multiplied below
+                model(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+        for ids, logits in ((IDS, want[0]), (IDS[:, :2], None), (IDS, want[5])):
+            got = model(input_ids=ids).logits
+            assert logits is None or torch.equal(got, logits)
+
+
+def interrupt(ticket: CopyTicket) -> None:
+    raise KeyboardInterrupt

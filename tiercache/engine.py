@@ -141,10 +141,11 @@ def _open(
     reader = stack.enter_context(Reader())
     tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
     stack.callback(tiers.close)
+    cpu_tokens = _cpu_tokens(config, made, kernels, target)  # measured while the tiers are still empty
     tiers.load(show_progress=show_progress)
     name = "torch" if config.precision == "source" else kernels[target.type].name if kernels else "decode"
     stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats, kernels=name)
-    stats.cpu_tokens = _cpu_tokens(config, made, kernels, target)
+    stats.cpu_tokens = cpu_tokens
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels)
     return opened.model
 
@@ -155,19 +156,23 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
         return {}
     if not is_ready(torch.device("cpu")):
         note("compiling the kernels for this processor, once; it takes about half a minute", show=show_progress)
+    found: dict[str, Kernels] = {}
     try:
-        return {"cpu": select(torch.device("cpu")), device.type: select(device)}
+        found[device.type] = select(device)
+        if device.type != "cpu":
+            found["cpu"] = select(torch.device("cpu"))
     except EnvironmentUnsupportedError as error:
-        if config.kernels == "fast":
+        if config.kernels == "fast" and not found:
             raise
-        warnings.warn(f"every matrix is decoded before it is multiplied, which is slow: {error}", stacklevel=5)
-        return {}
+        lost = "nothing is multiplied in DRAM" if found else "every matrix is decoded before it is multiplied"
+        warnings.warn(f"{lost}, which is slow: {error}", stacklevel=5)
+    return found
 
 
 def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], device: torch.device) -> int:
     """Up to how many tokens a pass lets the CPU multiply what does not stay in HBM."""
     passing = made.hbm is not None and len(made.hbm.placement.pinned) < len(made.hbm.order)
-    if not passing or not kernels:
+    if not passing or "cpu" not in kernels:
         return 0
     if config.cpu_tokens is not None:
         return config.cpu_tokens
@@ -262,7 +267,7 @@ def _attach(
     stack.callback(attachment.close)
 
     def start(tokens: int) -> None:
-        below = tokens <= stats.cpu_tokens
+        below = 0 < tokens <= stats.cpu_tokens
         stats.cpu_passes += below
         tiers.begin(below=below)
 

@@ -25,6 +25,8 @@ from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.reader import Reader
 
 _PACKED_BYTES = 32 << 20
+# A GPU decodes tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted, not measured.
+_CUDA_SCRATCH_BYTES = 96 << 20
 _SCRATCH_PER_WEIGHT = 6  # bytes that decoding a weight takes in passing, before the bound sets in
 
 
@@ -72,8 +74,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         always=again,
         table=None if table in runs or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
-        dram={"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context}
-        | ({"products": _product_scratch(opened, config)} if kernels and device.type != "cpu" else {}),
+        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu"),
     )
     return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
 
@@ -104,7 +105,7 @@ def _compute_reserve(
     kernels: bool,
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
-    scratch = _product_scratch(opened, config) if kernels else _decode_scratch(opened)
+    scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
@@ -124,14 +125,22 @@ def _decode_scratch(opened: Opened) -> int:
     return min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max(decoded, default=0))
 
 
-def _product_scratch(opened: Opened, config: OffloadConfig) -> int:
+def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device) -> int:
     """Of the greediest product; the head makes as many rows as logits may be asked for."""
     most = 0
     for name, weight in opened.manifest.weights.items():
         if isinstance(weight, PlaneWeight):
             tokens = min(config.logits, config.context) if skeleton.layer_of(name) is None else config.context
             most = max(most, scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens))
-    return most
+    return most + (_CUDA_SCRATCH_BYTES if device.type == "cuda" else 0)
+
+
+def _dram_reserve(opened: Opened, config: OffloadConfig, *, below: bool) -> dict[str, int]:
+    """Bytes in main memory whatever computes; `below`: the CPU may multiply there beside a GPU."""
+    reserve = {"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context}
+    if below:
+        reserve["products"] = _product_scratch(opened, config, torch.device("cpu"))
+    return reserve
 
 
 def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -28,6 +29,7 @@ from tiercache.planes import Planes, num_groups
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGN = 64
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
 
 
 class _Matrix(Structure):
@@ -92,7 +94,7 @@ class CpuKernels:
         nbytes = self._sizes.get((tokens, columns, group))
         if nbytes is None:
             nbytes = self._sizes[tokens, columns, group] = self._library.tc_prepared_bytes(tokens, columns, group)
-        memory = torch.empty(nbytes + _ALIGN, dtype=torch.uint8)
+        memory = torch.empty(nbytes + _ALIGN, dtype=torch.uint8, device="cpu")
         memory = memory[-memory.data_ptr() % _ALIGN :]
         source, keep = _input(x)
         self._library.tc_prepare(byref(source), columns, group, few, memory.data_ptr(), byref(self._team()))
@@ -119,8 +121,8 @@ class CpuKernels:
             for weight, out in zip(weights, outs, strict=True):
                 self._product(x, self._matrix(weight), out)
             return
-        both = torch.zeros(x.tokens, weights[0].rows, 2)
-        self._product(x, pair, both.view(x.tokens, -1))
+        both = torch.zeros(x.tokens, weights[0].rows, 2, **_FLOATS)
+        self._product(x, pair, both.flatten(1))
         for part, out in enumerate(outs):
             out += both[..., part]
 
@@ -131,7 +133,7 @@ class CpuKernels:
         check_output(out, x.shape[0], weight.columns, self.device)
         matrix, keep = _taken(self._matrix(weight), rows)
         source, kept = _input(x)
-        scratch = torch.empty(self._library.tc_down_scratch(x.shape[1], weight.columns, x.shape[0]))
+        scratch = torch.empty(self._library.tc_down_scratch(x.shape[1], weight.columns, x.shape[0]), **_FLOATS)
         where = (scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_product_down(byref(matrix), byref(source), *where)
         del keep, kept
@@ -159,7 +161,7 @@ class CpuKernels:
             raise UsageError(f"{len(inward)} inward matrices of unlike layout; a block has one, or gate and up alike")
         first, kept = _taken(entry, rows)
         last, keep = _taken(self._matrix(down), rows)
-        scratch = torch.empty(self._library.tc_ffn_scratch(count, down.columns, x.tokens))
+        scratch = torch.empty(self._library.tc_ffn_scratch(count, down.columns, x.tokens), **_FLOATS)
         kind, few, data = ACTIVATIONS.index(activation), int(x.tokens <= self._few), x.data[0].data_ptr()
         where = (data, scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
@@ -224,7 +226,13 @@ class CpuKernels:
 
 def _load(path: Path) -> ctypes.CDLL:
     """The library with its signatures."""
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EnvironmentUnsupportedError(
+            f"the compiled kernels cannot be loaded ({error}); delete {path}, or set TIERCACHE_HOME to a folder from "
+            "which programs may be run"
+        ) from error
     library.tc_prepared_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.tc_prepared_bytes.restype = c_int64
     matrix, source, team = POINTER(_Matrix), POINTER(_Input), POINTER(_Team)
@@ -252,8 +260,9 @@ def _openmp() -> int | None:
     except OSError:  # not Linux
         maps = ""
     loaded = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
-    names = ("libgomp", "libomp", "libiomp")
-    for path in [*sorted(p for p in loaded if Path(p).name.startswith(names)), "libgomp.so.1"]:
+    names, own = ("libgomp", "libomp", "libiomp"), str(Path(torch.__file__).parent)
+    found = sorted((not path.startswith(own), path) for path in loaded if Path(path).name.startswith(names))
+    for path in [*(path for _, path in found), "libgomp.so.1"]:  # torch's first: other packages bring some too
         try:
             function = ctypes.CDLL(path).GOMP_parallel
         except (OSError, AttributeError):

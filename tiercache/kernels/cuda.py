@@ -158,11 +158,11 @@ class CudaKernels:
 
         Times an int4 matrix of that shape on the device; takes seconds.
         """
-        weight = encode(torch.randn(rows, columns, device=self.device)).at("int4")
+        weight = encode(torch.randn(rows, columns, device=self.device, dtype=torch.float32)).at("int4")
         found = FEW_TOKENS
         for tokens in range(2 * FEW_TOKENS, 129, FEW_TOKENS):
-            x = torch.randn(tokens, columns, device=self.device)
-            out = torch.zeros(tokens, rows, device=self.device)
+            x = torch.randn(tokens, columns, device=self.device, dtype=torch.float32)
+            out = torch.zeros(tokens, rows, device=self.device, dtype=torch.float32)
             by_blocks, by_decoding = (
                 self._seconds(CudaKernels(self.device, self._launcher, switch), x, weight, out)
                 for switch in (tokens, tokens - 1)
@@ -253,7 +253,7 @@ class CudaKernels:
     def _act(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: Tensor | None) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or rungs that differ."""
         count = inward[0].rows if rows is None else rows.numel()
-        parts = [torch.zeros(x.tokens, count, device=self.device) for _ in inward]
+        parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
             self._product(x, weight, part, rows)
         hidden = activate(activation, parts[0])

@@ -75,6 +75,7 @@ class Binder:
             hide(self._bound)
             self._bound = None
         self._inputs.forget()
+        self._forwards.empty()
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)
@@ -154,10 +155,15 @@ class Forwards:
     def __init__(self) -> None:
         self._before: list[tuple[nn.Module, object | None]] = []
 
-    def replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    def replace(self, module: nn.Module, forward: PlaneForward) -> None:
         """Let calls of `module` run `forward`."""
         self._before.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
+
+    def empty(self) -> None:
+        """No slot is held any more."""
+        for module, _ in self._before:
+            module.__dict__["forward"].slot = None
 
     def restore(self) -> None:
         """Put the old ones back; harmless when done twice."""

@@ -5,12 +5,12 @@ an instance of `PlaneForward`. Knows modules, planes and kernels; not where slot
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.planes import Planes
 from tiercache.store.manifest import PlaneWeight
@@ -19,16 +19,21 @@ _FEW, _SLICE = 8, 512  # bounds of what `kernels` do; see their sources
 _PADDING = 1024
 
 
-@dataclass
 class _Made:
-    """Something made from one input, good for as long as that input is the same and unchanged."""
+    """Something made from one input, good for as long as that input is the same and unchanged.
 
-    x: Tensor
-    version: int
-    what: object
+    Tensors count their changes in place, but not in inference mode: there a copy tells.
+    """
+
+    def __init__(self, x: Tensor, what: object) -> None:
+        self.what, self._x = what, x
+        self._copy = x.clone() if x.is_inference() else None
+        self._version = 0 if x.is_inference() else x._version
 
     def fits(self, x: Tensor) -> bool:
-        return self.x is x and _version(x) == self.version
+        if self._x is not x:
+            return False
+        return x._version == self._version if self._copy is None else torch.equal(x, self._copy)
 
 
 class Inputs:
@@ -45,12 +50,12 @@ class Inputs:
             if whose is kernels and kept == group and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
         prepared = kernels.prepare(tokens, group)
-        self._prepared = kernels, group, _Made(x, _version(x), prepared)
+        self._prepared = kernels, group, _Made(x, prepared)
         return prepared
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
         """Keep what module `name` will be asked for."""
-        self._results[name] = _Made(x, _version(x), result)
+        self._results[name] = _Made(x, result)
 
     def take(self, name: str, x: Tensor) -> Tensor | None:
         """What was kept for module `name`, if it was made from this very input."""
@@ -97,12 +102,14 @@ class PlaneForward:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], in the dtype of x."""
         assert self.slot is not None
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
         result = self._inputs.take(self._name, x)
         if result is None:
             result = self._multiply(x, self.slot)
         bias = self._module.bias
         if isinstance(bias, Tensor):
-            result = result + bias.to(x.dtype)
+            result = result + bias.to(result.dtype)
         return result.view(*x.shape[:-1], self._features)
 
     def _multiply(self, x: Tensor, slot: Tensor) -> Tensor:
@@ -111,28 +118,28 @@ class PlaneForward:
             result = tokens.new_empty(tokens.shape[0], self._features)
             for at in range(0, tokens.shape[0], MAX_TOKENS):
                 piece = tokens[at : at + MAX_TOKENS]
-                result[at : at + MAX_TOKENS] = self._product(piece, piece, slot)
-            return result
-        return self._product(x, tokens, slot).to(x)  # dtype and device
+                result[at : at + MAX_TOKENS] = self._product(piece, piece, slot, alone=True)
+            return result.to(_result_dtype(x))
+        return self._product(x, tokens, slot).to(x.device, _result_dtype(x))
 
-    def _product(self, x: Tensor, tokens: Tensor, slot: Tensor) -> Tensor:
+    def _product(self, x: Tensor, tokens: Tensor, slot: Tensor, *, alone: bool = False) -> Tensor:
         """fp32, on the device of the slot's kernels; a slot in main memory may be a GPU's or the CPU's to multiply."""
         kernels = self._kernels[slot.device.type]
-        tokens = tokens.to(kernels.device)
+        tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
         out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
         parts = self._parts(slot)
         if self._down:
             kernels.product_down(tokens, parts[0], out)
             return out
         prepared = self._inputs.prepare(kernels, x, tokens, self._weight.group)
-        if len(parts) == 1:
+        if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
             kernels.product(prepared, parts[0], out)
         elif self._partner is None:
             kernels.products(prepared, parts, out.split(self._weight.rows, dim=1))
         else:
             other = torch.zeros_like(out)
             kernels.products(prepared, parts, [out, other])
-            self._inputs.keep(self._partner[0], x, other.to(x))
+            self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)))
         return out
 
     def _parts(self, slot: Tensor) -> list[Planes]:
@@ -174,6 +181,7 @@ def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
     return rows * (prepared + results)  # gate and up are made by turns, then parted
 
 
-def _version(x: Tensor) -> int:
-    """Counts changes in place; tensors of inference mode have no count, and are taken to be left alone."""
-    return 0 if x.is_inference() else x._version
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """What a linear module would return for x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -6,24 +6,25 @@ Knows slabs and kernels; the decision is `policies.offload`'s.
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from policies import offload
-from tiercache.kernels.contract import MAX_TOKENS, Kernels
+from tiercache.kernels.contract import Kernels
 from tiercache.planes import PLANE_BITS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.tiers.slab import Slab
 
 _COLUMNS, _GROUP = 4096, 64
 _BYTES = 48 << 20  # read once for each measurement: more than most caches hold
-_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, MAX_TOKENS)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
 
 
 def tokens_below(kernels: Kernels, planes: int, device: torch.device) -> int:
     """Up to how many tokens a pass is faster with the CPU multiplying in DRAM than with copies to `device`.
 
-    Takes some 50 MB of main memory for as long as it measures, and a tenth of that on `device`.
+    Takes up to 75 MB of main memory for as long as it measures, and 8 MB on `device`: call it before tiers are filled.
 
     Args:
         kernels: the CPU's.
@@ -76,7 +77,8 @@ def _link(source: torch.Tensor, device: torch.device) -> float:
 
 def _product(kernels: Kernels, weight: Planes, tokens: int) -> float:
     """Seconds of a product with `tokens`, the preparation of its input included."""
-    x, out = torch.ones(tokens, _COLUMNS), torch.zeros(tokens, weight.rows)
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x, out = torch.ones(tokens, _COLUMNS, **floats), torch.zeros(tokens, weight.rows, **floats)
     return _seconds(lambda: kernels.product(kernels.prepare(x, _GROUP), weight, out))
 
 

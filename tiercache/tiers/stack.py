@@ -56,8 +56,8 @@ class Choice:
     def begin(self, *, below: bool) -> None:
         """A pass begins; `below`: it multiplies the passing units where they lie."""
         if below != self._below:
-            (self._upper.pause if below else self._upper.resume)()
             self._below = below
+            (self._upper.pause if below else self._upper.resume)()
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot of `key` in one of the tiers, valid until `release`."""

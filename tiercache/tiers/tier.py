@@ -192,8 +192,13 @@ class Tier:
     def pause(self) -> None:
         """Between passes: give up what is on its way, and bring nothing until `resume`; what stays is handed out."""
         self._paused = True
-        self._drop(tuple(key for key in self._arrivals if key not in self._ready))
-        self._residency.restart()
+        passing = [key for key in self._arrivals if key not in self._ready]
+        try:
+            self._drop(tuple(passing))
+        finally:  # after Ctrl-C in the wait for a copy as well: later copies come after it, in the one thread
+            for key in passing:
+                self._arrivals.pop(key, None)
+            self._residency.restart()
 
     def resume(self) -> None:
         """Bring again what passes through."""
