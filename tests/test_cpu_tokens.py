@@ -90,7 +90,7 @@ def test_original_weights_are_always_copied_up(checkpoint: Callable[..., Path]) 
         assert model.tiercache.stats().cpu_tokens == 0
 
 
-@pytest.mark.parametrize("wrong", [-1, True])
+@pytest.mark.parametrize("wrong", [-1, True, "x", 1.5])
 def test_a_wrong_number_is_refused(wrong: object, plane_store: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="cpu_tokens"):
         run(plane_store("llama"), cpu_tokens=wrong)

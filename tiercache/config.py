@@ -119,7 +119,9 @@ class OffloadConfig:
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if self.kernels not in get_args(KernelChoice):
             raise UsageError(f"unknown kernels {self.kernels!r}; choose one of {', '.join(get_args(KernelChoice))}")
-        if self.cpu_tokens is not None and (isinstance(self.cpu_tokens, bool) or not self.cpu_tokens >= 0):
+        if self.cpu_tokens is not None and (
+            isinstance(self.cpu_tokens, bool) or not isinstance(self.cpu_tokens, int) or self.cpu_tokens < 0
+        ):
             raise UsageError(f"cpu_tokens={self.cpu_tokens!r} must be a whole number of tokens, 0 or more, or None")
         for name, value in (("context", self.context), ("logits", self.logits)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -187,10 +187,14 @@ def _processor(folder: Path) -> list[Check]:
 
 
 def _compiler(folder: Path) -> list[Check]:
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    from tiercache.kernels import build
+
+    named, found = os.environ.get("CC"), build.compiler()
     if found is None:
-        return [Check("compiler", "warn", "none", "the slower built-in kernels are used; for faster ones install gcc")]
-    return [Check("compiler", "ok", found)]
+        lack = f"CC names {named!r}, which is not there" if named else "none"
+        cure = "unset CC" if named else "install gcc"
+        return [Check("compiler", "warn", lack, f"without one planes are decoded before each product: {cure}")]
+    return [Check("compiler", "ok", shutil.which(found[0]) or found[0])]
 
 
 def _kernels(folder: Path) -> list[Check]:

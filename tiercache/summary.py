@@ -63,7 +63,7 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
     device = f", GPU {human(stats['peak_device_bytes'])}" if stats["peak_device_bytes"] else ""
     lines.append(
         f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
-        f"peak RSS {human(stats['peak_rss_bytes'])}{device}"
+        f"kernels {stats['kernels']}; peak RSS {human(stats['peak_rss_bytes'])}{device}"
     )
     if stats["lossy"]:
         lines.append("notice: this run was lossy: another text than the weights at this precision would have given")

@@ -72,7 +72,9 @@ def library(isa: str) -> Path:
         return path
     command = compiler()
     if command is None:
-        raise EnvironmentUnsupportedError("the kernels need a C compiler; install gcc (or set CC), then run this again")
+        named = os.environ.get("CC")
+        lack = f", and CC={named!r} is not there; unset it, or" if named else ";"
+        raise EnvironmentUnsupportedError(f"the kernels need a C compiler{lack} install gcc, then run this again")
     _compile(command, isa, path)
     return path
 

@@ -15,6 +15,7 @@
 #define EXPORT
 #endif
 
+#define SMALL (1 << 19) /* weights times tokens below which waking a thread takes as long as the work */
 #define FEW_ROWS 64 /* rows of one item when there are few tokens */
 
 /* Up to how many tokens a matrix is walked once for each, from the cache; `few` of the other functions. */
@@ -129,7 +130,15 @@ static Job job_of(const Matrix *m, int32_t tokens, int32_t few, void *prepared, 
     return job;
 }
 
-static void run_product(Job *job, const Team *team) {
+/* The team for so many multiplications: small ones are done at once, and wait for no core that others hold. */
+static Team team_for(const Team *team, int64_t rows, int64_t columns, int64_t tokens) {
+    Team some = *team;
+    if (rows * columns * tokens < SMALL) some.threads = 1;
+    return some;
+}
+
+static void run_product(Job *job, const Team *all) {
+    const Team some = team_for(all, job->matrix->rows, job->matrix->columns, job->x.tokens), *team = &some;
     job->threads = team->threads;
     const int64_t rows = job->matrix->rows;
 #if FAST
@@ -211,7 +220,8 @@ EXPORT int64_t tc_down_scratch(int64_t rows, int32_t columns, int32_t tokens) {
 EXPORT void tc_product_down(const Matrix *m, const Input *x, float *scratch, float *out, int64_t stride,
                             const Team *team) {
     Job job = job_of(m, x->tokens, 0, NULL, out, stride);
-    job.input = x, job.slices = scratch;
+    const Team some = team_for(team, m->rows, m->columns, x->tokens);
+    job.input = x, job.slices = scratch, team = &some;
     if (!m->rows || !x->tokens) return;
 #if FAST
     if (fast(&job.shape)) {
@@ -264,7 +274,8 @@ EXPORT void tc_ffn(const Matrix *inward, const Matrix *down, int32_t kind, int32
     memset(hidden, 0, sizeof(float) * (size_t)(tokens * inward->rows));
     tc_product(inward, tokens, few, prepared, hidden, inward->rows, team);
     Gating gating = {hidden, scratch, rows, kind, inward->parts};
-    share(team, gate_token, &gating, tokens);
+    const Team some = team_for(team, rows, 8, tokens); /* an activation takes as long as some products */
+    share(&some, gate_token, &gating, tokens);
     const Input input = {scratch, rows, 0, tokens};
     tc_product_down(down, &input, scratch + 3 * tokens * rows, out, stride, team);
 }
