@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +26,15 @@ settings.load_profile("tests")
 # Children are forked from a server that has imported everything and runs one thread, so one costs milliseconds.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["torch", "transformers", "architectures", "tiercache.store.planestore", "conftest"])
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Waking torch's threads for toy matrices is most of the time where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The CPU dialect for every instruction set at hand: within its bound of the reference, and the same bits always."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import kernel_bounds
@@ -28,13 +28,7 @@ LARGE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Waking threads for matrices this small is most of the time; `threads` of the kernels are tested apart."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

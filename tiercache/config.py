@@ -3,6 +3,7 @@
 Knows nothing of hardware: fractions and "auto" stay symbolic until `Budget.resolve` is given the numbers.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -128,6 +129,13 @@ class OffloadConfig:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
         if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise UsageError(f"unknown device {self.device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+def home_folder() -> Path:
+    """Where stores and compiled kernels are kept: $TIERCACHE_HOME, or tiercache in $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("TIERCACHE_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(home).expanduser() if home else cache / "tiercache"
 
 
 def human(size_bytes: float) -> str:

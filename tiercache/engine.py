@@ -18,7 +18,7 @@ from tiercache import plan
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Precision, SizeLike, human
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
-from tiercache.kernels.select import is_ready, select
+from tiercache.kernels.select import select, will_compile
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
@@ -154,7 +154,7 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
     """Who multiplies by planes, by device; nobody decodes them, which is said aloud where it was not asked for."""
     if config.precision == "source" or config.kernels == "decode":
         return {}
-    if not is_ready(torch.device("cpu")):
+    if will_compile():
         note("compiling the kernels for this processor, once; it takes about half a minute", show=show_progress)
     found: dict[str, Kernels] = {}
     try:

@@ -4,7 +4,6 @@ Knows folders, checkpoints and stores; nothing of budgets or tiers.
 """
 
 import hashlib
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import transformers
 
 from tiercache import skeleton
-from tiercache.config import OffloadConfig
+from tiercache.config import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.store import memory
 from tiercache.store.convert import convert
@@ -68,11 +67,8 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
 
 def default_store(source: Source, group: int = 64) -> Path:
     """Where the plane store of a checkpoint is kept when none is named."""
-    home = os.environ.get("TIERCACHE_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    folder = Path(home).expanduser() if home else cache / "tiercache"
     digest = hashlib.sha256(source.identity().encode() + (source.folder / "config.json").read_bytes()).hexdigest()
-    return folder / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}"
+    return home_folder() / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}"
 
 
 def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tiercache.config import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 SOURCE = Path(__file__).with_name("cpu_source")
@@ -108,6 +109,4 @@ def _digest(isa: str) -> str:
 
 
 def _path(isa: str) -> Path:
-    home = os.environ.get("TIERCACHE_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return (Path(home).expanduser() if home else cache / "tiercache") / "kernels" / f"planes-{_digest(isa)}-{isa}.so"
+    return home_folder() / "kernels" / f"planes-{_digest(isa)}-{isa}.so"

@@ -71,9 +71,9 @@ class CpuKernels:
     def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
         has = build.instruction_sets()
         self.isa = isa or has[0]
-        path = build.library(self.isa)
-        if self.isa not in has:
+        if self.isa in build.ISAS and self.isa not in has:
             raise EnvironmentUnsupportedError(f"this processor lacks {self.isa}; it has {', '.join(has)}")
+        path = build.library(self.isa)
         self.name, self.device = f"cpu ({self.isa})", torch.device("cpu")
         self._library = _load(path)
         self._few = self._library.tc_few()

@@ -17,6 +17,7 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
+from tiercache.config import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
 _HEADERS = ("planes.cuh",)
@@ -170,10 +171,8 @@ def choose(capability: tuple[int, int], among: Sequence[Nvrtc]) -> tuple[Nvrtc, 
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept: $TIERCACHE_HOME, or tiercache in $XDG_CACHE_HOME or ~/.cache; then kernels."""
-    home = os.environ.get("TIERCACHE_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return (Path(home).expanduser() if home else cache / "tiercache") / "kernels"
+    """Where compiled code is kept."""
+    return home_folder() / "kernels"
 
 
 def image(unit: Unit, compiler: Nvrtc, target: str, folder: Path) -> bytes:

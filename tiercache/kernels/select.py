@@ -30,9 +30,9 @@ def select(device: torch.device) -> Kernels:
     return CpuKernels()
 
 
-def is_ready(device: torch.device) -> bool:
-    """Whether `select` would not have to compile first, which takes some seconds."""
-    return device.type != "cpu" or build.is_built(build.instruction_sets()[0])
+def will_compile() -> bool:
+    """Whether `select` has the CPU's kernels to compile first, and can."""
+    return not build.is_built(build.instruction_sets()[0]) and build.compiler() is not None
 
 
 def describe(device: torch.device) -> tuple[bool, str]:

@@ -46,38 +46,25 @@ class Attachment:
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
+        uses = tuple(uses)
         try:
-            self._attach(model, tuple(uses), supply, workspace, dense, embedding, table, device, kernels)
+            for use in uses:
+                self._hide(model.get_submodule(use.module), device)
+            for name, tensor in dense.items():
+                module, _, leaf = name.rpartition(".")
+                self._parameters.replace(model.get_submodule(module), leaf, tensor)
+            if isinstance(table, torch.Tensor):
+                self._parameters.replace(model.get_submodule(embedding), "weight", table)
+            else:
+                lookup = model.get_submodule(embedding)
+                assert isinstance(lookup, nn.Embedding)
+                self._hide(lookup, device)
+                self._lookup = Lookup(lookup, table)
+            self._move_buffers(model, device)
+            self._binder = Binder(model, uses, supply, workspace, kernels)
         except BaseException:  # half-way: the model must not stay changed
             self.close()
             raise
-
-    def _attach(
-        self,
-        model: transformers.PreTrainedModel,
-        uses: tuple[Use, ...],
-        supply: Source,
-        workspace: torch.Tensor,
-        dense: Mapping[str, torch.Tensor],
-        embedding: str,
-        table: torch.Tensor | Rows,
-        device: torch.device,
-        kernels: Mapping[str, Kernels],
-    ) -> None:
-        for use in uses:
-            self._hide(model.get_submodule(use.module), device)
-        for name, tensor in dense.items():
-            module, _, leaf = name.rpartition(".")
-            self._parameters.replace(model.get_submodule(module), leaf, tensor)
-        if isinstance(table, torch.Tensor):
-            self._parameters.replace(model.get_submodule(embedding), "weight", table)
-        else:
-            lookup = model.get_submodule(embedding)
-            assert isinstance(lookup, nn.Embedding)
-            self._hide(lookup, device)
-            self._lookup = Lookup(lookup, table)
-        self._move_buffers(model, device)
-        self._binder = Binder(model, uses, supply, workspace, kernels)
 
     def end_pass(self) -> None:
         """Give back what an interrupted pass still held."""
