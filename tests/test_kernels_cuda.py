@@ -111,8 +111,8 @@ def test_ffn_is_the_reference(
 def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, rung: str, group: int, columns: int) -> None:
     weight = matrix(5, columns, group, rung)
     rows = torch.tensor([4, 0, 0], dtype=torch.int32)
-    assert torch.equal(kernels._decoded(strided(weight, 1), rows), dense(weight, rows))
-    assert torch.equal(kernels._decoded(weight, None), dense(weight))
+    assert torch.equal(kernels._decoded(strided(weight, 1), (rows,)), dense(weight, rows))
+    assert torch.equal(kernels._decoded(weight, ()), dense(weight))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -269,16 +269,16 @@ def test_grids_fit_every_card() -> None:
     for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
         for group in (32, 64, 128):
             shaped = cuda_calls.MatrixArguments(groups=28672 // group, group=group)
-            call = cuda_calls.rows_call([shaped], 2, (0, 0), 28672, 0, (0, 0), count, tokens, -1, mps)
+            call = cuda_calls.rows_call([shaped], 2, (0, 0), 28672, (), (0, 0), count, tokens, -1, mps)
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * cuda_calls.WARPS * int(call.kernel[-1]) >= count
         slices = Slices.of(count, 28672, mps)
-        call = cuda_calls.down_call(found, 3, 0, 0, 0, count, Blocks.of(tokens), slices)
+        call = cuda_calls.down_call(found, 3, 0, (), 0, count, Blocks.of(tokens), slices)
         assert call.shared_bytes <= 48 << 10
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
-        cuda_calls.rows_call([found], 2, (0, 0), 28672, 0, (0, 0), 3_000_000, 1, -1, 82)
+        cuda_calls.rows_call([found], 2, (0, 0), 28672, (), (0, 0), 3_000_000, 1, -1, 82)
 
 
 def test_what_cannot_be_meant_is_refused(library: Path) -> None:

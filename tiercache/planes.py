@@ -29,7 +29,7 @@ at the rung as well .107 | .0061; the head at int8 as without.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -79,12 +79,15 @@ class Planes:
 
     planes: uint8 [rows, plane_row_bytes(columns, group, p)] each, any strides, most significant first.
     scales: fp16 [rows, groups, 2], lo and step.
+    slabs: each plane, and the scales, is a slab of slots of its own, with any number of rows: which of them make up
+        a row of the matrix is said by whoever multiplies by it.
     """
 
     planes: tuple[Tensor, ...]
     scales: Tensor
     columns: int
     group: int
+    slabs: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.planes) <= len(PLANE_BITS):
@@ -92,11 +95,12 @@ class Planes:
         _check("scales", self.scales, torch.float16, (self.rows, num_groups(self.columns, self.group), 2))
         for p, plane in enumerate(self.planes):
             width = plane_row_bytes(self.columns, self.group, p)
-            _check(f"plane {p}", plane, torch.uint8, (self.rows, width))
+            height = plane.shape[:1] if self.slabs else (self.rows,)
+            _check(f"plane {p}", plane, torch.uint8, (*height, width))
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix."""
+        """Rows of the matrix; of slabs, those of the scales."""
         return self.scales.shape[0]
 
     @property
@@ -114,7 +118,7 @@ class Planes:
         count = RUNGS.get(rung)
         if count is None or count > len(self.planes):
             raise UsageError(f"rung {rung!r} of a matrix held at {self.rung}; rungs are {', '.join(RUNGS)}")
-        return Planes(self.planes[:count], self.scales, self.columns, self.group)
+        return Planes(self.planes[:count], self.scales, self.columns, self.group, slabs=self.slabs)
 
 
 def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
@@ -152,7 +156,10 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
 
     Works block by block: besides the result it allocates less than DECODE_SCRATCH_BYTES. Every element is the
     same arithmetic on the same codes: no block size, stride or place of a plane changes a bit of the result.
+
+    Raises UsageError for slabs, which have no rows of their own.
     """
+    _check_whole(planes)
     if out is None:
         out = torch.empty(planes.rows, planes.columns, dtype=dtype, device=planes.scales.device)
     _check("out", out, dtype, (planes.rows, planes.columns))
@@ -164,6 +171,7 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
 
 def product(x: Tensor, planes: Planes) -> Tensor:
     """W x in the fp32 or fp64 of x [..., columns]: sum of (scale_p codes_p) x + offset (group sums of x)."""
+    _check_whole(planes)
     if x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] != (planes.columns,):
         raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32 or fp64 [..., {planes.columns}]")
     groups = num_groups(planes.columns, planes.group)
@@ -245,6 +253,11 @@ def _merged_codes(planes: Planes, r: slice, g: slice) -> Tensor:
             torch.bitwise_right_shift(lanes, bits * i, out=piece)
         merged |= part.bitwise_and_(((1 << bits) - 1) * _EACH_BYTE).bitwise_left_shift_(shift)
     return merged.T.contiguous()
+
+
+def _check_whole(planes: Planes) -> None:
+    if planes.slabs:
+        raise UsageError("slabs have no rows of their own: gather the rows wanted into a matrix first")
 
 
 def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

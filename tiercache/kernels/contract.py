@@ -5,7 +5,8 @@ belongs to: planes are merged as integers from as many pointers as there are pla
 
 Shapes: x is [tokens, features], contiguous or not; `Planes` may have any row stride, but the bytes of a row lie side by
 side. `rows` selects rows of the stored matrix (in a feed-forward bundle: neurons by slot); None takes all, an empty
-list none; a row may occur more than once. Accumulation is in fp32.
+list none; a row may occur more than once. `SlotRows` do so plane by plane, for planes that lie in slabs of their own.
+Accumulation is in fp32.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.planes import Planes
+from tiercache.planes import PLANE_BITS, Planes
 
 MAX_TOKENS = 512
 """Tokens of one call; more are cut into calls of this many."""
@@ -42,6 +43,41 @@ class Prepared:
     dialect: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class SlotRows:
+    """A selection whose planes lie in different slots: row i takes plane p from `planes[p][i]`.
+
+    Attributes:
+        planes: a list for each plane held; a matrix of fewer planes takes the first ones.
+        scales: where the scales lie.
+
+    All are int32 or int64 and of one length; int64 in one piece on a CPU, int32 on a GPU, are used as they lie.
+
+    Raises:
+        UsageError: they are not.
+    """
+
+    planes: tuple[Tensor, ...]
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.planes) <= len(PLANE_BITS):
+            raise UsageError(f"lists of rows for {len(self.planes)} planes: a matrix holds 1 to {len(PLANE_BITS)}")
+        for rows in (*self.planes, self.scales):
+            _check_list(rows)
+            if len(rows) != len(self.scales):
+                raise UsageError(f"{len(rows)} rows of a plane beside {len(self.scales)} of scales; give one for each")
+
+    @property
+    def count(self) -> int:
+        """How many rows are selected."""
+        return len(self.scales)
+
+
+Selection = Tensor | SlotRows | None
+"""Which rows are taken: a list for all planes, a list for each, or all rows."""
+
+
 class Kernels(Protocol):
     """A dialect."""
 
@@ -51,16 +87,16 @@ class Kernels(Protocol):
     def prepare(self, x: Tensor, group: int) -> Prepared:
         """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, i] += sum over c of W[rows[i], c] x[t, c]; out is fp32 [tokens, rows].
 
         A token that holds NaN or infinity gets NaN or infinity in every result.
         """
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
         """`product` of several matrices with as many rows, in one walk where they lie side by side (gate and up)."""
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
 
         The neuron-major layout of down matrices: a neuron's column lies as a row, grouped along its own length. A token
@@ -74,7 +110,7 @@ class Kernels(Protocol):
         down: Planes,
         activation: str,
         out: Tensor,
-        rows: Tensor | None = None,
+        rows: Selection = None,
     ) -> None:
         """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
 
@@ -85,22 +121,35 @@ class Kernels(Protocol):
         """
 
 
-def checked_rows(rows: Tensor | None, weight: Planes) -> int:
-    """How many rows a selection names.
+def checked_rows(rows: Selection, *weights: Planes) -> int:
+    """How many rows a selection names (None: of the first matrix), each list being looked through once.
 
     Raises:
-        UsageError: not int32 or int64, or out of range.
+        UsageError: not int32 or int64, out of range of one of the matrices, or slabs without a list for each plane.
     """
-    return weight.rows if rows is None else checked_index(rows, weight.rows)
+    if isinstance(rows, SlotRows):
+        held = max(len(weight.planes) for weight in weights)
+        if held > len(rows.planes):
+            raise UsageError(f"lists of rows for {len(rows.planes)} planes of a matrix that holds {held}")
+        for p, some in enumerate(rows.planes[:held]):
+            checked_index(some, min(len(w.planes[p]) for w in weights if p < len(w.planes)), f"plane {p}, a slab")
+        return checked_index(rows.scales, min(weight.rows for weight in weights), "scales, a slab")
+    if any(weight.slabs for weight in weights):
+        raise UsageError("slabs have no rows of their own: give SlotRows, which say where each row's planes lie")
+    return weights[0].rows if rows is None else checked_index(rows, min(weight.rows for weight in weights))
 
 
-def checked_index(rows: Tensor, available: int) -> int:
+def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
     """How many rows a list names, of a matrix that has `available`; see `checked_rows`."""
+    _check_list(rows)
+    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < available:
+        raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of {what} of {available}")
+    return rows.numel()
+
+
+def _check_list(rows: Tensor) -> None:
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
-    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < available:
-        raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a matrix of {available}")
-    return rows.numel()
 
 
 def check_output(out: Tensor, tokens: int, features: int, device: torch.device) -> None:

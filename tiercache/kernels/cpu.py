@@ -20,6 +20,8 @@ from tiercache.kernels import build
 from tiercache.kernels.contract import (
     ACTIVATIONS,
     Prepared,
+    Selection,
+    SlotRows,
     check_activations,
     check_output,
     checked_index,
@@ -38,7 +40,7 @@ class _Matrix(Structure):
         ("scale", c_void_p),
         ("plane_stride", c_int64 * 3),
         ("scale_stride", c_int64),
-        ("index", c_void_p),
+        ("index", c_void_p * 4),
         ("rows", c_int64),
         ("columns", c_int32),
         ("group", c_int32),
@@ -101,42 +103,45 @@ class CpuKernels:
         del keep
         return Prepared(tokens, columns, group, (memory,), self.name)
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
-        matrix, keep = _taken(self._matrix(weight), rows)
-        self._product(x, matrix, out)
-        del keep
+        lists = _lists(rows)
+        self._product(x, _taken(self._matrix(weight), lists), out)
+        del lists
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
         """See `contract.Kernels`."""
-        if len(weights) != len(outs):
+        if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
+        count = checked_rows(rows, *weights)
         for weight, out in zip(weights, outs, strict=True):
-            check_output(out, x.tokens, weight.rows, self.device)
+            check_output(out, x.tokens, weight.rows if rows is None else count, self.device)
             self._check_match(x, weight)
-        pair = self._pair(weights)
+        pair, lists = self._pair(weights), _lists(rows)
         if pair is None:
             for weight, out in zip(weights, outs, strict=True):
-                self._product(x, self._matrix(weight), out)
+                self._product(x, _taken(self._matrix(weight), lists), out)
             return
-        both = torch.zeros(x.tokens, weights[0].rows, 2, **_FLOATS)
-        self._product(x, pair, both.flatten(1))
+        both = torch.zeros(x.tokens, count, 2, **_FLOATS)
+        self._product(x, _taken(pair, lists), both.flatten(1))
         for part, out in enumerate(outs):
             out += both[..., part]
+        del lists
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         _check_host("x", x)
         check_output(out, x.shape[0], weight.columns, self.device)
-        matrix, keep = _taken(self._matrix(weight), rows)
-        source, kept = _input(x)
+        lists = _lists(rows)
+        matrix = _taken(self._matrix(weight), lists)
+        source, keep = _input(x)
         scratch = torch.empty(self._library.tc_down_scratch(x.shape[1], weight.columns, x.shape[0]), **_FLOATS)
         where = (scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_product_down(byref(matrix), byref(source), *where)
-        del keep, kept
+        del lists, keep
 
     def ffn(
         self,
@@ -145,12 +150,12 @@ class CpuKernels:
         down: Planes,
         activation: str,
         out: Tensor,
-        rows: Tensor | None = None,
+        rows: Selection = None,
     ) -> None:
         """See `contract.Kernels`."""
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-        count = checked_rows(rows, down)
+        count = checked_rows(rows, down, *inward)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
             self._check_match(x, weight)
@@ -159,13 +164,13 @@ class CpuKernels:
         entry = self._matrix(inward[0]) if len(inward) == 1 else self._pair(inward)
         if entry is None:
             raise UsageError(f"{len(inward)} inward matrices of unlike layout; a block has one, or gate and up alike")
-        first, kept = _taken(entry, rows)
-        last, keep = _taken(self._matrix(down), rows)
+        lists = _lists(rows)
+        first, last = _taken(entry, lists), _taken(self._matrix(down), lists)
         scratch = torch.empty(self._library.tc_ffn_scratch(count, down.columns, x.tokens), **_FLOATS)
         kind, few, data = ACTIVATIONS.index(activation), int(x.tokens <= self._few), x.data[0].data_ptr()
         where = (data, scratch.data_ptr(), out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
-        del keep, kept
+        del lists
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`."""
@@ -286,15 +291,25 @@ def _matrix(weight: Planes) -> _Matrix:
     return matrix
 
 
-def _taken(matrix: _Matrix, rows: Tensor | None) -> tuple[_Matrix, Tensor | None]:
-    """Some rows of a matrix, and what must outlive them."""
+def _lists(rows: Selection) -> tuple[Tensor, ...]:
+    """A selection as the C code reads it: the planes' lists and, last, that of the scales; one for all, or none."""
     if rows is None:
-        return matrix, None
-    _check_host("rows", rows)
-    index = rows.to(torch.int64).contiguous()
-    some = _Matrix.from_buffer_copy(matrix)
-    some.index, some.rows = index.data_ptr(), index.numel() * matrix.parts
-    return some, index
+        return ()
+    given = (*rows.planes, rows.scales) if isinstance(rows, SlotRows) else (rows,)
+    for some in given:
+        _check_host("rows", some)
+    return tuple(some.to(torch.int64).contiguous() for some in given)
+
+
+def _taken(matrix: _Matrix, lists: tuple[Tensor, ...]) -> _Matrix:
+    """Some rows of a matrix; the lists must outlive it."""
+    if not lists:
+        return matrix
+    some, last = _Matrix.from_buffer_copy(matrix), lists[-1]
+    for p in range(matrix.planes):
+        some.index[p] = (lists[p] if len(lists) > 1 else last).data_ptr()
+    some.index[3], some.rows = last.data_ptr(), last.numel() * matrix.parts
+    return some
 
 
 def _pair(first: _Matrix, second: _Matrix) -> _Matrix | None:
@@ -306,8 +321,8 @@ def _pair(first: _Matrix, second: _Matrix) -> _Matrix | None:
     both = _Matrix.from_buffer_copy(first)
     both.parts, both.rows = 2, 2 * first.rows
     for p in range(first.planes):
-        both.plane_part[p] = second.plane[p] - first.plane[p]
-    both.scale_part = second.scale - first.scale
+        both.plane_part[p] = (second.plane[p] or 0) - (first.plane[p] or 0)  # None: the address of nothing
+    both.scale_part = (second.scale or 0) - (first.scale or 0)
     return both
 
 

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import ACTIVATIONS, Kernels, Prepared, check_activations, check_output, checked_rows
+from tiercache.kernels.contract import (
+    ACTIVATIONS,
+    Kernels,
+    Prepared,
+    Selection,
+    SlotRows,
+    check_activations,
+    check_output,
+    checked_rows,
+)
 from tiercache.kernels.cuda_calls import (
     CHUNK_COLUMNS,
     FEW_TOKENS,
@@ -47,6 +56,8 @@ int4 matrix's bytes (it writes and reads fp32), a block about twice them; `measu
 
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 _STORED_BYTES = 2  # of a weight, no less than planes and scales take at any rung and group
+
+_Lists = tuple[Tensor, ...]  # int32 on the device: of each plane and, last, the scales; one for all; none: all rows
 
 
 class CudaKernels:
@@ -86,21 +97,21 @@ class CudaKernels:
             )
         return Prepared(tokens, columns, group, (packed, sums))
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         _check_prepared(x, weight)
-        check_output(out, x.tokens, self._selected(rows, weight), self.device)
+        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         for some, (near,), chosen in self._tiles(x.tokens, (weight,), rows):
             self._product(x, near, out[:, some], chosen)
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
         """See `contract.Kernels`. One launch each: on a GPU nothing is gained by walking matrices together."""
         for weight, out in zip(weights, outs, strict=True):
-            self.product(x, weight, out)
+            self.product(x, weight, out, rows)
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
-        self._check_input(x, self._selected(rows, weight))
+        self._check_input(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
         for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
             self._product_down(x[:, some], near, out, chosen)
@@ -112,7 +123,7 @@ class CudaKernels:
         down: Planes,
         activation: str,
         out: Tensor,
-        rows: Tensor | None = None,
+        rows: Selection = None,
     ) -> None:
         """See `contract.Kernels`."""
         if activation not in ACTIVATIONS:
@@ -123,7 +134,7 @@ class CudaKernels:
             )
         for each in inward:
             _check_prepared(x, each)
-        self._selected(rows, down)
+        checked_rows(rows, down, *inward)
         check_output(out, x.tokens, down.columns, self.device)
         fused = x.tokens <= self._switch and len({len(each.planes) for each in inward}) == 1
         for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
@@ -145,7 +156,7 @@ class CudaKernels:
                 )
             if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(piece):
                 raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
-        index = self._index(rows)
+        (index,) = self._lists(rows)
         at, widths = self._launcher.address(out) if nbytes else 0, 0
         for first in range(0, len(pieces) if nbytes else 0, MOST_PIECES):
             some = [(self._at(piece), piece.stride(0), piece.shape[1]) for piece in pieces[first : first + MOST_PIECES]]
@@ -184,48 +195,50 @@ class CudaKernels:
         return best
 
     def _tiles(
-        self, tokens: int, weights: Sequence[Planes], rows: Tensor | None
-    ) -> Iterator[tuple[slice, list[Planes], Tensor | None]]:
+        self, tokens: int, weights: Sequence[Planes], rows: Selection
+    ) -> Iterator[tuple[slice, list[Planes], _Lists]]:
         """The selection cut up for passes over it: (which of the rows, the matrices, the rows of those to take).
 
         One pass takes all. More than one read planes again and again, so far planes are first brought near, in tiles;
         the cut is the same for near ones, for where planes lie must not change the order of a sum.
         """
-        count = weights[0].rows if rows is None else rows.numel()
-        index = None if rows is None else self._index(rows)
+        lists = self._lists(rows)
+        count = _count(weights[0], lists)
         if not count or not tokens:
             return
         if tokens <= FEW_TOKENS:
-            yield slice(0, count), list(weights), index
+            yield slice(0, count), list(weights), lists
             return
         padded = sum(weight.scales.shape[1] * weight.group for weight in weights)
         step = max(1, SCRATCH_BYTES // (padded * (4 if tokens > self._switch else _STORED_BYTES)))
         for start in range(0, count, step):
             some = slice(start, min(count, start + step))
-            near, chosen = list(weights), None if index is None else index[some]
-            if index is None:
+            near, chosen = list(weights), tuple(each[some] for each in lists)
+            if not lists:
                 near = [_rows_of(weight, some) for weight in weights]
             if tokens <= self._switch and not all(self._is_near(weight) for weight in near):
-                near, chosen = [self._brought_near(weight, chosen) for weight in near], None
+                near, chosen = [self._brought_near(weight, chosen) for weight in near], ()
             yield some, near, chosen
 
     def _is_near(self, weight: Planes) -> bool:
         return all(self._launcher.is_near(each) for each in (*weight.planes, weight.scales))
 
-    def _brought_near(self, weight: Planes, rows: Tensor | None) -> Planes:
+    def _brought_near(self, weight: Planes, rows: _Lists) -> Planes:
         """A copy of the rows in the device's memory."""
-        index = torch.arange(weight.rows, dtype=torch.int32, device=self.device) if rows is None else rows
-        pieces = [*weight.planes, weight.scales.flatten(1).view(torch.uint8)]
-        block = torch.empty(len(index) * sum(p.shape[1] for p in pieces), dtype=torch.uint8, device=self.device)
-        self.gather(pieces, index, block)
-        parts = [
-            part.view(len(index), piece.shape[1])
-            for part, piece in zip(block.split([len(index) * p.shape[1] for p in pieces]), pieces, strict=True)
-        ]
-        scales = parts[-1].view(torch.float16).view(len(index), -1, 2)
-        return Planes(tuple(parts[:-1]), scales, weight.columns, weight.group)
+        lists = rows or (torch.arange(weight.rows, dtype=torch.int32, device=self.device),)
+        pieces, count = [*weight.planes, weight.scales.flatten(1).view(torch.uint8)], len(lists[-1])
+        block = torch.empty(count * sum(p.shape[1] for p in pieces), dtype=torch.uint8, device=self.device)
+        parts = block.split([count * p.shape[1] for p in pieces])
+        if len(lists) == 1:
+            self.gather(pieces, lists[0], block)
+        else:
+            for piece, some, part in zip(pieces, _each(lists, len(weight.planes)), parts, strict=True):
+                self.gather([piece], some, part)
+        planes = tuple(part.view(count, p.shape[1]) for part, p in zip(parts, weight.planes, strict=False))
+        scales = parts[-1].view(torch.float16).view(count, -1, 2)
+        return Planes(planes, scales, weight.columns, weight.group)
 
-    def _product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+    def _product(self, x: Prepared, weight: Planes, out: Tensor, rows: _Lists) -> None:
         if x.tokens > self._switch:
             with _full_precision():
                 out += x.data[0] @ self._decoded(weight, rows).T
@@ -233,33 +246,32 @@ class CudaKernels:
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
 
     def _launch_rows(
-        self, x: Prepared, weights: Sequence[Planes], out: tuple[int, int], rows: Tensor | None, activation: int
+        self, x: Prepared, weights: Sequence[Planes], out: tuple[int, int], rows: _Lists, activation: int
     ) -> None:
         packed, sums = x.data
         matrices = [matrix(weight, self._at) for weight in weights]
-        count = weights[0].rows if rows is None else rows.numel()
         given = (packed.data_ptr(), sums.data_ptr())
-        sizes = (count, x.tokens, activation, self._launcher.multiprocessors)
+        sizes = (_count(weights[0], rows), x.tokens, activation, self._launcher.multiprocessors)
         planes = len(weights[0].planes)
-        self._launcher.launch(rows_call(matrices, planes, given, x.columns, _pointer(rows), out, *sizes))
+        self._launcher.launch(rows_call(matrices, planes, given, x.columns, _pointers(rows, planes), out, *sizes))
 
-    def _hidden(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: Tensor | None) -> Tensor:
+    def _hidden(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
-        blocks, count = Blocks.of(x.tokens), inward[0].rows if rows is None else rows.numel()
-        hidden = self._empty(blocks.count, count, blocks.size)
+        blocks = Blocks.of(x.tokens)
+        hidden = self._empty(blocks.count, _count(inward[0], rows), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: Tensor | None) -> Tensor:
+    def _act(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or rungs that differ."""
-        count = inward[0].rows if rows is None else rows.numel()
+        count = _count(inward[0], rows)
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
             self._product(x, weight, part, rows)
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+    def _product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: _Lists) -> None:
         tokens = x.shape[0]
         if tokens > self._switch:
             with _full_precision():
@@ -270,22 +282,23 @@ class CudaKernels:
         packed = padded.view(blocks.count, blocks.size, -1).transpose(1, 2).contiguous()
         self._spread(packed, tokens, weight, out, rows)
 
-    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: Tensor | None) -> None:
+    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: _Lists) -> None:
         """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
         found, blocks, count = matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
         padded = found.groups * found.group
         slices = Slices.of(count, padded, self._launcher.multiprocessors)
         partial = self._empty(slices.count, blocks.padded, padded)
-        given = (x.data_ptr(), _pointer(rows), partial.data_ptr())
-        self._launcher.launch(down_call(found, len(weight.planes), *given, count, blocks, slices))
+        planes = len(weight.planes)
+        given = (x.data_ptr(), _pointers(rows, planes), partial.data_ptr())
+        self._launcher.launch(down_call(found, planes, *given, count, blocks, slices))
         into = (out.data_ptr(), out.stride(0))
         self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
 
-    def _decoded(self, weight: Planes, rows: Tensor | None) -> Tensor:
+    def _decoded(self, weight: Planes, rows: _Lists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
-        found, count = matrix(weight, self._at), weight.rows if rows is None else rows.numel()
+        found, count, planes = matrix(weight, self._at), _count(weight, rows), len(weight.planes)
         values = self._empty(count, found.groups * found.group)
-        self._launcher.launch(decode_call(found, len(weight.planes), _pointer(rows), count, values.data_ptr()))
+        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), count, values.data_ptr()))
         return values[:, : weight.columns]
 
     def _at(self, tensor: Tensor) -> int:
@@ -299,24 +312,32 @@ class CudaKernels:
         if x.device != self.device:
             raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
 
-    def _selected(self, rows: Tensor | None, weight: Planes) -> int:
-        """How many rows are selected."""
-        if rows is None or rows.device.type == "cpu":
-            return checked_rows(rows, weight)
-        if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
-            raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
-        return rows.numel()
-
-    def _index(self, rows: Tensor) -> Tensor:
-        return rows.to(self.device, torch.int32).contiguous()
+    def _lists(self, rows: Selection) -> _Lists:
+        if rows is None:
+            return ()
+        given = (*rows.planes, rows.scales) if isinstance(rows, SlotRows) else (rows,)
+        return tuple(each.to(self.device, torch.int32).contiguous() for each in given)
 
 
 def _rows_of(weight: Planes, some: slice) -> Planes:
     return Planes(tuple(plane[some] for plane in weight.planes), weight.scales[some], weight.columns, weight.group)
 
 
-def _pointer(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.data_ptr()
+def _count(weight: Planes, rows: _Lists) -> int:
+    return len(rows[-1]) if rows else weight.rows
+
+
+def _each(rows: _Lists, planes: int) -> _Lists:
+    """A list for each of so many planes and for the scales."""
+    return (*(rows[p] if len(rows) > 1 else rows[0] for p in range(planes)), rows[-1])
+
+
+def _pointers(rows: _Lists, planes: int) -> list[int]:
+    """What a kernel for so many planes is given; those it does not look at stay null."""
+    if not rows:
+        return []
+    *own, scales = (each.data_ptr() for each in _each(rows, planes))
+    return [*own, *[0] * (3 - planes), scales]
 
 
 def _check_prepared(x: Prepared, weight: Planes) -> None:

@@ -28,6 +28,7 @@ MOST_PIECES = 16
 
 _TILE_BYTES = 33 << 10  # of x in shared memory: a chunk for 8 tokens, or 8 for one; three blocks fit a multiprocessor
 _GRID_Y = 65535  # CUDA's limit
+_RowLists = ctypes.c_void_p * 4  # `RowLists` of planes.cuh
 
 Address = Callable[[Tensor], int]
 """Where a kernel finds a tensor's bytes."""
@@ -64,7 +65,9 @@ class RowsArguments(ctypes.Structure):
 
     _fields_ = (
         ("matrix", MatrixArguments * 2),
-        *((name, ctypes.c_void_p) for name in ("x", "sums", "rows", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "sums")),
+        ("rows", _RowLists),
+        ("out", ctypes.c_void_p),
         ("out_pitch", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("count", "tokens", "matrices", "chunks", "tile_chunks", "activation")),
     )
@@ -75,7 +78,9 @@ class DownArguments(ctypes.Structure):
 
     _fields_ = (
         ("matrix", MatrixArguments),
-        *((name, ctypes.c_void_p) for name in ("x", "rows", "partial")),
+        ("x", ctypes.c_void_p),
+        ("rows", _RowLists),
+        ("partial", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("count", "per_slice")),
     )
 
@@ -85,7 +90,8 @@ class DecodeArguments(ctypes.Structure):
 
     _fields_ = (
         ("matrix", MatrixArguments),
-        *((name, ctypes.c_void_p) for name in ("rows", "out")),
+        ("rows", _RowLists),
+        ("out", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("first", "count")),
     )
 
@@ -186,14 +192,17 @@ def rows_call(
     planes: int,
     x: tuple[int, int],
     columns: int,
-    rows: int,
+    rows: Sequence[int],
     out: tuple[int, int],
     count: int,
     tokens: int,
     activation: int,
     multiprocessors: int,
 ) -> Call:
-    """Of rows.cu: x is (packed, sums), out (address, pitch in elements); `activation` -1 adds to out."""
+    """Of rows.cu: x is (packed, sums), out (address, pitch in elements); `activation` -1 adds to out.
+
+    `rows`, here and below: addresses of the lists for the three planes and the scales; nothing for all rows.
+    """
     blocks, items = Blocks.of(tokens), count * len(matrices)
     per_warp = 4 if items >= 2 * multiprocessors * WARPS * 4 else 2  # a result's bits depend on neither
     chunks = chunks_of(columns)
@@ -203,20 +212,27 @@ def rows_call(
     if grid[1] > _GRID_Y:
         raise UsageError(f"{count} rows in one call; cut them into calls of {_GRID_Y * WARPS}")
     arguments = RowsArguments(
-        *((MatrixArguments * 2)(*matrices), *x, rows, *out),
+        *((MatrixArguments * 2)(*matrices), *x, _RowLists(*rows), *out),
         *(count, tokens, len(matrices), chunks, tile_chunks, activation),
     )
     return Call(f"rows_{planes}_{blocks.size}_{per_warp}", grid, tile_chunks * chunk_bytes, arguments)
 
 
 def down_call(
-    found: MatrixArguments, planes: int, x: int, rows: int, partial: int, count: int, blocks: Blocks, slices: Slices
+    found: MatrixArguments,
+    planes: int,
+    x: int,
+    rows: Sequence[int],
+    partial: int,
+    count: int,
+    blocks: Blocks,
+    slices: Slices,
 ) -> Call:
     """Of down.cu: x is [blocks, count, size]; partial [slices, blocks, size, padded columns]."""
     split = 2 if blocks.size > 4 else 1  # of a word among lanes
     strips = -(-found.groups * found.group * split // (16 * 32))
     shared_bytes = WARPS // 2 * blocks.size * (16 // split) * 32 * 4
-    arguments = DownArguments(found, x, rows, partial, count, slices.size)
+    arguments = DownArguments(found, x, _RowLists(*rows), partial, count, slices.size)
     return Call(f"down_{planes}_{blocks.size}_1", (strips, slices.count, blocks.count), shared_bytes, arguments)
 
 
@@ -235,10 +251,10 @@ def prepare_call(
     return Call("prepare", (chunks, blocks.padded, 1), 4 * THREADS, arguments)
 
 
-def decode_call(found: MatrixArguments, planes: int, rows: int, count: int, out: int) -> Call:
+def decode_call(found: MatrixArguments, planes: int, rows: Sequence[int], count: int, out: int) -> Call:
     """Of decode.cu: `count` rows into fp32 [count, padded columns]."""
     words = found.groups * found.group // 16
-    arguments = DecodeArguments(found, rows, out, 0, count)
+    arguments = DecodeArguments(found, _RowLists(*rows), out, 0, count)
     return Call(f"decode_{planes}_0_0", (count, -(-words // THREADS), 1), 0, arguments)
 
 

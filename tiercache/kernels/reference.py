@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import ACTIVATIONS, Prepared, check_activations, check_output, checked_rows
+from tiercache.kernels.contract import (
+    ACTIVATIONS,
+    Prepared,
+    Selection,
+    SlotRows,
+    check_activations,
+    check_output,
+    checked_rows,
+)
 from tiercache.planes import Planes, decode
 
 
@@ -57,17 +65,17 @@ class ReferenceKernels:
         check_activations(x)
         return Prepared(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor]) -> None:
+    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         for weight, out in zip(weights, outs, strict=True):
-            self.product(x, weight, out)
+            self.product(x, weight, out, rows)
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
@@ -80,9 +88,10 @@ class ReferenceKernels:
         down: Planes,
         activation: str,
         out: Tensor,
-        rows: Tensor | None = None,
+        rows: Selection = None,
     ) -> None:
         """See `contract.Kernels`."""
+        checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
         for more in inward[1:]:
             hidden = hidden * (x.data[0] @ self._weights(more, rows).T)
@@ -97,9 +106,10 @@ class ReferenceKernels:
             out[at : at + nbytes].view(rows.numel(), piece.shape[1]).copy_(piece[rows.long()])
             at += nbytes
 
-    def _weights(self, weight: Planes, rows: Tensor | None) -> Tensor:
+    def _weights(self, weight: Planes, rows: Selection) -> Tensor:
+        if isinstance(rows, Tensor):
+            rows = SlotRows((rows,) * len(weight.planes), rows)
         if rows is not None:
-            chosen = rows.long()
-            planes = tuple(plane[chosen] for plane in weight.planes)
-            weight = Planes(planes, weight.scales[chosen], weight.columns, weight.group)
+            planes = tuple(plane[some.long()] for plane, some in zip(weight.planes, rows.planes, strict=False))
+            weight = Planes(planes, weight.scales[rows.scales.long()], weight.columns, weight.group)
         return decode(weight, torch.float32).to(self._dtype)

@@ -36,8 +36,8 @@ typedef struct {
     const uint8_t *plane[3]; /* row 0 of each plane; only the first `planes` are read */
     const uint8_t *scale;    /* row 0 of the scales: fp16 lo, step per group */
     int64_t plane_stride[3], scale_stride;
-    const int64_t *index; /* rows to take, or NULL for all */
-    int64_t rows;         /* how many are taken */
+    const int64_t *index[4]; /* rows to take of each plane and, 3, of the scales, or NULL for all */
+    int64_t rows;            /* how many are taken */
     int32_t columns, group, planes;
     int32_t parts;                        /* 2: row i is part i % 2 of stored row i / 2; else 1 */
     int64_t plane_part[3], scale_part;    /* bytes from a part to the next */
@@ -135,7 +135,7 @@ static inline int32_t column_of(const Shape *s, int32_t p, int32_t i) {
 
 /* Where row i begins in a plane (or, 3, in the scales). */
 static inline const uint8_t *row_of(const Matrix *m, int32_t plane, int64_t i) {
-    const int64_t stored = m->parts == 2 ? i >> 1 : i, at = m->index ? m->index[stored] : stored;
+    const int64_t stored = m->parts == 2 ? i >> 1 : i, at = m->index[plane] ? m->index[plane][stored] : stored;
     const int64_t part = m->parts == 2 ? i & 1 : 0;
     if (plane == 3) return m->scale + at * m->scale_stride + part * m->scale_part;
     return m->plane[plane] + at * m->plane_stride[plane] + part * m->plane_part[plane];

@@ -3,8 +3,8 @@
 
 struct DecodeArguments {
     Matrix matrix;
-    const int *rows; /* or null */
-    float *out;      /* [count, padded columns] */
+    RowLists rows;
+    float *out; /* [count, padded columns] */
     int first, count; /* of the selection */
 };
 
@@ -26,14 +26,16 @@ static __device__ __forceinline__ void decode_kernel(const DecodeArguments &a) {
     const int words = m.groups * (m.group >> 4), in_group = m.group >> 4;
     const int word = blockIdx.y * THREADS + threadIdx.x, item = blockIdx.x;
     if (word >= words) return;
-    const long long row = a.rows ? a.rows[a.first + item] : a.first + item;
-    const int group = word / in_group, within = word % in_group;
-    const byte *lows = PLANES > 2 ? m.plane[2] + row * m.pitch[2] + group * (m.group >> 1) + 4 * within : 0;
-    const unsigned first = load_word(m.plane[0] + row * m.pitch[0] + 4 * word, m.aligned);
-    const unsigned second = PLANES > 1 ? load_word(m.plane[1] + row * m.pitch[1] + 4 * word, m.aligned) : 0;
+    const int group = word / in_group, within = word % in_group, from = a.first + item;
+    const byte *tops = m.plane[0] + row_of(a.rows, 0, from) * m.pitch[0];
+    const byte *mids = PLANES > 1 ? m.plane[1] + row_of(a.rows, 1, from) * m.pitch[1] : 0;
+    const byte *lows = PLANES > 2 ? m.plane[2] + row_of(a.rows, 2, from) * m.pitch[2] : 0;
+    if (PLANES > 2) lows += group * (m.group >> 1) + 4 * within;
+    const unsigned first = load_word(tops + 4 * word, m.aligned);
+    const unsigned second = PLANES > 1 ? load_word(mids + 4 * word, m.aligned) : 0;
     const unsigned even = PLANES > 2 ? load_word(lows, m.aligned) : 0;
     const unsigned odd = PLANES > 2 ? load_word(lows + (m.group >> 2), m.aligned) : 0;
-    const unsigned both = load_word(m.scales + row * m.scales_pitch + 4 * group, m.aligned);
+    const unsigned both = load_word(m.scales + row_of(a.rows, 3, from) * m.scales_pitch + 4 * group, m.aligned);
     const float lo = half_to_float((half_bits)(both & 0xffffu)), step = half_to_float((half_bits)(both >> 16));
     float *const out = a.out + (long long)item * m.groups * m.group + group * m.group + 4 * within;
     decoded<0>(first, second, even, lo, step, out);

@@ -10,7 +10,7 @@
 struct DownArguments {
     Matrix matrix;
     const float *x;   /* [blocks, count, T] */
-    const int *rows;  /* or null */
+    RowLists rows;
     float *partial;   /* [slices, blocks, T, padded columns] */
     int count, per_slice;
 };
@@ -28,16 +28,20 @@ static __device__ __forceinline__ void spread(unsigned a, unsigned b, unsigned l
         for (int k = 0; k < 4; ++k) sum[t][INDEX][k] = fmaf(x[t], w[k], sum[t][INDEX][k]);
 }
 
-/* Adds row `row`, times x, to a lane's sums. `half` picks the quarters half, half + SPLIT, ... */
+/* Adds row `item` of the selection, times x, to a lane's sums. `half` picks the quarters half, half + SPLIT, ... */
 template <int T, int SPLIT>
-static __device__ __forceinline__ void add_row(const Matrix &m, long long row, int word, int half, const float *from,
-                                               float (*sum)[4 / SPLIT][4]) {
+static __device__ __forceinline__ void add_row(const DownArguments &given, int item, int word, int half,
+                                               const float *from, float (*sum)[4 / SPLIT][4]) {
+    const Matrix &m = given.matrix;
     const int words = m.group >> 4, group = word / words;
-    const byte *lows = PLANES > 2 ? m.plane[2] + row * m.pitch[2] + group * (m.group >> 1) + 4 * (word % words) : 0;
-    const unsigned a = load_word(m.plane[0] + row * m.pitch[0] + 4 * word, m.aligned) >> (2 * half);
-    const unsigned b = PLANES > 1 ? load_word(m.plane[1] + row * m.pitch[1] + 4 * word, m.aligned) >> (2 * half) : 0;
+    const byte *tops = m.plane[0] + row_of(given.rows, 0, item) * m.pitch[0] + 4 * word;
+    const byte *mids = PLANES > 1 ? m.plane[1] + row_of(given.rows, 1, item) * m.pitch[1] + 4 * word : 0;
+    const byte *lows = PLANES > 2 ? m.plane[2] + row_of(given.rows, 2, item) * m.pitch[2] : 0;
+    if (PLANES > 2) lows += group * (m.group >> 1) + 4 * (word % words);
+    const unsigned a = load_word(tops, m.aligned) >> (2 * half);
+    const unsigned b = PLANES > 1 ? load_word(mids, m.aligned) >> (2 * half) : 0;
     const unsigned low = PLANES > 2 ? load_word(lows + half * (m.group >> 2), m.aligned) : 0;
-    const Line line = line_of(m.scales + row * m.scales_pitch, group, m.aligned);
+    const Line line = line_of(m.scales + row_of(given.rows, 3, item) * m.scales_pitch, group, m.aligned);
     float x[T];
 #pragma unroll
     for (int t = 0; t < T; ++t) x[t] = from[t];
@@ -65,7 +69,7 @@ template <int T> static __device__ __forceinline__ void down_kernel(const DownAr
     if (word < words) {
 #pragma unroll 2
         for (int i = start + warp; i < end; i += WARPS)
-            add_row<T, SPLIT>(m, a.rows ? a.rows[i] : i, word, half, x + (long long)i * T, sum);
+            add_row<T, SPLIT>(a, i, word, half, x + (long long)i * T, sum);
     }
     float *const flat = &sum[0][0][0];
     for (int left = WARPS / 2; left; left /= 2) { /* the upper half of the warps hands over to the lower */

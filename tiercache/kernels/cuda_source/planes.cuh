@@ -40,6 +40,16 @@ struct Matrix {
     int padding;
 };
 
+/* Which rows are taken of each plane and, 3, of the scales; null for all. An ordinary selection names one list four
+ * times: a load from the cache for each, as all lanes of a warp ask for the same one. */
+struct RowLists {
+    const int *list[4];
+};
+
+static __device__ __forceinline__ long long row_of(const RowLists &rows, int which, int item) {
+    return rows.list[which] ? rows.list[which][item] : item;
+}
+
 static __device__ __forceinline__ float half_to_float(half_bits bits) {
 #ifdef __CUDACC_RTC__
     float value; /* a conversion, not fp16 arithmetic: every card has it */

@@ -17,7 +17,7 @@ struct RowsArguments {
     Matrix matrix[2];   /* gate and up, or one */
     const float4 *x;    /* [blocks, chunks, T, 8, 32] float4: see prepare.cu */
     const float *sums;  /* [blocks, chunks, T, groups a chunk] */
-    const int *rows;    /* which rows of the matrices, or null */
+    RowLists rows;      /* of both matrices */
     float *out;         /* [tokens, count], or hidden [blocks, count, T] */
     long long out_pitch;
     int count, tokens, matrices, chunks, tile_chunks;
@@ -45,11 +45,10 @@ template <int R> static __device__ __forceinline__ Rows<R> rows_at(const RowsArg
         int item = a.matrices == 2 ? (first + r) >> 1 : first + r;
         item = item < a.count ? item : a.count - 1; /* past the end: computed again, never written */
         const Matrix &m = a.matrix[a.matrices == 2 ? r & 1 : 0];
-        const long long row = a.rows ? a.rows[item] : item;
-        at.a[r] = m.plane[0] + row * m.pitch[0];
-        at.b[r] = PLANES > 1 ? m.plane[1] + row * m.pitch[1] : 0;
-        at.low[r] = PLANES > 2 ? m.plane[2] + row * m.pitch[2] : 0;
-        at.scales[r] = m.scales + row * m.scales_pitch;
+        at.a[r] = m.plane[0] + row_of(a.rows, 0, item) * m.pitch[0];
+        at.b[r] = PLANES > 1 ? m.plane[1] + row_of(a.rows, 1, item) * m.pitch[1] : 0;
+        at.low[r] = PLANES > 2 ? m.plane[2] + row_of(a.rows, 2, item) * m.pitch[2] : 0;
+        at.scales[r] = m.scales + row_of(a.rows, 3, item) * m.scales_pitch;
     }
     return at;
 }
