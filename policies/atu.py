@@ -1,0 +1,25 @@
+"""Adjacent token update: the last token's neurons stay until others need their place.
+
+M2Cache (arXiv 2410.14740, section 5.3): adjacent tokens want much the same neurons, so what the token before wanted is
+kept, what is new is loaded over what is not wanted any more, and nothing is remembered from token to token.
+"""
+
+from policies.protocol import BoolArray, Eviction, IntArray
+
+
+class Atu(Eviction):
+    """Any neuron that is not wanted now may go; the lowest slots go first."""
+
+    name = "atu"
+
+    def reset(self, neurons: int, slots: int) -> None:
+        """Nothing to forget."""
+        return
+
+    def victims(self, hits: IntArray, evictable: BoolArray, count: int) -> IntArray:
+        """The first `count` slots that are not wanted now."""
+        return evictable.nonzero()[0][:count]
+
+    def loaded(self, neurons: IntArray, slots: IntArray) -> None:
+        """Nothing to remember."""
+        return

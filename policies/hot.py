@@ -1,0 +1,57 @@
+"""The neurons that calibration found wanted most stay for good; nothing is ever evicted.
+
+The static placement of PowerInfer (arXiv 2312.12456, section 5: hot neurons on the GPU, cold ones elsewhere), and the
+baseline that any moving policy has to beat.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from policies.protocol import BoolArray, Eviction, IntArray, nothing
+
+
+def hottest(frequencies: npt.ArrayLike, count: int) -> IntArray:
+    """The `count` neurons with the highest frequencies [neurons], highest first, the lower index on a tie."""
+    return np.argsort(-np.asarray(frequencies), kind="stable")[:count].astype(np.int64)
+
+
+class Hot(Eviction):
+    """A fixed set: as many of the hottest neurons as there are slots.
+
+    Args:
+        frequencies: [neurons], any unit: only their order counts.
+    """
+
+    name = "hot"
+
+    def __init__(self, frequencies: npt.ArrayLike) -> None:
+        self._frequencies = np.array(frequencies)
+        self.reset(self._frequencies.size, 0)
+
+    def reset(self, neurons: int, slots: int) -> None:
+        """Choose the set.
+
+        Raises:
+            ValueError: the frequencies are not one for each neuron.
+        """
+        if self._frequencies.shape != (neurons,):
+            raise ValueError(f"frequencies of shape {self._frequencies.shape} for {neurons} neurons: give one for each")
+        self._hot = hottest(self._frequencies, slots)
+        self._is_hot = np.zeros(neurons, dtype=np.bool_)
+        self._is_hot[self._hot] = True
+
+    def preload(self) -> IntArray:
+        """The whole set."""
+        return self._hot
+
+    def admit(self, wanted: IntArray, misses: IntArray) -> IntArray:
+        """The misses that belong to the set, if it was not preloaded."""
+        return misses.take(self._is_hot.take(misses).nonzero()[0])
+
+    def victims(self, hits: IntArray, evictable: BoolArray, count: int) -> IntArray:
+        """None, ever."""
+        return nothing()
+
+    def loaded(self, neurons: IntArray, slots: IntArray) -> None:
+        """Nothing to remember."""
+        return

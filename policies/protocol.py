@@ -1,0 +1,63 @@
+"""What a policy of the neuron cache answers, in slots and neurons: whole arrays at a time, integers and booleans only.
+
+`policies.neurons` asks, the files `atu`, `lru`, `lfru`, `sieve`, `hot` and `belady` answer, and `policies.eviction`
+knows them all by name.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def nothing() -> IntArray:
+    """No neurons, or no slots: [0]."""
+    return np.empty(0, dtype=np.int64)
+
+
+class Eviction(Protocol):
+    """Who comes, and who leaves.
+
+    Of a step, `admit`, `victims` and `loaded` are called once each, in this order, even when there is nothing to
+    load. Every slot that `victims` names is emptied and filled in that step. Arrays that a policy is given may be
+    read until it returns; `slots` of `loaded` and `hits` of `victims` may be kept, and are never written to.
+
+    Attributes:
+        name: as in the registry.
+    """
+
+    name: str
+
+    def reset(self, neurons: int, slots: int) -> None:
+        """Forget everything: `slots` empty slots for the neurons of [0, `neurons`)."""
+        ...
+
+    def preload(self) -> IntArray:
+        """Neurons [at most slots] that this policy would start with, most important first; empty: no opinion."""
+        return nothing()
+
+    def admit(self, wanted: IntArray, misses: IntArray) -> IntArray:
+        """Which of `misses` are worth bringing, first first; all of them unless the policy says otherwise.
+
+        Args:
+            wanted: the neurons of this step [wanted], most important first.
+            misses: those of them that are in no slot, in the same order.
+        """
+        return misses
+
+    def victims(self, hits: IntArray, evictable: BoolArray, count: int) -> IntArray:
+        """At most `count` distinct slots to empty.
+
+        Args:
+            hits: slots of the wanted neurons that are here, most important first.
+            evictable: [slots], True for a slot that is full and whose neuron is not wanted now.
+            count: at most the number of True.
+        """
+        ...
+
+    def loaded(self, neurons: IntArray, slots: IntArray) -> None:
+        """Neurons that were brought just now, in this order, and the slot of each."""
+        ...
