@@ -8,13 +8,14 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from tiercache.errors import UsageError
 
 Precision = Literal["source", "int8", "int4", "int2"]
 SizeLike = int | float | str
 KernelChoice = Literal["auto", "fast", "decode"]
+Mode = Literal["exact", "mixed"]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", start=1)}
@@ -86,6 +87,48 @@ class Budget:
         return int(AUTO_FRACTION * free_bytes)
 
 
+class MixedOptions(TypedDict, total=False):
+    """Options of `offload` for choosing planes neuron by neuron; without them a model is run exactly.
+
+    Attributes:
+        mode: "exact", or "mixed": each token reads its more important neurons at more bits, others at fewer or not at
+            all. That loses something, which `tiercache calibrate` has measured. `precision` is then the rung of
+            everything that is no neuron.
+        bytes_per_token: what a token may read of the neurons, ranking included: a share of what int8 reads of them
+            (0.5), or a size ("1.2GB").
+        max_loss: a bound of the loss (KL from int8 on the calibration text, nats a token); then as few bytes as that
+            allows.
+        policy: with an HBM tier, who stays in its slots: "atu", "lru", "lfru", "sieve" or "hot"; "auto" replays the
+            calibration's trace.
+        uploads: neurons that a token may bring into the slots of one layer's plane; others do with the planes at hand.
+            None for as many as it wants.
+        link_gbps: throttle copies to the HBM tier to so many 1e9 bytes a second, to stand in for another link, in
+            either mode; what is measured then is emulated.
+    """
+
+    mode: Mode
+    bytes_per_token: SizeLike | None
+    max_loss: float | None
+    policy: str
+    uploads: int | None
+    link_gbps: float | None
+
+
+def read_mixed(options: MixedOptions) -> dict[str, Any]:
+    """The options as fields of `OffloadConfig`.
+
+    Raises:
+        UsageError: an option that there is not, or a size that cannot be read.
+    """
+    known = MixedOptions.__annotations__
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"unknown option {unknown[0]!r} of offload(); those of mixed mode are {', '.join(known)}")
+    fields: dict[str, Any] = {name: value for name, value in options.items() if name != "bytes_per_token"}
+    given = options.get("bytes_per_token")
+    fields["bytes_per_token"] = None if given is None else Budget.parse(given)
+    return fields
+
+
 @dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
     """The options of one `offload`, read and checked.
@@ -102,6 +145,12 @@ class OffloadConfig:
         kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can
             be.
         cpu_tokens: up to how many tokens a pass has planes multiplied by the CPU in DRAM; None where it is measured.
+        mode: "exact", or "mixed" for planes chosen by neuron and token, which loses something.
+        bytes_per_token: mixed: what of int8's bytes of the neurons a token may read, ranking included.
+        max_loss: mixed: bound of the loss that calibration measured, KL in nats a token.
+        policy: mixed: who stays in the neurons' slots; "auto" replays the calibration's trace.
+        uploads: mixed: neurons that a token may bring into the slots of a layer's plane; None for as many as it wants.
+        link_gbps: throttle copies to the HBM tier to this rate; what is measured then is emulated.
     """
 
     hbm: Budget | None
@@ -114,8 +163,15 @@ class OffloadConfig:
     checks: bool = False
     kernels: KernelChoice = "auto"
     cpu_tokens: int | None = None
+    mode: Mode = "exact"
+    bytes_per_token: Budget | None = None
+    max_loss: float | None = None
+    policy: str = "auto"
+    uploads: int | None = None
+    link_gbps: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_mode()
         if self.precision not in get_args(Precision):
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if self.kernels not in get_args(KernelChoice):
@@ -129,6 +185,31 @@ class OffloadConfig:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
         if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise UsageError(f"unknown device {self.device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+    def _check_mode(self) -> None:
+        """Refuse options of a mode that do not belong together."""
+        if self.mode not in get_args(Mode):
+            raise UsageError(f"unknown mode {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
+        if self.uploads is not None and (isinstance(self.uploads, bool) or self.uploads < 0):
+            raise UsageError(f"uploads={self.uploads!r} must be a whole number of neurons, 0 or more, or None")
+        if self.mode == "exact":
+            if self.bytes_per_token is not None or self.max_loss is not None:
+                raise UsageError("bytes_per_token= and max_loss= are for mode='mixed'; the exact mode reads every byte")
+            return
+        if self.precision == "source":
+            raise UsageError(
+                "mode='mixed' is made of planes: give precision='int8' or 'int4', the rung of what is no neuron"
+            )
+        if self.kernels == "decode":
+            raise UsageError(
+                "mode='mixed' multiplies single neurons, which kernels='decode' cannot; leave kernels= out"
+            )
+        if self.max_loss is not None and not self.max_loss > 0:
+            raise UsageError(f"max_loss={self.max_loss} must be above zero; a run without loss is mode='exact'")
+        if self.bytes_per_token == Budget():
+            raise UsageError("bytes_per_token='auto' says nothing; give a share such as 0.5, a size, or max_loss=")
+        if self.bytes_per_token is None and self.max_loss is None:
+            raise UsageError("mode='mixed' needs bytes_per_token= (a share of int8's bytes, or a size) or max_loss=")
 
 
 def home_folder() -> Path:

@@ -5,20 +5,24 @@ stays where is the plan's, what moves when is the tiers'.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 import transformers
 
-from profiler import hardware
-from tiercache import plan
-from tiercache.config import Budget, KernelChoice, OffloadConfig, Precision, SizeLike, human
-from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError
+from tiercache.attached import Attached
+from tiercache.budgeting import choose, divide
+from tiercache.config import Budget, KernelChoice, MixedOptions, OffloadConfig, Precision, SizeLike, read_mixed
+from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
+from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
+from tiercache.mixing import Mixing
+from tiercache.mixrun import MixedRun
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
@@ -29,37 +33,13 @@ from tiercache.plan import Plan
 from tiercache.planes import RUNGS
 from tiercache.progress import note
 from tiercache.stats import Stats, peak_rss_bytes
+from tiercache.store.calibration import Calibration
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
 from tiercache.tiers.crossover import tokens_below
+from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
-
-
-class Attached:
-    """What `model.tiercache` is: the plan and the statistics of an offloaded model.
-
-    Attributes:
-        plan: what lies where.
-        rehearsal: what a pass does and takes.
-    """
-
-    def __init__(self, made: Plan, asked: Demand, stats: Stats, refresh: Callable[[Stats], None]) -> None:
-        self.plan, self.rehearsal = made, asked.rehearsal
-        self._asked, self._stats, self._refresh = asked, stats, refresh
-
-    def stats(self) -> Stats:
-        """The account so far."""
-        self._refresh(self._stats)
-        return self._stats
-
-    def pass_bytes(self) -> dict[str, int]:
-        """Bytes of one whole pass: the weights it needs, and those of them that come from the SSD."""
-        payload = self._asked.payload
-        return {
-            "needed": sum(payload[key] for key in self._asked.needs.order),
-            "ssd": sum(payload[key] for key in self.plan.streamed),
-        }
 
 
 @contextmanager
@@ -78,6 +58,7 @@ def offload(
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
+    **mixed: Unpack[MixedOptions],
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
 
@@ -102,6 +83,7 @@ def offload(
             stay in HBM, instead of copying them up; measured when None, 0 for never.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
+        mixed: mode="mixed", and what belongs to it: `config.MixedOptions`.
 
     Raises:
         UsageError, UnsupportedModelError: something that cannot be meant, or is not supported.
@@ -109,20 +91,29 @@ def offload(
         StoreError: a damaged or foreign checkpoint or store.
         EnvironmentUnsupportedError: no such device, or not enough disk.
     """
-    config = OffloadConfig(
-        hbm=None if hbm is None else Budget.parse(hbm),
-        dram=Budget.parse(dram),
-        precision=precision,
-        context=context,
-        logits=logits,
-        device=device,
-        store=None if store is None else Path(store).expanduser(),
-        checks=checks,
-        kernels=kernels,
-        cpu_tokens=cpu_tokens,
-    )
+    places: dict[str, Any] = {"hbm": hbm if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
+    sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
+    chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
+    chosen["store"] = None if store is None else Path(store).expanduser()
+    config = OffloadConfig(**places, **sizes, **chosen, **read_mixed(mixed))
+    with lend(model_or_path, config, show_progress=show_progress, observe=observe) as model:
+        yield model
+
+
+@contextmanager
+def lend(
+    model_or_path: transformers.PreTrainedModel | str | Path,
+    config: OffloadConfig,
+    *,
+    show_progress: bool | None = None,
+    observe: Observer = lambda tier, event, key: None,
+    calibration: Calibration | None = None,
+) -> Iterator[transformers.PreTrainedModel]:
+    """`offload` with its options read already; `calibration` stands in for the store's own."""
     with ExitStack() as stack:
-        yield _open(stack, model_or_path, config, show_progress, observe)
+        with torch.inference_mode(False):  # a caller's own would make tensors that the rehearsal cannot follow
+            model = _open(stack, model_or_path, config, show_progress, observe, calibration)
+        yield model
 
 
 def _open(
@@ -131,22 +122,33 @@ def _open(
     config: OffloadConfig,
     show_progress: bool | None,
     observe: Observer,
+    calibration: Calibration | None,
 ) -> transformers.PreTrainedModel:
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
     opened = open_model(model_or_path, config, show_progress=show_progress)
     kernels = _kernels(config, target, show_progress)
-    asked = demand(opened, config, target, kernels=bool(kernels))
-    made = _plan(opened, asked, config, target)
+    way: Mixing | None = None
+    if config.mode == "mixed":
+        way, opened, asked, made = choose(opened, config, target, calibration)
+    else:
+        asked = demand(opened, config, target, kernels=bool(kernels))
+        made = divide(opened, asked, config, target)
     reader = stack.enter_context(Reader())
-    tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe)
+    link = Link(config.link_gbps)
+    tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe, link)
     stack.callback(tiers.close)
     cpu_tokens = _cpu_tokens(config, made, kernels, target)  # measured while the tiers are still empty
     tiers.load(show_progress=show_progress)
     name = "torch" if config.precision == "source" else kernels[target.type].name if kernels else "decode"
     stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats, kernels=name)
     stats.cpu_tokens = cpu_tokens
-    _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels)
+    if link.gbps is not None:
+        stats.link = f"emulated, {link.gbps:g} GB/s"
+    run = None if way is None else MixedRun.start(stack, way, opened, made, tiers, link, config, kernels, target)
+    if run is not None:
+        stats.neurons, stats.lossy = run.choosing.stats, True
+    _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
     return opened.model
 
 
@@ -165,7 +167,9 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
         if config.kernels == "fast" and not found:
             raise
         lost = "nothing is multiplied in DRAM" if found else "every matrix is decoded before it is multiplied"
-        warnings.warn(f"{lost}, which is slow: {error}", stacklevel=5)
+        warnings.warn(f"{lost}, which is slow: {error}", stacklevel=6)
+        if config.mode == "mixed":
+            found = {kind: ReferenceKernels(torch.device(kind)) for kind in {device.type, "cpu"}} | found
     return found
 
 
@@ -199,40 +203,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _plan(opened: Opened, asked: Demand, config: OffloadConfig, device: torch.device) -> Plan:
-    """Resolve the budgets and divide them."""
-    main = hardware.memory()
-    hbm_bytes: int | None = None
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for itself is free to us
-        torch.cuda.reset_peak_memory_stats(device)
-        free, total = torch.cuda.mem_get_info(device)
-        hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
-    elif config.hbm is not None and config.hbm != Budget():
-        hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
-    taken = hbm_bytes if hbm_bytes is not None and device.type == "cpu" else 0
-    dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
-    needs, own = asked.needs, 0
-    if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
-        own = sum(needs.sizes[key] for key in needs.order)
-        needs = replace(needs, always=frozenset(needs.order) if hbm_bytes is None else needs.always)
-    made = plan.make(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
-    _check_free(made, main.free_bytes + own, device)
-    return made
-
-
-def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
-    """Refuse a plan that the machine's free memory cannot hold, whatever the budget allows."""
-    on_host = [made.dram] if made.hbm is None or device.type == "cuda" else [made.dram, made.hbm]
-    total = sum(tier.slab_bytes + sum(tier.reserved_bytes.values()) for tier in on_host)
-    if total > free_bytes:
-        raise DoesNotFitError(
-            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes "
-            "are missing; lower dram=, or close other programs",
-            missing_bytes=total - free_bytes,
-        )
-
-
 def _reads_directly(opened: Opened, reader: Reader) -> bool:
     paths = {piece.path for unit in opened.manifest.units for piece in unit.pieces}
     return bool(paths) and all(reader.direct(path) for path in paths)
@@ -249,6 +219,7 @@ def _attach(
     stats: Stats,
     config: OffloadConfig,
     kernels: dict[str, Kernels],
+    mixed: MixedRun | None,
 ) -> None:
     """Put hooks and parameters in; what undoes them goes on `stack`."""
     model = opened.model
@@ -263,6 +234,7 @@ def _attach(
         table,
         device,
         kernels,
+        () if mixed is None else mixed.blocks,
     )
     stack.callback(attachment.close)
 
@@ -282,7 +254,7 @@ def _attach(
         if device.type == "cuda":
             account.peak_device_bytes = torch.cuda.max_memory_reserved(device)
 
-    setattr(model, "tiercache", Attached(made, asked, stats, refresh))  # noqa: B010 - not a parameter
+    setattr(model, "tiercache", Attached(made, asked, stats, refresh, mixed))  # noqa: B010 - not a parameter
     stack.callback(_detach, model, opened.given)
 
 

@@ -41,14 +41,14 @@ class ClosedError(UsageError):
 class DoesNotFitError(TiercacheError):
     """A budget is too small; `missing_bytes` more would do.
 
-    Raised before anything large is allocated or read.
+    Raised before anything large is allocated or read. `tier` is whose budget it is, where one alone is to blame.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, *, missing_bytes: int = 0) -> None:
+    def __init__(self, message: str, *, missing_bytes: int = 0, tier: str = "") -> None:
         super().__init__(message)
-        self.missing_bytes = missing_bytes
+        self.missing_bytes, self.tier = missing_bytes, tier
 
 
 class ContextExceededError(DoesNotFitError):

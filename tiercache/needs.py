@@ -13,6 +13,7 @@ import torch
 from tiercache import skeleton
 from tiercache.config import OffloadConfig
 from tiercache.errors import UnsupportedModelError
+from tiercache.model import mixed
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
 from tiercache.model.linear import scratch_bytes
@@ -67,6 +68,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
     workspace = _workspace(opened, kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     table = manifest.embedding[1].unit
+    below = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
     needs = Needs(
         sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
         names=[unit.name for unit in manifest.units],
@@ -75,6 +77,8 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         table=None if table in runs or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
         dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu"),
+        below=below,
+        neuron_bytes=sum(manifest.units[key].nbytes for key in below),
     )
     return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
 
@@ -132,6 +136,9 @@ def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device
         if isinstance(weight, PlaneWeight):
             tokens = min(config.logits, config.context) if skeleton.layer_of(name) is None else config.context
             most = max(most, scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens))
+    for block in opened.manifest.blocks:
+        rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
+        most = max(most, rows)
     return most + (_CUDA_SCRATCH_BYTES if device.type == "cuda" else 0)
 
 

@@ -34,6 +34,7 @@ class Opened:
         manifest: its parts.
         memory: bytes of the units, for a model in memory that is run as it is.
         given: the model is the caller's own.
+        store: where its planes are, if it is run from planes.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Opened:
     manifest: Manifest
     memory: list[torch.Tensor] | None
     given: bool
+    store: PlaneStore | None = None
 
 
 def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show_progress: bool | None) -> Opened:
@@ -94,7 +96,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
         )
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model := store.model(), model, store.manifest(config.precision), None, False)
+    return Opened(model := store.model(), model, store.manifest(config.precision), None, False, store)
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
@@ -118,7 +120,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model, bare, store.manifest(config.precision), None, True)
+    return Opened(model, bare, store.manifest(config.precision), None, True, store)
 
 
 def _refuse_checks(config: OffloadConfig) -> None:

@@ -28,6 +28,8 @@ class Needs:
         table: the token embedding's unit where it is not in `order` as well (a tied head is).
         compute: bytes reserved beside the weights where they are multiplied, by purpose.
         dram: bytes reserved in main memory whatever computes, by purpose.
+        below: units that never go up but in rows, and so must stay in DRAM; only beside an HBM tier.
+        neuron_bytes: what slots for those rows could use.
     """
 
     sizes: Mapping[Key, int]
@@ -37,6 +39,8 @@ class Needs:
     table: Key | None
     compute: Mapping[str, int]
     dram: Mapping[str, int]
+    below: tuple[Key, ...] = ()
+    neuron_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class TierPlan:
         placement: which stay, and the ring for the others.
         table: the token embedding stays here too.
         transit_bytes: what the slab must have for the units that only pass on to HBM when the model is opened.
+        neuron_bytes: for slots of single neurons' planes, beside the units.
     """
 
     capacity_bytes: int
@@ -58,6 +63,7 @@ class TierPlan:
     placement: Placement
     table: bool
     transit_bytes: int = 0
+    neuron_bytes: int = 0
 
     @property
     def slab_bytes(self) -> int:
@@ -91,10 +97,13 @@ def make(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
     if hbm_bytes is None:
         reserved = {**needs.dram, **needs.compute}
         return Plan(None, _tier("dram", dram_bytes, reserved, needs, needs.order, needs.table))
-    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, needs.table)
-    rest = [key for key in needs.order if key not in set(hbm.placement.pinned)]
+    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, None if needs.below else needs.table)
+    left = hbm_bytes - sum(needs.compute.values()) - hbm.slab_bytes
+    hbm = replace(hbm, neuron_bytes=min(left, needs.neuron_bytes))
+    rest = [*(key for key in needs.order if key not in set(hbm.placement.pinned)), *needs.below]
     transit = _transit_bytes(dram_bytes, hbm.placement.pinned, needs)
-    dram = _tier("dram", dram_bytes, needs.dram, needs, rest, None if hbm.table else needs.table)
+    staying = replace(needs, always=needs.always.union(needs.below))
+    dram = _tier("dram", dram_bytes, needs.dram, staying, rest, None if hbm.table else needs.table)
     return Plan(hbm, replace(dram, transit_bytes=transit))
 
 
@@ -139,4 +148,5 @@ def _refuse_if_small(
         f"{name}={human(capacity_bytes)} is too small by {human(-left_bytes)} ({-left_bytes} bytes): it must hold "
         f"{', '.join(parts)}; raise {name}= or lower context=",
         missing_bytes=-left_bytes,
+        tier=name,
     )

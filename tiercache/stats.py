@@ -46,6 +46,59 @@ class TierStats:
 
 
 @dataclass
+class NeuronStats:
+    """The account of neurons that are given planes one by one.
+
+    Attributes:
+        policy: who stays in the slots; "none" without an upper tier.
+        tokens: tokens for which neurons were chosen one by one.
+        read_bytes: bytes of neurons that their products read, ranking included.
+        wanted_bytes, hit_bytes: asked of the slots, and found there.
+        moved_bytes: copied up, dense passes included.
+        requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
+        at_hand: of them, those that had to do with a lower rung.
+        chance_hits: hits that slots filled by chance would have had.
+        calibrated_kl: loss against int8 that calibration measured with the same recipe, in nats a token.
+        belady_hits, belady_requests: of a recorded trace, with the same slots and perfect foresight.
+    """
+
+    policy: str = "none"
+    tokens: int = 0
+    read_bytes: int = 0
+    wanted_bytes: int = 0
+    hit_bytes: int = 0
+    moved_bytes: int = 0
+    requests: int = 0
+    hits: int = 0
+    uploads: int = 0
+    at_hand: int = 0
+    chance_hits: float = 0.0
+    calibrated_kl: float | None = None
+    belady_hits: int = 0
+    belady_requests: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the requests found in the slots; None without slots."""
+        return self.hits / self.requests if self.requests else None
+
+    @property
+    def chance(self) -> float | None:
+        """The hit rate of slots filled by chance."""
+        return self.chance_hits / self.requests if self.requests else None
+
+    @property
+    def lift(self) -> float | None:
+        """The hit rate over chance."""
+        return self.hits / self.chance_hits if self.chance_hits else None
+
+    @property
+    def belady(self) -> float | None:
+        """The hit rate that nobody can beat, on the recorded trace."""
+        return self.belady_hits / self.belady_requests if self.belady_requests else None
+
+
+@dataclass
 class Stats:
     """The account of one attached model.
 
@@ -60,6 +113,8 @@ class Stats:
         embedding_bytes: token embedding rows read from the SSD.
         ssd_bytes: bytes that the SSD delivered, whole blocks and checks included.
         peak_rss_bytes, peak_device_bytes: the process's peak as the kernel counts it, and the GPU allocator's.
+        neurons: in mixed mode, the account of the neurons.
+        link: "measured", or the rate of a throttle that stands in for another link.
     """
 
     precision: str
@@ -80,6 +135,8 @@ class Stats:
     ssd_bytes: int = 0
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
+    neurons: NeuronStats | None = None
+    link: str = "measured"
 
     @property
     def tokens_per_s(self) -> float:
@@ -91,6 +148,9 @@ class Stats:
         plain = asdict(self)
         for name, tier in self.tiers.items():
             plain["tiers"][name] |= {"needed_bytes": tier.needed_bytes, "stall_s": dict(tier.stall_s)}
+        if self.neurons is not None:
+            rates = {name: getattr(self.neurons, name) for name in ("hit_rate", "chance", "lift", "belady")}
+            plain["neurons"] |= rates
         return {"schema": SCHEMA, **plain, "tokens_per_s": self.tokens_per_s}
 
     def to_json(self) -> str:

@@ -3,15 +3,16 @@
 Knows modules, parameters and hooks; not where slots come from.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import transformers
 from torch import nn
 
 from tiercache.kernels.contract import Kernels
-from tiercache.model.binding import Binder, Parameters, Use, poison, weight_of
+from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
+from tiercache.model.mixed import MixedBlock, MixedForward
 from tiercache.tiers.tier import Source
 
 
@@ -28,6 +29,7 @@ class Attachment:
         table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
+        blocks: feed-forward blocks that are served neuron by neuron; their modules are among `uses` as well.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Attachment:
         table: torch.Tensor | Rows,
         device: torch.device,
         kernels: Mapping[str, Kernels],
+        blocks: Sequence[MixedBlock] = (),
     ) -> None:
-        self._parameters = Parameters()
+        self._parameters, self._forwards, self._blocks = Parameters(), Forwards(), tuple(blocks)
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
@@ -62,17 +65,24 @@ class Attachment:
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
             self._binder = Binder(model, uses, supply, workspace, kernels)
+            for block in self._blocks:
+                self._mix(model, block)
         except BaseException:  # half-way: the model must not stay changed
             self.close()
             raise
 
     def end_pass(self) -> None:
         """Give back what an interrupted pass still held."""
+        for block in self._blocks:
+            block.forget()
         if self._binder is not None:
             self._binder.release_all()
 
     def close(self) -> None:
         """Everything as before; harmless when done twice."""
+        for block in self._blocks:
+            block.forget()
+        self._forwards.restore()
         if self._binder is not None:
             self._binder.close()
         if self._lookup is not None:
@@ -81,6 +91,12 @@ class Attachment:
         while self._buffers:
             module, name, buffer = self._buffers.pop()
             module._buffers[name] = buffer
+
+    def _mix(self, model: nn.Module, block: MixedBlock) -> None:
+        names = block.planes.block
+        for place, (module, _) in enumerate(names.inward):
+            self._forwards.replace(model.get_submodule(module), MixedForward(block, place))
+        self._forwards.replace(model.get_submodule(names.outward), MixedForward(block, None))
 
     def _hide(self, module: nn.Module, device: torch.device) -> None:
         weight = weight_of(module)

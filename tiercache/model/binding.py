@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
-from tiercache.store.manifest import PlainWeight, PlaneWeight, Weight
+from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Source
 
 
@@ -56,9 +56,9 @@ class Binder:
         self._held: dict[int, torch.Tensor] = {}
         self._bound: nn.Parameter | None = None
         self._hooks: list[RemovableHandle] = []
-        self._forwards = Forwards()
+        self._forwards, self._planes = Forwards(), list[PlaneForward]()
         self._inputs = Inputs()
-        named = [(use, model.get_submodule(use.module)) for use in uses]
+        named = [(use, model.get_submodule(use.module)) for use in uses if not isinstance(use.weight, NeuronWeight)]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
             forward = None
@@ -66,6 +66,7 @@ class Binder:
                 partner = pairs.get(use.module)
                 forward = PlaneForward(use.module, module, use.weight, kernels, self._inputs, partner)
                 self._forwards.replace(module, forward)
+                self._planes.append(forward)
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
 
@@ -75,7 +76,8 @@ class Binder:
             hide(self._bound)
             self._bound = None
         self._inputs.forget()
-        self._forwards.empty()
+        for forward in self._planes:
+            forward.slot = None
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)
@@ -119,6 +121,7 @@ class Binder:
         made = self._workspace[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
         if isinstance(weight, PlainWeight):
             return made.copy_(weight.view(slot))
+        assert isinstance(weight, PlaneWeight)  # a neuron's planes have forwards of their own
         weight.decode_into(slot, made)
         return made
 
@@ -137,7 +140,7 @@ def hide(parameter: nn.Parameter) -> None:
 
 def needs_workspace(weight: Weight, dtype: torch.dtype, *, kernels: bool) -> int:
     """Bytes of workspace that binding `weight` takes; `kernels`: there are some for planes."""
-    if isinstance(weight, PlaneWeight) and kernels:
+    if isinstance(weight, NeuronWeight) or (isinstance(weight, PlaneWeight) and kernels):
         return 0
     if isinstance(weight, PlainWeight) and weight.dtype == dtype:
         return 0
@@ -155,15 +158,10 @@ class Forwards:
     def __init__(self) -> None:
         self._before: list[tuple[nn.Module, object | None]] = []
 
-    def replace(self, module: nn.Module, forward: PlaneForward) -> None:
+    def replace(self, module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Let calls of `module` run `forward`."""
         self._before.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
-
-    def empty(self) -> None:
-        """No slot is held any more."""
-        for module, _ in self._before:
-            module.__dict__["forward"].slot = None
 
     def restore(self) -> None:
         """Put the old ones back; harmless when done twice."""

@@ -137,12 +137,31 @@ def _translated(error: lmdb.Error, path: Path) -> Exception:
 
 def write(path: Path, meta: Mapping[str, Any], records: list[Record]) -> None:
     """A fresh catalogue, on disk when this returns."""
+    values = {_META.decode(): json.dumps(meta, sort_keys=True).encode()}
+    values |= {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records)}
+    write_values(path, values)
+
+
+def write_values(path: Path, values: Mapping[str, bytes]) -> None:
+    """A fresh file of sealed values with its digest beside it, on disk when this returns."""
     path.unlink(missing_ok=True)
     with environment(path, readonly=False) as env, env.begin(write=True) as transaction:
-        put_meta(transaction, meta)
-        for index, record in enumerate(records):
-            put_record(transaction, index, record)
-    _digest_file(path).write_text(_digest(path) + "\n", encoding="utf-8")
+        for name, value in values.items():
+            transaction.put(name.encode(), sealed(name.encode(), value))
+    digest_file(path).write_text(digest(path) + "\n", encoding="utf-8")
+
+
+def read_values(path: Path) -> dict[str, bytes]:
+    """All sealed values of a file.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    with environment(path, readonly=True) as env, env.begin() as transaction:
+        try:
+            return {bytes(key).decode(): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
+        except ValueError as error:
+            raise StoreError(f"{path} holds a record that cannot be read ({error!r}); make it again") from error
 
 
 def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
@@ -150,7 +169,7 @@ def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "catalog.mdb"
         write(path, meta, records)
-        return path.stat().st_size + _digest_file(path).stat().st_size
+        return path.stat().st_size + digest_file(path).stat().st_size
 
 
 def read(path: Path) -> Contents:
@@ -166,7 +185,7 @@ def read(path: Path) -> Contents:
 def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
     """What a transaction sees."""
     try:
-        values = {bytes(key): _unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
+        values = {bytes(key): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
         meta = json.loads(values.pop(_META, b"{}"))
         records = [Record.from_json(value) for value in values.values()]
     except (ValueError, TypeError, KeyError) as error:
@@ -176,38 +195,45 @@ def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
 
 def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
     """Enter what concerns the whole store."""
-    transaction.put(_META, _sealed(_META, json.dumps(meta, sort_keys=True).encode()))
+    transaction.put(_META, sealed(_META, json.dumps(meta, sort_keys=True).encode()))
 
 
 def put_record(transaction: lmdb.Transaction, index: int, record: Record) -> None:
     """Enter one unit."""
     key = b"unit/%05d" % index
-    transaction.put(key, _sealed(key, record.to_json()))
+    transaction.put(key, sealed(key, record.to_json()))
 
 
-def _sealed(key: bytes, value: bytes) -> bytes:
+def sealed(key: bytes, value: bytes) -> bytes:
     """A value behind the hash of its key and itself."""
     return hashlib.sha256(key + value).digest() + value
 
 
-def _unsealed(key: bytes, sealed: bytes) -> bytes:
-    value = sealed[_DIGEST_BYTES:]
-    if _sealed(key, value) != sealed:
+def unsealed(key: bytes, stored: bytes) -> bytes:
+    """The value that was sealed.
+
+    Raises:
+        ValueError: it is not what was written under this key.
+    """
+    value = stored[_DIGEST_BYTES:]
+    if sealed(key, value) != stored:
         raise ValueError(f"checksum of {key.decode(errors='replace')}")
     return value
 
 
 def _check_digest(path: Path) -> None:
     """LMDB maps its file and trusts it: over a damaged or shortened one it may end the process."""
-    beside = _digest_file(path)
-    if not beside.is_file() or beside.read_text(encoding="utf-8", errors="replace").strip() != _digest(path):
+    beside = digest_file(path)
+    if not beside.is_file() or beside.read_text(encoding="utf-8", errors="replace").strip() != digest(path):
         raise StoreError(f"{path} is damaged, for {beside.name} tells another checksum; convert the checkpoint again")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with permissions_named(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _digest_file(path: Path) -> Path:
+def digest_file(path: Path) -> Path:
+    """Where the digest of an LMDB file is kept."""
     return path.with_suffix(".sha256")

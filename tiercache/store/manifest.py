@@ -88,7 +88,70 @@ class PlaneWeight:
         return slot[at : at + nbytes].view(self.rows, self.parts, width)
 
 
-Weight = PlainWeight | PlaneWeight
+@dataclass(frozen=True)
+class NeuronBlock:
+    """A feed-forward block whose neurons are given planes one by one.
+
+    Attributes:
+        layer: its place among the blocks.
+        inward: module names of the matrices that inputs are multiplied by, each with its places among the parts.
+        outward: module name of the matrix whose columns are the neurons'; the last part.
+        neurons, columns, group: rows of each part, their length, and its groups.
+        parts: rows of a neuron, side by side.
+        units: the unit in which each plane lies; the scales lie with the first.
+        plane_at: first byte of each plane in its unit's slot.
+        scale_at: first byte of the scales.
+    """
+
+    layer: int
+    inward: tuple[tuple[str, tuple[int, ...]], ...]
+    outward: str
+    neurons: int
+    columns: int
+    group: int
+    parts: int
+    units: tuple[int, ...]
+    plane_at: tuple[int, ...]
+    scale_at: int
+
+    @property
+    def low(self) -> int:
+        """Planes that lie in the first unit."""
+        return self.units.count(self.units[0])
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of a row in each plane."""
+        return tuple(codes.plane_row_bytes(self.columns, self.group, plane) for plane in range(len(self.units)))
+
+    def plane(self, slot: torch.Tensor, plane: int) -> torch.Tensor:
+        """Plane `plane` in its unit's slot: [neurons, parts, bytes of a row]."""
+        return self._rows(slot, self.plane_at[plane], self.widths[plane])
+
+    def scales(self, slot: torch.Tensor) -> torch.Tensor:
+        """The scales in the first unit's slot: bytes [neurons, parts, bytes of a row's scales]."""
+        return self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))
+
+    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
+        return slot[at : at + self.neurons * self.parts * width].view(self.neurons, self.parts, width)
+
+
+@dataclass(frozen=True)
+class NeuronWeight:
+    """A parameter whose rows (of a down matrix: columns) are neurons of a block.
+
+    Attributes:
+        unit: the block's first unit, which every pass needs.
+        block: the block's place in the manifest.
+        shape: of the parameter.
+    """
+
+    unit: int
+    block: int
+    shape: tuple[int, ...]
+
+
+Weight = PlainWeight | PlaneWeight | NeuronWeight
 
 
 @dataclass(frozen=True)
@@ -101,6 +164,7 @@ class Manifest:
         embedding: module name and weight of the token embedding, which can also be read row by row from its file.
         dense: parameters kept in the computing device's memory for good (norms, biases, position tables), by name.
         precision: "source", or the rung.
+        blocks: feed-forward blocks that are served neuron by neuron; none in the exact modes.
     """
 
     units: tuple[Unit, ...]
@@ -108,6 +172,7 @@ class Manifest:
     embedding: tuple[str, PlainWeight]
     dense: dict[str, TensorRef]
     precision: str = "source"
+    blocks: tuple[NeuronBlock, ...] = ()
 
 
 def of_source(source: Source) -> Manifest:

@@ -6,6 +6,7 @@ Knows the catalogue and the files; not how weights are multiplied or where they 
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from tiercache.store.format import (
     align,
 )
 from tiercache.store.header import TensorRef
-from tiercache.store.manifest import Manifest, PlaneWeight, Weight, plain_unit
+from tiercache.store.manifest import Manifest, NeuronBlock, NeuronWeight, PlaneWeight, Weight, plain_unit
 from tiercache.store.reader import aligned_buffer, open_for_reading
 
 _CHECK_BYTES = 8 << 20  # read and hashed at once
@@ -90,14 +91,32 @@ class PlaneStore:
         """The model without weights, with its generation defaults."""
         return skeleton.with_defaults(self.config, self.dtype, self.folder)
 
-    def manifest(self, rung: str) -> Manifest:
-        """What the model is made of when computed at `rung`; the head is always read at int8."""
+    def manifest(self, rung: str, blocks: Sequence[tuple[int, int]] = ()) -> Manifest:
+        """What the model is made of when computed at `rung`; the head is always read at int8.
+
+        Args:
+            rung: of every matrix; with `blocks`, of every matrix outside of them.
+            blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
+                plane each one above is a unit of its own.
+
+        Raises:
+            StoreError: the token embedding is missing.
+        """
         module, table = skeleton.embedding(self.model())
         units: list[Unit] = []
         weights: dict[str, Weight] = {}
         dense: dict[str, TensorRef] = {}
         embedding = None
+        made: list[NeuronBlock] = []
         for record in self.contents.records:
+            if blocks and record.parts > 1:
+                cut, block = self._block(len(units), len(made), record, blocks[len(made)])
+                units += cut
+                made.append(block)
+                shape = record.rows, record.columns
+                for name in (*(name for name, _ in block.inward), block.outward):
+                    weights[name] = NeuronWeight(block.units[0], block.layer, shape)
+                continue
             if record.kind == "planes":
                 count = len(codes.PLANE_BITS) if record.all_planes else codes.RUNGS[rung]
                 unit, placed = self._planes(len(units), record, count)
@@ -113,7 +132,52 @@ class PlaneStore:
                 dense[record.name] = ref
         if embedding is None:
             raise StoreError(f"{self.folder} lacks the token embedding {table!r}; convert again")
-        return Manifest(tuple(units), weights, embedding, dense, rung)
+        return Manifest(tuple(units), weights, embedding, dense, rung, tuple(made))
+
+    def _block(self, key: int, layer: int, record: Record, cut: tuple[int, int]) -> tuple[list[Unit], NeuronBlock]:
+        """The units of a feed-forward block: its first planes with the scales, and each plane above."""
+        low, top = cut
+        units: list[Unit] = []
+        plane_units: list[int] = []
+        plane_at: list[int] = []
+        scale_at = 0
+        for names in ((*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])):
+            pieces: list[Piece] = []
+            cursor = 0
+            for name in names:
+                if name == SCALE_FILE:
+                    scale_at = cursor
+                else:
+                    plane_units.append(key + len(units))
+                    plane_at.append(cursor)
+                pieces += _pieces(self.folder / name, record.extents[name], cursor)
+                cursor += align(record.extents[name].nbytes)
+            name = f"{record.name}, {' and '.join(names)}"
+            units.append(Unit(name, tuple(pieces), sum(piece.nbytes for piece in pieces), cursor))
+        members = record.members
+        group: int = self.contents.meta["group"]
+        block = NeuronBlock(
+            layer=layer,
+            inward=tuple((member.module, member.own) for member in members[:-1]),
+            outward=members[-1].module,
+            neurons=record.rows,
+            columns=record.columns,
+            group=group,
+            parts=record.parts,
+            units=tuple(plane_units),
+            plane_at=tuple(plane_at),
+            scale_at=scale_at,
+        )
+        return units, block
+
+    def blocks(self) -> tuple[Record, ...]:
+        """The feed-forward blocks that lie neuron by neuron, in the model's order."""
+        return tuple(record for record in self.contents.records if record.parts > 1)
+
+    @property
+    def digest(self) -> str:
+        """Of the catalogue, and so of every byte that it lists."""
+        return catalog.digest(self.folder / CATALOG_FILE)
 
     def _planes(self, key: int, record: Record, count: int) -> tuple[Unit, dict[str, Weight]]:
         pieces: list[Piece] = []

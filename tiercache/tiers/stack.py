@@ -17,6 +17,7 @@ from tiercache.progress import bar
 from tiercache.stats import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.reader import Reader
+from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.tier import Cause, Fill, Pending, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
@@ -81,6 +82,7 @@ class TierStack:
         reader: of the SSD tier.
         device: where the HBM tier lies; the CPU stands in for a GPU with a region of host memory.
         memory: parameters of a model in memory, which then replace SSD and DRAM.
+        link: what copies to the HBM tier cross.
         observe: is told (tier, event, key) of every decision.
     """
 
@@ -92,6 +94,7 @@ class TierStack:
         device: torch.device,
         memory: Sequence[torch.Tensor] | None,
         observe: Observer,
+        link: Link,
     ) -> None:
         self._units, self._reader, self._plan = manifest.units, reader, plan
         self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
@@ -108,7 +111,7 @@ class TierStack:
             self.top: Tier | Memory | Choice = below
             self._hbm = None
             if plan.hbm is not None:
-                transfer = Transfer(below, self._spans, device)
+                transfer = Transfer(below, self._spans, device, link)
                 stack.callback(transfer.close)
                 self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
                 stack.callback(self._hbm.close)
@@ -133,6 +136,12 @@ class TierStack:
                     self._dram.decide(Residency(self._plan.dram.order, self._sizes, self._plan.dram.placement))
                 self._dram.load_pinned(advance)
 
+    def staying(self, key: Key) -> torch.Tensor:
+        """The slot in DRAM of a unit that stays there."""
+        slot = None if self._dram is None else self._dram.pinned_slot(key)
+        assert slot is not None
+        return slot
+
     def table(self, weight: PlainWeight) -> torch.Tensor | None:
         """The token embedding, where it stays in a tier."""
         for tier in (self._hbm, self._dram):
@@ -155,8 +164,11 @@ class TierStack:
         return tier
 
     def _make_tier(self, name: str, plan: TierPlan, slab: Slab, fill: Fill, cause: Cause) -> Tier:
-        stats = TierStats(plan.capacity_bytes, dict(plan.reserved_bytes))
-        stats.peak_bytes = sum(plan.reserved_bytes.values())
+        reserved = dict(plan.reserved_bytes)
+        if plan.neuron_bytes:
+            reserved["neuron slots"] = plan.neuron_bytes
+        stats = TierStats(plan.capacity_bytes, reserved)
+        stats.peak_bytes = sum(reserved.values())
         self.stats[name] = stats
 
         def observe(event: str, key: Key) -> None:

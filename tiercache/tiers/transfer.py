@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from policies.types import Key
+from tiercache.tiers.link import Link
 from tiercache.tiers.tier import Source
 
 
@@ -66,10 +67,11 @@ class Transfer:
         lower: the tier to take units from.
         spans: how each unit's bytes move.
         device: where the upper slots lie.
+        link: what the copies cross.
     """
 
-    def __init__(self, lower: Source, spans: Mapping[Key, Sequence[Span]], device: torch.device) -> None:
-        self._lower, self._spans = lower, spans
+    def __init__(self, lower: Source, spans: Mapping[Key, Sequence[Span]], device: torch.device, link: Link) -> None:
+        self._lower, self._spans, self._link = lower, spans, link
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-transfer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:  # the slab may be memory that kernels under way still use
@@ -93,6 +95,7 @@ class Transfer:
                 self._move(key, source, slot)
             else:
                 self._move_on_stream(self._stream, key, source, slot, after)
+            self._link.carry(sum(span.nbytes for span in self._spans[key]), ticket.arrived_below_at)
         finally:
             self._lower.release(key)
 

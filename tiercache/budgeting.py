@@ -1,0 +1,104 @@
+"""Resolves the budgets against the machine and divides them: one plan, and in mixed mode the recipe that goes with it.
+
+Knows demands, budgets and free memory; allocates nothing.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from profiler import hardware
+from tiercache import mixing, plan
+from tiercache.config import Budget, OffloadConfig, human
+from tiercache.errors import DoesNotFitError
+from tiercache.mixing import Mixing
+from tiercache.needs import Demand, demand
+from tiercache.opening import Opened
+from tiercache.plan import Plan
+from tiercache.store.calibration import Calibration
+from tiercache.store.manifest import Manifest
+
+
+def divide(opened: Opened, asked: Demand, config: OffloadConfig, device: torch.device) -> Plan:
+    """Resolve the budgets and divide them."""
+    main = hardware.memory()
+    hbm_bytes: int | None = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself is free to us
+        torch.cuda.reset_peak_memory_stats(device)
+        free, total = torch.cuda.mem_get_info(device)
+        hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
+    elif config.hbm is not None and config.hbm != Budget():
+        hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
+    taken = hbm_bytes if hbm_bytes is not None and device.type == "cpu" else 0
+    dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
+    needs, own = asked.needs, 0
+    if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
+        own = sum(needs.sizes[key] for key in needs.order)
+        needs = replace(needs, always=frozenset(needs.order) if hbm_bytes is None else needs.always)
+    made = plan.make(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
+    _check_free(made, main.free_bytes + own, device)
+    return made
+
+
+def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
+    """Refuse a plan that the machine's free memory cannot hold, whatever the budget allows."""
+    on_host = [made.dram] if made.hbm is None or device.type == "cuda" else [made.dram, made.hbm]
+    total = sum(tier.slab_bytes + tier.neuron_bytes + sum(tier.reserved_bytes.values()) for tier in on_host)
+    if total > free_bytes:
+        raise DoesNotFitError(
+            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes "
+            "are missing; lower dram=, or close other programs",
+            missing_bytes=total - free_bytes,
+        )
+
+
+def choose(
+    opened: Opened, config: OffloadConfig, device: torch.device, calibration: Calibration | None
+) -> tuple[Mixing, Opened, Demand, Plan]:
+    """Choose the recipe and plan for it: of several, the best whose ranking planes all stay in HBM."""
+    mixing.refuse_unfit(opened)
+    assert opened.store is not None
+    slotted = device.type == "cuda" or config.hbm not in (None, Budget())
+    found = None
+    for way in mixing.choose(calibration or Calibration.load(opened.store), opened, config):
+        found = _fit(way, opened, config, device, slotted)
+        hbm = found[3].hbm
+        if hbm is None or len(hbm.placement.pinned) == len(hbm.order):
+            break
+    assert found is not None
+    return found
+
+
+def _fit(
+    way: Mixing, opened: Opened, config: OffloadConfig, device: torch.device, slotted: bool
+) -> tuple[Mixing, Opened, Demand, Plan]:
+    """The plan for one recipe; where planes above do not fit DRAM, the least missed stay on the SSD."""
+    store = opened.store
+    limit: int | None = None
+    assert store is not None
+    while True:
+        opened = replace(opened, manifest=way.manifest(store, config.precision, slotted=slotted))
+        asked = demand(opened, config, device, kernels=True)
+        if slotted:
+            reserved = {**asked.needs.compute, "neurons in passing": way.passing_bytes(opened.manifest)}
+            asked = replace(asked, needs=replace(asked.needs, compute=reserved))
+        held = sum(asked.payload[key] for block in opened.manifest.blocks for key in set(block.units))
+        try:
+            made = divide(opened, asked, config, device)
+        except DoesNotFitError as error:
+            if not slotted or error.tier != "dram" or (limit is not None and limit <= 0):
+                raise
+            limit = (held if limit is None else min(limit, held)) - max(error.missing_bytes, held // 64)
+        else:
+            if slotted or limit is not None or not made.streamed:
+                return way, opened, asked, made
+            limit = max(_room_for_neurons(asked, made, opened.manifest), way.share_bytes(store))
+        way = mixing.capped(way, store, limit)
+
+
+def _room_for_neurons(asked: Demand, made: Plan, manifest: Manifest) -> int:
+    """What of DRAM is left for neurons beside everything else, and beside a ring."""
+    neurons = {key for block in manifest.blocks for key in block.units}
+    others = sum(size for key, size in asked.needs.sizes.items() if key in asked.needs.order and key not in neurons)
+    return made.dram.capacity_bytes - sum(made.dram.reserved_bytes.values()) - others

@@ -1,0 +1,221 @@
+"""Mixed mode's part of opening a model: which recipe, which planes of which block, how many slots, who stays in them.
+
+Knows the calibration, the store's blocks and the budgets; moves nothing and multiplies nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import transformers
+from transformers.activations import ACT2FN
+
+from policies import precision
+from policies.precision import TOP, Recipe, Sizes
+from profiler import replay
+from profiler.trace import Trace
+from tiercache.config import OffloadConfig
+from tiercache.errors import UnsupportedModelError, UsageError
+from tiercache.kernels.contract import Kernels
+from tiercache.model.importance import Activation
+from tiercache.model.mixed import Choosing, MixedBlock
+from tiercache.model.neurons import BlockPlanes, DirectPlanes, SlottedPlanes
+from tiercache.opening import Opened
+from tiercache.planes import PLANE_BITS, plane_row_bytes, scale_row_bytes
+from tiercache.store.calibration import Calibration, Setting
+from tiercache.store.catalog import Record
+from tiercache.store.manifest import Manifest
+from tiercache.store.planestore import PlaneStore
+from tiercache.tiers.neurons import Caching, NeuronSlots, SlotPlan
+from tiercache.tiers.tier import Source
+
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+_PASSING_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A way to run a store's neurons.
+
+    Attributes:
+        calibration: what is known of them.
+        setting: the measured way that was chosen.
+        tops: up to how many planes of each block are ever brought.
+    """
+
+    calibration: Calibration
+    setting: Setting
+    tops: tuple[int, ...]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Of each block, with what it has."""
+        return tuple(recipe.capped(top) for recipe, top in zip(self.setting.recipes, self.tops, strict=True))
+
+    @property
+    def measured(self) -> bool:
+        """Whether calibration measured just this: no block lacks planes that its recipe wants."""
+        return self.recipes == self.setting.recipes
+
+    def manifest(self, store: PlaneStore, rung: str, *, slotted: bool) -> Manifest:
+        """The store's parts; `slotted`: planes above the ranking's are units of their own, for slots."""
+        ranks = [min(recipe.rank, top) if slotted else top for recipe, top in zip(self.recipes, self.tops, strict=True)]
+        return store.manifest(rung, list(zip(ranks, self.tops, strict=True)))
+
+    def passing(self, manifest: Manifest) -> tuple[int, ...]:
+        """Rows of each slotted plane that one token of any block may need at once."""
+        low = manifest.blocks[0].low
+        most = [0] * (TOP - low)
+        for block, recipe in zip(manifest.blocks, self.recipes, strict=True):
+            for plane, count in enumerate(recipe.wanted(block.neurons)[low:]):
+                most[plane] = max(most[plane], count, min(block.neurons, _PASSING_ROWS))
+        return tuple(most)
+
+    def passing_bytes(self, manifest: Manifest) -> int:
+        """Memory for `passing`."""
+        return self.slot_plan(manifest, 0).nbytes
+
+    def share_bytes(self, store: PlaneStore) -> int:
+        """What whole layers may bring of the neurons: the share of int8's bytes that was chosen."""
+        return int(self.setting.share * exact_bytes(store))
+
+    def slot_plan(self, manifest: Manifest, budget_bytes: int) -> SlotPlan:
+        """Slots of every block within a budget."""
+        first = manifest.blocks[0]
+        widths = tuple(first.parts * width for width in _widths(first.columns, first.group)[first.low :])
+        wanted = [
+            [
+                count if first.low + plane < len(block.units) else 0
+                for plane, count in enumerate(recipe.wanted(block.neurons)[first.low :])
+            ]
+            for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
+        ]
+        slots = precision.share_slots(wanted, widths, first.neurons, budget_bytes)
+        return SlotPlan(tuple(map(tuple, slots)), self.passing(manifest), widths, first.neurons)
+
+    def caching(self, config: OffloadConfig, plan: SlotPlan, low: int) -> Caching:
+        """Who stays in the slots: as asked for, or whoever would have missed least on the calibration's trace."""
+        policy = config.policy
+        if policy == "auto":
+            rows = self.replayed(plan, low, config.uploads)
+            policy = replay.best(rows) if rows else "lfru"
+        return Caching(policy, config.uploads, self.calibration.frequency)
+
+    def replayed(self, plan: SlotPlan, low: int, uploads: int | None) -> list[replay.Row]:
+        """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
+        trace = self.trace(low)
+        if trace is None or not plan.slots or not any(map(any, plan.slots)):
+            return []
+        return replay.compare(trace, plan.slots, uploads, plan.widths, hot=self.calibration.frequency)
+
+    def trace(self, low: int) -> Trace | None:
+        """The calibration's recorded wishes under this setting, of the planes from `low` on."""
+        place = self.calibration.settings.index(self.setting)
+        rows = [self.calibration.arrays.get(f"trace/{place}/{block}") for block in range(len(self.tops))]
+        neurons = self.calibration.norms.shape[1]
+        if not self.measured or any(row is None for row in rows):
+            return None
+        counts = [recipe.wanted(neurons)[low:] for recipe in self.recipes]
+        return Trace(neurons, counts, [row for row in rows if row is not None])
+
+
+def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[Mixing]:
+    """Ways that are within what was asked for, best first: each ranks with fewer planes than the one before.
+
+    Raises:
+        UsageError: none is.
+    """
+    assert opened.store is not None
+    blocks = opened.store.blocks()
+    whole = sum(precision.exact_bytes(block.rows, sizes_of(block, opened.store)) for block in blocks)
+    share = (
+        config.bytes_per_token.resolve(total_bytes=whole, free_bytes=whole) / whole if config.bytes_per_token else None
+    )
+    before: Setting | None = None
+    for most in range(TOP, 0, -1):
+        try:
+            setting = calibration.choose(share=share, max_loss=config.max_loss, ranks=range(most + 1))
+        except UsageError:
+            if before is None:
+                raise
+            return
+        if setting != before:
+            yield Mixing(calibration, setting, (TOP,) * len(blocks))
+        before = setting
+
+
+def capped(mixing: Mixing, store: PlaneStore, limit_bytes: int) -> Mixing:
+    """`mixing` without the planes that whole layers may not bring within `limit_bytes`, the least missed left out."""
+    sizes = [
+        [block.rows * sizes_of(block, store).neuron(rung) for rung in range(1, TOP + 1)] for block in store.blocks()
+    ]
+    tops = precision.divide(mixing.calibration.losses.tolist(), sizes, limit_bytes)
+    return replace(mixing, tops=tuple(top + 1 for top in tops))
+
+
+def exact_bytes(store: PlaneStore) -> int:
+    """Bytes of all neurons at int8."""
+    return sum(precision.exact_bytes(block.rows, sizes_of(block, store)) for block in store.blocks())
+
+
+def sizes_of(record: Record, store: PlaneStore) -> Sizes:
+    """Bytes of a row of a block, by plane."""
+    group: int = store.contents.meta["group"]
+    return Sizes(_widths(record.columns, group), scale_row_bytes(record.columns, group), record.parts - 1)
+
+
+def refuse_unfit(opened: Opened) -> None:
+    """Raise for a model that has no store, or whose blocks mixed mode cannot serve."""
+    if opened.store is None:
+        raise UsageError("mode='mixed' runs from a plane store; give precision='int8' or 'int4'")
+    blocks = opened.store.blocks()
+    if not blocks or len({(block.rows, block.columns) for block in blocks}) > 1:
+        raise UnsupportedModelError(
+            f"{opened.model.config.model_type} has no feed-forward blocks of one size, which mixed mode needs; use "
+            "mode='exact'"
+        )
+    activation_of(opened.model)
+
+
+def activation_of(model: transformers.PreTrainedModel) -> Activation:
+    """What the model's feed-forward blocks do between their matrices.
+
+    Raises:
+        UnsupportedModelError: its configuration does not say.
+    """
+    text = model.config.get_text_config()
+    for name in _ACTIVATIONS:
+        found = getattr(text, name, None)
+        if isinstance(found, str) and found in ACT2FN:
+            made: Activation = ACT2FN[found]
+            return made
+    raise UnsupportedModelError(
+        f"the configuration of {model.config.model_type} names no activation that is known; use mode='exact'"
+    )
+
+
+def blocks(
+    mixing: Mixing,
+    opened: Opened,
+    supply: Source,
+    slots: NeuronSlots | None,
+    kernels: Kernels,
+    choosing: Choosing,
+    device: torch.device,
+) -> list[MixedBlock]:
+    """The runtime of every block of `opened.manifest`."""
+    activation = activation_of(opened.model)
+    made = []
+    for block, recipe, norms in zip(opened.manifest.blocks, mixing.recipes, mixing.calibration.norms, strict=True):
+        planes: BlockPlanes = (
+            DirectPlanes(block, supply, device) if slots is None else SlottedPlanes(block, supply, slots, device)
+        )
+        modules = [opened.model.get_submodule(name) for name in (*(name for name, _ in block.inward), block.outward)]
+        made.append(
+            MixedBlock(planes, modules, activation, kernels, choosing, recipe, torch.from_numpy(norms).to(device))
+        )
+    return made
+
+
+def _widths(columns: int, group: int) -> tuple[int, ...]:
+    return tuple(plane_row_bytes(columns, group, plane) for plane in range(len(PLANE_BITS)))

@@ -1,0 +1,152 @@
+"""How much each neuron of a feed-forward block matters to a token, guessed before its planes are fetched.
+
+All scorers answer the same question from what costs little: inward products with the lowest planes, which are
+resident, or the input itself. The truth that they are held against is what the neuron adds to the output:
+|act(g) u| times the norm of its down column (WINA, arXiv 2505.19427, section 3, for the weighting). Knows tensors; not
+where planes lie.
+
+    product     |act(g) u|      gate and up; without a gate |act(g)|
+    gate        |act(g)|        CATS, arXiv 2404.08763, section 3: the up rows of what is skipped are never read
+    up          |u|             FloE, arXiv 2505.05950, Algorithm 1
+    inputs      |act(g) u| from the larger half of the inputs (TEAL, arXiv 2408.14690, section 4)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from tiercache.errors import UsageError
+
+Activation = Callable[[Tensor], Tensor]
+_TEAL_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to rank.
+
+    Attributes:
+        parts: which inward matrices it needs of every neuron: 0 is gate (or the only one), 1 is up.
+        channels: share of the inputs, largest first, that its products use.
+    """
+
+    parts: tuple[int, ...]
+    channels: float = 1.0
+
+
+SCORERS: Mapping[str, Scorer] = MappingProxyType(
+    {
+        "product": Scorer((0, 1)),
+        "gate": Scorer((0,)),
+        "up": Scorer((1,)),
+        "inputs": Scorer((0, 1), _TEAL_SHARE),
+    }
+)
+
+
+def needed(name: str, inward: int) -> tuple[int, ...]:
+    """The inward matrices that a scorer reads, of a block that has `inward` of them.
+
+    Raises:
+        UsageError: no such scorer, or one by an up matrix where there is none.
+    """
+    if name not in SCORERS:
+        raise UsageError(f"unknown scorer {name!r}; choose one of {', '.join(SCORERS)}")
+    parts = tuple(part for part in SCORERS[name].parts if part < inward)
+    if not parts:
+        raise UsageError(f"scorer {name!r} needs a gated feed-forward block; use 'product'")
+    return parts
+
+
+def scores(values: Sequence[Tensor | None], activation: Activation, norms: Tensor) -> Tensor:
+    """How much neurons matter, [tokens, neurons].
+
+    Args:
+        values: inward products [tokens, neurons]: of gate (or the only matrix) and of up, biases included; None
+            where they are not known.
+        activation: of the block.
+        norms: of the down columns, [neurons].
+    """
+    gate, up = values[0], values[1] if len(values) > 1 else None
+    made: Tensor | None = None if gate is None else activation(gate)
+    if up is not None:
+        made = up if made is None else made * up
+    assert made is not None
+    return made.abs() * norms
+
+
+def largest(x: Tensor, share: float) -> Tensor:
+    """x with the smaller channels of each token set to zero."""
+    if share >= 1:
+        return x
+    keep = max(1, round(share * x.shape[-1]))
+    least = x.abs().topk(keep, dim=-1).values[..., -1:]
+    return x.where(x.abs() >= least, 0)
+
+
+def recall(guess: Tensor, truth: Tensor, share: float) -> float:
+    """Which share of the truly most important `share` of the neurons a guess finds among as many, over all tokens.
+
+    guess, truth: [tokens, neurons].
+    """
+    count = max(1, round(share * truth.shape[1]))
+    wanted = torch.zeros_like(truth, dtype=torch.bool).scatter_(1, truth.topk(count, dim=1).indices, True)
+    return float(wanted.gather(1, guess.topk(count, dim=1).indices).float().mean())
+
+
+def previous(truth: Tensor) -> Tensor:
+    """The importance of the token before, for each but the first: what ATU assumes of the next token."""
+    return truth[:-1]
+
+
+class Predictor(nn.Module):
+    """A low-rank predictor of importance from a block's input (Deja Vu, arXiv 2310.17157, section 3).
+
+    May be trained for the block itself or for one some layers ahead, whose planes could then be fetched early.
+    """
+
+    def __init__(self, features: int, neurons: int, rank: int) -> None:
+        super().__init__()
+        self.inward = nn.Linear(features, rank, bias=False)
+        self.outward = nn.Linear(rank, neurons)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, features] -> scores [tokens, neurons]: the larger, the likelier to be among the important."""
+        result: Tensor = self.outward(torch.relu(self.inward(x)))
+        return result
+
+
+def train_predictor(
+    x: Tensor, truth: Tensor, *, rank: int, share: float = 0.5, steps: int = 400, batch: int = 256, seed: int = 0
+) -> Predictor:
+    """Fit a predictor to which neurons are among the most important `share`, by cross-entropy as Deja Vu does.
+
+    Args:
+        x: inputs [tokens, features].
+        truth: importance [tokens, neurons].
+        rank: of the predictor.
+        share: what counts as important.
+        steps, batch: of Adam.
+        seed: of its first weights and of the batches.
+    """
+    count = max(1, round(share * truth.shape[1]))
+    wanted = torch.zeros_like(truth, dtype=torch.float32).scatter_(1, truth.topk(count, dim=1).indices, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = Predictor(x.shape[1], truth.shape[1], rank)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    scale = x.float().std().clamp_min(1e-6)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+            loss = nn.functional.binary_cross_entropy_with_logits(made(x[rows].float() / scale), wanted[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        made.inward.weight /= scale
+    return made.eval().requires_grad_(False)

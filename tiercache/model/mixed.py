@@ -1,0 +1,344 @@
+"""The forwards of a feed-forward block whose neurons get planes one by one: ranked for each token, then multiplied.
+
+The module that is called first with an input ranks the neurons and makes the inward products; the down matrix then
+reads only the neurons that were chosen. Activation and everything else between them stay the model's own code.
+
+    mixed     each token's neurons at the recipe's rungs; a pass of many tokens runs dense, at the top rung
+    exact     every neuron at the top rung
+    resident  as mixed, with what lies in the fastest tier, and no traffic
+
+Knows modules, recipes and planes; not where planes come from.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from policies.precision import Recipe, Sizes
+from tiercache.errors import UsageError
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.model.importance import SCORERS, Activation, largest, needed, scores
+from tiercache.model.neurons import BlockPlanes, Group, Parts
+from tiercache.planes import scale_row_bytes
+from tiercache.stats import NeuronStats
+
+Kind = Literal["mixed", "exact", "resident"]
+SLICE = 128
+"""Tokens whose neurons are chosen at a time in passes of many."""
+
+
+@dataclass
+class Choosing:
+    """What all blocks of a model share: how the passes at hand choose neurons.
+
+    Attributes:
+        kind: see the module.
+        few: passes of up to so many tokens choose neurons token by token.
+        always: passes of more tokens choose as well, by masks over dense products.
+        stats: where to count.
+        trace: is told each token's choice of each block, in turn: (block, neurons by importance).
+    """
+
+    kind: Kind = "mixed"
+    few: int = 4
+    always: bool = False
+    stats: NeuronStats = field(default_factory=NeuronStats)
+    trace: Callable[[int, np.ndarray], None] | None = None
+
+    @contextmanager
+    def passes(self, kind: Kind) -> Iterator[None]:
+        """Passes within run as `kind`."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    @contextmanager
+    def every_token(self) -> Iterator[None]:
+        """Passes of any length within choose neurons for each token, as single tokens do."""
+        before, self.always = self.always, True
+        try:
+            yield
+        finally:
+            self.always = before
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a block had in one dense pass, for whoever calibrates.
+
+    Attributes:
+        x: inputs [tokens, features].
+        hidden: what the down matrix was multiplied with, [tokens, neurons].
+        output: what it gave, [tokens, features], fp32.
+    """
+
+    x: Tensor
+    hidden: Tensor
+    output: Tensor
+
+
+class MixedBlock:
+    """One feed-forward block.
+
+    Attributes:
+        planes: where its planes are.
+        recipe: how its neurons are chosen; may be set between passes.
+        norms: of its down columns, [neurons]; may be set before the first mixed pass.
+        watch: is told of each dense pass, if set.
+
+    Args:
+        planes: of the block.
+        modules: its inward modules, in the order of the block's, and the outward one.
+        activation: between them.
+        kernels: who multiplies.
+        choosing: shared by all blocks.
+        recipe: see above.
+        norms: see above.
+    """
+
+    def __init__(
+        self,
+        planes: BlockPlanes,
+        modules: Sequence[nn.Module],
+        activation: Activation,
+        kernels: Kernels,
+        choosing: Choosing,
+        recipe: Recipe,
+        norms: Tensor,
+    ) -> None:
+        self.planes, self.recipe, self.norms = planes, recipe, norms
+        self.watch: Callable[[Seen], None] | None = None
+        block = planes.block
+        self._inward = block.parts - 1
+        self._owns = [own for _, own in block.inward]
+        self._biases = [_bias(module) for module in modules[:-1]]
+        self._out_bias = _bias(modules[-1])
+        self._activation, self._kernels, self._choosing = activation, kernels, choosing
+        self.sizes = Sizes(block.widths, scale_row_bytes(block.columns, block.group), self._inward)
+        self._x: Tensor | None = None
+        self._values: list[Tensor] = []
+        self._chosen: list[list[Group]] = []
+        self._masks: list[Tensor] | None = None
+
+    def inward(self, place: int, x: Tensor) -> Tensor:
+        """The forward of inward module `place`: x [..., features] -> [..., its rows]."""
+        if self._x is not x:
+            self.forget()
+            self._begin(x)
+        own = self._owns[place]
+        made = self._values[own[0]] if len(own) == 1 else torch.cat([self._values[part] for part in own], dim=1)
+        return made.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def outward(self, hidden: Tensor) -> Tensor:
+        """The forward of the outward module: hidden [..., neurons] -> [..., features]."""
+        if self._x is None:
+            raise UsageError("a down matrix is multiplied before its block's inward ones; this model is not supported")
+        tokens = _plain(hidden.reshape(-1, hidden.shape[-1]), self.planes.device)
+        out = torch.zeros(len(tokens), self.planes.block.columns, dtype=torch.float32, device=tokens.device)
+        if self._chosen:
+            for token, groups in enumerate(self._chosen):
+                for group in groups:
+                    some = tokens[token : token + 1].index_select(1, group.neurons)
+                    self._kernels.product_down(some, group.parts[-1], out[token : token + 1], group.rows)
+        else:
+            self._dense_down(tokens, out)
+        if self.watch is not None and self._masks is None and not self._chosen:
+            self.watch(Seen(self._x.reshape(-1, self._x.shape[-1]), tokens, out))
+        self.forget()
+        result = out if self._out_bias is None else out + self._out_bias.to(out.device)
+        return result.view(*hidden.shape[:-1], -1).to(hidden.device, hidden.dtype)
+
+    def forget(self) -> None:
+        """The block's turn is over, or was cut off."""
+        self._x, self._values, self._chosen, self._masks = None, [], [], None
+        self.planes.close()
+
+    def products(self, x: Tensor, rung: int) -> list[Tensor]:
+        """All inward products of x at a rung that is always there, biases included; within the block's turn."""
+        prepared = self._prepare(_plain(x.reshape(-1, x.shape[-1]), self.planes.device))
+        return self._inward_products(prepared, self.planes.whole(rung), tuple(range(self._inward)))
+
+    def _begin(self, x: Tensor) -> None:
+        """Open the block and make every inward product that is going to be asked for."""
+        self.planes.open()
+        self._x = x
+        tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
+        choosing = self._choosing
+        single = choosing.kind == "resident" or (choosing.kind == "mixed" and len(tokens) <= choosing.few)
+        shape = (len(tokens), self.planes.block.neurons)
+        self._values = [torch.zeros(shape, dtype=torch.float32, device=tokens.device) for _ in range(self._inward)]
+        if single:
+            for token in range(len(tokens)):
+                self._choose(tokens[token : token + 1], token)
+        elif choosing.kind == "mixed" and choosing.always:
+            self._masks = []
+            for at in range(0, len(tokens), SLICE):
+                self._mask(tokens[at : at + SLICE], at)
+        else:
+            self._dense_inward(tokens)
+
+    def _choose(self, x: Tensor, token: int) -> None:
+        """Rank one token's neurons, and make its inward products at their rungs."""
+        recipe = self.recipe.capped(self.planes.top)
+        prepared = self._prepare(x)
+        ranked = self._rank(x, prepared, recipe, token)
+        counts = recipe.counts(self.planes.block.neurons)
+        score = scores(
+            [self._values[part][token : token + 1] if part in ranked else None for part in range(self._inward)],
+            self._activation,
+            self.norms,
+        )
+        order = score[0].topk(sum(counts)).indices
+        groups = self.planes.groups(order, counts, keep=self._choosing.kind == "resident")
+        for group in groups:
+            parts = tuple(p for p in range(self._inward) if group.rung > recipe.rank or p not in ranked)
+            made = self._inward_products(prepared, group.parts, parts, group)
+            for part, value in zip(parts, made, strict=True):
+                self._values[part][token].index_copy_(0, group.neurons, value[0])
+        self._chosen.append(groups)
+        self._count(recipe, order)
+
+    def _rank(self, x: Tensor, prepared: Prepared, recipe: Recipe, token: int) -> tuple[int, ...]:
+        """Make the products that the recipe ranks by, of all neurons; which parts they are of."""
+        ranked = needed(recipe.scorer, self._inward)
+        channels = SCORERS[recipe.scorer].channels
+        if channels < 1:
+            prepared = self._prepare(largest(x, channels))
+        made = self._inward_products(prepared, self.planes.whole(recipe.rank), ranked)
+        for part, value in zip(ranked, made, strict=True):
+            self._values[part][token : token + len(x)] = value
+        return ranked
+
+    def _mask(self, x: Tensor, at: int) -> None:
+        """As `_choose`, for many tokens: dense products at each rung, of which each token takes its neurons'."""
+        recipe = self.recipe.capped(self.planes.top)
+        ranked = self._rank(x, self._prepare(x), recipe, at)
+        here = slice(at, at + len(x))
+        known = [self._values[part][here] if part in ranked else None for part in range(self._inward)]
+        counts = recipe.counts(self.planes.block.neurons)
+        order = scores(known, self._activation, self.norms).topk(sum(counts), dim=1).indices
+        rungs = torch.zeros(len(x), self.planes.block.neurons, dtype=torch.uint8, device=x.device)
+        first = 0
+        for rung, count in zip((3, 2, 1), counts, strict=True):
+            rungs.scatter_(1, order[:, first : first + count], rung)
+            first += count
+        prepared = self._prepare(x)
+        for some, parts in self.planes.chunks():
+            for rung in range(1, self.planes.top + 1):
+                if not counts[3 - rung]:
+                    continue
+                wanted = tuple(p for p in range(self._inward) if rung > recipe.rank or p not in ranked)
+                made = self._inward_products(prepared, [part.at(_NAMES[rung]) for part in parts], wanted, some=some)
+                mask = rungs[:, some] == rung
+                for part, value in zip(wanted, made, strict=True):
+                    target = self._values[part][here, some]
+                    target.copy_(torch.where(mask, value, target))
+        assert self._masks is not None
+        self._masks.append(rungs)
+        for token in range(len(x)):
+            self._count(recipe, order[token])
+
+    def _dense_inward(self, x: Tensor) -> None:
+        for at in range(0, len(x), MAX_TOKENS):
+            prepared = self._prepare(x[at : at + MAX_TOKENS])
+            for some, parts in self.planes.chunks():
+                made = self._inward_products(prepared, parts, tuple(range(self._inward)), some=some)
+                for part, value in enumerate(made):
+                    self._values[part][at : at + MAX_TOKENS, some] = value
+
+    def _dense_down(self, hidden: Tensor, out: Tensor) -> None:
+        """Every neuron at the top rung, or each token's at their rungs where masks say so."""
+        rungs = None if self._masks is None else torch.cat(self._masks)
+        for some, parts in self.planes.chunks():
+            for at in range(0, len(hidden), MAX_TOKENS):
+                here = slice(at, at + MAX_TOKENS)
+                piece = hidden[here, some]
+                if rungs is None:
+                    self._kernels.product_down(piece, parts[-1], out[here])
+                    continue
+                for rung in range(1, self.planes.top + 1):
+                    mask = rungs[here, some] == rung
+                    if bool(mask.any()):
+                        chosen = piece.where(mask, 0)
+                        self._kernels.product_down(chosen, parts[-1].at(_NAMES[rung]), out[here])
+
+    def _prepare(self, x: Tensor) -> Prepared:
+        return self._kernels.prepare(x, self.planes.block.group)
+
+    def _inward_products(
+        self,
+        prepared: Prepared,
+        parts: Parts,
+        which: Sequence[int],
+        group: Group | None = None,
+        some: slice | None = None,
+    ) -> list[Tensor]:
+        """Products of some inward matrices, biases included: of a group's neurons, or of all that `parts` hold."""
+        if not which:
+            return []
+        rows = None if group is None else group.rows
+        count = parts[0].rows if group is None else len(group.neurons)
+        device = self.planes.device
+        outs = [torch.zeros(prepared.tokens, count, dtype=torch.float32, device=device) for _ in which]
+        self._kernels.products(prepared, [parts[part] for part in which], outs, rows)
+        for part, out in zip(which, outs, strict=True):
+            bias = self._bias_of(part)
+            if bias is not None:
+                taken = bias.to(device)
+                out += taken[group.neurons] if group is not None else taken if some is None else taken[some]
+        return outs
+
+    def _bias_of(self, part: int) -> Tensor | None:
+        """The bias of an inward matrix: a fused module's lies in halves."""
+        for own, bias in zip(self._owns, self._biases, strict=True):
+            if part in own and bias is not None:
+                return bias.view(len(own), -1)[own.index(part)]
+        return None
+
+    def _count(self, recipe: Recipe, order: Tensor) -> None:
+        """One token of this block."""
+        block, stats = self.planes.block, self._choosing.stats
+        stats.tokens += block.layer == 0
+        stats.read_bytes += recipe.read_bytes(block.neurons, self.sizes)
+        if self._choosing.trace is not None:
+            self._choosing.trace(block.layer, order.cpu().numpy())
+
+
+_NAMES = ("skip", "int2", "int4", "int8")
+
+
+class MixedForward:
+    """The forward of one module of a block; `place` None for the outward one."""
+
+    def __init__(self, block: MixedBlock, place: int | None) -> None:
+        self._block, self._place = block, place
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs], in the dtype of x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
+        return self._block.outward(x) if self._place is None else self._block.inward(self._place, x)
+
+
+def scratch_bytes(neurons: int, features: int, inward: int, tokens: int) -> int:
+    """An upper bound of what a block's turn takes in passing, whatever way it chooses."""
+    values = 4 * inward * tokens * neurons
+    slices = min(tokens, SLICE) * neurons * (4 * (inward + 3) + 8 + 2)  # products, scores, order, masks
+    outputs = 4 * tokens * (neurons + 2 * features) + tokens * neurons
+    return values + slices + outputs
+
+
+def _plain(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device, torch.float32 if x.dtype == torch.float64 else x.dtype)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None

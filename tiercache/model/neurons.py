@@ -1,0 +1,225 @@
+"""The planes of one feed-forward block's neurons, as products want them: all of a rung, or some neurons at some rungs.
+
+Knows slots and slabs, not modules: what they are multiplied with, and how neurons are chosen, is `model.mixed`'s.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.neurons import IntArray
+from tiercache.kernels.contract import Selection, SlotRows
+from tiercache.planes import Planes
+from tiercache.store.manifest import NeuronBlock
+from tiercache.tiers.neurons import NeuronSlots
+from tiercache.tiers.tier import Source
+
+Parts = Sequence[Planes]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neurons that are multiplied at one rung.
+
+    Attributes:
+        rung: how many planes.
+        neurons: which, [count].
+        rows: where they lie in `parts`.
+        parts: the inward matrices and the down matrix, at the rung.
+    """
+
+    rung: int
+    neurons: Tensor
+    rows: Selection
+    parts: Parts
+
+
+class BlockPlanes(Protocol):
+    """The planes of a block, from `open` to `close`.
+
+    Attributes:
+        block: which.
+        top: the most planes that any of its neurons can have.
+        device: where they are multiplied.
+    """
+
+    block: NeuronBlock
+    top: int
+    device: torch.device
+
+    def open(self) -> None:
+        """The block's turn in a pass begins: what is always there is there when this returns."""
+
+    def close(self) -> None:
+        """Its turn is over; harmless when it had none."""
+
+    def whole(self, rung: int) -> Parts:
+        """All neurons at a rung that is always there."""
+
+    def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
+        """The neurons of one token by rung.
+
+        Args:
+            order: neurons, most important first.
+            counts: how many of them, in turn, are wanted at 3, 2 and 1 planes.
+            keep: leave the slots as they are, and do with what is there.
+        """
+
+    def chunks(self) -> Iterator[tuple[slice, Parts]]:
+        """All neurons at the top rung, as many at a time as there is room for; each chunk until the next."""
+
+
+def cut(block: NeuronBlock, planes: Sequence[Tensor], scales: Tensor, *, slabs: bool = False) -> list[Planes]:
+    """The block's matrices from planes [rows, parts, bytes] and scales [rows, parts, bytes]."""
+    return [
+        Planes(
+            tuple(plane[:, part] for plane in planes),
+            scales[:, part].view(torch.float16).view(scales.shape[0], -1, 2),
+            block.columns,
+            block.group,
+            slabs=slabs,
+        )
+        for part in range(block.parts)
+    ]
+
+
+class DirectPlanes:
+    """All planes lie in one unit's slot, and are multiplied there. See `BlockPlanes`.
+
+    Args:
+        block: which.
+        supply: where its unit comes from.
+        device: where the slots are.
+    """
+
+    def __init__(self, block: NeuronBlock, supply: Source, device: torch.device) -> None:
+        self.block, self.top, self.device = block, len(block.units), device
+        self._supply = supply
+        self._held = False
+        self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
+
+    def open(self) -> None:
+        """See `BlockPlanes`."""
+        slot = self._supply.acquire(self.block.units[0])
+        self._held = True
+        if self._placed[0] != slot.data_ptr():
+            planes = [self.block.plane(slot, plane) for plane in range(self.top)]
+            scales = self.block.scales(slot)
+            made = {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
+            self._placed = slot.data_ptr(), made
+
+    def close(self) -> None:
+        """See `BlockPlanes`."""
+        if self._held:
+            self._held = False
+            self._supply.release(self.block.units[0])
+
+    def whole(self, rung: int) -> Parts:
+        """See `BlockPlanes`."""
+        return self._placed[1][rung]
+
+    def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
+        """See `BlockPlanes`."""
+        found, first = [], 0
+        for rung, count in zip((3, 2, 1), counts, strict=True):
+            some = order[first : first + count]
+            first += count
+            if count:
+                here = min(rung, self.top)
+                found.append(Group(here, some, some, self._placed[1][here]))
+        return found
+
+    def chunks(self) -> Iterator[tuple[slice, Parts]]:
+        """See `BlockPlanes`."""
+        yield slice(0, self.block.neurons), self._placed[1][self.top]
+
+
+class SlottedPlanes:
+    """The first planes are one unit in the upper tier, the planes above lie in slots there. See `BlockPlanes`.
+
+    Args:
+        block: which.
+        supply: where its first unit comes from.
+        slots: of the planes above.
+        device: where all of it lies.
+    """
+
+    def __init__(self, block: NeuronBlock, supply: Source, slots: NeuronSlots, device: torch.device) -> None:
+        self.block, self.top, self.device = block, len(block.units), device
+        self._supply, self._slots = supply, slots
+        self._held = False
+        self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
+        self._low: tuple[list[Tensor], Tensor] | None = None
+
+    def open(self) -> None:
+        """See `BlockPlanes`."""
+        slot = self._supply.acquire(self.block.units[0])
+        self._held = True
+        if self._placed[0] == slot.data_ptr():
+            return
+        block = self.block
+        planes, scales = [block.plane(slot, plane) for plane in range(block.low)], block.scales(slot)
+        self._low = planes, scales
+        made = {rung: cut(block, planes[:rung], scales) for rung in range(1, block.low + 1)}
+        slabs = [slab.view(len(slab), block.parts, -1) for slab in self._slots.slabs]
+        for rung in range(block.low + 1, self.top + 1):
+            made[rung] = cut(block, [*planes, *slabs[: rung - block.low]], scales, slabs=True)
+        self._placed = slot.data_ptr(), made
+
+    def close(self) -> None:
+        """See `BlockPlanes`."""
+        if self._held:
+            self._held = False
+            self._supply.release(self.block.units[0])
+
+    def whole(self, rung: int) -> Parts:
+        """See `BlockPlanes`."""
+        return self._placed[1][rung]
+
+    def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
+        """See `BlockPlanes`."""
+        high, middle, low = counts
+        wanted = (high + middle + low, high + middle, high)[self.block.low :]
+        neurons: IntArray = order.cpu().numpy()
+        find = self._slots.peek if keep else self._slots.place
+        rows = find(self.block.layer, neurons, wanted[: self.top - self.block.low])
+        rungs = np.repeat((3, 2, 1), counts)
+        here = np.full(len(neurons), self.block.low)
+        for plane, found in enumerate(rows):
+            here[: len(found)] += (found >= 0) & (here[: len(found)] == self.block.low + plane)
+        rungs = np.minimum(rungs, here)
+        groups = []
+        for rung in (3, 2, 1):
+            at = np.flatnonzero(rungs == rung)
+            if at.size:
+                groups.append(self._group(rung, neurons[at], [found[at] for found in rows[: rung - self.block.low]]))
+        return groups
+
+    def _group(self, rung: int, neurons: IntArray, rows: Sequence[IntArray]) -> Group:
+        own = torch.from_numpy(neurons).to(self.device)
+        above = [torch.from_numpy(found).to(self.device) for found in rows]
+        if not above:
+            return Group(rung, own, own, self._placed[1][rung])
+        selection = SlotRows((*([own] * self.block.low), *above), own)
+        return Group(rung, own, selection, self._placed[1][rung])
+
+    def chunks(self) -> Iterator[tuple[slice, Parts]]:
+        """See `BlockPlanes`."""
+        assert self._low is not None
+        block, (planes, scales) = self.block, self._low
+        if self.top == block.low:
+            yield slice(0, block.neurons), self._placed[1][self.top]
+            return
+        step = self._slots.at_once
+        for first in range(0, block.neurons, step):
+            some = slice(first, min(first + step, block.neurons))
+            count = some.stop - first
+            above = [
+                self._slots.stage(block.layer, plane, first, count).view(count, block.parts, -1)
+                for plane in range(self.top - block.low)
+            ]
+            yield some, cut(block, [*(plane[some] for plane in planes), *above], scales[some])

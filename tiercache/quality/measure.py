@@ -1,0 +1,191 @@
+"""One pass over the text in one mode: loss, distance from the reference, speed. Knows an attached model from outside.
+
+The reference's logits lie in a file without a name, which the system takes back whatever ends the process: one model at
+a time is open, for a large one cannot be twice. They are kept in the model's own dtype, so nothing is rounded; what is
+compared is computed in fp64.
+"""
+
+import errno
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from tiercache.config import human
+from tiercache.errors import EnvironmentUnsupportedError
+
+_ROWS = 32  # rows of the vocabulary that are compared at a time: in fp64, a few copies of them
+
+
+class KeptLogits:
+    """Rows of logits in a file: put in order, taken in the same order, as often as one likes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._dtype, self._vocabulary = torch.float32, 0
+
+    def put(self, rows: Tensor) -> None:
+        """Append rows of logits: [rows, vocabulary]."""
+        self._dtype, self._vocabulary = rows.dtype, rows.shape[-1]
+        try:
+            self._file.write(rows.contiguous().view(torch.uint8).numpy().data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise EnvironmentUnsupportedError(
+                "the disk is full: the reference's logits do not fit; ask for fewer --tokens, or name another --scratch"
+            ) from error
+
+    def rewind(self) -> None:
+        """The next `take` is of the first row."""
+        self._file.seek(0)
+
+    def take(self, count: int) -> Tensor:
+        """The next rows: [count, vocabulary]."""
+        rows = torch.empty(count, self._vocabulary, dtype=self._dtype)
+        wanted = rows.view(torch.uint8).numpy().data.cast("B")
+        if self._file.readinto(wanted) != len(wanted):  # type: ignore[attr-defined]
+            raise EnvironmentUnsupportedError("the reference's logits were cut short on disk; look at its health")
+        return rows
+
+
+@contextmanager
+def kept_logits(folder: Path, size_bytes: int) -> Iterator[KeptLogits]:
+    """Room for logits in `folder`, given back at the end.
+
+    Raises:
+        EnvironmentUnsupportedError: it is not there, or may not be written to.
+    """
+    check_room(folder, size_bytes)
+    try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise EnvironmentUnsupportedError(
+            f"no file can be made in {folder} ({error.strerror}); name another --scratch folder"
+        ) from error
+    with file:
+        yield KeptLogits(file)
+
+
+def check_room(folder: Path, size_bytes: int) -> None:
+    """Refuse what the disk of `folder` cannot hold.
+
+    Raises:
+        EnvironmentUnsupportedError: with the bytes that are missing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise EnvironmentUnsupportedError(
+            f"{folder} cannot be used ({error.strerror}); name another --scratch folder"
+        ) from error
+    if size_bytes > free_bytes:
+        raise EnvironmentUnsupportedError(
+            f"the reference's logits take {human(size_bytes)} on disk, {folder} has {human(free_bytes)} free: "
+            f"{size_bytes - free_bytes} bytes are missing; ask for fewer --tokens, or name a --scratch folder elsewhere"
+        )
+
+
+@dataclass
+class Score:
+    """Sums over predicted tokens.
+
+    Attributes:
+        tokens: predicted.
+        nats: their summed negative log likelihood.
+        kl: summed KL(reference || this) in nats.
+        same: how often the likeliest token is the reference's.
+    """
+
+    tokens: int = 0
+    nats: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """Count predicted tokens: logits [rows, vocabulary], targets [rows], reference like logits or None."""
+        log_q = logits.double().log_softmax(-1)
+        self.tokens += len(targets)
+        self.nats -= float(log_q.gather(-1, targets[:, None]).sum())
+        if reference is None:  # this is the reference
+            self.same += len(targets)
+            return
+        log_p = reference.double().log_softmax(-1)
+        p = log_p.exp()
+        self.kl += float(torch.where(p > 0, p * (log_p - log_q), 0.0).sum())  # 0 log 0 = 0
+        self.same += int((reference.argmax(-1) == logits.argmax(-1)).sum())
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Means a token; None for what is not finite, which JSON cannot say."""
+        loss = self.nats / self.tokens
+        means = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "kl": self.kl / self.tokens}
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        return {**finite, "top1": self.same / self.tokens}
+
+
+def batches(windows: Sequence[Tensor], size: int) -> list[Tensor]:
+    """Windows stacked, `size` at a time, each batch of one length: [batch, window]."""
+    last = len(windows) - 1 if len(windows) > 1 and len(windows[-1]) < len(windows[0]) else len(windows)
+    whole = [torch.stack(list(windows[start : min(start + size, last)])) for start in range(0, last, size)]
+    return whole + [window[None] for window in windows[last:]]
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    inputs: Sequence[Tensor],
+    *,
+    reference: KeptLogits | None = None,
+    keep: KeptLogits | None = None,
+    every_token: bool = False,
+    after: Callable[[], None] = lambda: None,
+) -> Score:
+    """Run the batches through a model.
+
+    Args:
+        model: an attached model, or any causal language model of transformers.
+        inputs: batches of tokens: [batch, window] each.
+        reference: what to compare with; None where this is the reference.
+        keep: takes the logits, for later comparisons.
+        every_token: choose neurons for each token as in decoding, which a mixed mode does not do in long passes.
+        after: called after each batch.
+    """
+    total = Score()
+    if reference is not None:
+        reference.rewind()
+    for batch in inputs:
+        with model.tiercache.every_token() if every_token else nullcontext():
+            logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
+        for rows, targets in _pieces(logits, batch[:, 1:]):
+            total.add(rows, targets, None if reference is None else reference.take(len(rows)))
+            if keep is not None:
+                keep.put(rows)
+        after()
+    return total
+
+
+def _pieces(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few rows at a time, in main memory."""
+    for sequence, wanted in zip(logits, targets, strict=True):
+        for rows, few in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
+            yield rows.cpu(), few.cpu()
+
+
+def decoding_speed(model: Any, prompt: Tensor, tokens: int) -> float | None:
+    """Tokens a second of greedy decoding behind `prompt` [tokens]; None where none are asked for."""
+    if not tokens:
+        return None
+    ids = prompt[None].to(model.device)
+    pad = 0 if model.generation_config.pad_token_id is None else model.generation_config.pad_token_id
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "pad_token_id": pad}
+    counts = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **greedy, **counts)
+    return float(model.tiercache.stats().tokens_per_s)

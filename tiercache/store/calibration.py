@@ -1,0 +1,178 @@
+"""What a text has taught about a store's neurons: an LMDB file beside the catalogue, of this store and no other.
+
+Keys are `meta`, `settings` and one per array; every value lies behind a SHA-256 of key and value. A finished
+calibration is written in one transaction into a fresh file and then takes its place; one under way keeps its state in
+a file of its own (`PARTIAL_FILE`), which outlives the process.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policies.precision import Recipe
+from tiercache.errors import StoreError, UsageError
+from tiercache.store import catalog
+from tiercache.store.planestore import PlaneStore
+
+FILE = "calibration.mdb"
+PARTIAL_FILE = "calibration.partial.mdb"
+SCHEMA = 1
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measured way to run the neurons.
+
+    Attributes:
+        share: of int8's bytes of the neurons that it may read, a token.
+        rank: planes that every neuron's ranking reads.
+        recipes: of each block.
+        read_bytes: what it reads of the neurons, a token.
+        kl: from the exact model (int8 everywhere), nats a token.
+        entropy: of its own predictions, nats a token (M2Cache's measure).
+        perplexity, exact_perplexity: on the calibration text.
+        top1: share of tokens for which it has the exact model's likeliest next token.
+    """
+
+    share: float
+    rank: int
+    recipes: tuple[Recipe, ...]
+    read_bytes: int
+    kl: float
+    entropy: float
+    perplexity: float
+    exact_perplexity: float
+    top1: float
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Setting":
+        """As read."""
+        recipes = tuple(
+            Recipe(r["scorer"], r["rank"], r["ranked"], (r["shares"][0], r["shares"][1], r["shares"][2]))
+            for r in plain["recipes"]
+        )
+        return cls(**{**plain, "recipes": recipes})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the module.
+
+    Attributes:
+        meta: store's digest and model, text's name, digest and tokens, precision of the other matrices.
+        norms: of the down columns, fp32 [blocks, neurons].
+        frequency: in which share of the tokens each neuron was among the more important half, fp32 [blocks, neurons].
+        losses: squared error of each block's output at int2, int4 and int8 relative to the residual stream's, fp64
+            [blocks, 3].
+        settings: by share, then by rank.
+        arrays: what else was measured (thresholds, co-activation, unions, traces), by name.
+    """
+
+    meta: Mapping[str, Any]
+    norms: Array
+    frequency: Array
+    losses: Array
+    settings: tuple[Setting, ...]
+    arrays: Mapping[str, Array]
+
+    def save(self, path: Path) -> None:
+        """Write it to `path`, all or nothing."""
+        values = {
+            "meta": json.dumps(dict(self.meta), sort_keys=True).encode(),
+            "settings": json.dumps([asdict(setting) for setting in self.settings]).encode(),
+            **{f"array/{name}": packed(array) for name, array in self._all_arrays().items()},
+        }
+        beside = path.with_name(path.name + ".new")
+        catalog.write_values(beside, values)
+        for suffix in ("sha256", "mdb"):  # the digest first: between the two, the old file is refused and nothing lost
+            source = catalog.digest_file(beside) if suffix == "sha256" else beside
+            source.replace(catalog.digest_file(path) if suffix == "sha256" else path)
+
+    def _all_arrays(self) -> dict[str, Array]:
+        own = {"norms": self.norms, "frequency": self.frequency, "losses": self.losses}
+        return {**own, **self.arrays}
+
+    @classmethod
+    def load(cls, store: PlaneStore, path: Path | None = None) -> "Calibration":
+        """The calibration of `store`.
+
+        Raises:
+            UsageError: there is none.
+            StoreError: it is damaged, or of another store or model.
+        """
+        path = path or store.folder / FILE
+        if not path.is_file():
+            raise UsageError(
+                f"{store.folder} is not calibrated, and mixed mode must know what it loses; first run: "
+                f"tiercache calibrate {store.folder} --text FILE"
+            )
+        values = catalog.read_values(path)
+        try:
+            meta = json.loads(values["meta"])
+            _refuse_foreign(meta, store, path)
+            arrays = {key[6:]: unpacked(value) for key, value in values.items() if key.startswith("array/")}
+            settings = tuple(Setting.from_dict(plain) for plain in json.loads(values["settings"]))
+            own = [arrays.pop(name) for name in ("norms", "frequency", "losses")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error!r}); calibrate again") from error
+        return cls(meta, own[0], own[1], own[2], settings, arrays)
+
+    def choose(self, *, share: float | None, max_loss: float | None, ranks: Sequence[int] = (1, 2, 3)) -> Setting:
+        """The setting of least measured loss within `share`, or the one that reads least within `max_loss`.
+
+        Args:
+            share: of int8's bytes of the neurons.
+            max_loss: bound of the measured KL, nats a token.
+            ranks: planes that ranking may read.
+
+        Raises:
+            UsageError: no measured setting does.
+        """
+        having = [setting for setting in self.settings if setting.rank in ranks]
+        fit = [s for s in having if share is None or s.share <= share + 1e-9]
+        fit = [s for s in fit if max_loss is None or s.kl <= max_loss]
+        if not fit:
+            least, best = min(s.share for s in having), min(s.kl for s in having)
+            raise UsageError(
+                f"no calibrated setting reads at most {share} of int8's bytes with a loss of at most {max_loss}; "
+                f"settings begin at {least:.2f}, and the least measured loss is {best:.2g} nats a token"
+            )
+        if share is None:
+            return min(fit, key=lambda s: (s.read_bytes, s.kl))
+        return min(fit, key=lambda s: (s.kl, s.read_bytes))
+
+
+def _refuse_foreign(meta: Mapping[str, Any], store: PlaneStore, path: Path) -> None:
+    own = store.contents.meta
+    if meta["schema"] != SCHEMA:
+        raise StoreError(f"{path} has format version {meta['schema']}, this tiercache reads {SCHEMA}; calibrate again")
+    if meta["identity"] != own["identity"]:
+        raise StoreError(
+            f"{path} was calibrated for another model ({meta['model']}) than that of {store.folder} "
+            f"({own['model_type']}); calibrate again"
+        )
+    if meta["store"] != store.digest:
+        raise StoreError(f"{path} was calibrated for another store of this model than {store.folder}; calibrate again")
+
+
+def packed(array: Array) -> bytes:
+    """An array as bytes."""
+    made = io.BytesIO()
+    np.save(made, array, allow_pickle=False)
+    return made.getvalue()
+
+
+def unpacked(value: bytes) -> Array:
+    """The array that was packed.
+
+    Raises:
+        ValueError: it is none.
+    """
+    array: Array = np.load(io.BytesIO(value), allow_pickle=False)
+    return array

@@ -1,0 +1,211 @@
+"""Slots in the upper tier for single neurons' planes, filled from the tier below as the neuron cache decides.
+
+Knows layers and planes by number, rows of bytes, slots; never modules or what the bytes mean. All layers' slots of a
+plane are rows of one slab, and so are the rows behind them, which take what is brought for one token only.
+
+Ordering: everything happens on the computing thread. Rows are gathered below into one block, the block is copied up
+behind the slots, and copied on into its slots from there; kernels queued later on the same stream see it all, and an
+evicted row is overwritten only after the products queued before have read it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies import eviction
+from policies.hot import hottest
+from policies.neurons import IntArray, NeuronResidency
+from policies.precision import serve
+from tiercache.kernels.contract import Kernels
+from tiercache.stats import NeuronStats
+from tiercache.tiers.link import Link
+
+Rows = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How the memory for neurons is divided.
+
+    Attributes:
+        slots: of each layer and plane.
+        passing: rows of each plane for what is brought for one token only.
+        widths: bytes of a neuron in each plane.
+        neurons: of a layer.
+    """
+
+    slots: tuple[tuple[int, ...], ...]
+    passing: tuple[int, ...]
+    widths: tuple[int, ...]
+    neurons: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        rows = [sum(layer[plane] for layer in self.slots) + more for plane, more in enumerate(self.passing)]
+        return sum(count * width for count, width in zip(rows, self.widths, strict=True))
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How slots are given away.
+
+    Attributes:
+        policy: a name of `policies.eviction`.
+        uploads: neurons that a token may bring into a layer's plane at most.
+        hot: how often each neuron is wanted, [layers, neurons]; the slots begin with the most wanted.
+    """
+
+    policy: str = "lfru"
+    uploads: int | None = None
+    hot: np.ndarray | None = None
+
+
+class NeuronSlots:
+    """See the module. Planes are counted from the first that has slots.
+
+    Args:
+        plan: how `memory` is divided.
+        memory: uint8, of `plan.nbytes`, in the upper tier.
+        below: gives the rows of a layer's plane in the tier below: uint8 [neurons, width].
+        caching: who stays.
+        kernels: gather rows in the tier below.
+        link: what copies cross.
+        stats: where to count.
+    """
+
+    def __init__(
+        self,
+        plan: SlotPlan,
+        memory: Tensor,
+        below: Rows,
+        caching: Caching,
+        kernels: Kernels,
+        link: Link,
+        stats: NeuronStats,
+    ) -> None:
+        self.plan, self.stats = plan, stats
+        self._below, self._caching, self._kernels, self._link = below, caching, kernels, link
+        self.slabs: list[Tensor] = []
+        self._base: list[list[int]] = []
+        at = 0
+        for plane, width in enumerate(plan.widths):
+            counts = [layer[plane] for layer in plan.slots]
+            rows = sum(counts) + plan.passing[plane]
+            self.slabs.append(memory[at : at + rows * width].view(rows, width))
+            self._base.append([sum(counts[:layer]) for layer in range(len(counts) + 1)])
+            at += rows * width
+        on_host = memory.device.type == "cpu"
+        largest = max((count * width for count, width in zip(plan.passing, plan.widths, strict=True)), default=0)
+        self._staging = None if on_host else torch.empty(largest, dtype=torch.uint8, pin_memory=True)
+        self._residencies = [
+            [self._residency(layer, plane) for plane in range(len(plan.widths))] for layer in range(len(plan.slots))
+        ]
+
+    def _residency(self, layer: int, plane: int) -> NeuronResidency:
+        slots = self.plan.slots[layer][plane]
+        hot = None if self._caching.hot is None else self._caching.hot[layer]
+        policy = eviction.make(self._caching.policy, hot=hot)
+        return NeuronResidency(self.plan.neurons, slots, policy, uploads=self._caching.uploads)
+
+    def fill(self) -> None:
+        """Before the first pass: bring the neurons most often wanted into the slots, where that is known."""
+        if self._caching.hot is None:
+            return
+        for layer, residencies in enumerate(self._residencies):
+            heat = self._caching.hot[layer]
+            for plane, residency in enumerate(residencies):
+                chosen = hottest(heat, residency.slots)
+                slots = residency.warm(chosen)
+                for first in range(0, len(chosen), max(1, self.plan.passing[plane])):
+                    part = slice(first, first + max(1, self.plan.passing[plane]))
+                    self._bring(layer, plane, chosen[part])
+                    self._keep(layer, plane, slots[part])
+        self.stats.moved_bytes = 0  # what tokens cause is counted
+
+    def place(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
+        """One token's wishes: `order[:counts[plane]]` is wanted in each plane, most important first.
+
+        Returns:
+            for each plane the row of its slab in which each of them lies, -1 where the rung at hand must do.
+        """
+        found = []
+        for plane, count in enumerate(counts):
+            residency, wanted = self._residencies[layer][plane], order[:count]
+            step = residency.step(wanted)
+            free = None if self._caching.uploads is None else self._caching.uploads - step.loads.size
+            fetched = serve(step.refused.size, uploads=free, link_s=1.0, below_s=None).fetched
+            fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
+            moved = np.concatenate((step.loads, step.refused[:fetched]))
+            self._bring(layer, plane, moved)
+            self._keep(layer, plane, step.slots)
+            rows = self._rows(layer, plane, residency.slot_of[wanted])
+            if fetched:
+                passing = np.full(self.plan.neurons, -1)
+                passing[step.refused[:fetched]] = self._behind(plane) + step.loads.size + np.arange(fetched)
+                rows = np.where(rows >= 0, rows, passing[wanted])
+            found.append(rows)
+            self._count(plane, step.hits.size, count, moved.size, step.refused.size - fetched, residency)
+        return found
+
+    def peek(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
+        """What `place` would find, with nothing brought and nothing changed."""
+        return [
+            self._rows(layer, plane, self._residencies[layer][plane].slot_of[order[:count]])
+            for plane, count in enumerate(counts)
+        ]
+
+    @property
+    def at_once(self) -> int:
+        """Neurons that `stage` can bring at a time."""
+        return min(self.plan.passing)
+
+    def stage(self, layer: int, plane: int, first: int, count: int) -> Tensor:
+        """Bring neurons [first, first + count) for a moment: their rows, until the next call for that plane."""
+        self._bring(layer, plane, np.arange(first, first + count))
+        return self.slabs[plane][self._behind(plane) :][:count]
+
+    def _behind(self, plane: int) -> int:
+        """The first row behind the slots."""
+        return self._base[plane][-1]
+
+    def _rows(self, layer: int, plane: int, slots: IntArray) -> IntArray:
+        return np.where(slots >= 0, slots + self._base[plane][layer], -1)
+
+    def _bring(self, layer: int, plane: int, neurons: IntArray) -> None:
+        """Copy rows of `neurons` to behind the slots, in one block."""
+        if not neurons.size:
+            return
+        began_at = time.perf_counter()
+        width = self.plan.widths[plane]
+        target = self.slabs[plane][self._behind(plane) :][: neurons.size]
+        staging = target if self._staging is None else self._staging[: neurons.size * width].view(-1, width)
+        if self._staging is not None:  # an earlier copy may still read it
+            torch.cuda.current_stream(target.device).synchronize()
+        self._kernels.gather([self._below(layer, plane)], torch.from_numpy(neurons), staging.view(-1))
+        if self._staging is not None:
+            target.copy_(staging, non_blocking=True)
+        self._link.carry(neurons.size * width, began_at)
+        self.stats.moved_bytes += neurons.size * width
+
+    def _keep(self, layer: int, plane: int, slots: IntArray) -> None:
+        """Copy the first rows behind the slots into `slots`."""
+        if not slots.size:
+            return
+        kept, passing = self.slabs[plane].tensor_split([self._behind(plane)])
+        index = torch.from_numpy(slots + self._base[plane][layer]).to(kept.device)
+        kept.index_copy_(0, index, passing[: slots.size])
+
+    def _count(self, plane: int, hits: int, wanted: int, moved: int, at_hand: int, residency: NeuronResidency) -> None:
+        width = self.plan.widths[plane]
+        self.stats.requests += wanted
+        self.stats.hits += hits
+        self.stats.hit_bytes += hits * width
+        self.stats.wanted_bytes += wanted * width
+        self.stats.at_hand += at_hand
+        self.stats.uploads += moved
+        self.stats.chance_hits += wanted * residency.slots / max(1, self.plan.neurons)
