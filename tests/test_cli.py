@@ -207,9 +207,9 @@ def test_chat_uses_the_template(checkpoint: Path) -> None:
 
 
 def test_the_bundled_model_is_the_default(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "PICO", checkpoint)
+    monkeypatch.setattr(cli.running, "PICO", checkpoint)
     assert len(data(call("run", "--max-new-tokens", 2, "--json"))["tokens"]) == 2
-    monkeypatch.setattr(cli, "PICO", checkpoint / "nowhere")
+    monkeypatch.setattr(cli.running, "PICO", checkpoint / "nowhere")
     assert "tiercache run MODEL" in refused(call("run", "--json"), 2, "UsageError")
 
 
@@ -273,7 +273,7 @@ def test_the_unexpected_is_one_line_unless_debugged(checkpoint: Path, monkeypatc
     def break_down(*_: object) -> None:
         raise ZeroDivisionError("a bug\nwith details")
 
-    monkeypatch.setattr(cli, "_encode", break_down)
+    monkeypatch.setattr(cli.running, "_encode", break_down)
     command = ("run", checkpoint, "--prompt", PROMPT)
     assert "ZeroDivisionError: a bug;" in refused(call(*command, "--json"), 1, "ZeroDivisionError")
     assert "Traceback" in call("--debug", *command).stderr

@@ -30,7 +30,7 @@ from tiercache.tiers.neurons import Caching, NeuronSlots, SlotPlan
 from tiercache.tiers.tier import Source
 
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
-_PASSING_ROWS = 256
+_PASSING_ROWS = 512  # what kernels sum before they add: chunks of whole ones change no bit of a dense pass
 
 
 @dataclass(frozen=True)

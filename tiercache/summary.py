@@ -49,9 +49,25 @@ def outlook(model: Any, precision: str) -> str:
     )
     device = model.tiercache.stats().device
     nature = "the original weights" if precision == "source" else f"{precision} weights (the original's, rounded)"
-    return (
+    return loss_of(model) + (
         f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
+    )
+
+
+def loss_of(model: Any) -> str:
+    """A first line for a lossy run: what it does, and what it lost on the calibration text; else nothing."""
+    mixed = model.tiercache.mixed
+    if mixed is None:
+        return ""
+    setting, text = mixed.way.setting, mixed.way.calibration.meta["text"]
+    lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
+    lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
+    if not mixed.way.measured:
+        lost = f"at least {lost}: planes of some layers do not fit and are left out, which no calibration measured"
+    return (
+        f"mixed mode is lossy: a token reads {human(mixed.read_bytes)} of the neurons; on {text['name']} that lost "
+        f"{lost}\n"
     )
 
 
@@ -65,9 +81,24 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
         f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
         f"kernels {stats['kernels']}; peak RSS {human(stats['peak_rss_bytes'])}{device}"
     )
+    if (neurons := stats["neurons"]) is not None:
+        lines.append(_neuron_summary(neurons))
+    if stats["link"] != "measured":
+        lines.append(f"the link was {stats['link']}")
     if stats["lossy"]:
         lines.append("notice: this run was lossy: another text than the weights at this precision would have given")
     return "\n".join(lines)
+
+
+def _neuron_summary(neurons: dict[str, Any]) -> str:
+    each = neurons["read_bytes"] / max(1, neurons["tokens"])
+    text = f"neurons {human(each)} read a token"
+    if neurons["hit_rate"] is None:
+        return text
+    return (
+        f"{text}, {human(neurons['moved_bytes'] / max(1, neurons['tokens']))} brought up; policy {neurons['policy']}: "
+        f"hit rate {neurons['hit_rate']:.3f}, by chance {neurons['chance']:.3f}"
+    )
 
 
 def _tier_summary(name: str, tier: dict[str, Any]) -> str:

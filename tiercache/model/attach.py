@@ -49,6 +49,7 @@ class Attachment:
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
+        self._model: nn.Module | None = None
         uses = tuple(uses)
         try:
             for use in uses:
@@ -65,6 +66,8 @@ class Attachment:
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
             self._binder = Binder(model, uses, supply, workspace, kernels)
+            self._model = model
+            model.__dict__["tie_weights"] = _leave_tied
             for block in self._blocks:
                 self._mix(model, block)
         except BaseException:  # half-way: the model must not stay changed
@@ -87,6 +90,8 @@ class Attachment:
             self._binder.close()
         if self._lookup is not None:
             self._lookup.close()
+        if self._model is not None:
+            self._model.__dict__.pop("tie_weights", None)
         self._parameters.restore()
         while self._buffers:
             module, name, buffer = self._buffers.pop()
@@ -108,3 +113,7 @@ class Attachment:
                 if buffer is not None and buffer.device.type != device.type:
                     self._buffers.append((module, name, buffer))
                     module._buffers[name] = buffer.to(device)
+
+
+def _leave_tied(*arguments: object, **named: object) -> None:
+    """What `tie_weights` does meanwhile: a head made one with the embedding again would lose its weight's place."""

@@ -165,6 +165,14 @@ class MixedBlock:
         prepared = self._prepare(_plain(x.reshape(-1, x.shape[-1]), self.planes.device))
         return self._inward_products(prepared, self.planes.whole(rung), tuple(range(self._inward)))
 
+    def down(self, hidden: Tensor, rung: int) -> Tensor:
+        """hidden [tokens, neurons] times the down matrix at a rung that is always there, fp32; within the turn."""
+        out = torch.zeros(len(hidden), self.planes.block.columns, dtype=torch.float32, device=hidden.device)
+        part = self.planes.whole(rung)[-1]
+        for at in range(0, len(hidden), MAX_TOKENS):
+            self._kernels.product_down(hidden[at : at + MAX_TOKENS], part, out[at : at + MAX_TOKENS])
+        return out
+
     def _begin(self, x: Tensor) -> None:
         """Open the block and make every inward product that is going to be asked for."""
         self.planes.open()

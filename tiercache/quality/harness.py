@@ -84,7 +84,7 @@ class Harness:
         lm_eval = _import()
         every_token = model.tiercache.every_token() if mixed else nullcontext()
         visible = sys.stderr.isatty() if show is None else show
-        with _offline(self._cache), _hushed(show=visible), _same_randomness(), every_token, _untied(model):
+        with _offline(self._cache), _hushed(show=visible), _same_randomness(), every_token:
             client = lm_eval.models.huggingface.HFLM(
                 pretrained=model, tokenizer=self._tokenizer, batch_size=1, max_length=self._length
             )
@@ -206,19 +206,6 @@ def _offline(cache: Path) -> Iterator[None]:
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
         yield
-
-
-@contextmanager
-def _untied(model: Any) -> Iterator[None]:
-    """The harness ties weights anew, which would give an attached model's head a placeholder to multiply by."""
-    if not hasattr(model, "tiercache"):
-        yield
-        return
-    model.tie_weights = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del model.tie_weights
 
 
 @contextmanager

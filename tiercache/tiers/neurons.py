@@ -25,6 +25,7 @@ from tiercache.stats import NeuronStats
 from tiercache.tiers.link import Link
 
 Rows = Callable[[int, int], Tensor]
+_SLICE = 512
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,9 @@ class NeuronSlots:
 
     @property
     def at_once(self) -> int:
-        """Neurons that `stage` can bring at a time."""
-        return min(self.plan.passing)
+        """Neurons that `stage` can bring at a time: all, or whole slices of what kernels sum."""
+        most = min(self.plan.passing)
+        return most if most >= self.plan.neurons else most // _SLICE * _SLICE or most
 
     def stage(self, layer: int, plane: int, first: int, count: int) -> Tensor:
         """Bring neurons [first, first + count) for a moment: their rows, until the next call for that plane."""

@@ -1,0 +1,1 @@
+"""The commands: each file a few of them, all on one application."""

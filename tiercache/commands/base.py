@@ -1,0 +1,139 @@
+"""What all commands share: how they tell people and programs, how errors become exit codes, options of several.
+
+Standard output carries data only: generated text, or one line of JSON. What went wrong ends in the exit code of
+`tiercache.errors`.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from tiercache import __version__
+from tiercache.errors import DoesNotFitError, TiercacheError
+
+# The commands import the library when they run, since torch and transformers take seconds that `--help` and a mistyped
+# option should not cost.
+
+_UNEXPECTED, ENVIRONMENT, _INTERRUPTED = 1, 5, 130
+# typer's own complaints about arguments; its name for the class has moved between versions.
+_ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary; errors only.")]
+Precision = Annotated[str, typer.Option(help="source (the original weights), int8, int4 or int2.")]
+Mode = Annotated[str, typer.Option(help="exact, or mixed: planes per neuron and token; lossy.")]
+BytesPerToken = Annotated[
+    str | None, typer.Option(help="mixed: what a token may read of the neurons: a share of int8's, 0.5, or 1.2GB.")
+]
+MaxLoss = Annotated[float | None, typer.Option(help="mixed: instead, a bound of the calibrated loss, nats a token.")]
+Policy = Annotated[str, typer.Option(help="mixed: who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
+LinkGbps = Annotated[
+    float | None, typer.Option(help="Throttle copies to HBM to this rate: emulated.")
+]
+Hbm = Annotated[str, typer.Option(help="Budget of the fastest tier: 22GiB, 90%, auto.")]
+Dram = Annotated[str, typer.Option(help="Budget of main memory: 48GiB, 50%, auto.")]
+StoreFolder = Annotated[Path | None, typer.Option(help="Where the checkpoint's plane store is, or is made.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Store = Annotated[Path, typer.Argument(help="Folder of a plane store.", show_default=False)]
+
+
+class _Commands(TyperGroup):
+    """Turns what a command raises into a line on standard error, JSON where it was asked for, and an exit code.
+
+    Contexts are typed Any: typer brings click's classes under names that change with its version.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Note early whether JSON is wanted: a complaint about other arguments must know."""
+        ctx.obj = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except _ArgumentError as error:
+            _print_error(error, str(error), 2, ctx.obj)
+            raise  # typer shows it beside the command's usage
+        except KeyboardInterrupt as error:
+            raise _failed(error, "interrupted", _INTERRUPTED, ctx.obj, False) from error
+        except TiercacheError as error:
+            raise _failed(error, str(error), error.exit_code, ctx.obj, ctx.params["debug"]) from error
+        except Exception as error:
+            message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            message += "" if ctx.params["debug"] else "; for the traceback: tiercache --debug COMMAND ..."
+            raise _failed(error, message, _UNEXPECTED, ctx.obj, ctx.params["debug"]) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 does not fit, 4 corrupt or another's store, 5 environment, "
+    "130 interrupted. Environment: HF_HUB_OFFLINE and HF_HOME as the Hub has them; TIERCACHE_HOME (stores that are "
+    "made when none is named; else ~/.cache/tiercache); CUDA_VISIBLE_DEVICES; NO_COLOR.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tiercache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run language models much larger than the GPU they run on: exact, and within a memory budget."""
+
+
+def console() -> Console:
+    """Where people read."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress(as_json: bool, quiet: bool) -> bool | None:
+    """Whether to draw bars; None leaves it to whether anybody watches."""
+    return False if as_json or quiet else None
+
+
+def say(text: str, quiet: bool) -> None:
+    """A line for people."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str, plain: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """A result: for people, and for programs where it is wanted."""
+    say(text, quiet)
+    if as_json:
+        print(json.dumps(plain), flush=True)
+
+
+def _failed(error: BaseException, message: str, exit_code: int, as_json: bool, debug: bool) -> typer.Exit:
+    """Tell of an error; the way out of the program with its code."""
+    if debug:
+        traceback.print_exception(error)
+    console().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    _print_error(error, message, exit_code, as_json)
+    return typer.Exit(exit_code)
+
+
+def _print_error(error: BaseException, message: str, exit_code: int, as_json: bool) -> None:
+    plain = {"schema": "tiercache.error/1", "error": type(error).__name__, "message": message, "exit_code": exit_code}
+    plain |= {"missing_bytes": error.missing_bytes} if isinstance(error, DoesNotFitError) else {}
+    tell("", plain, as_json, quiet=True)

@@ -1,0 +1,151 @@
+"""`run`: text from a model."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from tiercache import summary
+from tiercache.commands.base import (
+    BytesPerToken,
+    Device,
+    Dram,
+    Hbm,
+    Json,
+    LinkGbps,
+    MaxLoss,
+    Mode,
+    Policy,
+    Precision,
+    Quiet,
+    StoreFolder,
+    app,
+    progress,
+    say,
+    tell,
+)
+from tiercache.errors import ContextExceededError, StoreError, UsageError
+
+PICO = Path(__file__).parents[2] / "examples" / "pico" / "checkpoint"
+PICO_PROMPT = "def read_lines(path):\n"
+
+
+@app.command("run")
+def run_command(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint or store; by default the bundled pico.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to continue; - reads standard input.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the tokenizer's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    hbm: Hbm = "auto",
+    dram: Dram = "auto",
+    precision: Precision | None = None,
+    mode: Mode = "exact",
+    bytes_per_token: BytesPerToken = None,
+    max_loss: MaxLoss = None,
+    policy: Policy = "auto",
+    link_gbps: LinkGbps = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache; by default what is needed.")] = None,
+    store: StoreFolder = None,
+    device: Device = "auto",
+    checks: Annotated[bool, typer.Option("--checks", help="Verify the store's checksums first.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among that many tokens; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate text. It streams to standard output; with --json one object comes at the end instead."""
+    import tiercache
+    from tiercache.store.source import resolve
+
+    sampling = _sampling(temperature, top_p, top_k)
+    folder = resolve(model if model is not None else _pico())
+    tokenizer = _tokenizer(folder)
+    ids = _encode(tokenizer, _prompt(prompt, model), chat)
+    needed = ids.shape[1] + max_new_tokens
+    if context is not None and context < needed:
+        raise ContextExceededError(f"prompt and new tokens need --context {needed}, not {context}; raise it")
+    budgets: dict[str, Any] = {"hbm": hbm, "dram": dram, "context": context or needed, "logits": 1}
+    precision = precision or ("source" if mode == "exact" else "int8")
+    options: dict[str, Any] = {"precision": precision, "store": store, "device": device, "checks": checks}
+    mixed: dict[str, Any] = {"mode": mode, "bytes_per_token": bytes_per_token, "max_loss": max_loss}
+    mixed |= {"policy": policy, "link_gbps": link_gbps}
+    with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as lent:
+        say(summary.outlook(lent, precision), quiet)
+        tokens = _generate(lent, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
+        attached: Any = lent.tiercache
+        stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
+    tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)
+
+
+def _pico() -> Path:
+    if not PICO.is_dir():
+        raise UsageError(f"the bundled model is not here ({PICO}); name one: tiercache run MODEL --prompt TEXT")
+    return PICO
+
+
+def _prompt(given: str | None, model: str | None) -> str:
+    if given == "-":
+        return sys.stdin.read()
+    if given is None and model is not None:
+        raise UsageError("there is no prompt; give one with --prompt TEXT, or --prompt - for standard input")
+    return PICO_PROMPT if given is None else given
+
+
+def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
+    """Arguments of `generate`; None keeps what the checkpoint suggests for sampling out of a greedy run."""
+    if not 0 < top_p <= 1:
+        raise UsageError(f"--top-p {top_p} is no share of probability; give one above 0 and at most 1")
+    if temperature == 0:
+        if top_p != 1 or top_k:
+            raise UsageError("--top-p and --top-k do nothing at --temperature 0; give a temperature, such as 0.8")
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise StoreError(f"{folder} has no config.json, so it is neither checkpoint nor plane store; name one's folder")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"no tokenizer can be read from {folder}; put its files there ({reason})") from error
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """Ids of the prompt. [1, tokens]"""
+    if not chat:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise UsageError("--chat needs a chat template, which this model's tokenizer has none of; leave --chat out")
+    else:
+        talk = [{"role": "user", "content": prompt}]
+        template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        ids = tokenizer.apply_chat_template(talk, **template)["input_ids"]
+    if not ids.shape[1]:
+        raise UsageError("the prompt holds no token to start from; give some text with --prompt")
+    return ids
+
+
+def _generate(
+    model: Any, tokenizer: Any, ids: Any, sampling: dict[str, Any], max_new_tokens: int, seed: int, *, stream: bool
+) -> list[int]:
+    """The new tokens; their text goes to standard output as it comes, if `stream`."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    ids = ids.to(model.tiercache.stats().device)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    mask = torch.ones_like(ids)
+    options = {**sampling, "max_new_tokens": max_new_tokens, "pad_token_id": padding}
+    output = model.generate(ids, attention_mask=mask, streamer=streamer, **options)
+    return cast("list[int]", output[0, ids.shape[1] :].tolist())

@@ -1,0 +1,55 @@
+"""`convert`, `verify`, `inspect`: plane stores."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tiercache import summary
+from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
+from tiercache.config import human
+
+
+@app.command("convert")
+def convert_command(
+    checkpoint: Annotated[str, typer.Argument(help="A safetensors checkpoint: folder or Hub id.", show_default=False)],
+    store: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    group: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    compress: Annotated[str, typer.Option(help="zstd: on, off, or auto where it saves more than it costs.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped."""
+    from tiercache.store.convert import convert
+
+    partial = store.expanduser().with_name(store.name + ".partial")
+    try:
+        options: dict[str, Any] = {"group": group, "compress": compress, "dry_run": dry_run, "restart": restart}
+        report = convert(checkpoint, store, **options, show_progress=progress(as_json, quiet))
+    except KeyboardInterrupt:
+        if partial.exists():
+            say(f"what is converted is kept in {partial}; the same command goes on from there", quiet)
+        raise
+    tell((summary.of_dry_run if dry_run else summary.of_conversion)(report.to_dict()), report.to_dict(), as_json, quiet)
+
+
+@app.command("verify")
+def verify_command(store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Check every byte of a plane store against its checksums."""
+    from tiercache.store.planestore import PlaneStore
+
+    checked = PlaneStore.open(store).verify(show_progress=progress(as_json, quiet))
+    text = f"{checked.folder}: {checked.extents} extents, {human(checked.checked_bytes)}, all as written"
+    tell(text, {"schema": "tiercache.verify/1", **asdict(checked)}, as_json, quiet)
+
+
+@app.command("inspect")
+def inspect_command(store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Say what is in a plane store."""
+    from tiercache.store.planestore import PlaneStore
+
+    found = PlaneStore.open(store).describe()
+    tell(summary.of_store(found), found, as_json, quiet)
