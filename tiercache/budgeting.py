@@ -15,6 +15,7 @@ from tiercache.mixing import Mixing
 from tiercache.needs import Demand, demand
 from tiercache.opening import Opened
 from tiercache.plan import Plan
+from tiercache.planes import scale_row_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.manifest import Manifest
 
@@ -82,7 +83,8 @@ def _fit(
         asked = demand(opened, config, device, kernels=True)
         if slotted:
             reserved = {**asked.needs.compute, "neurons in passing": way.passing_bytes(opened.manifest)}
-            asked = replace(asked, needs=replace(asked.needs, compute=reserved))
+            on_host = {**asked.needs.dram, "scales of deltas": _delta_bytes(opened.manifest, config, device)}
+            asked = replace(asked, needs=replace(asked.needs, compute=reserved, dram=on_host))
         held = sum(asked.payload[key] for block in opened.manifest.blocks for key in set(block.units))
         try:
             made = divide(opened, asked, config, device)
@@ -94,7 +96,15 @@ def _fit(
             if slotted or limit is not None or not made.streamed:
                 return way, opened, asked, made
             limit = max(_room_for_neurons(asked, made, opened.manifest), way.share_bytes(store))
-        way = mixing.capped(way, store, limit)
+        way = mixing.capped(way, store, limit, slotted=slotted)
+
+
+def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device) -> int:
+    """A second copy of the neurons' scales, where the CPU may multiply planes that have no slot."""
+    if config.cpu_tokens == 0 or (config.cpu_tokens is None and device.type == "cpu"):
+        return 0
+    blocks = manifest.blocks
+    return sum(block.neurons * block.parts * scale_row_bytes(block.columns, block.group) for block in blocks)
 
 
 def _room_for_neurons(asked: Demand, made: Plan, manifest: Manifest) -> int:

@@ -16,6 +16,7 @@ Precision = Literal["source", "int8", "int4", "int2"]
 SizeLike = int | float | str
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
+Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", start=1)}
@@ -190,7 +191,14 @@ class OffloadConfig:
         """Refuse options of a mode that do not belong together."""
         if self.mode not in get_args(Mode):
             raise UsageError(f"unknown mode {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
-        if self.uploads is not None and (isinstance(self.uploads, bool) or self.uploads < 0):
+        if self.policy not in get_args(Policy):
+            raise UsageError(f"unknown policy {self.policy!r}; choose one of {', '.join(get_args(Policy))}")
+        for name, value in (("link_gbps", self.link_gbps), ("max_loss", self.max_loss)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise UsageError(f"{name}={value!r} must be a number above zero, or None")
+        if self.uploads is not None and (
+            isinstance(self.uploads, bool) or not isinstance(self.uploads, int) or self.uploads < 0
+        ):
             raise UsageError(f"uploads={self.uploads!r} must be a whole number of neurons, 0 or more, or None")
         if self.mode == "exact":
             if self.bytes_per_token is not None or self.max_loss is not None:

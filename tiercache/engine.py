@@ -139,13 +139,15 @@ def _open(
     tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe, link)
     stack.callback(tiers.close)
     cpu_tokens = _cpu_tokens(config, made, kernels, target)  # measured while the tiers are still empty
+    below = way is not None and _below(config, made, kernels, target)
     tiers.load(show_progress=show_progress)
     name = "torch" if config.precision == "source" else kernels[target.type].name if kernels else "decode"
     stats = Stats(config.precision, str(target), _reads_directly(opened, reader), tiers.stats, kernels=name)
     stats.cpu_tokens = cpu_tokens
     if link.gbps is not None:
         stats.link = f"emulated, {link.gbps:g} GB/s"
-    run = None if way is None else MixedRun.start(stack, way, opened, made, tiers, link, config, kernels, target)
+    places = (opened, made, tiers, link, config, kernels, target)
+    run = None if way is None else MixedRun.start(stack, way, *places, below=below)
     if run is not None:
         stats.neurons, stats.lossy = run.choosing.stats, True
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
@@ -176,11 +178,20 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
 def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], device: torch.device) -> int:
     """Up to how many tokens a pass lets the CPU multiply what does not stay in HBM."""
     passing = made.hbm is not None and len(made.hbm.placement.pinned) < len(made.hbm.order)
-    if not passing or "cpu" not in kernels:
+    if not passing or "cpu" not in kernels or config.mode == "mixed":  # neurons are chosen where the model computes
         return 0
     if config.cpu_tokens is not None:
         return config.cpu_tokens
     return tokens_below(kernels["cpu"], RUNGS[config.precision], device)
+
+
+def _below(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], device: torch.device) -> bool:
+    """Whether the CPU multiplies, in DRAM, neurons that have no slot in HBM: as asked for, or on a GPU by cost."""
+    if made.hbm is None or "cpu" not in kernels:
+        return False
+    if config.cpu_tokens is not None:
+        return config.cpu_tokens > 0
+    return device.type != "cpu" and tokens_below(kernels["cpu"], RUNGS["int8"], device) > 0
 
 
 def resolve_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 Knows the calibration, the store's blocks and the budgets; moves nothing and multiplies nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.model.importance import Activation
 from tiercache.model.mixed import Choosing, MixedBlock
-from tiercache.model.neurons import BlockPlanes, DirectPlanes, SlottedPlanes
+from tiercache.model.neurons import BlockPlanes, Deltas, DirectPlanes, SlottedPlanes
 from tiercache.opening import Opened
 from tiercache.planes import PLANE_BITS, plane_row_bytes, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
@@ -30,6 +30,7 @@ from tiercache.tiers.neurons import Caching, NeuronSlots, SlotPlan
 from tiercache.tiers.tier import Source
 
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+_RENEWED = 64  # one in so many neurons
 _PASSING_ROWS = 512  # what kernels sum before they add: chunks of whole ones change no bit of a dense pass
 
 
@@ -72,8 +73,14 @@ class Mixing:
         return tuple(most)
 
     def passing_bytes(self, manifest: Manifest) -> int:
-        """Memory for `passing`."""
-        return self.slot_plan(manifest, 0).nbytes
+        """Memory for `passing`, and for the down rows that the first tokens of a short pass hold from the others."""
+        low, first = manifest.blocks[0].low, manifest.blocks[0]
+        wanted = [
+            recipe.wanted(block.neurons)[low:] for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
+        ]
+        widths = _widths(first.columns, first.group)[low:]
+        held = sum(max(layer[plane] for layer in wanted) * width for plane, width in enumerate(widths))
+        return self.slot_plan(manifest, 0).nbytes + (Choosing().few - 1) * held
 
     def share_bytes(self, store: PlaneStore) -> int:
         """What whole layers may bring of the neurons: the share of int8's bytes that was chosen."""
@@ -93,13 +100,15 @@ class Mixing:
         slots = precision.share_slots(wanted, widths, first.neurons, budget_bytes)
         return SlotPlan(tuple(map(tuple, slots)), self.passing(manifest), widths, first.neurons)
 
-    def caching(self, config: OffloadConfig, plan: SlotPlan, low: int) -> Caching:
+    def caching(self, config: OffloadConfig, plan: SlotPlan, low: int, *, below: bool) -> Caching:
         """Who stays in the slots: as asked for, or whoever would have missed least on the calibration's trace."""
-        policy = config.policy
+        policy, uploads = config.policy, config.uploads
+        if below and uploads is None:  # the processor below is the cheaper one: copies only renew the slots
+            uploads = max(1, plan.neurons // _RENEWED)
         if policy == "auto":
-            rows = self.replayed(plan, low, config.uploads)
+            rows = self.replayed(plan, low, uploads)
             policy = replay.best(rows) if rows else "lfru"
-        return Caching(policy, config.uploads, self.calibration.frequency)
+        return Caching(policy, uploads, below, self.calibration.frequency)
 
     def replayed(self, plan: SlotPlan, low: int, uploads: int | None) -> list[replay.Row]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
@@ -144,12 +153,16 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
         before = setting
 
 
-def capped(mixing: Mixing, store: PlaneStore, limit_bytes: int) -> Mixing:
-    """`mixing` without the planes that whole layers may not bring within `limit_bytes`, the least missed left out."""
+def capped(mixing: Mixing, store: PlaneStore, limit_bytes: int, *, slotted: bool) -> Mixing:
+    """`mixing` without the planes that whole layers may not bring within `limit_bytes`, the least missed left out.
+
+    With slots every block keeps the ranking's planes: they lie in HBM, and slots begin above them in all blocks alike.
+    """
     sizes = [
         [block.rows * sizes_of(block, store).neuron(rung) for rung in range(1, TOP + 1)] for block in store.blocks()
     ]
-    tops = precision.divide(mixing.calibration.losses.tolist(), sizes, limit_bytes)
+    least = mixing.setting.rank - 1 if slotted else 0
+    tops = precision.divide(mixing.calibration.losses.tolist(), sizes, limit_bytes, start=least)
     return replace(mixing, tops=tuple(top + 1 for top in tops))
 
 
@@ -199,21 +212,22 @@ def blocks(
     opened: Opened,
     supply: Source,
     slots: NeuronSlots | None,
-    kernels: Kernels,
+    kernels: Mapping[str, Kernels],
     choosing: Choosing,
     device: torch.device,
+    deltas: Sequence[Deltas | None] | None = None,
 ) -> list[MixedBlock]:
     """The runtime of every block of `opened.manifest`."""
     activation = activation_of(opened.model)
+    parts = zip(opened.manifest.blocks, mixing.recipes, mixing.calibration.norms, strict=True)
     made = []
-    for block, recipe, norms in zip(opened.manifest.blocks, mixing.recipes, mixing.calibration.norms, strict=True):
-        planes: BlockPlanes = (
-            DirectPlanes(block, supply, device) if slots is None else SlottedPlanes(block, supply, slots, device)
-        )
+    for place, (block, recipe, norms) in enumerate(parts):
+        planes: BlockPlanes = DirectPlanes(block, supply, device)
+        if slots is not None:
+            planes = SlottedPlanes(block, supply, slots, device, None if deltas is None else deltas[place])
         modules = [opened.model.get_submodule(name) for name in (*(name for name, _ in block.inward), block.outward)]
-        made.append(
-            MixedBlock(planes, modules, activation, kernels, choosing, recipe, torch.from_numpy(norms).to(device))
-        )
+        weights = torch.from_numpy(norms).to(device)
+        made.append(MixedBlock(planes, modules, activation, kernels, choosing, recipe, weights))
     return made
 
 

@@ -14,8 +14,10 @@ from tiercache.config import OffloadConfig
 from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
 from tiercache.model.mixed import Choosing, MixedBlock
+from tiercache.model.neurons import Deltas
 from tiercache.opening import Opened
 from tiercache.plan import Plan
+from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.slab import Slab
@@ -32,7 +34,7 @@ class MixedRun:
         choosing: what they share.
         slots: of single neurons, with an HBM tier.
         units: the units that hold neurons.
-        low: planes below those that have slots.
+        low: planes below those that have slots, or would have them with an HBM tier: what ranking reads.
     """
 
     way: Mixing
@@ -54,26 +56,32 @@ class MixedRun:
         config: OffloadConfig,
         kernels: Mapping[str, Kernels],
         device: torch.device,
+        *,
+        below: bool = False,
     ) -> "MixedRun":
-        """Fill the slots, if there are any; what undoes it goes on `stack`."""
-        choosing = Choosing()
+        """Fill the slots, if there are any; what undoes it goes on `stack`.
+
+        With `below`, the CPU multiplies in DRAM what has no slot, and a token brings up only as many neurons as renew
+        the slots.
+        """
+        choosing = Choosing(in_order=config.uploads is not None)
         choosing.stats.calibrated_kl = way.setting.kl if way.measured else None
-        slots, low = None, opened.manifest.blocks[0].low
+        slots, low = None, way.setting.rank
         if made.hbm is not None:
             slot_plan = way.slot_plan(opened.manifest, made.hbm.neuron_bytes)
             memory = Slab(slot_plan.nbytes, device)
             stack.callback(memory.close)
-            caching = way.caching(config, slot_plan, low)
+            caching = way.caching(config, slot_plan, low, below=below)
             choosing.stats.policy = caching.policy
 
-            def below(layer: int, plane: int) -> torch.Tensor:
+            def rows(layer: int, plane: int) -> torch.Tensor:
                 block = opened.manifest.blocks[layer]
-                rows = block.plane(tiers.staying(block.units[block.low + plane]), block.low + plane)
-                return rows.view(block.neurons, -1)
+                return _above(tiers, block, block.low + plane).view(block.neurons, -1)
 
-            slots = NeuronSlots(slot_plan, memory.bytes, below, caching, kernels["cpu"], link, choosing.stats)
+            slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, kernels["cpu"], link, choosing.stats)
             slots.fill()
-        blocks = mixing.blocks(way, opened, tiers.top, slots, kernels[device.type], choosing, device)
+        deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
+        blocks = mixing.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         return cls(way, tuple(blocks), choosing, slots, units, low)
 
@@ -87,16 +95,7 @@ class MixedRun:
         """Record each token's wishes; at the end the statistics get Belady's bound for the same slots."""
         neurons = self.blocks[0].planes.block.neurons
         trace = Trace(neurons, [block.recipe.wanted(neurons)[self.low :] for block in self.blocks])
-        token: list[np.ndarray] = []
-
-        def note(block: int, order: np.ndarray) -> None:
-            if block == 0:
-                token.clear()
-            token.append(order)
-            if len(token) == len(self.blocks):
-                trace.append(token)
-
-        before, self.choosing.trace = self.choosing.trace, note
+        before, self.choosing.trace = self.choosing.trace, _Rows(trace)
         try:
             yield trace
         finally:
@@ -106,3 +105,42 @@ class MixedRun:
             bound = replay.replay(trace, self.slots.plan.slots, replay.BOUND, hot=hot)
             self.choosing.stats.belady_hits = int(bound.hits.sum())
             self.choosing.stats.belady_requests = int(bound.requests.sum())
+
+
+class _Rows:
+    """Puts a pass's choices into a trace: they come block by block, and within a block token by token."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace, self._at = trace, 0
+        self._rows: list[list[np.ndarray]] = [[] for _ in range(trace.layers)]
+
+    def __call__(self, block: int, order: np.ndarray) -> None:
+        """One token's choice of one block; of a pass that is cut off nothing is kept."""
+        if block < self._at:
+            self._clear()
+        self._at = block
+        self._rows[block].append(order)
+        if len(self._rows[-1]) == len(self._rows[0]):
+            for token in zip(*self._rows, strict=True):
+                self._trace.append(token)
+            self._clear()
+
+    def _clear(self) -> None:
+        for row in self._rows:
+            row.clear()
+
+
+def _above(tiers: TierStack, block: NeuronBlock, plane: int) -> torch.Tensor:
+    """A plane that stays in DRAM: [neurons, parts, bytes of a row]."""
+    return block.plane(tiers.staying(block.units[plane]), plane)
+
+
+def _deltas(tiers: TierStack, block: NeuronBlock) -> Deltas | None:
+    """What the planes of a block in DRAM add to those that are in HBM."""
+    if block.low == len(block.units):
+        return None
+    scales = block.scales(tiers.top.acquire(block.units[0]))
+    try:
+        return Deltas(block, scales, [_above(tiers, block, plane) for plane in range(block.low, len(block.units))])
+    finally:
+        tiers.top.release(block.units[0])

@@ -57,6 +57,7 @@ class NeuronStats:
         moved_bytes: copied up, dense passes included.
         requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
         at_hand: of them, those that had to do with a lower rung.
+        below: of them, those whose missing planes the CPU multiplied in DRAM.
         chance_hits: hits that slots filled by chance would have had.
         calibrated_kl: loss against int8 that calibration measured with the same recipe, in nats a token.
         belady_hits, belady_requests: of a recorded trace, with the same slots and perfect foresight.
@@ -72,6 +73,7 @@ class NeuronStats:
     hits: int = 0
     uploads: int = 0
     at_hand: int = 0
+    below: int = 0
     chance_hits: float = 0.0
     calibrated_kl: float | None = None
     belady_hits: int = 0

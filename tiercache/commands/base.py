@@ -34,9 +34,7 @@ BytesPerToken = Annotated[
 ]
 MaxLoss = Annotated[float | None, typer.Option(help="mixed: instead, a bound of the calibrated loss, nats a token.")]
 Policy = Annotated[str, typer.Option(help="mixed: who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
-LinkGbps = Annotated[
-    float | None, typer.Option(help="Throttle copies to HBM to this rate: emulated.")
-]
+LinkGbps = Annotated[float | None, typer.Option(help="Throttle copies to HBM to this rate: emulated.")]
 Hbm = Annotated[str, typer.Option(help="Budget of the fastest tier: 22GiB, 90%, auto.")]
 Dram = Annotated[str, typer.Option(help="Budget of main memory: 48GiB, 50%, auto.")]
 StoreFolder = Annotated[Path | None, typer.Option(help="Where the checkpoint's plane store is, or is made.")]

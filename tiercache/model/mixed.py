@@ -10,7 +10,7 @@ reads only the neurons that were chosen. Activation and everything else between 
 Knows modules, recipes and planes; not where planes come from.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from policies.precision import Recipe, Sizes
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
-from tiercache.model.importance import SCORERS, Activation, largest, needed, scores
+from tiercache.model.importance import SCORERS, Activation, first, largest, needed, scores
 from tiercache.model.neurons import BlockPlanes, Group, Parts
 from tiercache.planes import scale_row_bytes
 from tiercache.stats import NeuronStats
@@ -41,6 +41,7 @@ class Choosing:
         few: passes of up to so many tokens choose neurons token by token.
         always: passes of more tokens choose as well, by masks over dense products.
         stats: where to count.
+        in_order: neurons are wanted most important first within a rung, too (where uploads are capped).
         trace: is told each token's choice of each block, in turn: (block, neurons by importance).
     """
 
@@ -49,6 +50,7 @@ class Choosing:
     always: bool = False
     stats: NeuronStats = field(default_factory=NeuronStats)
     trace: Callable[[int, np.ndarray], None] | None = None
+    in_order: bool = False
 
     @contextmanager
     def passes(self, kind: Kind) -> Iterator[None]:
@@ -97,7 +99,7 @@ class MixedBlock:
         planes: of the block.
         modules: its inward modules, in the order of the block's, and the outward one.
         activation: between them.
-        kernels: who multiplies.
+        kernels: who multiplies, by the kind of device.
         choosing: shared by all blocks.
         recipe: see above.
         norms: see above.
@@ -108,7 +110,7 @@ class MixedBlock:
         planes: BlockPlanes,
         modules: Sequence[nn.Module],
         activation: Activation,
-        kernels: Kernels,
+        kernels: Mapping[str, Kernels],
         choosing: Choosing,
         recipe: Recipe,
         norms: Tensor,
@@ -118,9 +120,9 @@ class MixedBlock:
         block = planes.block
         self._inward = block.parts - 1
         self._owns = [own for _, own in block.inward]
-        self._biases = [_bias(module) for module in modules[:-1]]
-        self._out_bias = _bias(modules[-1])
-        self._activation, self._kernels, self._choosing = activation, kernels, choosing
+        self._modules = tuple(modules)  # their biases are asked for when needed: attaching replaces them
+        self._activation, self._choosing = activation, choosing
+        self._kernels, self._host = kernels[planes.device.type], kernels["cpu"]
         self.sizes = Sizes(block.widths, scale_row_bytes(block.columns, block.group), self._inward)
         self._x: Tensor | None = None
         self._values: list[Tensor] = []
@@ -145,14 +147,14 @@ class MixedBlock:
         if self._chosen:
             for token, groups in enumerate(self._chosen):
                 for group in groups:
-                    some = tokens[token : token + 1].index_select(1, group.neurons)
-                    self._kernels.product_down(some, group.parts[-1], out[token : token + 1], group.rows)
+                    self._down(tokens[token : token + 1], group, out[token : token + 1])
         else:
             self._dense_down(tokens, out)
         if self.watch is not None and self._masks is None and not self._chosen:
             self.watch(Seen(self._x.reshape(-1, self._x.shape[-1]), tokens, out))
         self.forget()
-        result = out if self._out_bias is None else out + self._out_bias.to(out.device)
+        bias = _bias(self._modules[-1])
+        result = out if bias is None else out + bias.to(out.device)
         return result.view(*hidden.shape[:-1], -1).to(hidden.device, hidden.dtype)
 
     def forget(self) -> None:
@@ -184,7 +186,7 @@ class MixedBlock:
         self._values = [torch.zeros(shape, dtype=torch.float32, device=tokens.device) for _ in range(self._inward)]
         if single:
             for token in range(len(tokens)):
-                self._choose(tokens[token : token + 1], token)
+                self._choose(tokens[token : token + 1], token, last=token + 1 == len(tokens))
         elif choosing.kind == "mixed" and choosing.always:
             self._masks = []
             for at in range(0, len(tokens), SLICE):
@@ -192,9 +194,9 @@ class MixedBlock:
         else:
             self._dense_inward(tokens)
 
-    def _choose(self, x: Tensor, token: int) -> None:
-        """Rank one token's neurons, and make its inward products at their rungs."""
-        recipe = self.recipe.capped(self.planes.top)
+    def _choose(self, x: Tensor, token: int, *, last: bool) -> None:
+        """Rank one token's neurons, and make its inward products at their rungs; `last`: no other token follows."""
+        recipe, choosing = self.recipe.capped(self.planes.top), self._choosing
         prepared = self._prepare(x)
         ranked = self._rank(x, prepared, recipe, token)
         counts = recipe.counts(self.planes.block.neurons)
@@ -203,15 +205,38 @@ class MixedBlock:
             self._activation,
             self.norms,
         )
-        order = score[0].topk(sum(counts)).indices
-        groups = self.planes.groups(order, counts, keep=self._choosing.kind == "resident")
+        order = first(score[0].float(), counts, in_order=choosing.in_order)
+        groups = self.planes.groups(order, counts, keep=choosing.kind == "resident")
         for group in groups:
+            if group.added:
+                self._raise(x, token, group)
+                continue
             parts = tuple(p for p in range(self._inward) if group.rung > recipe.rank or p not in ranked)
             made = self._inward_products(prepared, group.parts, parts, group)
             for part, value in zip(parts, made, strict=True):
                 self._values[part][token].index_copy_(0, group.neurons, value[0])
-        self._chosen.append(groups)
+        keep_all = last or self._choosing.kind == "resident"
+        self._chosen.append(groups if keep_all else [self.planes.held(group) for group in groups])
         self._count(recipe, order)
+
+    def _raise(self, x: Tensor, token: int, group: Group) -> None:
+        """Add to inward products what the planes above give, multiplied in main memory."""
+        neurons = group.neurons.to(self.planes.device)
+        outs = [torch.zeros(1, len(neurons), dtype=torch.float32) for _ in range(self._inward)]
+        prepared = self._host.prepare(x.cpu(), self.planes.block.group)
+        self._host.products(prepared, group.parts[: self._inward], outs, group.rows)
+        for value, out in zip(self._values, outs, strict=True):
+            value[token].index_add_(0, neurons, out[0].to(value.device))
+
+    def _down(self, hidden: Tensor, group: Group, out: Tensor) -> None:
+        """Add one token's down products of a group to `out`."""
+        some = hidden.index_select(1, group.neurons.to(hidden.device))
+        if not group.added:
+            self._kernels.product_down(some, group.parts[-1], out, group.rows)
+            return
+        below = torch.zeros(out.shape, dtype=torch.float32)
+        self._host.product_down(some.cpu(), group.parts[-1], below, group.rows)
+        out += below.to(out.device)
 
     def _rank(self, x: Tensor, prepared: Prepared, recipe: Recipe, token: int) -> tuple[int, ...]:
         """Make the products that the recipe ranks by, of all neurons; which parts they are of."""
@@ -305,8 +330,8 @@ class MixedBlock:
 
     def _bias_of(self, part: int) -> Tensor | None:
         """The bias of an inward matrix: a fused module's lies in halves."""
-        for own, bias in zip(self._owns, self._biases, strict=True):
-            if part in own and bias is not None:
+        for own, module in zip(self._owns, self._modules, strict=False):
+            if part in own and (bias := _bias(module)) is not None:
                 return bias.view(len(own), -1)[own.index(part)]
         return None
 

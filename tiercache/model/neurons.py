@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policies.neurons import IntArray
 from tiercache.kernels.contract import Selection, SlotRows
-from tiercache.planes import Planes
+from tiercache.planes import PLANE_BITS, Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.tier import Source
@@ -29,13 +29,16 @@ class Group:
         rung: how many planes.
         neurons: which, [count].
         rows: where they lie in `parts`.
-        parts: the inward matrices and the down matrix, at the rung.
+        parts: the inward matrices and the down matrix, at the rung; of a held group the down matrix alone.
+        added: `parts` hold only the planes above those that another group multiplies, and lie in main memory; the
+            products are added to that group's.
     """
 
     rung: int
     neurons: Tensor
     rows: Selection
     parts: Parts
+    added: bool = False
 
 
 class BlockPlanes(Protocol):
@@ -68,6 +71,9 @@ class BlockPlanes(Protocol):
             counts: how many of them, in turn, are wanted at 3, 2 and 1 planes.
             keep: leave the slots as they are, and do with what is there.
         """
+
+    def held(self, group: Group) -> Group:
+        """What of a group its down product will read, kept from the choices of the tokens that follow."""
 
     def chunks(self) -> Iterator[tuple[slice, Parts]]:
         """All neurons at the top rung, as many at a time as there is room for; each chunk until the next."""
@@ -133,9 +139,45 @@ class DirectPlanes:
                 found.append(Group(here, some, some, self._placed[1][here]))
         return found
 
+    def held(self, group: Group) -> Group:
+        """See `BlockPlanes`: nothing takes its place before the block's turn is over."""
+        return group
+
     def chunks(self) -> Iterator[tuple[slice, Parts]]:
         """See `BlockPlanes`."""
         yield slice(0, self.block.neurons), self._placed[1][self.top]
+
+
+class Deltas:
+    """What the planes above add to a block's first ones, multiplied in main memory where they lie.
+
+    The product is linear in the planes: with the first ones left out (zero), and with each group's `lo` replaced by
+    minus what the first ones alone take for the middle of the unknown bits, what remains is W at the higher rung less
+    W at the lower. Both are exact in fp16.
+
+    Args:
+        block: which.
+        scales: of the block, as in its first unit: bytes [neurons, parts, bytes of a row's scales].
+        above: the planes above, in main memory: [neurons, parts, bytes of a row].
+    """
+
+    def __init__(self, block: NeuronBlock, scales: Tensor, above: Sequence[Tensor]) -> None:
+        halves = scales.cpu().contiguous().view(torch.float16).view(block.neurons, block.parts, -1, 2).clone()
+        missing_bits = 8 - sum(PLANE_BITS[: block.low])
+        halves[..., 0] = halves[..., 1] * -float(1 << (missing_bits - 1))
+        zeros = [torch.zeros(1, 1, width, dtype=torch.uint8) for width in block.widths[: block.low]]
+        first = [zero.expand(block.neurons, block.parts, -1) for zero in zeros]
+        flat = halves.view(block.neurons, block.parts, -1).view(torch.uint8)
+        self._parts = {block.low + count: cut(block, [*first, *above[:count]], flat) for count in _counts(above)}
+
+    def group(self, rung: int, neurons: IntArray) -> Group:
+        """Neurons to be raised to `rung`."""
+        chosen = torch.from_numpy(neurons)
+        return Group(rung, chosen, chosen, self._parts[rung], added=True)
+
+
+def _counts(above: Sequence[Tensor]) -> range:
+    return range(1, len(above) + 1)
 
 
 class SlottedPlanes:
@@ -146,10 +188,18 @@ class SlottedPlanes:
         supply: where its first unit comes from.
         slots: of the planes above.
         device: where all of it lies.
+        deltas: multiplies in main memory what has no slot; None leaves such neurons at the rung at hand.
     """
 
-    def __init__(self, block: NeuronBlock, supply: Source, slots: NeuronSlots, device: torch.device) -> None:
-        self.block, self.top, self.device = block, len(block.units), device
+    def __init__(
+        self,
+        block: NeuronBlock,
+        supply: Source,
+        slots: NeuronSlots,
+        device: torch.device,
+        deltas: Deltas | None = None,
+    ) -> None:
+        self.block, self.top, self.device, self._deltas = block, len(block.units), device, deltas
         self._supply, self._slots = supply, slots
         self._held = False
         self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
@@ -191,13 +241,21 @@ class SlottedPlanes:
         here = np.full(len(neurons), self.block.low)
         for plane, found in enumerate(rows):
             here[: len(found)] += (found >= 0) & (here[: len(found)] == self.block.low + plane)
-        rungs = np.minimum(rungs, here)
-        groups = []
+        groups: list[Group] = []
+        added: list[Group] = []
+        wished, rungs = rungs, np.minimum(rungs, here)
+        if self._deltas is not None and not keep:
+            lacking = rungs < wished
+            rungs[lacking] = self.block.low
+            for rung in range(self.block.low + 1, self.top + 1):
+                at = np.flatnonzero(lacking & (wished == rung))
+                if at.size:
+                    added.append(self._deltas.group(rung, neurons[at]))
         for rung in (3, 2, 1):
             at = np.flatnonzero(rungs == rung)
             if at.size:
                 groups.append(self._group(rung, neurons[at], [found[at] for found in rows[: rung - self.block.low]]))
-        return groups
+        return groups + added
 
     def _group(self, rung: int, neurons: IntArray, rows: Sequence[IntArray]) -> Group:
         own = torch.from_numpy(neurons).to(self.device)
@@ -206,6 +264,18 @@ class SlottedPlanes:
             return Group(rung, own, own, self._placed[1][rung])
         selection = SlotRows((*([own] * self.block.low), *above), own)
         return Group(rung, own, selection, self._placed[1][rung])
+
+    def held(self, group: Group) -> Group:
+        """See `BlockPlanes`: another token may take the slots, and brings its own behind them."""
+        if not isinstance(group.rows, SlotRows):
+            return group
+        low, down = self.block.low, group.parts[-1]
+        slabs = zip(down.planes[low:], group.rows.planes[low:], strict=False)
+        copies = [plane.index_select(0, rows) for plane, rows in slabs]
+        kept = Planes((*down.planes[:low], *copies), down.scales, down.columns, down.group, slabs=True)
+        here = torch.arange(len(group.neurons), device=self.device)
+        rows = SlotRows((*([group.neurons] * low), *([here] * len(copies))), group.neurons)
+        return Group(group.rung, group.neurons, rows, (kept,))
 
     def chunks(self) -> Iterator[tuple[slice, Parts]]:
         """See `BlockPlanes`."""

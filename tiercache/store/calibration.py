@@ -138,6 +138,8 @@ class Calibration:
         fit = [s for s in having if share is None or s.share <= share + 1e-9]
         fit = [s for s in fit if max_loss is None or s.kl <= max_loss]
         if not fit:
+            if not having:
+                raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
             least, best = min(s.share for s in having), min(s.kl for s in having)
             raise UsageError(
                 f"no calibrated setting reads at most {share} of int8's bytes with a loss of at most {max_loss}; "

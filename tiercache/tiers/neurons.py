@@ -58,11 +58,13 @@ class Caching:
     Attributes:
         policy: a name of `policies.eviction`.
         uploads: neurons that a token may bring into a layer's plane at most.
+        below: neurons without a slot are multiplied in the tier below, and none is brought for one token only.
         hot: how often each neuron is wanted, [layers, neurons]; the slots begin with the most wanted.
     """
 
     policy: str = "lfru"
     uploads: int | None = None
+    below: bool = False
     hot: np.ndarray | None = None
 
 
@@ -138,8 +140,11 @@ class NeuronSlots:
         for plane, count in enumerate(counts):
             residency, wanted = self._residencies[layer][plane], order[:count]
             step = residency.step(wanted)
-            free = None if self._caching.uploads is None else self._caching.uploads - step.loads.size
-            fetched = serve(step.refused.size, uploads=free, link_s=1.0, below_s=None).fetched
+            left = None if self._caching.uploads is None else self._caching.uploads - step.loads.size
+            if self._caching.below:  # copies only renew the slots
+                left = 0
+            below_s = 0.0 if self._caching.below else None  # in units of a copy
+            fetched = serve(step.refused.size, uploads=left, link_s=1.0, below_s=below_s).fetched
             fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
             moved = np.concatenate((step.loads, step.refused[:fetched]))
             self._bring(layer, plane, moved)
@@ -202,12 +207,13 @@ class NeuronSlots:
         index = torch.from_numpy(slots + self._base[plane][layer]).to(kept.device)
         kept.index_copy_(0, index, passing[: slots.size])
 
-    def _count(self, plane: int, hits: int, wanted: int, moved: int, at_hand: int, residency: NeuronResidency) -> None:
+    def _count(self, plane: int, hits: int, wanted: int, moved: int, lacking: int, residency: NeuronResidency) -> None:
         width = self.plan.widths[plane]
         self.stats.requests += wanted
         self.stats.hits += hits
         self.stats.hit_bytes += hits * width
         self.stats.wanted_bytes += wanted * width
-        self.stats.at_hand += at_hand
+        self.stats.at_hand += 0 if self._caching.below else lacking
+        self.stats.below += lacking if self._caching.below else 0
         self.stats.uploads += moved
         self.stats.chance_hits += wanted * residency.slots / max(1, self.plan.neurons)
