@@ -44,6 +44,8 @@ peers: setup
 
 bench: peers
 	$(BIN)/tiercache bench --kernels --kernel-shapes $(BENCH_KERNELS)
+	$(BIN)/python -m tiercache.bench.mixed --shape $(BENCH_SHAPE) --folder $(BENCH_DIR)
+	$(BIN)/python -m profiler.policy_cost
 	$(BIN)/python -m tiercache.bench --shape $(BENCH_SHAPE) --cap $(BENCH_CAP) --folder $(BENCH_DIR)
 	$(BIN)/python -m tiercache.bench --shape llama-2-7b --precision int4 --cap 18GiB --folder $(BENCH_DIR)
 	$(BIN)/python -m tiercache.bench --shape llama-2-7b --precision int4 --cap 2080MiB --folder $(BENCH_DIR)

@@ -58,6 +58,7 @@ class NeuronStats:
         requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
         at_hand: of them, those that had to do with a lower rung.
         below: of them, those whose missing planes the CPU multiplied in DRAM.
+        policy_s: seconds that deciding about slots took.
         chance_hits: hits that slots filled by chance would have had.
         calibrated_kl: loss against int8 that calibration measured with the same recipe, in nats a token.
         belady_hits, belady_requests: of a recorded trace, with the same slots and perfect foresight.
@@ -74,6 +75,7 @@ class NeuronStats:
     uploads: int = 0
     at_hand: int = 0
     below: int = 0
+    policy_s: float = 0.0
     chance_hits: float = 0.0
     calibrated_kl: float | None = None
     belady_hits: int = 0

@@ -57,6 +57,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(256, 704, 4, 4, 2, 2048),
+    "llama-2-70b-4-layers": Shape(8192, 28672, 4, 64, 8),
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32),
     "llama-2-13b": Shape(5120, 13824, 40, 40, 40),

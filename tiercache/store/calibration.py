@@ -112,7 +112,10 @@ class Calibration:
                 f"{store.folder} is not calibrated, and mixed mode must know what it loses; first run: "
                 f"tiercache calibrate {store.folder} --text FILE"
             )
-        values = catalog.read_values(path)
+        try:
+            values = catalog.read_values(path)
+        except StoreError as error:
+            raise StoreError(f"{path} is damaged, or was not written to the end; calibrate again") from error
         try:
             meta = json.loads(values["meta"])
             _refuse_foreign(meta, store, path)
@@ -176,5 +179,8 @@ def unpacked(value: bytes) -> Array:
     Raises:
         ValueError: it is none.
     """
-    array: Array = np.load(io.BytesIO(value), allow_pickle=False)
+    try:
+        array: Array = np.load(io.BytesIO(value), allow_pickle=False)
+    except EOFError as error:
+        raise ValueError("an array of no bytes") from error
     return array

@@ -139,7 +139,9 @@ class NeuronSlots:
         found = []
         for plane, count in enumerate(counts):
             residency, wanted = self._residencies[layer][plane], order[:count]
+            began_at = time.perf_counter()
             step = residency.step(wanted)
+            self.stats.policy_s += time.perf_counter() - began_at
             left = None if self._caching.uploads is None else self._caching.uploads - step.loads.size
             if self._caching.below:  # copies only renew the slots
                 left = 0

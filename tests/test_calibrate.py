@@ -1,0 +1,489 @@
+"""`calibrate` against direct computation on real tiny models; what it refuses, and what it keeps."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch.nn import functional
+
+import tiercache
+from policies.precision import Recipe
+from tiercache.calibrate import journal as journals
+from tiercache.calibrate import run as running
+from tiercache.calibrate import settings as trying
+from tiercache.calibrate import sums as summing
+from tiercache.calibrate.command import calibrate
+from tiercache.calibrate.report import report
+from tiercache.calibrate.settings import Forecast, shares, uniform
+from tiercache.config import Budget, OffloadConfig
+from tiercache.engine import lend
+from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError
+from tiercache.mixing import sizes_of
+from tiercache.planes import decode
+from tiercache.store.calibration import FILE, PARTIAL_FILE, Calibration
+from tiercache.store.planestore import PlaneStore
+
+PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
+TEXT = Path(__file__)
+SMALL: dict[str, Any] = {"tokens": 96, "window": 32, "measure_tokens": 32, "show_progress": False}
+FEW = (0.5,)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*tokenizer.*"),
+]
+
+
+def with_tokenizer(store: Path, folder: Path) -> Path:
+    """A copy of a tiny model's store that knows a token for each ASCII character."""
+    shutil.copytree(store, folder)
+    tokenizer = Tokenizer(models.WordLevel({**{chr(code): code + 3 for code in range(127)}, "?": 130}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer shares to try: what is tested then is not which."""
+    monkeypatch.setattr(trying, "SHARES", FEW)
+
+
+@pytest.fixture(scope="module")
+def llama(plane_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A calibrated tiny llama."""
+    folder = with_tokenizer(plane_store("llama"), tmp_path_factory.mktemp("llama") / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trying, "SHARES", FEW)
+        result = calibrate(folder, TEXT, **SMALL, predictor_rank=4)
+    return SimpleNamespace(folder=folder, result=result, kept=Calibration.load(PlaneStore.open(folder)))
+
+
+def same(one: Calibration, other: Calibration) -> bool:
+    """The same contents, but for the time it took."""
+    arrays = {**one.arrays, "norms": one.norms, "frequency": one.frequency, "losses": one.losses}
+    others = {**other.arrays, "norms": other.norms, "frequency": other.frequency, "losses": other.losses}
+    metas = [{name: value for name, value in each.meta.items() if name != "seconds"} for each in (one, other)]
+    equal = arrays.keys() == others.keys() and all(np.array_equal(arrays[name], others[name]) for name in arrays)
+    return equal and metas[0] == metas[1] and one.settings == other.settings
+
+
+def windows(folder: Path, text: Path = TEXT) -> list[torch.Tensor]:
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"][: SMALL["tokens"]]
+    return list(torch.tensor(ids).split(SMALL["window"]))
+
+
+# ---------------------------------------------------------------- against direct computation
+
+
+@contextmanager
+def opened(folder: Path, **options: Any) -> Iterator[Any]:
+    """The model in mixed mode, by its own calibration."""
+    config = OffloadConfig(
+        hbm=None, dram=Budget(), precision="int8", mode="mixed", bytes_per_token=Budget.parse(0.75), **options
+    )
+    with torch.no_grad(), lend(folder, config, show_progress=False) as model:
+        yield model
+
+
+def matrices(block: Any, rung: str) -> list[torch.Tensor]:
+    """Gate, up and down of a block, decoded."""
+    block.planes.open()
+    try:
+        (parts,) = [parts for _, parts in block.planes.chunks()]
+        return [decode(part.at(rung), torch.float32) for part in parts]
+    finally:
+        block.planes.close()
+
+
+class Direct:
+    """What a llama's block has, computed by torch from decoded matrices, over all windows."""
+
+    def __init__(self, folder: Path, place: int) -> None:
+        with opened(folder) as model:
+            layer, block = model.model.layers[place], model.tiercache.mixed.blocks[place]
+            x: list[torch.Tensor] = []
+            stream: list[torch.Tensor] = []
+            layer.mlp.gate_proj.register_forward_pre_hook(lambda module, arguments: x.append(arguments[0][0].clone()))
+            layer.register_forward_hook(lambda module, arguments, output: stream.append(output[0].clone()))
+            with model.tiercache.passes("exact"):
+                for window in windows(folder):
+                    model(input_ids=window[None], use_cache=False)
+            self.weights = {rung: matrices(block, rung) for rung in ("int2", "int4", "int8")}
+        self.windows, self.x, self.stream = len(x), torch.cat(x), torch.cat(stream)
+        self.norms = self.weights["int8"][2].norm(dim=1)
+        self.truth = self.hidden("int8").abs() * self.norms
+
+    def inward(self, rung: str) -> list[torch.Tensor]:
+        return [self.x @ matrix.T for matrix in self.weights[rung][:2]]
+
+    def hidden(self, rung: str) -> torch.Tensor:
+        gate, up = self.inward(rung)
+        return functional.silu(gate) * up
+
+    def output(self, rung: str) -> torch.Tensor:
+        return self.hidden(rung) @ self.weights[rung][2]
+
+    def sets(self, scores: torch.Tensor, share: float) -> list[set[int]]:
+        return [set(row.tolist()) for row in scores.topk(round(share * scores.shape[1]), dim=1).indices]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace, place: int) -> None:
+    direct, result, kept = Direct(llama.folder, place), llama.result, llama.kept
+    assert np.allclose(kept.norms[place], direct.norms, rtol=1e-5)
+    true = direct.sets(direct.truth, 0.5)
+    counts = np.bincount([n for some in true for n in some], minlength=direct.truth.shape[1])
+    assert np.abs(kept.frequency[place] * len(true) - counts).max() <= 1  # one tie at the border
+    for name, rung, share in itertools.product(("product", "gate", "up"), ("int2", "int4"), (0.25, 0.5)):
+        gate, up = direct.inward(rung)
+        guess = {"product": functional.silu(gate) * up, "gate": functional.silu(gate), "up": up}[name]
+        found = direct.sets(guess.abs() * direct.norms, share)
+        wanted = direct.sets(direct.truth, share)
+        expected = np.mean([len(a & b) / len(b) for a, b in zip(found, wanted, strict=True)])
+        assert result["recall"][name][rung][f"{share:.0%}"][place] == pytest.approx(expected, abs=2e-3)
+        flat = np.sort((guess.abs() * direct.norms).numpy().reshape(direct.windows, -1), axis=1)
+        quantile = flat[:, flat.shape[1] // 2].mean()
+        assert result["thresholds"][name][rung][place][1] == pytest.approx(float(quantile), rel=1e-3)
+    runs = [true[start : start + 32] for start in range(0, len(true), 32)]
+    shared = [len(a & b) / len(b) for run in runs for a, b in itertools.pairwise(run)]
+    assert result["overlap"]["50%"][place] == pytest.approx(np.mean(shared), abs=2e-3)
+    assert result["previous"]["50%"][place] == pytest.approx(np.mean(shared), abs=2e-3)
+    unions = [len(set.union(*run[at : at + 4])) for run in runs for at in range(len(run) - 3)]
+    assert result["unions"]["50%"]["4"][place] == pytest.approx(np.mean(unions) / len(counts), abs=2e-3)
+    assert "64" not in result["unions"]["50%"]  # windows have 32 tokens
+    for at, rung in enumerate(("int2", "int4")):
+        error = (direct.output(rung) - direct.output("int8")).square().sum(dim=1)
+        expected = (error / direct.stream.square().sum(dim=1)).mean()
+        assert kept.losses[place, at] == pytest.approx(float(expected), rel=1e-3)
+    assert kept.losses[place, 2] == 0
+
+
+def test_coactivation_is_a_multiple_of_chance(llama: SimpleNamespace) -> None:
+    direct = Direct(llama.folder, 1)
+    chosen = torch.zeros_like(direct.truth)
+    chosen.scatter_(1, direct.truth.topk(round(0.5 * chosen.shape[1]), dim=1).indices, 1)
+    chosen = chosen[:, llama.kept.arrays["paired"][1]]
+    share = chosen.mean(dim=0)
+    expected = (chosen.T @ chosen / len(chosen)) / (share[:, None] * share).clamp_min(1e-9)
+    seen = (share[:, None] * share > 0).numpy()
+    assert np.abs(llama.kept.arrays["coactivation"][1] - expected.numpy())[seen].max() < 0.1
+    assert np.diagonal(llama.kept.arrays["coactivation"][1]).max() >= 1
+
+
+def test_forecasts_add_up_the_errors_of_single_neurons(llama: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(llama.folder, folder)
+    sums = collected(folder)
+    direct, store = Direct(folder, 1), PlaneStore.open(folder)
+    forecast = Forecast(sums, sizes_of(store.blocks()[0], store))
+    recipe = Recipe("gate", 1, 1, (0.25, 0.25, 0.25))
+    neurons = direct.truth.shape[1]
+    high, middle, low = recipe.counts(neurons)
+    order = (functional.silu(direct.inward("int2")[0]).abs() * direct.norms).argsort(dim=1, descending=True)
+    lost = torch.zeros(len(order))
+    for at in range(high, neurons):
+        rung = "int4" if at < high + middle else "int2" if at < high + middle + low else "skip"
+        n = order[:, at]
+        made = torch.zeros(len(n), direct.x.shape[1])
+        if rung != "skip":
+            gate = direct.inward(rung)[0]
+            made = (functional.silu(gate) * direct.inward(rung)[1]).gather(1, n[:, None]) * direct.weights[rung][2][n]
+        true = direct.hidden("int8").gather(1, n[:, None]) * direct.weights["int8"][2][n]
+        lost += (made - true).square().sum(dim=1)
+    expected = float((lost / direct.stream.square().sum(dim=1)).mean())
+    assert forecast.losses(recipe)[1] == pytest.approx(expected, rel=0.02)
+    assert forecast.losses(uniform(3, 2, 3)[0]).max() == 0
+
+
+def collected(folder: Path) -> summing.Sums:
+    """The sums of a calibration, which its journal has until its end."""
+    kept: list[summing.Sums] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "_settings", lambda run, forecast: kept.append(run._sums()) or stop())
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(folder, TEXT, **SMALL)
+    return kept[0]
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_setting_loses_what_was_measured(llama: SimpleNamespace) -> None:
+    window = windows(llama.folder)[0]
+    with opened(llama.folder) as model, model.tiercache.passes("exact"):
+        exact = model(input_ids=window[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    setting = llama.kept.choose(share=0.75, max_loss=None)
+    with opened(llama.folder) as model:
+        assert model.tiercache.mixed.way.setting == setting
+        with model.tiercache.every_token():
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        assert model.tiercache.mixed.read_bytes == setting.read_bytes
+    assert setting.kl == pytest.approx(float((exact.exp() * (exact - logits)).sum(-1).mean()), rel=1e-4, abs=1e-9)
+    assert setting.entropy == pytest.approx(float(-(logits.exp() * logits).sum(-1).mean()), rel=1e-5)
+    nats = -logits.gather(-1, window[1:, None]).mean()
+    assert setting.perplexity == pytest.approx(float(nats.exp()), rel=1e-5)
+    exact_nats = -exact.gather(-1, window[1:, None]).mean()
+    assert setting.exact_perplexity == pytest.approx(float(exact_nats.exp()), rel=1e-5)
+    assert setting.top1 == pytest.approx(float((logits.argmax(-1) == exact.argmax(-1)).double().mean()))
+
+
+def test_settings_stay_within_their_bytes_and_have_traces(llama: SimpleNamespace) -> None:
+    store = PlaneStore.open(llama.folder)
+    sizes = sizes_of(store.blocks()[0], store)
+    tried = shares(sizes)
+    assert {sizes.neuron(2) / sizes.neuron(3), *FEW} <= set(tried)
+    layers, neurons = llama.kept.norms.shape
+    assert {setting.rank for setting in llama.kept.settings} == {1, 2}
+    for place, setting in enumerate(llama.kept.settings):
+        assert setting.share in tried
+        assert setting.read_bytes <= setting.share * layers * neurons * sizes.neuron(3)
+        assert {recipe.rank for recipe in setting.recipes} == {setting.rank}
+        for block, recipe in enumerate(setting.recipes):
+            rows = llama.kept.arrays[f"trace/{place}/{block}"]
+            assert (rows.dtype, rows.shape) == (np.int32, (32, sum(recipe.counts(neurons))))
+            assert all(len(set(row)) == len(row) for row in rows.tolist())
+    with opened(llama.folder) as model:  # and the engine can replay them
+        assert model.tiercache.mixed.way.trace(1).tokens == 32
+
+
+def test_the_report_is_json_and_tables(llama: SimpleNamespace) -> None:
+    result = llama.result
+    assert json.loads(json.dumps(result)) == result
+    assert result["schema"] == "tiercache.calibration/1"
+    assert len(result["predictor"]["50%"]) == 3
+    assert result["ahead"]["50%"][-1] is None
+    text = report(result)
+    assert "the token before" in text
+    assert "all at int4" in text
+    assert result["uniform"]["int8"]["kl"] < 1e-6 < result["uniform"]["int4"]["kl"] < result["uniform"]["int2"]["kl"]
+    assert llama.kept.arrays["predictor/0/own/inward.weight"].shape == (4, 56)
+
+
+def test_the_objective_may_be_the_entropy_alone(
+    llama: SimpleNamespace, tmp_path: Path, few: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(llama.folder, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "_trace", lambda run, kept: stop())
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(folder, TEXT, **{**SMALL, "show_progress": True}, objective="entropy")
+    assert "the same command goes on from here" in capsys.readouterr().err
+    calibrate(folder, TEXT, **SMALL, objective="entropy")
+    by_loss = {(one.share, one.rank): one for one in llama.kept.settings}
+    settings = Calibration.load(PlaneStore.open(folder)).settings
+    assert len(settings) == len(by_loss)
+    for one in settings:
+        other = by_loss[one.share, one.rank]
+        assert one.entropy <= other.entropy
+        assert one.kl >= other.kl
+
+
+# ---------------------------------------------------------------- other models, budgets, precisions
+
+
+@pytest.mark.parametrize("name", ["opt", "phi3", "gpt2"])
+def test_other_layouts(plane_store: Callable[..., Path], tmp_path: Path, few: None, name: str) -> None:
+    folder = with_tokenizer(plane_store(name), tmp_path / "store")
+    result = calibrate(folder, TEXT, **SMALL)
+    kept = Calibration.load(PlaneStore.open(folder))
+    assert set(result["recall"]) == ({"product", "inputs"} if name in ("opt", "gpt2") else set(result["recall"]))
+    assert np.mean(result["recall"]["product"]["int4"]["50%"]) > 0.9
+    assert (np.mean(result["zeros"]) > 0.2) == (name == "opt")  # ReLU
+    assert all(setting.kl >= 0 for setting in kept.settings)
+    assert (kept.losses[:, 0] > kept.losses[:, 1]).all()
+    with tiercache.offload(folder, precision="int8", mode="mixed", bytes_per_token=0.5) as model:
+        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_budgets_too_small_for_the_model_change_nothing(
+    plane_store: Callable[..., Path], tmp_path: Path, few: None
+) -> None:
+    folder = with_tokenizer(plane_store("llama"), tmp_path / "store")
+    calibrate(folder, TEXT, **SMALL)
+    whole = Calibration.load(PlaneStore.open(folder))
+    with pytest.raises(DoesNotFitError) as refused:
+        calibrate(folder, TEXT, **SMALL, dram=100_000)
+    least = 100_000 + refused.value.missing_bytes
+    held = []
+    true = running.Run._open
+
+    @contextmanager
+    def noted(*arguments: Any) -> Iterator[Any]:
+        with true(*arguments) as model:
+            held.append(bool(model.tiercache.plan.streamed))
+            yield model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "_open", noted)
+        calibrate(folder, TEXT, **SMALL, dram=least + 20_000, restart=True)
+    assert held
+    assert all(held), "the model was not streamed"
+    assert same(Calibration.load(PlaneStore.open(folder)), whole)
+    calibrate(folder, TEXT, **SMALL, hbm="64MiB")
+    upper = Calibration.load(PlaneStore.open(folder))
+    assert np.allclose(upper.losses, whole.losses, rtol=1e-4)
+    assert [setting.share for setting in upper.settings] == [setting.share for setting in whole.settings]
+
+
+def test_pico_ranks_well_and_loses_little(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    tiercache.convert(PICO, store, compress="off", show_progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trying, "SHARES", ())
+        result = calibrate(
+            store, TEXT, tokens=256, window=256, measure_tokens=256, precision="int4", show_progress=False
+        )
+    recall = result["recall"]["product"]
+    assert np.mean(recall["int4"]["50%"]) >= 0.95
+    assert np.mean(recall["int2"]["50%"]) >= 0.85
+    assert np.mean(recall["int4"]["50%"]) > np.mean(recall["inputs" if "inputs" in recall else "int2"]["50%"])
+    least = {(row["share"], row["rank"]): row["kl"] for row in result["settings"]}
+    sizes = sizes_of(PlaneStore.open(store).blocks()[0], PlaneStore.open(store))
+    at_int4 = min(kl for (share, _), kl in least.items() if share <= sizes.neuron(2) / sizes.neuron(3))
+    assert at_int4 <= 0.75 * result["uniform"]["int4"]["kl"]
+    for rank in (1, 2):
+        share = (sizes.neuron(1) + 2 * sizes.row(rank)) / sizes.neuron(3)
+        assert least[share, rank] <= 0.3 * result["uniform"]["int2"]["kl"]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_calibration_of_another_store_or_model_is_refused_by_name(
+    llama: SimpleNamespace, plane_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name, group, what in (("llama", 32, "another store of this model"), ("opt", 64, "another model .llama.")):
+        folder = tmp_path / name
+        shutil.copytree(plane_store(name, group), folder)
+        for suffix in (".mdb", ".sha256"):
+            shutil.copy(llama.folder / f"calibration{suffix}", folder)
+        with pytest.raises(StoreError, match=f"{FILE} was calibrated for {what}.*calibrate again"):
+            Calibration.load(PlaneStore.open(folder))
+        with pytest.raises(StoreError, match="was calibrated for another"):
+            tiercache.offload(folder, precision="int8", mode="mixed", bytes_per_token=0.5).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not there; name a text file"),
+        (b" \n", "is empty; name a file with text"),
+        (b"\xff\xfe\x00text" * 99, "no UTF-8 text"),
+        (b"text\0" * 99, "no text but binary"),
+        (b"a few words", "holds 11 tokens, and 32 are the least; name a longer text"),
+    ],
+)
+def test_texts_that_teach_nothing_are_refused(
+    llama: SimpleNamespace, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    text = tmp_path / "text"
+    if content is not None:
+        text.write_bytes(content)
+    before = sorted(llama.folder.iterdir())
+    with pytest.raises(UsageError, match=message):
+        calibrate(llama.folder, text, **SMALL)
+    assert sorted(llama.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 8}, "--tokens 8 is too few"),
+        ({"window": 1}, "--window 1 is too few"),
+        ({"window": 257}, "257 is longer than the model's 256 positions"),
+        ({"measure_tokens": 0}, "--measure-tokens 0"),
+        ({"context": 31}, "--context 31 is too few; give 32 or more"),
+        ({"predictor_rank": 0}, "--predictor-rank 0"),
+        ({"predictor_rank": 10**6}, "takes .* of weights; give .* or less"),
+        ({"precision": "int2"}, "'int2'.*int8 or int4"),
+        ({"objective": "luck"}, "choose one of loss, entropy"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(llama: SimpleNamespace, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibrate(llama.folder, TEXT, **{**SMALL, **options}, restart=True)
+
+
+def test_an_unfinished_run_is_gone_on_with_by_the_same_command_alone(
+    llama: SimpleNamespace, plane_store: Callable[..., Path], tmp_path: Path, few: None
+) -> None:
+    folder = with_tokenizer(plane_store("llama"), tmp_path / "store")
+    collected(folder)
+    assert (folder / PARTIAL_FILE).is_file()
+    with pytest.raises(UsageError, match=r"begun with window 32 \(now 16\).*--restart"):
+        calibrate(folder, TEXT, **{**SMALL, "window": 16})
+    other = tmp_path / "other.txt"
+    other.write_text("other words than before " * 99)
+    with pytest.raises(UsageError, match=r"begun with text .*--restart"):
+        calibrate(folder, other, **SMALL)
+    foreign = with_tokenizer(plane_store("opt"), tmp_path / "foreign")
+    shutil.copy(folder / PARTIAL_FILE, foreign)
+    with pytest.raises(UsageError, match=r"another store than the one it lies in.*--restart"):
+        calibrate(foreign, TEXT, **SMALL)
+    with journals._locked(folder), pytest.raises(UsageError, match="another calibration is writing"):
+        calibrate(folder, TEXT, **SMALL)
+    calibrate(folder, TEXT, **{**SMALL, "predictor_rank": 4}, restart=True)
+    assert same(Calibration.load(PlaneStore.open(folder)), llama.kept)
+    assert not (folder / PARTIAL_FILE).exists()
+
+
+def test_a_damaged_journal_is_named_with_the_way_out(plane_store: Callable[..., Path], tmp_path: Path) -> None:
+    folder = with_tokenizer(plane_store("llama"), tmp_path / "store")
+    (folder / PARTIAL_FILE).write_bytes(b"no journal" * 1000)
+    with pytest.raises(StoreError, match=rf"{PARTIAL_FILE} is damaged.*--restart"):
+        calibrate(folder, TEXT, **SMALL)
+    (folder / PARTIAL_FILE).unlink()
+    collected(folder)
+    with lmdb.open(str(folder / PARTIAL_FILE), subdir=False, lock=False) as env, env.begin(write=True) as transaction:
+        transaction.put(b"chunks", b"x" * 40)
+    with pytest.raises(StoreError, match=r"damaged \(checksum of chunks\).*--restart"):
+        calibrate(folder, TEXT, **SMALL)
+
+
+@pytest.mark.parametrize(("name", "message"), [("Read-only file system", "make the store writable")])
+def test_a_store_that_cannot_be_written(
+    llama: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise lmdb.Error(f"{arguments[0]}: {name}")
+
+    true = lmdb.open
+    monkeypatch.setattr(lmdb, "open", lambda path, **how: (true if how["readonly"] else refuse)(path, **how))
+    with pytest.raises(EnvironmentUnsupportedError, match=message):
+        calibrate(llama.folder, TEXT, **SMALL)
+
+
+def test_a_full_disk_keeps_what_is_done(
+    plane_store: Callable[..., Path], tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_tokenizer(plane_store("llama"), tmp_path / "store")
+    true, steps = journals.Journal.put, []
+
+    def fill(journal: journals.Journal, **given: Any) -> None:
+        steps.append(given)
+        if len(steps) == 3:
+            raise lmdb.Error("mdb_put: No space left on device")
+        true(journal, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journals.Journal, "put", fill)
+        with pytest.raises(EnvironmentUnsupportedError, match=r"is full; what is done is kept.*same command"):
+            calibrate(folder, TEXT, **SMALL)
+    assert not (folder / FILE).exists()
+    monkeypatch.setattr(journals.Journal, "put", lambda journal, **given: steps.append(given) or true(journal, **given))
+    calibrate(folder, TEXT, **SMALL)
+    assert [given["plain"]["chunks"] for given in steps if "chunks" in given.get("plain", {})] == [1, 2, 2, 3]

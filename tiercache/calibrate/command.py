@@ -1,0 +1,131 @@
+"""`calibrate`: a store and a text in, a calibration beside the store's catalogue out.
+
+Refuses what cannot be meant before anything is opened; an unfinished run is gone on with by the same command alone.
+"""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from tiercache.calibrate import journal as journals
+from tiercache.calibrate.run import Objective, Options, Rest, Run
+from tiercache.config import Budget, SizeLike
+from tiercache.errors import UsageError
+from tiercache.progress import note
+from tiercache.quality import text as texts
+from tiercache.store.calibration import SCHEMA
+from tiercache.store.planestore import PlaneStore
+
+_LEAST_TOKENS = 32
+
+
+def calibrate(
+    store: str | Path,
+    text: str | Path,
+    *,
+    tokens: int = 8192,
+    window: int = 512,
+    measure_tokens: int = 1024,
+    precision: Rest = "int8",
+    objective: Objective = "loss",
+    predictor_rank: int | None = None,
+    hbm: SizeLike | None = "auto",
+    dram: SizeLike = "auto",
+    context: int | None = None,
+    device: str = "auto",
+    restart: bool = False,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Learn from a text what the store's neurons are worth; kept in the store's folder.
+
+    Args:
+        store: a plane store.
+        text: a UTF-8 file.
+        tokens: of it to learn from, at most.
+        window: tokens of a pass.
+        measure_tokens: on which settings are measured, in whole windows spread over the text.
+        precision: rung of what is no neuron, in the settings.
+        objective: keep of each share the recipe of least KL from the exact model ("loss"), or of least predictive
+            entropy ("entropy": M2Cache, arXiv 2410.14740, Algorithm 1).
+        predictor_rank: train low-rank predictors too.
+        hbm, dram, device: as of `tiercache.offload`.
+        context: tokens that the budgets are laid out for; by default a window.
+        restart: forget what an earlier, unfinished run has done.
+        show_progress: draw bars; None means where standard error is a terminal.
+
+    Returns the report as plain data.
+
+    Raises:
+        UsageError: something that cannot be meant, or an unfinished run that was begun otherwise.
+        DoesNotFitError, StoreError, EnvironmentUnsupportedError: of a budget, of the store, of its disk.
+    """
+    options = Options(
+        tokens=tokens,
+        window=window,
+        measure_tokens=measure_tokens,
+        precision=precision,
+        objective=objective,
+        predictor_rank=predictor_rank,
+        hbm=None if hbm is None else Budget.parse(hbm),
+        dram=Budget.parse(dram),
+        context=window if context is None else context,
+        device=device,
+        show_progress=show_progress,
+    )
+    _check(options)
+    return _calibrate(PlaneStore.open(store), Path(text).expanduser(), options, restart)
+
+
+def _calibrate(store: PlaneStore, file: Path, options: Options, restart: bool) -> dict[str, Any]:
+    read = _read(store, file, options)
+    with journals.journal(store.folder, _asked(store, read, options), restart=restart) as journal, torch.no_grad():
+        try:
+            result = Run(store, read, options, journal).whole()
+        except KeyboardInterrupt:
+            note("interrupted; the same command goes on from here", show=options.show_progress)
+            raise
+    journals.remove(store.folder)
+    return result
+
+
+def _check(options: Options) -> None:
+    """Refuse numbers that cannot be meant, before anything is opened."""
+    for name, least in (("tokens", _LEAST_TOKENS), ("window", 8), ("measure_tokens", 8), ("context", options.window)):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value!r} is too few; give {least} or more")
+    if options.predictor_rank is not None and options.predictor_rank < 1:
+        raise UsageError(f"--predictor-rank {options.predictor_rank} predicts nothing; give 1 or more")
+    if options.precision not in get_args(Rest):
+        raise UsageError(f"--precision {options.precision!r} is not what settings are measured with; int8 or int4")
+    if options.objective not in get_args(Objective):
+        raise UsageError(f"unknown objective {options.objective!r}; choose one of {', '.join(get_args(Objective))}")
+
+
+def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
+    """The text's tokens."""
+    config = store.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and options.window > positions:
+        raise UsageError(f"--window {options.window} is longer than the model's {positions} positions; give less")
+    tokenizer = texts.load_tokenizer(store.folder)
+    read = texts.read(file, tokenizer, tokens=options.tokens, vocabulary=config.vocab_size)
+    if len(read.ids) < _LEAST_TOKENS:
+        raise UsageError(f"{file} holds {len(read.ids)} tokens, and {_LEAST_TOKENS} are the least; name a longer text")
+    if len(read.ids) < options.tokens:
+        held = f"{file} holds {len(read.ids)} tokens, fewer than the {options.tokens} asked for"
+        note(held, show=options.show_progress)
+    return read
+
+
+def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, Any]:
+    """What decides the contents of the result: an unfinished run is gone on with by the same alone."""
+    names = ("window", "measure_tokens", "precision", "objective", "predictor_rank")
+    own = {"schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}
+    return {
+        **own,
+        "text": text.sha256,
+        "tokens": len(text.ids),
+        **{name: getattr(options, name) for name in names},
+    }

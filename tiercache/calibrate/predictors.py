@@ -1,0 +1,98 @@
+"""Low-rank predictors of importance from a block's input: trained on part of a text, judged on the rest of it.
+
+Each block has one for itself, and one for the block behind it, whose planes could be fetched early by it. As many
+blocks are sampled in one walk through the text as a bound of memory allows. Knows blocks and tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiercache.calibrate.collect import watching
+from tiercache.calibrate.journal import Journal
+from tiercache.calibrate.sums import HALVES
+from tiercache.model.importance import recall, train_predictor
+from tiercache.model.mixed import MixedBlock, Seen
+
+TOKENS = 4096
+_SAMPLED_BYTES = 512 << 20
+_TRAINED = 0.75  # of the tokens; the others judge
+PREDICTED = ("own", "ahead")
+
+
+def train(
+    model: Any,
+    blocks: Sequence[MixedBlock],
+    norms: np.ndarray,
+    windows: Sequence[Tensor],
+    *,
+    rank: int,
+    journal: Journal,
+    after: Callable[[], None],
+) -> None:
+    """Train what the journal does not have yet; each block is one step of it."""
+    sample = _sample(windows)
+    tokens = sum(map(len, sample))
+    features = blocks[0].planes.block.columns
+    each = tokens * (4 * features + 4 * norms.shape[1])
+    together = max(1, _SAMPLED_BYTES // each - 1)  # beside them the one behind, to be looked ahead to
+    missing = [place for place in range(len(blocks)) if journal.plain(f"predicted/{place}") is None]
+    while missing:
+        here = missing[:together]
+        wanted = {*here, *(place + 1 for place in here if place + 1 < len(blocks))}
+        inputs, truths = _gather(model, blocks, norms, sample, wanted, after)
+        for place in here:
+            arrays, found = _fit(inputs[place], [truths[place], truths.get(place + 1)], rank)
+            journal.put(plain={f"predicted/{place}": found}, arrays={f"predictor/{place}": arrays})
+        missing = missing[together:]
+
+
+def _sample(windows: Sequence[Tensor]) -> list[Tensor]:
+    """Windows evenly over the text, as many as hold the tokens that are wanted."""
+    most = max(2, TOKENS // len(windows[0]))
+    step = -(-len(windows) // most)
+    return list(windows[::step])
+
+
+def _gather(
+    model: Any,
+    blocks: Sequence[MixedBlock],
+    norms: np.ndarray,
+    sample: Sequence[Tensor],
+    wanted: set[int],
+    after: Callable[[], None],
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Inputs and importance of some blocks: [tokens, features], [tokens, neurons]."""
+    inputs: dict[int, list[Tensor]] = {place: [] for place in wanted}
+    truths: dict[int, list[Tensor]] = {place: [] for place in wanted}
+
+    def see(place: int, seen: Seen) -> None:
+        if place in wanted:
+            inputs[place].append(seen.x.detach().float().cpu())
+            truths[place].append(seen.hidden.float().abs().cpu() * torch.from_numpy(norms[place]).float())
+
+    for window in sample:
+        with watching(model, blocks, see):
+            model(input_ids=window[None].to(model.device), use_cache=False)
+        after()
+    made = [{place: torch.cat(rows) for place, rows in several.items()} for several in (inputs, truths)]
+    return made[0], made[1]
+
+
+def _fit(x: Tensor, truths: Sequence[Tensor | None], rank: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Predictors of a block and of the one behind it: their weights, and their recall on tokens they have not seen."""
+    seen = max(1, int(_TRAINED * len(x)))
+    arrays: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
+    for name, truth in zip(PREDICTED, truths, strict=True):
+        if truth is None:
+            continue
+        predictor = train_predictor(x[:seen], truth[:seen], rank=rank)
+        for key, value in predictor.state_dict().items():
+            arrays[f"{name}/{key}"] = value.numpy()
+        guess = predictor(x[seen:])
+        found[name] = [recall(guess, truth[seen:], half) for half in HALVES]
+    return arrays, found

@@ -1,0 +1,90 @@
+"""What a calibration found, as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_WIDTH = 118
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The tables of a calibration's result."""
+    console = Console(width=_WIDTH, file=None, record=False)
+    with console.capture() as captured:
+        for table in (_recalls(result), _alike(result), _settings(result)):
+            console.print(table)
+        console.print(_last(result), soft_wrap=True)
+    return captured.get()
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    return table
+
+
+def _layers(result: Mapping[str, Any]) -> list[str]:
+    return [*(str(layer) for layer in range(result["blocks"])), "mean"]
+
+
+def _with_mean(values: Sequence[float | None], shown: str = ".3f") -> list[str]:
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else None
+    return ["-" if value is None else format(value, shown) for value in (*values, mean)]
+
+
+def _recalls(result: Mapping[str, Any]) -> Table:
+    table = _table("Recall of the truly important neurons, by block", ["ranked by", "planes", "of", *_layers(result)])
+    for name, ranks in result["recall"].items():
+        for rank, halves in ranks.items():
+            for half, values in halves.items():
+                table.add_row(name, rank, half, *_with_mean(values))
+    for name in ("predictor", "ahead"):
+        for half, values in result.get(name, {}).items():
+            table.add_row(f"{name}, rank {result['predictor_rank']}", "-", half, *_with_mean(values))
+    for half, values in result["previous"].items():
+        table.add_row("the token before", "-", half, *_with_mean(values))
+    for half in result["previous"]:
+        table.add_row("chance", "-", half, *_with_mean([int(half[:-1]) / 100] * result["blocks"]))
+    return table
+
+
+def _alike(result: Mapping[str, Any]) -> Table:
+    table = _table("Neurons, by block", ["", "of", *_layers(result)])
+    for half, windows in result["unions"].items():
+        for window, values in windows.items():
+            table.add_row(f"wanted by any of {window} tokens", half, *_with_mean(values))
+    table.add_row("exactly zero", "-", *_with_mean(result["zeros"]))
+    for place, rung in enumerate(("int2", "int4")):
+        table.add_row(
+            f"loss at {rung}, of the stream", "-", *_with_mean([row[place] for row in result["losses"]], ".1e")
+        )
+    return table
+
+
+def _settings(result: Mapping[str, Any]) -> Table:
+    columns = ["share of int8's bytes", "ranking", "KiB a token", "neurons", "KL", "perplexity", "entropy", "same top"]
+    title = f"Settings, on {result['measured_tokens']} tokens; what is no neuron at {result['precision']}"
+    table = _table(title, columns)
+    for name, row in result["uniform"].items():
+        table.add_row(f"all at {name}", "-", f"{row['read_bytes'] / 1024:.0f}", "", *_numbers(row))
+    for row in result["settings"]:
+        lead = [f"{row['share']:.3f}", f"int{2 * row['rank']}", f"{row['read_bytes'] / 1024:.0f}", row["recipe"]]
+        table.add_row(*lead, *_numbers(row))
+    return table
+
+
+def _numbers(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['kl']:.5f}", f"{row['perplexity']:.4f}", f"{row['entropy']:.4f}", f"{row['top1']:.4f}"]
+
+
+def _last(result: Mapping[str, Any]) -> str:
+    text = result["text"]
+    return (
+        f"{result['store']} is calibrated on {text['tokens']} tokens of {text['name']} in {result['seconds']:.0f} s; "
+        f"its exact perplexity there is {result['exact_perplexity']:.4f}"
+    )
