@@ -140,6 +140,12 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
     share = (
         config.bytes_per_token.resolve(total_bytes=whole, free_bytes=whole) / whole if config.bytes_per_token else None
     )
+    rest = calibration.meta.get("precision", config.precision)
+    if config.max_loss is not None and rest != config.precision:
+        raise UsageError(
+            f"max_loss= holds for what calibration measured: precision={rest!r} for what is no neuron; ask for it, or "
+            f"calibrate with --precision {config.precision}"
+        )
     before: Setting | None = None
     for most in range(TOP, 0, -1):
         try:

@@ -65,7 +65,8 @@ class MixedRun:
         the slots.
         """
         choosing = Choosing(in_order=config.uploads is not None)
-        choosing.stats.calibrated_kl = way.setting.kl if way.measured else None
+        if way.measured and way.calibration.meta.get("precision") == config.precision:
+            choosing.stats.calibrated_kl = way.setting.kl
         slots, low = None, way.setting.rank
         if made.hbm is not None:
             slot_plan = way.slot_plan(opened.manifest, made.hbm.neuron_bytes)

@@ -69,7 +69,7 @@ def untaught(store: PlaneStore, share: float) -> Calibration:
     setting = Setting(share, 1, (recipe,) * len(blocks), 0, *([float("nan")] * 5))
     table = np.zeros((len(blocks), neurons), np.float32)
     losses = np.tile([1.0, 0.1, 0.0], (len(blocks), 1))
-    meta = {"text": {"name": "nothing (random weights)"}}
+    meta = {"text": {"name": "nothing (random weights)"}, "precision": "int8"}
     return Calibration(meta, table + 1, table, losses, (setting,), {})
 
 
