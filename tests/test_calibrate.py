@@ -101,7 +101,7 @@ def matrices(block: Any, rung: str) -> list[torch.Tensor]:
     """Gate, up and down of a block, decoded."""
     block.planes.open()
     try:
-        (parts,) = [parts for _, parts in block.planes.chunks()]
+        (parts,) = [parts for _, parts in block.planes.chunks(slice(None))]
         return [decode(part.at(rung), torch.float32) for part in parts]
     finally:
         block.planes.close()

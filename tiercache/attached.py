@@ -67,6 +67,8 @@ class Attached:
     def recording(self) -> AbstractContextManager[Trace]:
         """In mixed mode: what each token within wishes for, as a trace; afterwards the statistics know Belady's bound.
 
+        Keep "resident" passes out of it: they wish as well, but no slot follows.
+
         Raises:
             UsageError: the model is run exactly.
         """

@@ -146,7 +146,7 @@ class Collector:
     def _norms(self, place: int) -> None:
         """Squared lengths of the down columns at each rung, and how each lies to its best, a few rows at a time."""
         squares, dots, norms = [], [], []
-        for _, parts in self._blocks[place].planes.chunks():
+        for _, parts in self._blocks[place].planes.chunks(slice(-1, None)):
             for piece in _pieces(parts[-1]):
                 best = decode(piece, torch.float32)
                 norms.append(best.norm(dim=1))

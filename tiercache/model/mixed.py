@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policies.precision import Recipe, Sizes
+from policies.precision import RUNGS, TOP, Recipe, Sizes
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.model.importance import SCORERS, Activation, first, largest, needed, scores
@@ -188,9 +188,7 @@ class MixedBlock:
             for token in range(len(tokens)):
                 self._choose(tokens[token : token + 1], token, last=token + 1 == len(tokens))
         elif choosing.kind == "mixed" and choosing.always:
-            self._masks = []
-            for at in range(0, len(tokens), SLICE):
-                self._mask(tokens[at : at + SLICE], at)
+            self._mask(tokens)
         else:
             self._dense_inward(tokens)
 
@@ -249,39 +247,42 @@ class MixedBlock:
             self._values[part][token : token + len(x)] = value
         return ranked
 
-    def _mask(self, x: Tensor, at: int) -> None:
+    def _mask(self, x: Tensor) -> None:
         """As `_choose`, for many tokens: dense products at each rung, of which each token takes its neurons'."""
         recipe = self.recipe.capped(self.planes.top)
+        ranked = needed(recipe.scorer, self._inward)
+        self._masks = [self._rungs(x[at : at + SLICE], at, recipe) for at in range(0, len(x), SLICE)]
+        rungs = range(1, self.planes.top + 1)
+        wanted = {
+            rung: tuple(p for p in range(self._inward) if rung > recipe.rank or p not in ranked) for rung in rungs
+        }
+        counts = recipe.counts(self.planes.block.neurons)
+        for some, parts in self.planes.chunks(slice(0, self._inward)):
+            for at in range(0, len(x), SLICE):
+                prepared, masks = self._prepare(x[at : at + SLICE]), self._masks[at // SLICE][:, some]
+                for rung in (rung for rung in rungs if counts[TOP - rung]):
+                    made = self._inward_products(prepared, [p.at(RUNGS[rung]) for p in parts], wanted[rung], some=some)
+                    for part, value in zip(wanted[rung], made, strict=True):
+                        target = self._values[part][at : at + SLICE, some]
+                        target.copy_(torch.where(masks == rung, value, target))
+
+    def _rungs(self, x: Tensor, at: int, recipe: Recipe) -> Tensor:
+        """Rank the neurons of tokens from `at` on: the rung of each, uint8 [tokens, neurons]."""
         ranked = self._rank(x, self._prepare(x), recipe, at)
-        here = slice(at, at + len(x))
-        known = [self._values[part][here] if part in ranked else None for part in range(self._inward)]
+        known = [self._values[part][at : at + len(x)] if part in ranked else None for part in range(self._inward)]
         counts = recipe.counts(self.planes.block.neurons)
         order = scores(known, self._activation, self.norms).topk(sum(counts), dim=1).indices
         rungs = torch.zeros(len(x), self.planes.block.neurons, dtype=torch.uint8, device=x.device)
-        first = 0
-        for rung, count in zip((3, 2, 1), counts, strict=True):
-            rungs.scatter_(1, order[:, first : first + count], rung)
-            first += count
-        prepared = self._prepare(x)
-        for some, parts in self.planes.chunks():
-            for rung in range(1, self.planes.top + 1):
-                if not counts[3 - rung]:
-                    continue
-                wanted = tuple(p for p in range(self._inward) if rung > recipe.rank or p not in ranked)
-                made = self._inward_products(prepared, [part.at(_NAMES[rung]) for part in parts], wanted, some=some)
-                mask = rungs[:, some] == rung
-                for part, value in zip(wanted, made, strict=True):
-                    target = self._values[part][here, some]
-                    target.copy_(torch.where(mask, value, target))
-        assert self._masks is not None
-        self._masks.append(rungs)
-        for token in range(len(x)):
-            self._count(recipe, order[token])
+        for rung, some in zip((3, 2, 1), order.split(counts, dim=1), strict=True):
+            rungs.scatter_(1, some, rung)
+        for token in order:
+            self._count(recipe, token)
+        return rungs
 
     def _dense_inward(self, x: Tensor) -> None:
         for at in range(0, len(x), MAX_TOKENS):
             prepared = self._prepare(x[at : at + MAX_TOKENS])
-            for some, parts in self.planes.chunks():
+            for some, parts in self.planes.chunks(slice(0, self._inward)):
                 made = self._inward_products(prepared, parts, tuple(range(self._inward)), some=some)
                 for part, value in enumerate(made):
                     self._values[part][at : at + MAX_TOKENS, some] = value
@@ -289,7 +290,7 @@ class MixedBlock:
     def _dense_down(self, hidden: Tensor, out: Tensor) -> None:
         """Every neuron at the top rung, or each token's at their rungs where masks say so."""
         rungs = None if self._masks is None else torch.cat(self._masks)
-        for some, parts in self.planes.chunks():
+        for some, parts in self.planes.chunks(slice(self._inward, None)):
             for at in range(0, len(hidden), MAX_TOKENS):
                 here = slice(at, at + MAX_TOKENS)
                 piece = hidden[here, some]
@@ -300,7 +301,7 @@ class MixedBlock:
                     mask = rungs[here, some] == rung
                     if bool(mask.any()):
                         chosen = piece.where(mask, 0)
-                        self._kernels.product_down(chosen, parts[-1].at(_NAMES[rung]), out[here])
+                        self._kernels.product_down(chosen, parts[-1].at(RUNGS[rung]), out[here])
 
     def _prepare(self, x: Tensor) -> Prepared:
         return self._kernels.prepare(x, self.planes.block.group)
@@ -342,9 +343,6 @@ class MixedBlock:
         stats.read_bytes += recipe.read_bytes(block.neurons, self.sizes)
         if self._choosing.trace is not None:
             self._choosing.trace(block.layer, order.cpu().numpy())
-
-
-_NAMES = ("skip", "int2", "int4", "int8")
 
 
 class MixedForward:

@@ -75,12 +75,12 @@ class BlockPlanes(Protocol):
     def held(self, group: Group) -> Group:
         """What of a group its down product will read, kept from the choices of the tokens that follow."""
 
-    def chunks(self) -> Iterator[tuple[slice, Parts]]:
-        """All neurons at the top rung, as many at a time as there is room for; each chunk until the next."""
+    def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
+        """All neurons' `some` of the parts at the top rung, as many at a time as there is room for, until the next."""
 
 
 def cut(block: NeuronBlock, planes: Sequence[Tensor], scales: Tensor, *, slabs: bool = False) -> list[Planes]:
-    """The block's matrices from planes [rows, parts, bytes] and scales [rows, parts, bytes]."""
+    """Matrices of the block from planes [rows, parts, bytes] and scales [rows, parts, bytes], all or some parts."""
     return [
         Planes(
             tuple(plane[:, part] for plane in planes),
@@ -89,7 +89,7 @@ def cut(block: NeuronBlock, planes: Sequence[Tensor], scales: Tensor, *, slabs: 
             block.group,
             slabs=slabs,
         )
-        for part in range(block.parts)
+        for part in range(scales.shape[1])
     ]
 
 
@@ -143,9 +143,9 @@ class DirectPlanes:
         """See `BlockPlanes`: nothing takes its place before the block's turn is over."""
         return group
 
-    def chunks(self) -> Iterator[tuple[slice, Parts]]:
+    def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
         """See `BlockPlanes`."""
-        yield slice(0, self.block.neurons), self._placed[1][self.top]
+        yield slice(0, self.block.neurons), self._placed[1][self.top][some]
 
 
 class Deltas:
@@ -277,19 +277,21 @@ class SlottedPlanes:
         rows = SlotRows((*([group.neurons] * low), *([here] * len(copies))), group.neurons)
         return Group(group.rung, group.neurons, rows, (kept,))
 
-    def chunks(self) -> Iterator[tuple[slice, Parts]]:
+    def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
         """See `BlockPlanes`."""
         assert self._low is not None
         block, (planes, scales) = self.block, self._low
         if self.top == block.low:
-            yield slice(0, block.neurons), self._placed[1][self.top]
+            yield slice(0, block.neurons), self._placed[1][self.top][some]
             return
-        step = self._slots.at_once
-        for first in range(0, block.neurons, step):
-            some = slice(first, min(first + step, block.neurons))
-            count = some.stop - first
+        first, last, _ = some.indices(block.parts)
+        widths = block.widths[block.low : self.top]
+        for begin in range(0, block.neurons, self._slots.at_once):
+            here = slice(begin, min(begin + self._slots.at_once, block.neurons))
             above = [
-                self._slots.stage(block.layer, plane, first, count).view(count, block.parts, -1)
-                for plane in range(self.top - block.low)
+                self._slots.stage(block.layer, plane, here, slice(first * width, last * width)).view(
+                    -1, last - first, width
+                )
+                for plane, width in enumerate(widths)
             ]
-            yield some, cut(block, [*(plane[some] for plane in planes), *above], scales[some])
+            yield here, cut(block, [*(plane[here, some] for plane in planes), *above], scales[here, some])

@@ -173,10 +173,9 @@ class NeuronSlots:
         most = min(self.plan.passing)
         return most if most >= self.plan.neurons else most // _SLICE * _SLICE or most
 
-    def stage(self, layer: int, plane: int, first: int, count: int) -> Tensor:
-        """Bring neurons [first, first + count) for a moment: their rows, until the next call for that plane."""
-        self._bring(layer, plane, np.arange(first, first + count))
-        return self.slabs[plane][self._behind(plane) :][:count]
+    def stage(self, layer: int, plane: int, neurons: slice, columns: slice) -> Tensor:
+        """Bring some neurons for a moment: these bytes of their rows, until the next call for the plane."""
+        return self._bring(layer, plane, np.arange(neurons.start, neurons.stop), columns)
 
     def _behind(self, plane: int) -> int:
         """The first row behind the slots."""
@@ -185,21 +184,22 @@ class NeuronSlots:
     def _rows(self, layer: int, plane: int, slots: IntArray) -> IntArray:
         return np.where(slots >= 0, slots + self._base[plane][layer], -1)
 
-    def _bring(self, layer: int, plane: int, neurons: IntArray) -> None:
-        """Copy rows of `neurons` to behind the slots, in one block."""
+    def _bring(self, layer: int, plane: int, neurons: IntArray, columns: slice = slice(None)) -> Tensor:  # noqa: B008
+        """Copy rows of `neurons`, or some bytes of each, to behind the slots, in one block."""
+        began_at, source = time.perf_counter(), self._below(layer, plane)[:, columns]
+        width, behind = source.shape[1], self.slabs[plane][self._behind(plane) :]
+        target = behind.view(-1)[: neurons.size * width].view(-1, width)
         if not neurons.size:
-            return
-        began_at = time.perf_counter()
-        width = self.plan.widths[plane]
-        target = self.slabs[plane][self._behind(plane) :][: neurons.size]
+            return target
         staging = target if self._staging is None else self._staging[: neurons.size * width].view(-1, width)
         if self._staging is not None:  # an earlier copy may still read it
             torch.cuda.current_stream(target.device).synchronize()
-        self._kernels.gather([self._below(layer, plane)], torch.from_numpy(neurons), staging.view(-1))
+        self._kernels.gather([source], torch.from_numpy(neurons), staging.view(-1))
         if self._staging is not None:
             target.copy_(staging, non_blocking=True)
         self._link.carry(neurons.size * width, began_at)
         self.stats.moved_bytes += neurons.size * width
+        return target
 
     def _keep(self, layer: int, plane: int, slots: IntArray) -> None:
         """Copy the first rows behind the slots into `slots`."""
