@@ -40,6 +40,7 @@ def calibration(folder: Path, recipes: Recipe | Sequence[Recipe], seed: int = 0)
         "model": store.contents.meta["model_type"],
         "store": store.digest,
         "text": {"name": "made-up", "tokens": 0},
+        "precision": "int8",
     }
     return Calibration(
         meta,
