@@ -135,11 +135,10 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
         UsageError: none is.
     """
     assert opened.store is not None
-    blocks = opened.store.blocks()
-    whole = sum(precision.exact_bytes(block.rows, sizes_of(block, opened.store)) for block in blocks)
-    share = (
-        config.bytes_per_token.resolve(total_bytes=whole, free_bytes=whole) / whole if config.bytes_per_token else None
-    )
+    asked, share = config.bytes_per_token, None
+    if asked is not None:
+        whole = exact_bytes(opened.store)
+        share = asked.fraction or asked.resolve(total_bytes=whole, free_bytes=whole) / whole
     rest = calibration.meta.get("precision", config.precision)
     if config.max_loss is not None and rest != config.precision:
         raise UsageError(
@@ -155,7 +154,7 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
                 raise
             return
         if setting != before:
-            yield Mixing(calibration, setting, (TOP,) * len(blocks))
+            yield Mixing(calibration, setting, (TOP,) * len(setting.recipes))
         before = setting
 
 

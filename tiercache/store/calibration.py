@@ -144,9 +144,11 @@ class Calibration:
             if not having:
                 raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
             least, best = min(s.share for s in having), min(s.kl for s in having)
+            bounds = [] if share is None else [f"reads at most {share:.3g} of int8's bytes"]
+            bounds += [] if max_loss is None else [f"loses at most {max_loss:g} nats a token"]
             raise UsageError(
-                f"no calibrated setting reads at most {share} of int8's bytes with a loss of at most {max_loss}; "
-                f"settings begin at {least:.2f}, and the least measured loss is {best:.2g} nats a token"
+                f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the least "
+                f"measured loss is {best:.2g}: ask for more"
             )
         if share is None:
             return min(fit, key=lambda s: (s.read_bytes, s.kl))
