@@ -188,7 +188,7 @@ def divide(
         losses: of each layer's options: what is lost there, in one measure for all layers.
         sizes: bytes of each.
         budget: bytes for all layers together.
-        start: the option that every layer has at least.
+        start: the option that every layer has at least: none smaller is taken, even if it loses less.
     """
     chosen = [start for _ in losses]
     left = budget - sum(size[start] for size in sizes)
@@ -198,7 +198,7 @@ def divide(
             for other, size in enumerate(sizes[layer]):
                 more = size - sizes[layer][now]
                 saved = losses[layer][now] - losses[layer][other]
-                if saved > 0 and more <= left:
+                if saved > 0 and more <= left and size >= sizes[layer][start]:
                     steps.append((float("inf") if more <= 0 else saved / more, -layer, other))
         if not steps:
             return chosen

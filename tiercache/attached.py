@@ -58,10 +58,15 @@ class Attached:
         """In mixed mode: passes within are "mixed", "exact" or "resident"; see `tiercache.model.mixed`.
 
         Raises:
-            UsageError: the model is run exactly, or an unknown kind.
+            UsageError: the model is run exactly, an unknown kind, or exact passes where planes were left out.
         """
         if kind not in get_args(Kind):
             raise UsageError(f"unknown kind of pass {kind!r}; choose one of {', '.join(get_args(Kind))}")
+        if kind == "exact" and not self._mixed().way.whole:
+            raise UsageError(
+                "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
+                "the model with mode='exact'"
+            )
         return self._mixed().choosing.passes(kind)
 
     def recording(self) -> AbstractContextManager[Trace]:

@@ -84,19 +84,25 @@ def _fit(
         if slotted:
             reserved = {**asked.needs.compute, "neurons in passing": way.passing_bytes(opened.manifest)}
             on_host = {**asked.needs.dram, "scales of deltas": _delta_bytes(opened.manifest, config, device)}
+            if device.type != "cpu":
+                on_host["staging of neurons"] = way.passing_bytes(opened.manifest)
             asked = replace(asked, needs=replace(asked.needs, compute=reserved, dram=on_host))
         held = sum(asked.payload[key] for block in opened.manifest.blocks for key in set(block.units))
         try:
             made = divide(opened, asked, config, device)
         except DoesNotFitError as error:
-            if not slotted or error.tier != "dram" or (limit is not None and limit <= 0):
+            if not slotted or error.tier != "dram":
                 raise
-            limit = (held if limit is None else min(limit, held)) - max(error.missing_bytes, held // 64)
+            before, limit = way.tops, held - max(error.missing_bytes, held // 64)
+            while (way := mixing.capped(way, store, limit, slotted=slotted)).tops == before:
+                if limit <= 0:  # nothing is left to leave out
+                    raise
+                limit -= held // 64 + 1
         else:
             if slotted or limit is not None or not made.streamed:
                 return way, opened, asked, made
             limit = max(_room_for_neurons(asked, made, opened.manifest), way.share_bytes(store))
-        way = mixing.capped(way, store, limit, slotted=slotted)
+            way = mixing.capped(way, store, limit, slotted=slotted)
 
 
 def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device) -> int:
@@ -108,7 +114,7 @@ def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device
 
 
 def _room_for_neurons(asked: Demand, made: Plan, manifest: Manifest) -> int:
-    """What of DRAM is left for neurons beside everything else, and beside a ring."""
+    """What of DRAM is left for neurons that stay, beside everything else."""
     neurons = {key for block in manifest.blocks for key in block.units}
     others = sum(size for key, size in asked.needs.sizes.items() if key in asked.needs.order and key not in neurons)
     return made.dram.capacity_bytes - sum(made.dram.reserved_bytes.values()) - others

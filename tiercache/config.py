@@ -203,6 +203,8 @@ class OffloadConfig:
         if self.mode == "exact":
             if self.bytes_per_token is not None or self.max_loss is not None:
                 raise UsageError("bytes_per_token= and max_loss= are for mode='mixed'; the exact mode reads every byte")
+            if self.policy != "auto" or self.uploads is not None:
+                raise UsageError("policy= and uploads= are for mode='mixed'; the exact mode has no slots of neurons")
             return
         if self.precision == "source":
             raise UsageError(

@@ -17,7 +17,7 @@ import transformers
 from tiercache.attached import Attached
 from tiercache.budgeting import choose, divide
 from tiercache.config import Budget, KernelChoice, MixedOptions, OffloadConfig, Precision, SizeLike, read_mixed
-from tiercache.errors import EnvironmentUnsupportedError
+from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
@@ -135,6 +135,8 @@ def _open(
         asked = demand(opened, config, target, kernels=bool(kernels))
         made = divide(opened, asked, config, target)
     reader = stack.enter_context(Reader())
+    if config.link_gbps is not None and made.hbm is None:
+        raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
     link = Link(config.link_gbps)
     tiers = TierStack(made, opened.manifest, reader, target, opened.memory, observe, link)
     stack.callback(tiers.close)
@@ -150,6 +152,7 @@ def _open(
     run = None if way is None else MixedRun.start(stack, way, *places, below=below)
     if run is not None:
         stats.neurons, stats.lossy = run.choosing.stats, True
+        note(run.loss_line, show=show_progress is not False)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
     return opened.model
 
@@ -171,7 +174,7 @@ def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | 
         lost = "nothing is multiplied in DRAM" if found else "every matrix is decoded before it is multiplied"
         warnings.warn(f"{lost}, which is slow: {error}", stacklevel=6)
         if config.mode == "mixed":
-            found = {kind: ReferenceKernels(torch.device(kind)) for kind in {device.type, "cpu"}} | found
+            found = {"cpu": ReferenceKernels(), device.type: ReferenceKernels(device)} | found
     return found
 
 

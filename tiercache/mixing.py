@@ -26,12 +26,12 @@ from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.catalog import Record
 from tiercache.store.manifest import Manifest
 from tiercache.store.planestore import PlaneStore
-from tiercache.tiers.neurons import Caching, NeuronSlots, SlotPlan
+from tiercache.tiers.neurons import SLICE, Caching, NeuronSlots, SlotPlan
 from tiercache.tiers.tier import Source
 
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _RENEWED = 64  # one in so many neurons
-_PASSING_ROWS = 512  # what kernels sum before they add: chunks of whole ones change no bit of a dense pass
+_PASSING_ROWS = SLICE  # chunks of whole slices change no bit of a dense pass on a CPU
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Mixing:
     def measured(self) -> bool:
         """Whether calibration measured just this: no block lacks planes that its recipe wants."""
         return self.recipes == self.setting.recipes
+
+    @property
+    def whole(self) -> bool:
+        """Whether every plane of every block is there, so that dense passes are exact."""
+        return all(top == TOP for top in self.tops)
 
     def manifest(self, store: PlaneStore, rung: str, *, slotted: bool) -> Manifest:
         """The store's parts; `slotted`: planes above the ranking's are units of their own, for slots."""

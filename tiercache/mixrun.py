@@ -1,5 +1,6 @@
 """Mixed mode while a model is attached: its blocks, how they choose, and what is recorded of it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from profiler import replay
 from profiler.trace import Trace
 from tiercache import mixing
-from tiercache.config import OffloadConfig
+from tiercache.config import OffloadConfig, human
 from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
 from tiercache.model.mixed import Choosing, MixedBlock
@@ -35,6 +36,8 @@ class MixedRun:
         slots: of single neurons, with an HBM tier.
         units: the units that hold neurons.
         low: planes below those that have slots, or would have them with an HBM tier: what ranking reads.
+        precision: of everything that is no neuron.
+        capped: neurons without a slot may have to do with the planes at hand.
     """
 
     way: Mixing
@@ -43,6 +46,8 @@ class MixedRun:
     slots: NeuronSlots | None
     units: frozenset[int]
     low: int
+    precision: str
+    capped: bool
 
     @classmethod
     def start(
@@ -65,7 +70,8 @@ class MixedRun:
         the slots.
         """
         choosing = Choosing(in_order=config.uploads is not None)
-        if way.measured and way.calibration.meta.get("precision") == config.precision:
+        capped = made.hbm is not None and config.uploads is not None and not below
+        if way.measured and not capped and way.calibration.meta.get("precision") == config.precision:
             choosing.stats.calibrated_kl = way.setting.kl
         slots, low = None, way.setting.rank
         if made.hbm is not None:
@@ -80,11 +86,32 @@ class MixedRun:
                 return _above(tiers, block, block.low + plane).view(block.neurons, -1)
 
             slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, kernels["cpu"], link, choosing.stats)
+            stack.callback(slots.close)
             slots.fill()
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
         blocks = mixing.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
-        return cls(way, tuple(blocks), choosing, slots, units, low)
+        return cls(way, tuple(blocks), choosing, slots, units, low, config.precision, capped)
+
+    @property
+    def loss_line(self) -> str:
+        """What a lossy run says first: what it reads, and what that lost on the calibration text."""
+        setting, meta = self.way.setting, self.way.calibration.meta
+        read = human(self.read_bytes)
+        if math.isnan(setting.kl):
+            return f"mixed mode is lossy: a token reads {read} of the neurons; nobody measured what that loses"
+        lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
+        lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
+        rest = meta["precision"]
+        if rest != self.precision:
+            lost = f"{lost}, measured with {rest} for what is no neuron, where this run has {self.precision}"
+        if not self.way.measured:
+            lost = f"at least {lost}: planes of some layers do not fit and are left out, which no calibration measured"
+        elif not self.way.whole:
+            lost += "; planes of some layers do not fit and are left out, so prompts are not read exactly"
+        if self.capped:
+            lost = f"at least {lost}: uploads are capped, and neurons beyond do with the planes at hand"
+        return f"mixed mode is lossy: a token reads {read} of the neurons; on {meta['text']['name']} that lost {lost}"
 
     @property
     def read_bytes(self) -> int:

@@ -51,10 +51,12 @@ class NeuronStats:
 
     Attributes:
         policy: who stays in the slots; "none" without an upper tier.
-        tokens: tokens for which neurons were chosen one by one.
-        read_bytes: bytes of neurons that their products read, ranking included.
+        tokens: tokens for which neurons were chosen one by one, "resident" passes left out.
+        read_bytes: bytes of neurons that the recipe reads for them, ranking included; what had to do with a lower rung
+            (`at_hand`) reads less.
         wanted_bytes, hit_bytes: asked of the slots, and found there.
-        moved_bytes: copied up, dense passes included.
+        moved_bytes: copied up for tokens that chose.
+        dense_bytes: copied up for passes that did not: prompts, and exact ones.
         requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
         at_hand: of them, those that had to do with a lower rung.
         below: of them, those whose missing planes the CPU multiplied in DRAM.
@@ -70,6 +72,7 @@ class NeuronStats:
     wanted_bytes: int = 0
     hit_bytes: int = 0
     moved_bytes: int = 0
+    dense_bytes: int = 0
     requests: int = 0
     hits: int = 0
     uploads: int = 0

@@ -49,28 +49,9 @@ def outlook(model: Any, precision: str) -> str:
     )
     device = model.tiercache.stats().device
     nature = "the original weights" if precision == "source" else f"{precision} weights (the original's, rounded)"
-    return loss_of(model, precision) + (
+    return (
         f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
-    )
-
-
-def loss_of(model: Any, precision: str) -> str:
-    """A first line for a lossy run: what it does, and what it lost on the calibration text; else nothing."""
-    mixed = model.tiercache.mixed
-    if mixed is None:
-        return ""
-    setting, text = mixed.way.setting, mixed.way.calibration.meta["text"]
-    lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
-    lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
-    rest = mixed.way.calibration.meta["precision"]
-    if rest != precision:
-        lost = f"{lost}, measured with {rest} for what is no neuron, where this run has {precision}"
-    elif not mixed.way.measured:
-        lost = f"at least {lost}: planes of some layers do not fit and are left out, which no calibration measured"
-    return (
-        f"mixed mode is lossy: a token reads {human(mixed.read_bytes)} of the neurons; on {text['name']} that lost "
-        f"{lost}\n"
     )
 
 

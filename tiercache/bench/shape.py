@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-import tiercache
 from profiler import probe
 from tiercache import stats as stats_module
 from tiercache.bench import shapes
-from tiercache.config import Precision, human
+from tiercache.bench.untaught import untaught
+from tiercache.config import Budget, OffloadConfig, Precision, human
+from tiercache.engine import lend
+from tiercache.store.planestore import PlaneStore
 
 SCHEMA = "tiercache.bench/1"
 _PROMPT_TOKENS = 16
@@ -36,6 +38,8 @@ def bench(
     context: int = 128,
     seed: int = 0,
     keep: bool = True,
+    bytes_per_token: float | None = None,
+    link_gbps: float | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Make the model, run it, measure the roofs.
@@ -47,6 +51,9 @@ def bench(
         folder: where models are made, and found again by the next run.
         seed: of the weights.
         keep: leave the model in `folder`.
+        bytes_per_token: run in mixed mode, reading this share of int8's bytes of the neurons, by a recipe that nobody
+            measured: random weights have nothing to lose.
+        link_gbps: throttle copies to the HBM tier.
         show_progress: draw bars.
     """
     dimensions = shapes.find(shape)
@@ -55,9 +62,13 @@ def bench(
     path = make(dimensions, place, seed, show_progress=show_progress)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)
-    with tiercache.offload(
-        path, hbm=hbm, dram=dram, precision=precision, context=context, logits=1, show_progress=show_progress
-    ) as model:
+    options: dict[str, Any] = {"precision": precision, "context": context, "logits": 1, "link_gbps": link_gbps}
+    calibration = None
+    if bytes_per_token is not None:
+        options |= {"mode": "mixed", "bytes_per_token": Budget(fraction=1.0)}
+        calibration = untaught(PlaneStore.open(path), bytes_per_token)
+    config = OffloadConfig(hbm=None if hbm is None else Budget.parse(hbm), dram=Budget.parse(dram), **options)
+    with lend(path, config, show_progress=show_progress, calibration=calibration) as model:
         prefill_s, decode_s, batch_s = _time(model, ids, tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
@@ -83,6 +94,8 @@ def _result(run: dict[str, Any]) -> dict[str, Any]:
         "hardware": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()},
         "shape": run["shape"],
         "precision": run["precision"],
+        "bytes_per_token": run["bytes_per_token"],
+        "link": run["stats"]["link"],
         "hbm": run["hbm"],
         "dram": run["dram"],
         "seed": run["seed"],
@@ -108,8 +121,14 @@ def report(result: dict[str, Any]) -> str:
     """A few lines for a person."""
     sizes, roofs, stats = result["pass_bytes"], result["roofs"], result["stats"]
     budgets = f"hbm={result['hbm']} dram={result['dram']}"
+    mode = (
+        ""
+        if result["bytes_per_token"] is None
+        else f"mixed, lossy, {result['bytes_per_token']:g} of the neurons' bytes, "
+    )
+    mode += "" if result["link"] == "measured" else f"link {result['link']}, "
     lines = [
-        f"{result['shape']} {result['precision']} {budgets}, {result['hardware']['cores']} cores, seed "
+        f"{result['shape']} {mode}{result['precision']} {budgets}, {result['hardware']['cores']} cores, seed "
         f"{result['seed']}",
         f"  a pass      {result['pass_s']:.3f} s ({result['tokens_per_s']:.2f} tokens/s); "
         f"prefill of {result['prefill_tokens']} tokens {result['prefill_s']:.3f} s, "

@@ -11,6 +11,7 @@ from tiercache.commands.base import (
     Dram,
     Hbm,
     Json,
+    LinkGbps,
     Precision,
     Quiet,
     Store,
@@ -32,6 +33,10 @@ def bench_command(
     dram: Annotated[str, typer.Option(help="Budget of main memory.")] = "auto",
     tokens: Annotated[int, typer.Option(min=1, help="Single-token passes to time.")] = 8,
     folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
+    bytes_per_token: Annotated[
+        float | None, typer.Option(help="Mixed mode, with this share of int8's bytes of the neurons; lossy.")
+    ] = None,
+    link_gbps: LinkGbps = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens to reserve KV cache for.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
@@ -52,6 +57,9 @@ def bench_command(
     from tiercache.bench import shape as shapes
 
     options: dict[str, Any] = {"precision": precision, "hbm": hbm, "dram": dram, "tokens": tokens, "context": context}
+    options |= {"bytes_per_token": bytes_per_token, "link_gbps": link_gbps}
+    if bytes_per_token is not None and precision == "source":
+        options["precision"] = "int8"
     place: dict[str, Any] = {"folder": folder.expanduser(), "seed": seed, "keep": keep}
     result = shapes.bench(shape, **options, **place, show_progress=progress(as_json, quiet))
     tell(shapes.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line

@@ -44,7 +44,9 @@ def run_command(
     bytes_per_token: BytesPerToken = None,
     max_loss: MaxLoss = None,
     policy: Policy = "auto",
+    uploads: Annotated[int | None, typer.Option(min=0, help="mixed: neurons to bring up per token and plane.")] = None,
     link_gbps: LinkGbps = None,
+    cpu_tokens: Annotated[int | None, typer.Option(min=0, help="Passes that the CPU multiplies in DRAM.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache; by default what is needed.")] = None,
     store: StoreFolder = None,
     device: Device = "auto",
@@ -71,11 +73,14 @@ def run_command(
     precision = precision or ("source" if mode == "exact" else "int8")
     options: dict[str, Any] = {"precision": precision, "store": store, "device": device, "checks": checks}
     mixed: dict[str, Any] = {"mode": mode, "bytes_per_token": bytes_per_token, "max_loss": max_loss}
-    mixed |= {"policy": policy, "link_gbps": link_gbps}
+    mixed |= {"policy": policy, "uploads": uploads, "link_gbps": link_gbps}
+    options["cpu_tokens"] = cpu_tokens
     with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as lent:
+        attached: Any = lent.tiercache
+        if as_json and attached.mixed is not None:  # without bars the library is silent, but a loss is always told
+            say(attached.mixed.loss_line, quiet)
         say(summary.outlook(lent, precision), quiet)
         tokens = _generate(lent, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
-        attached: Any = lent.tiercache
         stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
@@ -108,15 +113,11 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    import transformers
+    from tiercache.quality.text import load_tokenizer
 
     if not (folder / "config.json").is_file():
         raise StoreError(f"{folder} has no config.json, so it is neither checkpoint nor plane store; name one's folder")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StoreError(f"no tokenizer can be read from {folder}; put its files there ({reason})") from error
+    return load_tokenizer(folder)
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -5,7 +5,7 @@ reads only the neurons that were chosen. Activation and everything else between 
 
     mixed     each token's neurons at the recipe's rungs; a pass of many tokens runs dense, at the top rung
     exact     every neuron at the top rung
-    resident  as mixed, with what lies in the fastest tier, and no traffic
+    resident  as mixed, with what lies in the slots of an HBM tier, which stay as they are (without one: as mixed)
 
 Knows modules, recipes and planes; not where planes come from.
 """
@@ -38,7 +38,7 @@ class Choosing:
 
     Attributes:
         kind: see the module.
-        few: passes of up to so many tokens choose neurons token by token.
+        few: passes of up to so many tokens, over the batch, choose neurons token by token.
         always: passes of more tokens choose as well, by masks over dense products.
         stats: where to count.
         in_order: neurons are wanted most important first within a rung, too (where uploads are capped).
@@ -280,9 +280,10 @@ class MixedBlock:
         return rungs
 
     def _dense_inward(self, x: Tensor) -> None:
-        for at in range(0, len(x), MAX_TOKENS):
-            prepared = self._prepare(x[at : at + MAX_TOKENS])
-            for some, parts in self.planes.chunks(slice(0, self._inward)):
+        pieces = [self._prepare(x[at : at + MAX_TOKENS]) for at in range(0, len(x), MAX_TOKENS)]
+        for some, parts in self.planes.chunks(slice(0, self._inward)):
+            for place, prepared in enumerate(pieces):
+                at = place * MAX_TOKENS
                 made = self._inward_products(prepared, parts, tuple(range(self._inward)), some=some)
                 for part, value in enumerate(made):
                     self._values[part][at : at + MAX_TOKENS, some] = value
@@ -339,8 +340,9 @@ class MixedBlock:
     def _count(self, recipe: Recipe, order: Tensor) -> None:
         """One token of this block."""
         block, stats = self.planes.block, self._choosing.stats
-        stats.tokens += block.layer == 0
-        stats.read_bytes += recipe.read_bytes(block.neurons, self.sizes)
+        if self._choosing.kind != "resident":
+            stats.tokens += block.layer == 0
+            stats.read_bytes += recipe.read_bytes(block.neurons, self.sizes)
         if self._choosing.trace is not None:
             self._choosing.trace(block.layer, order.cpu().numpy())
 

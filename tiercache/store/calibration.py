@@ -147,8 +147,8 @@ class Calibration:
             bounds = [] if share is None else [f"reads at most {share:.3g} of int8's bytes"]
             bounds += [] if max_loss is None else [f"loses at most {max_loss:g} nats a token"]
             raise UsageError(
-                f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the least "
-                f"measured loss is {best:.2g}: ask for more"
+                f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the "
+                f"least measured loss is {best:.2g}: ask for more"
             )
         if share is None:
             return min(fit, key=lambda s: (s.read_bytes, s.kl))

@@ -23,9 +23,11 @@ from policies.precision import serve
 from tiercache.kernels.contract import Kernels
 from tiercache.stats import NeuronStats
 from tiercache.tiers.link import Link
+from tiercache.tiers.slab import Slab
 
 Rows = Callable[[int, int], Tensor]
-_SLICE = 512
+SLICE = 512
+"""Neurons whose products a CPU's kernels sum before they add them to others."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class NeuronSlots:
             at += rows * width
         on_host = memory.device.type == "cpu"
         largest = max((count * width for count, width in zip(plan.passing, plan.widths, strict=True)), default=0)
-        self._staging = None if on_host else torch.empty(largest, dtype=torch.uint8, pin_memory=True)
+        self._pinned = None if on_host else Slab(largest, torch.device("cpu"), pinned=True)
+        self._staging = None if self._pinned is None else self._pinned.bytes
         self._residencies = [
             [self._residency(layer, plane) for plane in range(len(plan.widths))] for layer in range(len(plan.slots))
         ]
@@ -114,6 +117,11 @@ class NeuronSlots:
         hot = None if self._caching.hot is None else self._caching.hot[layer]
         policy = eviction.make(self._caching.policy, hot=hot)
         return NeuronResidency(self.plan.neurons, slots, policy, uploads=self._caching.uploads)
+
+    def close(self) -> None:
+        """Unlock the staging memory; harmless when done twice."""
+        if self._pinned is not None:
+            self._pinned.close()
 
     def fill(self) -> None:
         """Before the first pass: bring the neurons most often wanted into the slots, where that is known."""
@@ -128,7 +136,6 @@ class NeuronSlots:
                     part = slice(first, first + max(1, self.plan.passing[plane]))
                     self._bring(layer, plane, chosen[part])
                     self._keep(layer, plane, slots[part])
-        self.stats.moved_bytes = 0  # what tokens cause is counted
 
     def place(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
         """One token's wishes: `order[:counts[plane]]` is wanted in each plane, most important first.
@@ -138,27 +145,36 @@ class NeuronSlots:
         """
         found = []
         for plane, count in enumerate(counts):
-            residency, wanted = self._residencies[layer][plane], order[:count]
-            began_at = time.perf_counter()
-            step = residency.step(wanted)
-            self.stats.policy_s += time.perf_counter() - began_at
-            left = None if self._caching.uploads is None else self._caching.uploads - step.loads.size
-            if self._caching.below:  # copies only renew the slots
-                left = 0
-            below_s = 0.0 if self._caching.below else None  # in units of a copy
-            fetched = serve(step.refused.size, uploads=left, link_s=1.0, below_s=below_s).fetched
-            fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
-            moved = np.concatenate((step.loads, step.refused[:fetched]))
-            self._bring(layer, plane, moved)
-            self._keep(layer, plane, step.slots)
-            rows = self._rows(layer, plane, residency.slot_of[wanted])
-            if fetched:
-                passing = np.full(self.plan.neurons, -1)
-                passing[step.refused[:fetched]] = self._behind(plane) + step.loads.size + np.arange(fetched)
-                rows = np.where(rows >= 0, rows, passing[wanted])
-            found.append(rows)
-            self._count(plane, step.hits.size, count, moved.size, step.refused.size - fetched, residency)
+            try:
+                found.append(self._place(layer, plane, order[:count]))
+            except BaseException:  # Ctrl-C among them: slots that may lack what the table says are given up
+                self._residencies[layer][plane].clear()
+                raise
         return found
+
+    def _place(self, layer: int, plane: int, wanted: IntArray) -> IntArray:
+        """The rows in one plane; see `place`."""
+        residency, caching = self._residencies[layer][plane], self._caching
+        began_at = time.perf_counter()
+        step = residency.step(wanted)
+        self.stats.policy_s += time.perf_counter() - began_at
+        left = None if caching.uploads is None else caching.uploads - step.loads.size
+        if caching.below:  # copies only renew the slots
+            left = 0
+        below_s = 0.0 if caching.below else None  # in units of a copy: which is cheaper was measured at the start
+        fetched = serve(step.refused.size, uploads=left, link_s=1.0, below_s=below_s).fetched
+        fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
+        moved = np.concatenate((step.loads, step.refused[:fetched]))
+        self._bring(layer, plane, moved)
+        self.stats.moved_bytes += moved.size * self.plan.widths[plane]
+        self._keep(layer, plane, step.slots)
+        rows = self._rows(layer, plane, residency.slot_of[wanted])
+        if fetched:
+            passing = np.full(self.plan.neurons, -1)
+            passing[step.refused[:fetched]] = self._behind(plane) + step.loads.size + np.arange(fetched)
+            rows = np.where(rows >= 0, rows, passing[wanted])
+        self._count(plane, step.hits.size, wanted.size, moved.size, step.refused.size - fetched, residency)
+        return rows
 
     def peek(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
         """What `place` would find, with nothing brought and nothing changed."""
@@ -171,11 +187,13 @@ class NeuronSlots:
     def at_once(self) -> int:
         """Neurons that `stage` can bring at a time: all, or whole slices of what kernels sum."""
         most = min(self.plan.passing)
-        return most if most >= self.plan.neurons else most // _SLICE * _SLICE or most
+        return most if most >= self.plan.neurons else most // SLICE * SLICE or most
 
     def stage(self, layer: int, plane: int, neurons: slice, columns: slice) -> Tensor:
         """Bring some neurons for a moment: these bytes of their rows, until the next call for the plane."""
-        return self._bring(layer, plane, np.arange(neurons.start, neurons.stop), columns)
+        brought = self._bring(layer, plane, np.arange(neurons.start, neurons.stop), columns)
+        self.stats.dense_bytes += brought.numel()
+        return brought
 
     def _behind(self, plane: int) -> int:
         """The first row behind the slots."""
@@ -198,7 +216,6 @@ class NeuronSlots:
         if self._staging is not None:
             target.copy_(staging, non_blocking=True)
         self._link.carry(neurons.size * width, began_at)
-        self.stats.moved_bytes += neurons.size * width
         return target
 
     def _keep(self, layer: int, plane: int, slots: IntArray) -> None:
