@@ -93,12 +93,12 @@ def cut(block: NeuronBlock, planes: Sequence[Tensor], scales: Tensor, *, slabs: 
     ]
 
 
-class DirectPlanes:
-    """All planes lie in one unit's slot, and are multiplied there. See `BlockPlanes`.
+class _UnitPlanes:
+    """Takes a block's first unit for the length of its turn, and cuts it into matrices once for a slot that stays.
 
     Args:
         block: which.
-        supply: where its unit comes from.
+        supply: where its first unit comes from.
         device: where the slots are.
     """
 
@@ -113,10 +113,7 @@ class DirectPlanes:
         slot = self._supply.acquire(self.block.units[0])
         self._held = True
         if self._placed[0] != slot.data_ptr():
-            planes = [self.block.plane(slot, plane) for plane in range(self.top)]
-            scales = self.block.scales(slot)
-            made = {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
-            self._placed = slot.data_ptr(), made
+            self._placed = slot.data_ptr(), self._cut(slot)
 
     def close(self) -> None:
         """See `BlockPlanes`."""
@@ -127,6 +124,19 @@ class DirectPlanes:
     def whole(self, rung: int) -> Parts:
         """See `BlockPlanes`."""
         return self._placed[1][rung]
+
+    def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
+        """The matrices of each rung over a slot."""
+        raise NotImplementedError
+
+
+class DirectPlanes(_UnitPlanes):
+    """All planes lie in one unit's slot, and are multiplied there. See `BlockPlanes`."""
+
+    def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
+        planes = [self.block.plane(slot, plane) for plane in range(self.top)]
+        scales = self.block.scales(slot)
+        return {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
         """See `BlockPlanes`."""
@@ -180,7 +190,7 @@ def _counts(above: Sequence[Tensor]) -> range:
     return range(1, len(above) + 1)
 
 
-class SlottedPlanes:
+class SlottedPlanes(_UnitPlanes):
     """The first planes are one unit in the upper tier, the planes above lie in slots there. See `BlockPlanes`.
 
     Args:
@@ -199,18 +209,11 @@ class SlottedPlanes:
         device: torch.device,
         deltas: Deltas | None = None,
     ) -> None:
-        self.block, self.top, self.device, self._deltas = block, len(block.units), device, deltas
-        self._supply, self._slots = supply, slots
-        self._held = False
-        self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
+        super().__init__(block, supply, device)
+        self._slots, self._deltas = slots, deltas
         self._low: tuple[list[Tensor], Tensor] | None = None
 
-    def open(self) -> None:
-        """See `BlockPlanes`."""
-        slot = self._supply.acquire(self.block.units[0])
-        self._held = True
-        if self._placed[0] == slot.data_ptr():
-            return
+    def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         block = self.block
         planes, scales = [block.plane(slot, plane) for plane in range(block.low)], block.scales(slot)
         self._low = planes, scales
@@ -218,17 +221,7 @@ class SlottedPlanes:
         slabs = [slab.view(len(slab), block.parts, -1) for slab in self._slots.slabs]
         for rung in range(block.low + 1, self.top + 1):
             made[rung] = cut(block, [*planes, *slabs[: rung - block.low]], scales, slabs=True)
-        self._placed = slot.data_ptr(), made
-
-    def close(self) -> None:
-        """See `BlockPlanes`."""
-        if self._held:
-            self._held = False
-            self._supply.release(self.block.units[0])
-
-    def whole(self, rung: int) -> Parts:
-        """See `BlockPlanes`."""
-        return self._placed[1][rung]
+        return made
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
         """See `BlockPlanes`."""
@@ -254,7 +247,9 @@ class SlottedPlanes:
         for rung in (3, 2, 1):
             at = np.flatnonzero(rungs == rung)
             if at.size:
-                groups.append(self._group(rung, neurons[at], [found[at] for found in rows[: rung - self.block.low]]))
+                groups.append(
+                    self._group(rung, neurons[at], [found[at] for found in rows[: max(0, rung - self.block.low)]])
+                )
         return groups + added
 
     def _group(self, rung: int, neurons: IntArray, rows: Sequence[IntArray]) -> Group:
