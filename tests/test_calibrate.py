@@ -1,7 +1,9 @@
 """`calibrate` against direct computation on real tiny models; what it refuses, and what it keeps."""
 
+import errno
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +21,15 @@ from torch.nn import functional
 
 import tiercache
 from policies.precision import Recipe
+from profiler import replay
+from profiler.trace import Trace
+from tiercache.calibrate import collect, command
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate import run as running
 from tiercache.calibrate import settings as trying
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.command import calibrate
+from tiercache.calibrate.measure import Measurer, room
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
 from tiercache.config import Budget, OffloadConfig
@@ -31,6 +37,9 @@ from tiercache.engine import lend
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.mixing import sizes_of
 from tiercache.planes import decode
+from tiercache.quality import measure as measuring
+from tiercache.quality.measure import Score
+from tiercache.store import catalog
 from tiercache.store.calibration import FILE, PARTIAL_FILE, Calibration
 from tiercache.store.planestore import PlaneStore
 
@@ -253,10 +262,139 @@ def test_settings_stay_within_their_bytes_and_have_traces(llama: SimpleNamespace
         assert {recipe.rank for recipe in setting.recipes} == {setting.rank}
         for block, recipe in enumerate(setting.recipes):
             rows = llama.kept.arrays[f"trace/{place}/{block}"]
-            assert (rows.dtype, rows.shape) == (np.int32, (32, sum(recipe.counts(neurons))))
+            assert (rows.dtype, rows.shape) == (np.uint16, (32, recipe.wanted(neurons)[setting.rank]))
             assert all(len(set(row)) == len(row) for row in rows.tolist())
     with opened(llama.folder) as model:  # and the engine can replay them
-        assert model.tiercache.mixed.way.trace(1).tokens == 32
+        way = model.tiercache.mixed.way
+        assert way.trace(way.setting.rank).tokens == 32
+
+
+def test_traces_are_of_tokens_that_follow_one_another_inside_the_text(llama: SimpleNamespace) -> None:
+    neurons = llama.kept.norms.shape[1]
+    setting = next(one for one in llama.kept.settings if one.recipes[0].wanted(neurons)[one.rank] > 0)
+    each = [recipe.wanted(neurons)[setting.rank] for recipe in setting.recipes]
+    texts = windows(llama.folder)
+    with opened(llama.folder) as model:
+        blocks = model.tiercache.mixed.blocks
+        measurer = Measurer(model, blocks, texts, lambda: None)
+        whole = [Measurer(model, blocks, [text], lambda: None).trace(setting.recipes, 32, 1 << 20) for text in texts]
+        middle = measurer.trace(setting.recipes, 8, 1 << 20)
+        two = measurer.trace(setting.recipes, 64, 2 * 32 * sum(each))
+        least = measurer.trace(setting.recipes, 64, 0)
+    for block in map(str, range(len(blocks))):
+        assert np.array_equal(middle[block], whole[1][block][12:20])
+        assert np.array_equal(two[block], np.concatenate([whole[0][block][8:24], whole[2][block][8:24]]))
+        assert np.array_equal(least[block], whole[1][block][15:16])
+
+
+def test_policies_are_compared_on_the_trace_of_half_the_bytes(llama: SimpleNamespace) -> None:
+    found = llama.result["policies"]
+    place, setting = next(
+        (p, s) for p, s in enumerate(llama.kept.settings) if (s.share, s.rank) == (found["share"], found["rank"])
+    )
+    assert (setting.rank, found["tokens"]) == (1, 32)
+    assert setting.share <= 0.5
+    neurons = llama.kept.norms.shape[1]
+    counts = [recipe.wanted(neurons)[1:] for recipe in setting.recipes]
+    trace = Trace(neurons, counts, [llama.kept.arrays[f"trace/{place}/{block}"] for block in range(len(counts))])
+    slots = [[round(0.4 * neurons) if count else 0 for count in block] for block in counts]
+    rows = {row["policy"]: row for row in found["rows"]}
+    for policy in ("lru", "hot", "belady"):
+        expected = replay.replay(trace, slots, policy, None, hot=llama.kept.frequency)
+        assert rows[policy]["hit_rate"] == expected.hit_rate
+        assert rows[policy]["chance"] == pytest.approx(0.4, abs=0.01)
+        assert rows[policy]["hit_rate"] <= rows[policy]["belady"] == rows["belady"]["hit_rate"]
+    store = PlaneStore.open(llama.folder)
+    sizes = sizes_of(store.blocks()[0], store)
+    outcome = replay.replay(trace, slots, "lru", None, hot=llama.kept.frequency)
+    missed = (outcome.requests - outcome.hits) @ np.array([3 * sizes.planes[1], 3 * sizes.planes[2]])
+    assert rows["lru"]["missed_bytes_per_token"] == missed.sum() / 32
+    text = report(llama.result)
+    assert "Policies, on 32 tokens" in text
+    assert "Belady's bound" in text
+    assert "Policies" not in report({**llama.result, "policies": None})
+
+
+def test_sums_do_not_depend_on_how_many_tokens_are_worked_on_at_a_time(llama: SimpleNamespace, tmp_path: Path) -> None:
+    found = []
+    for size in (128, 7):
+        folder = tmp_path / str(size)
+        shutil.copytree(llama.folder, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collect, "_SLICE", size)
+            patch.setattr(collect, "_ORDERED", 1024)  # every other token, or so
+            found.append(collected(folder))
+    assert found[0]["ordered"][0] < found[0]["tokens"][0]
+    for name, values in found[0].items():
+        assert np.allclose(values, found[1][name], rtol=1e-5, atol=1e-12), name
+
+
+# ---------------------------------------------------------------- losses that are no numbers
+
+
+@pytest.mark.parametrize("who", ["the model", "the reference"])
+def test_logits_that_are_no_numbers_lose_no_number(who: str) -> None:
+    logits = torch.randn(2, 5)
+    broken = logits.clone()
+    broken[1, 2] = math.nan
+    score = Score()
+    score.add(
+        *((broken, torch.tensor([0, 1]), logits) if who == "the model" else (logits, torch.tensor([0, 1]), broken))
+    )
+    assert math.isnan(score.kl)
+    assert math.isnan(score.entropy) == (who == "the model")
+    masked = logits.clone()
+    masked[:, 3] = -math.inf
+    score = Score()
+    score.add(masked, torch.tensor([0, 1]), masked)
+    assert score.kl == 0
+    assert math.isfinite(score.entropy)
+
+
+@contextmanager
+def breaking(broken: Callable[[Measurer, Any], bool]) -> Iterator[None]:
+    """Whose logits are NaN from here on."""
+    true = Measurer.mixed
+
+    def mixed(measurer: Measurer, recipes: Any, kept: Any) -> Any:
+        if not broken(measurer, recipes):
+            return true(measurer, recipes, kept)
+        with pytest.MonkeyPatch.context() as patch:
+            run = Measurer._run
+            patch.setattr(Measurer, "_run", lambda self, window: run(self, window) * math.nan)
+            return true(measurer, recipes, kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measurer, "mixed", mixed)
+        yield
+
+
+def test_a_setting_that_breaks_the_model_is_never_chosen(llama: SimpleNamespace, tmp_path: Path, few: None) -> None:
+    chosen = {one.recipes for one in llama.kept.settings}
+    folder = tmp_path / "store"
+    shutil.copytree(llama.folder, folder)
+    low = uniform(1, 2, 3)
+    with breaking(lambda measurer, recipes: recipes in chosen or recipes == low):
+        result = calibrate(folder, TEXT, **SMALL)
+    kept = Calibration.load(PlaneStore.open(folder))
+    assert kept.settings
+    assert not chosen & {one.recipes for one in kept.settings}
+    assert all(math.isfinite(one.kl) for one in kept.settings)
+    assert result["uniform"]["int2"]["kl"] is None
+    json.dumps(result, allow_nan=False)
+    assert "all at int2" in report(result)
+
+
+def test_a_model_that_breaks_whatever_is_done_is_named(llama: SimpleNamespace, tmp_path: Path, few: None) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(llama.folder, folder)
+    with breaking(lambda measurer, recipes: True), pytest.raises(StoreError, match=r"none of .* has a finite loss"):
+        calibrate(folder, TEXT, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        run = Measurer._run
+        patch.setattr(Measurer, "_run", lambda self, window: run(self, window) * math.nan)
+        with pytest.raises(StoreError, match=r"exact model .* predicts what is no number"):
+            calibrate(folder, TEXT, **SMALL, restart=True)
 
 
 def test_the_report_is_json_and_tables(llama: SimpleNamespace) -> None:
@@ -475,9 +613,13 @@ def test_a_full_disk_keeps_what_is_done(
 
     def fill(journal: journals.Journal, **given: Any) -> None:
         steps.append(given)
-        if len(steps) == 3:
-            raise lmdb.Error("mdb_put: No space left on device")
-        true(journal, **given)
+        with monkeypatch.context() as patch:
+            if len(steps) == 3:
+                patch.setattr(catalog, "sealed", refuse)
+            true(journal, **given)
+
+    def refuse(*arguments: Any) -> bytes:
+        raise lmdb.Error("mdb_put: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(journals.Journal, "put", fill)
@@ -487,3 +629,42 @@ def test_a_full_disk_keeps_what_is_done(
     monkeypatch.setattr(journals.Journal, "put", lambda journal, **given: steps.append(given) or true(journal, **given))
     calibrate(folder, TEXT, **SMALL)
     assert [given["plain"]["chunks"] for given in steps if "chunks" in given.get("plain", {})] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BlockingIOError("of another"), OSError(errno.ENOSPC, "another disk"), PermissionError(errno.EACCES, "of another")],
+)
+def test_errors_of_the_work_itself_are_not_the_journals(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(type(error)) as raised, journals.journal(tmp_path, {}, restart=False):
+        raise error
+    assert raised.value is error
+    foreign = StoreError("another catalogue is damaged")
+    foreign.__cause__ = lmdb.Error("of another")
+    with pytest.raises(StoreError) as kept, journals.journal(tmp_path, {}, restart=False):
+        raise foreign
+    assert kept.value is foreign
+
+
+def test_room_names_its_own_way_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "scratch"
+    foreign = EnvironmentUnsupportedError(f"no GPU for {folder}; ask for another device")
+    with pytest.raises(EnvironmentUnsupportedError) as raised, room(folder, [torch.arange(3)], 10, 4):
+        raise foreign
+    assert raised.value is foreign
+    monkeypatch.setattr(measuring.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with (
+        pytest.raises(EnvironmentUnsupportedError, match=r"70 bytes are missing; give fewer --measure-tokens"),
+        room(folder, [torch.arange(3)], 10, 4),
+    ):
+        pass
+
+
+def test_a_run_that_was_begun_on_another_device_is_told(
+    plane_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = with_tokenizer(plane_store("llama"), tmp_path / "store")
+    collected(folder)
+    monkeypatch.setattr(command, "resolve_device", lambda name: torch.device("meta"))
+    with pytest.raises(UsageError, match=r"begun with device cpu \(now meta\).*--restart"):
+        calibrate(folder, TEXT, **SMALL)

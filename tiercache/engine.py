@@ -152,7 +152,8 @@ def _open(
     run = None if way is None else MixedRun.start(stack, way, *places, below=below)
     if run is not None:
         stats.neurons, stats.lossy = run.choosing.stats, True
-        note(run.loss_line, show=show_progress is not False)
+        if calibration is None:  # one that was made up for the occasion knows of no loss
+            note(run.loss_line, show=show_progress is not False)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
     return opened.model
 

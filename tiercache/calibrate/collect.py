@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from policies.precision import RUNGS
 from profiler.trace import Trace
 from tiercache.calibrate.sums import HALVES, PAIRED, POINTS, QUANTILES, RANKS, UNIONS, Sums, scorers
 from tiercache.kernels.contract import MAX_TOKENS
@@ -26,7 +27,7 @@ _ORDERED = 1 << 22  # scores that are put in order of one block and chunk, at mo
 _SAMPLED = 1 << 20  # scores whose quantiles are taken, at most
 _DECODED_BYTES = 64 << 20
 _TINY = 1e-30
-_NAMES = ("skip", "int2", "int4", "int8")
+_SLICE = 128  # tokens whose errors are made at a time
 
 
 @contextmanager
@@ -121,10 +122,7 @@ class Collector:
         ordered = truth.argsort(dim=1, descending=True, stable=True)
         self._count(place, truth, ordered, hidden)
         values = [made_at(block, seen.x, rung) for rung in RANKS]
-        at_rung = [self._hidden(made, seen.x.dtype) for made in values]
-        losses = torch.stack(
-            [_squares(block.down(made, rung) - seen.output) for made, rung in zip(at_rung, RANKS, strict=True)]
-        )
+        losses = torch.stack([self._lost(block, made, rung, seen) for made, rung in zip(values, RANKS, strict=True)])
         step = max(1, len(truth) * truth.shape[1] // _ORDERED)
         some = slice(0, len(truth), step)
         curves = torch.zeros(*sums["curves"].shape[1:4], len(truth[some]), POINTS, device=truth.device)
@@ -136,9 +134,12 @@ class Collector:
                 for h, half in enumerate(HALVES):
                     found = recall(guess[some], truth[some], half)
                     sums["recall"][place, s, r, h] += found * len(truth[some])
-                order = guess[some].argsort(dim=1, descending=True, stable=True)
-                mixed = self._errors(place, name, r, [[v[some] for v in made] for made in values], hidden[some], seen.x)
-                curves[s, r] = torch.stack([_curve(error.gather(1, order)) for error in mixed])
+                for here in _slices(len(truth), step):
+                    order = guess[here].argsort(dim=1, descending=True, stable=True)
+                    parts = [[value[here] for value in made] for made in values]
+                    mixed = self._errors(place, name, r, parts, hidden[here], seen.x.dtype)
+                    made_here = torch.stack([_curve(error.gather(1, order)) for error in mixed])
+                    curves[s, r, :, here.start // step : here.start // step + len(order)] = made_here
         self._pending[place] = _Pending(losses, _squares(seen.output), curves, some)
         sums["chunks"][place] += 1
         sums["tokens"][place] += len(truth)
@@ -150,7 +151,7 @@ class Collector:
             for piece in _pieces(parts[-1]):
                 best = decode(piece, torch.float32)
                 norms.append(best.norm(dim=1))
-                rough = [decode(piece.at(_NAMES[rung]), torch.float32) for rung in RANKS]
+                rough = [decode(piece.at(RUNGS[rung]), torch.float32) for rung in RANKS]
                 squares.append(torch.stack([_squares(made) for made in rough]))
                 dots.append(torch.stack([(made * best).sum(dim=1) for made in rough]))
         self.sums["norms"][place] = torch.cat(norms).cpu().numpy()
@@ -193,6 +194,14 @@ class Collector:
         made = self._activation(values[0].to(dtype))
         return made if len(values) == 1 else made * values[1].to(dtype)
 
+    def _lost(self, block: MixedBlock, values: Sequence[Tensor], rung: int, seen: Seen) -> Tensor:
+        """What each token's output is off by, squared, with everything at a rung."""
+        pieces = [
+            block.down(self._hidden([value[here] for value in values], seen.x.dtype), rung) - seen.output[here]
+            for here in _slices(len(seen.x))
+        ]
+        return torch.cat([_squares(piece) for piece in pieces])
+
     def _guess(
         self, block: MixedBlock, x: Tensor, name: str, rank: int, values: Sequence[Tensor], norms: Tensor
     ) -> Tensor:
@@ -204,7 +213,7 @@ class Collector:
         return scores(known, self._activation, norms)
 
     def _errors(
-        self, place: int, name: str, r: int, values: Sequence[Sequence[Tensor]], exact: Tensor, x: Tensor
+        self, place: int, name: str, r: int, values: Sequence[Sequence[Tensor]], exact: Tensor, dtype: torch.dtype
     ) -> list[Tensor]:
         """What each neuron's share of the output is off by, squared, if it is skipped, or has 1 or 2 planes.
 
@@ -215,7 +224,7 @@ class Collector:
         found = [(exact * norms).square()]
         for rung in range(len(RANKS)):
             mixed = [values[max(rung, r) if part in parts else rung][part] for part in range(self._inward)]
-            made = self._hidden(mixed, x.dtype).float()
+            made = self._hidden(mixed, dtype).float()
             dots = torch.from_numpy(sums["dots"][place, rung]).to(exact.device, torch.float32)
             squares = torch.from_numpy(sums["squares"][place, rung]).to(exact.device, torch.float32)
             error = found[0] - 2 * exact * made * dots + made.square() * squares
@@ -244,6 +253,12 @@ def _pieces(planes: Planes) -> Iterator[Planes]:
     for at in range(0, planes.rows, step):
         some = slice(at, at + step)
         yield Planes(tuple(plane[some] for plane in planes.planes), planes.scales[some], planes.columns, planes.group)
+
+
+def _slices(tokens: int, step: int = 1) -> Iterator[slice]:
+    """Every `step`-th of the tokens, a few at a time."""
+    for start in range(0, tokens, step * _SLICE):
+        yield slice(start, min(tokens, start + step * _SLICE), step)
 
 
 def _curve(sorted_errors: Tensor) -> Tensor:

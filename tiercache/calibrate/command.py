@@ -11,6 +11,7 @@ import torch
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate.run import Objective, Options, Rest, Run
 from tiercache.config import Budget, SizeLike
+from tiercache.engine import resolve_device
 from tiercache.errors import UsageError
 from tiercache.progress import note
 from tiercache.quality import text as texts
@@ -106,16 +107,12 @@ def _check(options: Options) -> None:
 def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
     """The text's tokens."""
     config = store.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and options.window > positions:
-        raise UsageError(f"--window {options.window} is longer than the model's {positions} positions; give less")
+    texts.check_window(config, options.window)
     tokenizer = texts.load_tokenizer(store.folder)
     read = texts.read(file, tokenizer, tokens=options.tokens, vocabulary=config.vocab_size)
     if len(read.ids) < _LEAST_TOKENS:
         raise UsageError(f"{file} holds {len(read.ids)} tokens, and {_LEAST_TOKENS} are the least; name a longer text")
-    if len(read.ids) < options.tokens:
-        held = f"{file} holds {len(read.ids)} tokens, fewer than the {options.tokens} asked for"
-        note(held, show=options.show_progress)
+    texts.note_short(read, show=options.show_progress)
     return read
 
 
@@ -127,5 +124,6 @@ def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, A
         **own,
         "text": text.sha256,
         "tokens": len(text.ids),
+        "device": resolve_device(options.device).type,
         **{name: getattr(options, name) for name in names},
     }

@@ -10,8 +10,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tiercache.store.calibration import PARTIAL_FILE
 
 Arrays = dict[str, np.ndarray]
 _ASKED, _SECONDS = "asked", "seconds"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -61,12 +62,12 @@ class Journal:
             np.savez(made, allow_pickle=False, **several)
             values[key] = made.getvalue()
         values[_SECONDS] = json.dumps(self.seconds).encode()
-        with self._env.begin(write=True) as transaction:
+        with clear_errors(self._path), self._env.begin(write=True) as transaction:
             for key, value in values.items():
                 transaction.put(key.encode(), catalog.sealed(key.encode(), value))
 
     def _value(self, key: str) -> bytes | None:
-        with self._env.begin() as transaction:
+        with clear_errors(self._path), self._env.begin() as transaction:
             stored = transaction.get(key.encode())
         try:
             return None if stored is None else catalog.unsealed(key.encode(), bytes(stored))
@@ -84,36 +85,22 @@ def journal(folder: Path, asked: Mapping[str, Any], *, restart: bool) -> Iterato
         EnvironmentUnsupportedError: the folder cannot be written, or its disk is full.
     """
     path = folder / PARTIAL_FILE
-    with _clear_errors(folder), _locked(folder):
-        if restart:
-            path.unlink(missing_ok=True)
-        with _open(path) as env:
-            made = Journal(env, path)
-            before = made.plain(_ASKED)
-            if before is None:
-                made.put(plain={_ASKED: dict(asked)})
-            else:
-                _refuse_other(before, asked, path)
-            yield made
+    with _locked(folder), ExitStack() as stack:
+        with clear_errors(path):
+            if restart:
+                path.unlink(missing_ok=True)
+            made = Journal(stack.enter_context(catalog.environment(path, readonly=False)), path)
+        before = made.plain(_ASKED)
+        if before is None:
+            made.put(plain={_ASKED: dict(asked)})
+        else:
+            _refuse_other(before, asked, path)
+        yield made
 
 
 def remove(folder: Path) -> None:
     """Forget what was under way; harmless where nothing was."""
     (folder / PARTIAL_FILE).unlink(missing_ok=True)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[lmdb.Environment]:
-    try:
-        with catalog.environment(path, readonly=False) as env:
-            yield env
-    except StoreError as error:
-        cause = error.__cause__
-        if not isinstance(cause, lmdb.Error):
-            raise
-        if any(os.strerror(number) in str(cause) for number in _UNWRITABLE):
-            raise EnvironmentUnsupportedError(f"cannot write {path} ({cause}); make the store writable") from error
-        raise StoreError(f"{path} is damaged ({cause}); begin again with --restart") from error
 
 
 def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
@@ -132,27 +119,50 @@ def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Pat
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold `folder` against a second calibration."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    with clear_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another calibration is writing into {folder}; wait for it") from error
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"another calibration is writing into {folder}; wait for it") from error
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
+def clear_errors(path: Path) -> Iterator[None]:
+    """Name what stands in the way of writing `path`: around such writing alone, not around work with it.
+
+    Raises:
+        StoreError: it is damaged.
+        EnvironmentUnsupportedError: it cannot be written, or its disk is full.
+    """
     try:
         yield
+    except lmdb.Error as error:
+        raise _translated(error, path) from error
+    except StoreError as error:
+        if not isinstance(error.__cause__, lmdb.Error):
+            raise
+        raise _translated(error.__cause__, path) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentUnsupportedError(
-                f"the disk of {folder} is full; what is done is kept: free some space and run the same command again"
-            ) from error
-        if error.errno in _UNWRITABLE:
-            raise EnvironmentUnsupportedError(
-                f"cannot write {error.filename or folder}: {error.strerror}; make the store writable"
-            ) from error
-        raise
+        if error.errno not in (*_FULL, *_UNWRITABLE):
+            raise
+        raise _translated(error, path) from error
+
+
+def _translated(error: lmdb.Error | OSError, path: Path) -> StoreError | EnvironmentUnsupportedError:
+    """LMDB tells the system's errors by their text alone."""
+
+    def is_one_of(numbers: Sequence[int]) -> bool:
+        return any(os.strerror(number) in str(error) for number in numbers)
+
+    if is_one_of(_FULL):
+        return EnvironmentUnsupportedError(
+            f"the disk of {path.parent} is full; what is done is kept: free some space and run the same command again"
+        )
+    if is_one_of(_UNWRITABLE):
+        return EnvironmentUnsupportedError(f"cannot write {path} ({error}); make the store writable")
+    return StoreError(f"{path} is damaged ({error}); begin again with --restart")

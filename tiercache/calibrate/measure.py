@@ -12,24 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from policies.precision import Recipe
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.model.mixed import MixedBlock
-from tiercache.quality.measure import KeptLogits, kept_logits
+from tiercache.quality.measure import KeptLogits, NoRoomError, Score, kept_logits
 
 _ROWS = 64  # of logits that are compared at a time, in fp64
+_RUN = 16  # tokens of a trace that follow one another, at least: caches live of what neighbours share
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Means over the tokens that were predicted; nats a token."""
+    """Means over the tokens that were predicted; nats a token. What is not finite says that the model broke down."""
 
     kl: float
     entropy: float
     perplexity: float
     top1: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it can be compared."""
+        return all(map(math.isfinite, (self.kl, self.entropy, self.perplexity)))
 
 
 @contextmanager
@@ -43,11 +50,8 @@ def room(folder: Path, windows: Sequence[Tensor], vocabulary: int, item_bytes: i
     try:
         with kept_logits(folder, rows * vocabulary * item_bytes) as kept:
             yield kept
-    except EnvironmentUnsupportedError as error:
-        if "scratch" not in str(error):
-            raise
-        what = str(error).partition(";")[0]
-        raise EnvironmentUnsupportedError(f"{what}; give fewer --measure-tokens, or free some space") from error
+    except NoRoomError as error:
+        raise EnvironmentUnsupportedError(f"{error.what}; give fewer --measure-tokens, or free some space") from error
 
 
 class Measurer:
@@ -70,11 +74,6 @@ class Measurer:
         with self._model.tiercache.passes("exact"):
             return self._pass(kept.put, None)
 
-    def exact(self, kept: KeptLogits) -> Measured:
-        """The neurons exact; what is no neuron as the model was opened."""
-        with self._model.tiercache.passes("exact"):
-            return self._pass(None, kept)
-
     def mixed(self, recipes: Sequence[Recipe], kept: KeptLogits) -> Measured:
         """Each token's neurons chosen."""
         self._set(recipes)
@@ -82,7 +81,10 @@ class Measurer:
             return self._pass(None, kept)
 
     def trace(self, recipes: Sequence[Recipe], tokens: int, most_bytes: int) -> dict[str, np.ndarray]:
-        """The neurons that the first tokens choose, most important first: int32 [tokens, most], by block.
+        """The neurons that tokens from the middle of windows want of planes above the ranking's, by block.
+
+        Most important first: [tokens, most], uint16 where that counts all neurons of a block, else int32. The windows
+        lie evenly in the text, and from each come tokens that follow one another, behind all that is before them.
 
         Args:
             recipes: of each block.
@@ -90,17 +92,42 @@ class Measurer:
             most_bytes: of all blocks together, unless one token alone takes more.
         """
         self._set(recipes)
+        wanted = [max(r.wanted(b.planes.block.neurons)[r.rank :], default=0) for r, b in self._pairs(recipes)]
+        dtypes = [np.uint16 if b.planes.block.neurons <= 0xFFFF else np.int32 for b in self._blocks]
+        each = sum(count * np.dtype(dtype).itemsize for count, dtype in zip(wanted, dtypes, strict=True))
+        count = max(1, min(tokens, most_bytes // max(1, each), sum(map(len, self._windows))))
+        runs = max(1, min(len(self._windows), count // _RUN))
+        found: list[list[np.ndarray]] = [[] for _ in self._blocks]
+        for run in range(runs):
+            window = self._windows[int((run + 0.5) * len(self._windows) / runs)]
+            length = min(count // runs, len(window))
+            end = (len(window) + length) // 2
+            self._choices(window[:end], end - length, wanted, dtypes, found)
+        return {str(place): np.stack(rows) for place, rows in enumerate(found)}
+
+    def _choices(
+        self,
+        window: Tensor,
+        start: int,
+        wanted: Sequence[int],
+        dtypes: Sequence[npt.DTypeLike],
+        found: Sequence[list[np.ndarray]],
+    ) -> None:
+        """Add what the tokens from `start` on choose; choices come block by block, and in one token by token."""
         choosing = self._model.tiercache.mixed.choosing
-        most = sum(sum(recipe.counts(block.planes.block.neurons)) for recipe, block in self._pairs(recipes))
-        count = max(1, min(tokens, most_bytes // max(1, 4 * most)))
-        found: dict[str, list[np.ndarray]] = {str(place): [] for place in range(len(self._blocks))}
-        before, choosing.trace = choosing.trace, lambda block, order: found[str(block)].append(order.astype(np.int32))
+        seen = [0] * len(found)
+
+        def note(block: int, order: np.ndarray) -> None:
+            if seen[block] >= start:
+                found[block].append(order[: wanted[block]].astype(dtypes[block]))
+            seen[block] += 1
+
+        before, choosing.trace = choosing.trace, note
         try:
             with self._model.tiercache.every_token():
-                self._run(self._windows[0][:count])
+                self._run(window)
         finally:
             choosing.trace = before
-        return {place: np.stack(rows) for place, rows in found.items()}
 
     def _pairs(self, recipes: Sequence[Recipe]) -> Iterator[tuple[Recipe, MixedBlock]]:
         return zip(recipes, self._blocks, strict=True)
@@ -114,8 +141,7 @@ class Measurer:
         return logits
 
     def _pass(self, put: Callable[[Tensor], None] | None, kept: KeptLogits | None) -> Measured:
-        sums = np.zeros(4)  # kl, entropy, negative log likelihood, agreement
-        tokens = 0
+        total = Score()
         if kept is not None:
             kept.rewind()
         for window in self._windows:
@@ -124,18 +150,7 @@ class Measurer:
                 here = rows.cpu()
                 if put is not None:
                     put(here)
-                sums += _compare(here, targets, here if kept is None else kept.take(len(here)))
-                tokens += len(here)
+                total.add(here, targets, None if kept is None else kept.take(len(here)))
             self._after()
-        means = (sums / tokens).tolist()
-        return Measured(means[0], means[1], math.exp(min(means[2], 700.0)), means[3])
-
-
-def _compare(logits: Tensor, targets: Tensor, reference: Tensor) -> np.ndarray:
-    """Sums over rows of logits."""
-    log_q, log_p = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum()  # 0 log 0 = 0
-    entropy = -(log_q.exp() * log_q).nan_to_num(0.0).sum()
-    nats = -log_q.gather(-1, targets[:, None]).sum()
-    same = (logits.argmax(-1) == reference.argmax(-1)).sum()
-    return np.array([float(kl), float(entropy), float(nats), float(same)])
+        kl, entropy, nats, same = (value / total.tokens for value in (total.kl, total.entropy, total.nats, total.same))
+        return Measured(kl, entropy, math.exp(nats) if nats < 700 else math.inf, same)

@@ -14,8 +14,9 @@ def report(result: Mapping[str, Any]) -> str:
     """The tables of a calibration's result."""
     console = Console(width=_WIDTH, file=None, record=False)
     with console.capture() as captured:
-        for table in (_recalls(result), _alike(result), _settings(result)):
-            console.print(table)
+        for table in (_recalls(result), _alike(result), _settings(result), _policies(result)):
+            if table is not None:
+                console.print(table)
         console.print(_last(result), soft_wrap=True)
     return captured.get()
 
@@ -79,7 +80,24 @@ def _settings(result: Mapping[str, Any]) -> Table:
 
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row['kl']:.5f}", f"{row['perplexity']:.4f}", f"{row['entropy']:.4f}", f"{row['top1']:.4f}"]
+    shown = {"kl": ".5f", "perplexity": ".4f", "entropy": ".4f", "top1": ".4f"}
+    return ["-" if row[name] is None else format(row[name], how) for name, how in shown.items()]
+
+
+def _policies(result: Mapping[str, Any]) -> Table | None:
+    found = result["policies"]
+    if found is None:
+        return None
+    title = (
+        f"Policies, on {found['tokens']} tokens at {found['share']:.3f} of the bytes, ranking int{2 * found['rank']}; "
+        f"slots for {found['slots']:.0%} of the neurons in each plane above"
+    )
+    columns = ["policy", "hit rate", "chance", "lift", "missed KiB a token", "Belady's bound"]
+    table = _table(title, columns)
+    for row in found["rows"]:
+        rates = [f"{row['hit_rate']:.3f}", f"{row['chance']:.3f}", f"{row['lift']:.2f}"]
+        table.add_row(row["policy"], *rates, f"{row['missed_bytes_per_token'] / 1024:.1f}", f"{row['belady']:.3f}")
+    return table
 
 
 def _last(result: Mapping[str, Any]) -> str:

@@ -4,24 +4,26 @@ The model is opened through the engine, within budgets like any other run, so on
 step that the journal has is not taken again, and what is left over is the finished calibration.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from policies.precision import Recipe
+from policies import precision
+from policies.precision import RUNGS, TOP, Recipe
 from tiercache import mixing
-from tiercache.calibrate import predictors
+from tiercache.calibrate import predictors, replays
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.collect import Collector
-from tiercache.calibrate.journal import Journal
+from tiercache.calibrate.journal import Journal, clear_errors
 from tiercache.calibrate.measure import Measured, Measurer, room
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, plain, uniform
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine import lend
-from tiercache.errors import UsageError
+from tiercache.errors import StoreError, UsageError
 from tiercache.progress import bar, note
 from tiercache.quality.measure import KeptLogits
 from tiercache.quality.text import Text
@@ -34,7 +36,7 @@ Rest = Literal["int8", "int4"]
 _TRACED = 64
 _TRACE_BYTES, _TRACES_BYTES = 16 << 20, 256 << 20  # of one setting, of all together
 _PREDICTOR_BYTES = 384 << 20
-_UNIFORM = {"int8": 3, "int4": 2, "int2": 1}
+_UNIFORM = {RUNGS[rung]: rung for rung in range(TOP, 0, -1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,9 @@ class Run:
             tuple(settings),
             self._arrays(sums, len(settings)),
         )
-        made.save(self._store.folder / FILE)
-        return self._report(meta, sums, settings)
+        with clear_errors(self._store.folder / FILE):
+            made.save(self._store.folder / FILE)
+        return {**self._report(meta, sums, settings), "policies": replays.policies(made, self._store)}
 
     # ---------------------------------------------------------------- statistics
 
@@ -174,18 +177,26 @@ class Run:
         ]
 
     def _best(self, tries: list[Try]) -> list[Try]:
-        """Of each share and rank the one that the objective prefers."""
-        target = "kl" if self._options.objective == "loss" else "entropy"
-        best: dict[tuple[float, int], Try] = {}
-        for one in tries:
-            before = best.get((one.share, one.rank))
-            if before is None or self._value(one, target) < self._value(before, target):
-                best[one.share, one.rank] = one
-        return list(best.values())
+        """Of each share and rank the one that the objective prefers; what is not finite is nobody's preference.
 
-    def _value(self, one: Try, target: str) -> float:
-        value: float = self._journal.plain(f"measured/{one.key}")[target]
-        return value
+        Raises:
+            StoreError: nothing is finite.
+        """
+        found = {one.key: Measured(**self._journal.plain(f"measured/{one.key}")) for one in tries}
+        ways: dict[tuple[float, int], list[Try]] = {}
+        for one in tries:
+            if found[one.key].finite:
+                ways.setdefault((one.share, one.rank), []).append(one)
+        if not ways:
+            raise StoreError(
+                f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
+                f"tiercache quality {self._store.folder}"
+            )
+        by_loss = self._options.objective == "loss"
+        return [
+            precision.search(each, lambda one: found[one.key].kl if by_loss else found[one.key].entropy)[0]
+            for each in ways.values()
+        ]
 
     def _measure(self, missing: dict[str, Recipes], total: int) -> None:
         """Every way that is missing; the exact model's logits first, for they are not kept beyond a run."""
@@ -203,6 +214,11 @@ class Run:
     def _keep_exact(self, model: Any, kept: KeptLogits) -> None:
         with self._bar("the exact model on the text", model.tiercache, len(self._measured), 0) as after:
             exact = Measurer(model, model.tiercache.mixed.blocks, self._measured, after).keep(kept)
+        if not exact.finite:
+            raise StoreError(
+                f"the exact model of {self._store.folder} predicts what is no number, so nothing can be held against "
+                "it; look whether the checkpoint's own weights are sound, and convert it again"
+            )
         if self._journal.plain("exact") is None:
             self._journal.put(plain={"exact": asdict(exact)})
 
@@ -218,7 +234,7 @@ class Run:
     def _keep_uniform(self, forecast: Forecast) -> None:
         each = {
             name: {
-                **self._journal.plain(f"uniform/{name}"),
+                **_finite(self._journal.plain(f"uniform/{name}")),
                 "read_bytes": self._layers * forecast.neurons * forecast.sizes.neuron(rung),
             }
             for name, rung in _UNIFORM.items()
@@ -226,7 +242,7 @@ class Run:
         self._journal.put(plain={"uniform": each})
 
     def _trace(self, kept: list[Try]) -> None:
-        """What the first tokens choose under each setting that is kept."""
+        """What some tokens choose under each setting that is kept."""
         missing = [place for place in range(len(kept)) if self._journal.arrays(f"trace/{place}") is None]
         if not missing:
             return
@@ -274,7 +290,8 @@ class Run:
         recipe = Recipe("product", 2, self._inward, (1.0, 0.0, 0.0))
         norms = np.ones(shape, np.float32) if sums is None else sums["norms"].astype(np.float32)
         frequency = np.zeros(shape, np.float32) if sums is None else sums["frequency"].astype(np.float32)
-        whole = Setting(1.0, 2, (recipe,) * self._layers, 0, 0.0, 0.0, 0.0, 0.0, 1.0)
+        unknown = math.nan  # nobody has measured it
+        whole = Setting(1.0, 2, (recipe,) * self._layers, 0, unknown, unknown, unknown, unknown, unknown)
         losses = np.tile([1.0, 0.1, 0.0], (self._layers, 1))
         return Calibration({}, norms, frequency, losses, (whole,), {})
 
@@ -335,3 +352,8 @@ class Run:
             for name, key in (("predictor", "own"), ("ahead", "ahead"))
         }
         return {"predictor_rank": rank, **rows}
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """None for what is not finite, which JSON cannot say."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}

@@ -138,7 +138,7 @@ def described(recipes: Sequence[Recipe]) -> str:
     if len(ways) > 1:
         return f"by block, {', '.join(sorted({recipe.scorer for recipe in ways}))}"
     recipe = recipes[0]
-    parts = zip(("int8", "int4", "int2"), recipe.shares, strict=True)
+    parts = zip(precision.RUNGS[:0:-1], recipe.shares, strict=True)
     used = [f"{name} {part:.0%}" for name, part in parts if part > 0]
     return f"{recipe.scorer}: {', '.join(used) or 'nothing'}"
 

@@ -152,16 +152,14 @@ def _measure(folder: Path, file: Path, modes: list[Mode], options: Options) -> d
     _check(config, options)
     tokenizer = texts.load_tokenizer(folder)
     read = texts.read(file, tokenizer, tokens=options.tokens, vocabulary=config.vocab_size)
-    if len(read.ids) < options.tokens:
-        held = f"{file} holds {len(read.ids)} tokens, fewer than the {options.tokens} asked for"
-        note(held, show=options.show_progress)
+    texts.note_short(read, show=options.show_progress)
     windows = read.windows(options.window)
     predicted = sum(len(window) - 1 for window in windows)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         harness = None
         if options.tasks is not None:
-            length = min(options.length, _positions(config) or options.length)
+            length = min(options.length, texts.positions(config) or options.length)
             harness = stack.enter_context(Harness.open(options.tasks, tokenizer, limit=options.limit, length=length))
         kept = None
         if len(modes) > 1:
@@ -250,17 +248,10 @@ def _check(config: transformers.PretrainedConfig, options: Options) -> None:
         raise UsageError(f"--limit {options.limit} leaves no item; give 1 or more, or leave it out")
     if options.limit is not None and options.tasks is None:
         raise UsageError("--limit does nothing without --tasks; leave it out")
-    positions = _positions(config)
-    if positions is not None and options.window > positions:
-        raise UsageError(f"--window {options.window} is longer than the model's {positions} positions; give less")
+    texts.check_window(config, options.window)
+    positions = texts.positions(config)
     if positions is not None and _PROMPT_TOKENS + options.decode > positions:
         raise UsageError(f"--decode {options.decode} goes beyond the model's {positions} positions; give less")
-
-
-def _positions(config: transformers.PretrainedConfig) -> int | None:
-    """How many tokens the model was made for; None where nothing bounds it."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _item_bytes(config: transformers.PretrainedConfig) -> int:

@@ -22,6 +22,15 @@ from tiercache.config import human
 from tiercache.errors import EnvironmentUnsupportedError
 
 _ROWS = 32  # rows of the vocabulary that are compared at a time: in fp64, a few copies of them
+_ELSEWHERE = "name another --scratch folder"
+
+
+class NoRoomError(EnvironmentUnsupportedError):
+    """The reference's logits have no room; `what` says so without the way out."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(f"{what}; {way_out}")
+        self.what = what
 
 
 class KeptLogits:
@@ -39,8 +48,9 @@ class KeptLogits:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise EnvironmentUnsupportedError(
-                "the disk is full: the reference's logits do not fit; ask for fewer --tokens, or name another --scratch"
+            raise NoRoomError(
+                "the disk is full: the reference's logits do not fit",
+                "ask for fewer --tokens, or name another --scratch",
             ) from error
 
     def rewind(self) -> None:
@@ -61,15 +71,13 @@ def kept_logits(folder: Path, size_bytes: int) -> Iterator[KeptLogits]:
     """Room for logits in `folder`, given back at the end.
 
     Raises:
-        EnvironmentUnsupportedError: it is not there, or may not be written to.
+        NoRoomError: it is not there, may not be written to, or is too full.
     """
     check_room(folder, size_bytes)
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
     except OSError as error:
-        raise EnvironmentUnsupportedError(
-            f"no file can be made in {folder} ({error.strerror}); name another --scratch folder"
-        ) from error
+        raise NoRoomError(f"no file can be made in {folder} ({error.strerror})", _ELSEWHERE) from error
     with file:
         yield KeptLogits(file)
 
@@ -78,35 +86,36 @@ def check_room(folder: Path, size_bytes: int) -> None:
     """Refuse what the disk of `folder` cannot hold.
 
     Raises:
-        EnvironmentUnsupportedError: with the bytes that are missing.
+        NoRoomError: with the bytes that are missing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        raise EnvironmentUnsupportedError(
-            f"{folder} cannot be used ({error.strerror}); name another --scratch folder"
-        ) from error
+        raise NoRoomError(f"{folder} cannot be used ({error.strerror})", _ELSEWHERE) from error
     if size_bytes > free_bytes:
-        raise EnvironmentUnsupportedError(
+        raise NoRoomError(
             f"the reference's logits take {human(size_bytes)} on disk, {folder} has {human(free_bytes)} free: "
-            f"{size_bytes - free_bytes} bytes are missing; ask for fewer --tokens, or name a --scratch folder elsewhere"
+            f"{size_bytes - free_bytes} bytes are missing",
+            "ask for fewer --tokens, or name a --scratch folder elsewhere",
         )
 
 
 @dataclass
 class Score:
-    """Sums over predicted tokens.
+    """Sums over predicted tokens; what a logit that is no number has a part in is no number either.
 
     Attributes:
         tokens: predicted.
         nats: their summed negative log likelihood.
+        entropy: summed, of the predictions, in nats.
         kl: summed KL(reference || this) in nats.
         same: how often the likeliest token is the reference's.
     """
 
     tokens: int = 0
     nats: float = 0.0
+    entropy: float = 0.0
     kl: float = 0.0
     same: int = 0
 
@@ -115,12 +124,12 @@ class Score:
         log_q = logits.double().log_softmax(-1)
         self.tokens += len(targets)
         self.nats -= float(log_q.gather(-1, targets[:, None]).sum())
+        self.entropy -= _expected(log_q, log_q)
         if reference is None:  # this is the reference
             self.same += len(targets)
             return
         log_p = reference.double().log_softmax(-1)
-        p = log_p.exp()
-        self.kl += float(torch.where(p > 0, p * (log_p - log_q), 0.0).sum())  # 0 log 0 = 0
+        self.kl += _expected(log_p, log_p - log_q)
         self.same += int((reference.argmax(-1) == logits.argmax(-1)).sum())
 
     def to_dict(self) -> dict[str, float | None]:
@@ -129,6 +138,12 @@ class Score:
         means = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "kl": self.kl / self.tokens}
         finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
         return {**finite, "top1": self.same / self.tokens}
+
+
+def _expected(log_p: Tensor, values: Tensor) -> float:
+    """Sum of p times the values. 0 log 0 = 0, and a p that is no number stays one that is not `== 0`."""
+    p = log_p.exp()
+    return float(torch.where(p == 0, 0.0, p * values).sum())
 
 
 def batches(windows: Sequence[Tensor], size: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from tiercache.errors import StoreError, UsageError, permissions_named
+from tiercache.progress import note
 
 _CHARACTERS_PER_TOKEN = 64  # far more than any tokenizer's mean: what lies behind need not be tokenized
 
@@ -74,6 +75,30 @@ def read(file: Path, tokenizer: Any, *, tokens: int, vocabulary: int) -> Text:
             "model's tokenizer files in its folder"
         )
     return Text(file, hashlib.sha256(content).hexdigest(), tokens, torch.tensor(ids, dtype=torch.int64), bos)
+
+
+def note_short(text: Text, *, show: bool | None) -> None:
+    """Say it where the file holds fewer tokens than were asked for."""
+    if len(text.ids) < text.asked:
+        held = f"{text.file} holds {len(text.ids)} tokens, fewer than the {text.asked} asked for"
+        note(held, show=show)
+
+
+def positions(config: transformers.PretrainedConfig) -> int | None:
+    """How many tokens the model was made for; None where nothing bounds it."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_window(config: transformers.PretrainedConfig, window: int) -> None:
+    """Refuse windows that are longer than the model was made for.
+
+    Raises:
+        UsageError: they are.
+    """
+    most = positions(config)
+    if most is not None and window > most:
+        raise UsageError(f"--window {window} is longer than the model's {most} positions; give less")
 
 
 def load_tokenizer(folder: Path) -> Any:
