@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import get_args
 
+from profiler.replay import Row
 from profiler.trace import Trace
 from tiercache.errors import UsageError
 from tiercache.mixrun import MixedRun
@@ -78,6 +79,17 @@ class Attached:
             UsageError: the model is run exactly.
         """
         return self._mixed().recording()
+
+    def replay(self, trace: Trace) -> list[Row]:
+        """In mixed mode with an HBM tier: a recorded trace under every policy, in this run's slots from its own start.
+
+        The row of this run's policy is what the run did, if it was recorded from its first token. Each row has the hit
+        rate, chance, lift, bytes missed, and Belady's bound.
+
+        Raises:
+            UsageError: the model is run exactly, or has no slots.
+        """
+        return self._mixed().replay(trace)
 
     def _mixed(self) -> MixedRun:
         if self.mixed is None:

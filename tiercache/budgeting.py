@@ -61,13 +61,19 @@ def choose(
     mixing.refuse_unfit(opened)
     assert opened.store is not None
     slotted = device.type == "cuda" or config.hbm not in (None, Budget())
-    found = None
+    found, refused = None, None
     for way in mixing.choose(calibration or Calibration.load(opened.store), opened, config):
-        found = _fit(way, opened, config, device, slotted)
+        try:
+            found = _fit(way, opened, config, device, slotted)
+        except DoesNotFitError as error:  # another way may need less
+            refused = error if refused is None or error.missing_bytes < refused.missing_bytes else refused
+            continue
         hbm = found[3].hbm
         if hbm is None or len(hbm.placement.pinned) == len(hbm.order):
             break
-    assert found is not None
+    if found is None:
+        assert refused is not None
+        raise refused
     return found
 
 

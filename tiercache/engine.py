@@ -48,7 +48,7 @@ def offload(
     *,
     hbm: SizeLike | None = "auto",
     dram: SizeLike = "auto",
-    precision: Precision = "source",
+    precision: Precision | None = None,
     context: int = 4096,
     logits: int = 512,
     store: str | Path | None = None,
@@ -71,7 +71,8 @@ def offload(
             has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
             that the CPU computes straight from DRAM.
         dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
-        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int2".
+        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int2". By default
+            "source"; with mode="mixed" "int8".
         context: tokens, over the batch, for which KV cache and activations are reserved.
         logits: rows of logits that one pass may return (generation needs one per sequence).
         store: the plane store's folder; made there if missing. By default one in the cache folder.
@@ -93,6 +94,7 @@ def offload(
     """
     places: dict[str, Any] = {"hbm": hbm if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
+    precision = precision or ("int8" if mixed.get("mode") == "mixed" else "source")
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
     config = OffloadConfig(**places, **sizes, **chosen, **read_mixed(mixed))

@@ -12,6 +12,7 @@ from profiler import replay
 from profiler.trace import Trace
 from tiercache import mixing
 from tiercache.config import OffloadConfig, human
+from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
 from tiercache.model.mixed import Choosing, MixedBlock
@@ -71,7 +72,8 @@ class MixedRun:
         """
         choosing = Choosing(in_order=config.uploads is not None)
         capped = made.hbm is not None and config.uploads is not None and not below
-        if way.measured and not capped and way.calibration.meta.get("precision") == config.precision:
+        known = way.measured and not capped and not math.isnan(way.setting.kl)
+        if known and way.calibration.meta.get("precision") == config.precision:
             choosing.stats.calibrated_kl = way.setting.kl
         slots, low = None, way.setting.rank
         if made.hbm is not None:
@@ -100,6 +102,7 @@ class MixedRun:
         read = human(self.read_bytes)
         if math.isnan(setting.kl):
             return f"mixed mode is lossy: a token reads {read} of the neurons; nobody measured what that loses"
+        how = f"{setting.share:.0%} of int8's bytes, ranked by int{2 * setting.rank}"
         lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
         lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
         rest = meta["precision"]
@@ -111,12 +114,26 @@ class MixedRun:
             lost += "; planes of some layers do not fit and are left out, so prompts are not read exactly"
         if self.capped:
             lost = f"at least {lost}: uploads are capped, and neurons beyond do with the planes at hand"
-        return f"mixed mode is lossy: a token reads {read} of the neurons; on {meta['text']['name']} that lost {lost}"
+        if self.slots is not None and not any(map(any, self.slots.plan.slots)):
+            lost += "; hbm= leaves no slot for neurons, so each is brought up anew for every token: raise it"
+        text = meta["text"]["name"]
+        return f"mixed mode is lossy: a token reads {read} of the neurons ({how}); on {text} that lost {lost}"
 
     @property
     def read_bytes(self) -> int:
         """Bytes of neurons that a token's products read, ranking included."""
         return sum(block.recipe.read_bytes(block.planes.block.neurons, block.sizes) for block in self.blocks)
+
+    def replay(self, trace: Trace) -> list[replay.Row]:
+        """What every policy would have done with a recorded trace in these slots, from the start that this run had.
+
+        Raises:
+            UsageError: there are no slots.
+        """
+        if self.slots is None or not any(map(any, self.slots.plan.slots)):
+            raise UsageError("without slots in an HBM tier there is nothing to replay; raise hbm=")
+        plan, hot = self.slots.plan, self.way.calibration.frequency
+        return replay.compare(trace, plan.slots, self.slots.uploads, plan.widths, hot=hot)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:

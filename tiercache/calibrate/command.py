@@ -12,10 +12,11 @@ from tiercache.calibrate import journal as journals
 from tiercache.calibrate.run import Objective, Options, Rest, Run
 from tiercache.config import Budget, SizeLike
 from tiercache.engine import resolve_device
-from tiercache.errors import UsageError
+from tiercache.errors import StoreError, UsageError
 from tiercache.progress import note
 from tiercache.quality import text as texts
-from tiercache.store.calibration import SCHEMA
+from tiercache.store.calibration import PARTIAL_FILE, SCHEMA, Calibration
+from tiercache.store.format import CATALOG_FILE
 from tiercache.store.planestore import PlaneStore
 
 _LEAST_TOKENS = 32
@@ -36,6 +37,7 @@ def calibrate(
     context: int | None = None,
     device: str = "auto",
     restart: bool = False,
+    once: bool = False,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Learn from a text what the store's neurons are worth; kept in the store's folder.
@@ -53,6 +55,7 @@ def calibrate(
         hbm, dram, device: as of `tiercache.offload`.
         context: tokens that the budgets are laid out for; by default a window.
         restart: forget what an earlier, unfinished run has done.
+        once: refuse to do again, without `restart`, what a finished run has done.
         show_progress: draw bars; None means where standard error is a terminal.
 
     Returns the report as plain data.
@@ -75,11 +78,33 @@ def calibrate(
         show_progress=show_progress,
     )
     _check(options)
-    return _calibrate(PlaneStore.open(store), Path(text).expanduser(), options, restart)
+    return _calibrate(_open(store), Path(text).expanduser(), options, restart=restart, once=once)
 
 
-def _calibrate(store: PlaneStore, file: Path, options: Options, restart: bool) -> dict[str, Any]:
+def _open(store: str | Path) -> PlaneStore:
+    """The store; a checkpoint is told apart from a damaged store."""
+    folder = Path(store).expanduser()
+    if not (folder / CATALOG_FILE).exists() and any(folder.glob("*.safetensors")):
+        raise UsageError(f"{folder} is a checkpoint and no plane store; first: tiercache convert {folder} STORE")
+    return PlaneStore.open(folder)
+
+
+def _refuse_done(store: PlaneStore, asked: dict[str, Any]) -> None:
+    """Hours of work are not repeated by a slip."""
+    try:
+        meta = Calibration.load(store).meta
+    except (UsageError, StoreError):
+        return  # none, or none of this store's
+    known = {"text": meta["text"]["sha256"], "tokens": meta["text"]["tokens"]}
+    same = all(asked[name] == {**meta, **known}.get(name) for name in ("text", "tokens", "precision", "objective"))
+    if same:
+        raise UsageError(f"{store.folder} is calibrated with this very text already; add --restart to do it again")
+
+
+def _calibrate(store: PlaneStore, file: Path, options: Options, *, restart: bool, once: bool) -> dict[str, Any]:
     read = _read(store, file, options)
+    if once and not restart and not (store.folder / PARTIAL_FILE).exists():
+        _refuse_done(store, _asked(store, read, options))
     with journals.journal(store.folder, _asked(store, read, options), restart=restart) as journal, torch.no_grad():
         try:
             result = Run(store, read, options, journal).whole()

@@ -32,7 +32,7 @@ Mode = Annotated[str, typer.Option(help="exact, or mixed: planes per neuron and 
 BytesPerToken = Annotated[
     str | None, typer.Option(help="mixed: what a token may read of the neurons: a share of int8's, 0.5, or 1.2GB.")
 ]
-MaxLoss = Annotated[float | None, typer.Option(help="mixed: instead, a bound of the calibrated loss, nats a token.")]
+MaxLoss = Annotated[float | None, typer.Option(help="mixed: a bound of the calibrated loss, nats a token.")]
 Policy = Annotated[str, typer.Option(help="mixed: who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
 LinkGbps = Annotated[float | None, typer.Option(help="Throttle copies to HBM to this rate: emulated.")]
 Hbm = Annotated[str, typer.Option(help="Budget of the fastest tier: 22GiB, 90%, auto.")]

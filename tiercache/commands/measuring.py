@@ -19,6 +19,7 @@ from tiercache.commands.base import (
     app,
     console,
     progress,
+    say,
     tell,
 )
 from tiercache.errors import UsageError
@@ -91,7 +92,7 @@ def calibrate_command(
     text: Annotated[Path, typer.Option(help="A UTF-8 text like what the model will be used for.")],
     tokens: Annotated[int, typer.Option(help="Tokens of it to learn from, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a pass.")] = 512,
-    measure_tokens: Annotated[int, typer.Option(help="Tokens on which settings are measured.")] = 1024,
+    measure_tokens: Annotated[int, typer.Option(help="Tokens to measure settings on, in whole windows.")] = 1024,
     precision: Annotated[str, typer.Option(help="Rung of what is no neuron, in the settings: int8 or int4.")] = "int8",
     objective: Annotated[str, typer.Option(help="Of the search: loss, or entropy as M2Cache has it.")] = "loss",
     predictor_rank: Annotated[int | None, typer.Option(help="Train low-rank predictors, for the report.")] = None,
@@ -109,8 +110,12 @@ def calibrate_command(
 
     learnt: dict[str, Any] = {"tokens": tokens, "window": window, "measure_tokens": measure_tokens, "context": context}
     chosen: dict[str, Any] = {"precision": precision, "objective": objective, "predictor_rank": predictor_rank}
-    place: dict[str, Any] = {"hbm": hbm, "dram": dram, "device": device, "restart": restart}
-    result = calibrate(store, text, **learnt, **chosen, **place, show_progress=progress(as_json, quiet))
+    place: dict[str, Any] = {"hbm": hbm, "dram": dram, "device": device, "restart": restart, "once": True}
+    try:
+        result = calibrate(store, text, **learnt, **chosen, **place, show_progress=progress(as_json, quiet))
+    except KeyboardInterrupt:
+        say(f"what is measured is kept in {store}; the same command goes on from there", quiet)
+        raise
     tell(report(result), result, as_json, quiet)
 
 

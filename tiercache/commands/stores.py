@@ -38,10 +38,14 @@ def convert_command(
 
 @app.command("verify")
 def verify_command(store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Check every byte of a plane store against its checksums."""
+    """Check every byte of a plane store, and of its calibration, against their checksums."""
+    from tiercache.store import calibration
     from tiercache.store.planestore import PlaneStore
 
-    checked = PlaneStore.open(store).verify(show_progress=progress(as_json, quiet))
+    opened = PlaneStore.open(store)
+    checked = opened.verify(show_progress=progress(as_json, quiet))
+    if (opened.folder / calibration.FILE).exists():
+        calibration.Calibration.load(opened)
     text = f"{checked.folder}: {checked.extents} extents, {human(checked.checked_bytes)}, all as written"
     tell(text, {"schema": "tiercache.verify/1", **asdict(checked)}, as_json, quiet)
 

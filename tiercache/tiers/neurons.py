@@ -184,6 +184,11 @@ class NeuronSlots:
         ]
 
     @property
+    def uploads(self) -> int | None:
+        """Neurons that a token may bring into a layer's plane at most."""
+        return self._caching.uploads
+
+    @property
     def at_once(self) -> int:
         """Neurons that `stage` can bring at a time: all, or whole slices of what kernels sum."""
         most = min(self.plan.passing)

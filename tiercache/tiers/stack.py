@@ -82,7 +82,7 @@ class TierStack:
         reader: of the SSD tier.
         device: where the HBM tier lies; the CPU stands in for a GPU with a region of host memory.
         memory: parameters of a model in memory, which then replace SSD and DRAM.
-        link: what copies to the HBM tier cross.
+        link: what copies to the HBM tier cross; the machine's own by default.
         observe: is told (tier, event, key) of every decision.
     """
 
@@ -94,7 +94,7 @@ class TierStack:
         device: torch.device,
         memory: Sequence[torch.Tensor] | None,
         observe: Observer,
-        link: Link,
+        link: Link | None = None,
     ) -> None:
         self._units, self._reader, self._plan = manifest.units, reader, plan
         self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}

@@ -67,11 +67,17 @@ class Transfer:
         lower: the tier to take units from.
         spans: how each unit's bytes move.
         device: where the upper slots lie.
-        link: what the copies cross.
+        link: what the copies cross; the machine's own by default.
     """
 
-    def __init__(self, lower: Source, spans: Mapping[Key, Sequence[Span]], device: torch.device, link: Link) -> None:
-        self._lower, self._spans, self._link = lower, spans, link
+    def __init__(
+        self,
+        lower: Source,
+        spans: Mapping[Key, Sequence[Span]],
+        device: torch.device,
+        link: Link | None = None,
+    ) -> None:
+        self._lower, self._spans, self._link = lower, spans, link or Link()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-transfer")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:  # the slab may be memory that kernels under way still use
