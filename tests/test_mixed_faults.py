@@ -92,3 +92,19 @@ def test_a_share_finds_its_own_setting(share: float, plane_store: Folders) -> No
     )
     with lend(store.folder, config, calibration=made) as model:
         assert model.tiercache.mixed.way.setting.share == share
+
+
+def test_the_replay_of_a_run_from_its_start_is_what_it_did(plane_store: Folders) -> None:
+    store = plane_store("llama")
+    with opened(store, None) as model, pytest.raises(UsageError, match="nothing to replay"):
+        model.tiercache.replay(None)
+    with opened(store, few_slots(store)) as model, torch.no_grad():
+        attached = model.tiercache
+        with attached.recording() as trace:
+            decode(model, [IDS[:, place : place + 1] for place in range(8)])
+        neurons = attached.stats().neurons
+        rows = {row.policy: row for row in attached.replay(trace)}
+    assert neurons.policy == "lru"
+    assert rows["lru"].hit_rate == neurons.hit_rate
+    assert rows["lru"].belady == neurons.belady >= neurons.hit_rate
+    assert {"atu", "lfru", "sieve", "hot", "belady"} < rows.keys()
