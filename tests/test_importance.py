@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from tiercache.errors import UsageError
 from tiercache.model.importance import (
     SCORERS,
+    first,
     largest,
     needed,
     previous,
@@ -97,3 +100,23 @@ def test_a_predictor_learns_a_planted_rule(rng: torch.Generator) -> None:
     assert not any(parameter.requires_grad for parameter in made.parameters())
     shuffled = train_predictor(x[:500], truth[:500].roll(250, 0), rank=16, steps=150)
     assert recall(shuffled(x[500:]), truth[500:], 0.5) < 0.65
+
+
+@given(st.data(), st.lists(st.integers(0, 4), min_size=1, max_size=40))
+def test_the_first_of_each_class_are_the_larger_ones(data: st.DataObject, numbers: list[int]) -> None:
+    left, counts = len(numbers), []
+    for _ in range(3):
+        counts.append(data.draw(st.integers(0, left)))
+        left -= counts[-1]
+    score = torch.tensor(numbers, dtype=torch.float32)
+    order = first(score, counts, in_order=False)
+    assert len(set(order.tolist())) == len(order) == sum(counts)
+    rest = torch.tensor([place for place in range(len(numbers)) if place not in set(order.tolist())], dtype=torch.int64)
+    classes = [score[some] for some in (*order.split(counts), rest)]
+    best = score.sort(descending=True).values.split([*counts, left])
+    assert all(torch.equal(some.sort(descending=True).values, want) for some, want in zip(classes, best, strict=True))
+
+
+def test_scores_that_are_no_numbers_lose_no_neuron() -> None:
+    score = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 2.0])
+    assert len(set(first(score, (2, 1, 1), in_order=False).tolist())) == 4

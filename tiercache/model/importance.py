@@ -95,16 +95,27 @@ def first(score: Tensor, counts: Sequence[int], *, in_order: bool) -> Tensor:
     Args:
         score: [neurons].
         counts: how many each class has.
-        in_order: most important first within a class as well, which costs a sort.
+        in_order: most important first within a class as well, which costs a sort; else in the order in which they lie,
+            which what follows walks through faster.
     """
     total = sum(counts)
     if in_order or score.device.type != "cpu":
         return score.topk(total).indices
-    places = {place - 1 for place in accumulate(counts) if 0 < place < len(score)}
-    numbers = (-score).numpy()
-    # numpy parts 28672 numbers in a quarter of the time that torch takes to find and sort the larger half
-    order = np.argpartition(numbers, sorted(places)) if places else np.arange(len(numbers))
-    return torch.from_numpy(order[:total])
+    numbers = score.numpy()
+    edges = [len(numbers) - count for count in accumulate(counts)]
+    parted = np.partition(numbers, sorted({edge for edge in edges if edge < len(numbers)})) if total else numbers
+    if total and np.isnan(parted[-1]):  # of a broken model; comparisons would lose neurons
+        return score.topk(total).indices
+    before, found = np.zeros(len(numbers), np.bool_), [np.zeros(0, np.int64)]
+    for edge in edges:
+        if edge == len(numbers):
+            continue
+        taken = numbers > parted[edge]
+        ties = len(numbers) - edge - np.count_nonzero(taken)
+        taken[np.flatnonzero(numbers == parted[edge])[:ties]] = True
+        found.append(np.flatnonzero(taken & ~before))
+        before = taken
+    return torch.from_numpy(np.concatenate(found))
 
 
 def recall(guess: Tensor, truth: Tensor, share: float) -> float:
