@@ -67,7 +67,7 @@ def _opened(case: Case) -> Iterator[Any]:
         cpu_tokens=0,
         mode="exact" if case.share is None else "mixed",
         bytes_per_token=None if case.share is None else Budget(fraction=1.0),
-        policy=case.policy,
+        policy="auto" if case.share is None else case.policy,
         link_gbps=case.link_gbps,
     )
     made = None if case.share is None else untaught(store, case.share)
