@@ -61,11 +61,6 @@ class Outcome:
         """Hit rate / chance; 0 without slots."""
         return self.hit_rate / self.chance if self.chance else 0.0
 
-    @property
-    def loaded_rows(self) -> int:
-        """All loads."""
-        return int(self.loads.sum())
-
 
 def replay(
     trace: Trace,

@@ -118,7 +118,7 @@ class Mixing:
     def replayed(self, plan: SlotPlan, low: int, uploads: int | None) -> list[replay.Row]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
         trace = self.trace(low)
-        if trace is None or not plan.slots or not any(map(any, plan.slots)):
+        if trace is None or plan.empty:
             return []
         return replay.compare(trace, plan.slots, uploads, plan.widths, hot=self.calibration.frequency)
 

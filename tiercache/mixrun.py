@@ -114,7 +114,7 @@ class MixedRun:
             lost += "; planes of some layers do not fit and are left out, so prompts are not read exactly"
         if self.capped:
             lost = f"at least {lost}: uploads are capped, and neurons beyond do with the planes at hand"
-        if self.slots is not None and not any(map(any, self.slots.plan.slots)):
+        if self.slots is not None and self.slots.plan.empty:
             lost += "; hbm= leaves no slot for neurons, so each is brought up anew for every token: raise it"
         text = meta["text"]["name"]
         return f"mixed mode is lossy: a token reads {read} of the neurons ({how}); on {text} that lost {lost}"
@@ -130,7 +130,7 @@ class MixedRun:
         Raises:
             UsageError: there are no slots.
         """
-        if self.slots is None or not any(map(any, self.slots.plan.slots)):
+        if self.slots is None or self.slots.plan.empty:
             raise UsageError("without slots in an HBM tier there is nothing to replay; raise hbm=")
         plan, hot = self.slots.plan, self.way.calibration.frequency
         return replay.compare(trace, plan.slots, self.slots.uploads, plan.widths, hot=hot)

@@ -47,6 +47,11 @@ class SlotPlan:
     neurons: int
 
     @property
+    def empty(self) -> bool:
+        """Whether no layer has a slot."""
+        return not any(map(any, self.slots))
+
+    @property
     def nbytes(self) -> int:
         """All of it."""
         rows = [sum(layer[plane] for layer in self.slots) + more for plane, more in enumerate(self.passing)]
