@@ -3,6 +3,7 @@
 TiercacheError                      1
 ├── UsageError                      2   a value, name or call that cannot be meant
 │   ├── UnsupportedModelError       2   an architecture, layout or feature tiercache does not run
+│   ├── DraftError                  2   a drafted tree that cannot be verified by the rule that was chosen
 │   └── ClosedError                 2   a resource used after it was closed
 ├── DoesNotFitError                 3   a budget too small, with the bytes that are missing
 │   └── ContextExceededError        3   a pass that would outgrow what was reserved for it
@@ -32,6 +33,10 @@ class UsageError(TiercacheError):
 
 class UnsupportedModelError(UsageError):
     """An architecture, layout or feature that tiercache does not run."""
+
+
+class DraftError(UsageError):
+    """A drafted tree that is malformed, or that the rule of verification cannot take."""
 
 
 class ClosedError(UsageError):

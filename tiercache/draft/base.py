@@ -1,0 +1,200 @@
+"""What a drafter is: what it asks for, what it is told, and what it may be asked.
+
+Knows trees and tokens; nothing of the target. A drafter never decides what is emitted, so a bad one costs time and
+nothing else.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from tiercache.draft.tree import DraftTree
+
+# The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
+Noise = Callable[[int], torch.Tensor]
+# The run's logits processors at nodes of equal depth: (ids [nodes, length], logits [nodes, vocabulary]) -> scores.
+Shape = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a drafter wants to be told of every pass, and what it takes.
+
+    Attributes:
+        topk: the target's likeliest tokens of each node, so many.
+        logits: the whole rows of logits of each node.
+        hidden_layers: hidden states of these layers, at each node (for trained heads).
+        shared_kv: it runs the target's own model on the target's KV cache.
+        extends: `extend` is worth calling while the target runs.
+        vocabulary: it guesses tokens of this many; None for any.
+        device_bytes: what it holds where the model computes.
+        host_bytes: what it holds in main memory.
+        node_bytes: what each node takes while a tree grows and is verified, where the model computes.
+    """
+
+    topk: int = 0
+    logits: bool = False
+    hidden_layers: tuple[int, ...] = ()
+    shared_kv: bool = False
+    extends: bool = False
+    vocabulary: int | None = None
+    device_bytes: int = 0
+    host_bytes: int = 0
+    node_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class TreeBudget:
+    """How large a tree may be.
+
+    Attributes:
+        nodes: at most.
+        depth: of the deepest node; children of the root have 1.
+        width: nodes expanded in one drafting pass, and children of a node.
+        floor: a node whose whole path is accepted with less than this probability, as the drafter sees it, is not
+            worth verifying.
+        grow_floor: likewise, not worth another drafting pass.
+        deadline_s: seconds that proposing may take; None for no bound.
+    """
+
+    nodes: int
+    depth: int = 16
+    width: int = 8
+    floor: float = 0.0
+    grow_floor: float = 0.0
+    deadline_s: float | None = None
+
+
+@dataclass
+class Context:
+    """The sequence that is being continued, as a drafter sees it; `tokens` grows as the loop commits.
+
+    Attributes:
+        tokens: ids of the prompt and of everything emitted; the last one is the root of the next tree.
+        vocabulary: of the target.
+        noise: the target's noise by absolute position (`len(tokens)` is the next token's); None in greedy decoding.
+        shape: the run's processors, for drafters that have logits; None where there are none.
+        room: positions left before the sequence must end.
+    """
+
+    tokens: list[int]
+    vocabulary: int
+    noise: Noise | None = None
+    shape: Shape | None = None
+    room: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one pass of the target showed. The prompt's pass has an empty tree.
+
+    Attributes:
+        tree: what was verified.
+        path: the accepted nodes, in order.
+        emitted: the accepted tokens and the target's own one after them, as committed (an end of the sequence may
+            have cut them short).
+        topk: likeliest tokens of the root and of every node [1 + nodes, k], best first, if asked for; after a prompt
+            one row for each of its last tokens, the root's last.
+        logits: whole rows likewise, if asked for; valid only during the call.
+        hidden: by layer [1 + nodes, hidden], if asked for; valid only during the call.
+    """
+
+    tree: DraftTree
+    path: tuple[int, ...]
+    emitted: tuple[int, ...]
+    topk: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rejected(self) -> tuple[int, ...]:
+        """Nodes whose parent was accepted (or is the root) and which were not."""
+        accepted = {-1, *self.path}
+        taken = set(self.path)
+        return tuple(n for n, parent in enumerate(self.tree.parents) if parent in accepted and n not in taken)
+
+
+class Drafter(Protocol):
+    """Guesses what follows.
+
+    Attributes:
+        name: as statistics and tables have it.
+        needs: what it wants to be told, and what it takes.
+    """
+
+    name: str
+    needs: Needs
+
+    def begin(self, context: Context) -> None:
+        """A new sequence; forget the last one, but not what was learnt."""
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """A tree below the context's last token; may be empty."""
+
+    def observe(self, feedback: Feedback) -> None:
+        """What came of it; the context's tokens hold the emitted ones already."""
+
+    def extend(self, tree: DraftTree, deadline_s: float) -> None:
+        """Prepare, while the target still verifies `tree`, for what may follow; in another thread than the target's."""
+
+    def snapshot(self) -> Any:
+        """The state of this sequence, for `rollback`."""
+
+    def rollback(self, snapshot: Any) -> None:
+        """The sequence is again what it was."""
+
+    def train_step(self, batch: Sequence[Feedback]) -> float | None:
+        """Learn from passes; returns a loss, or None where there is nothing to train."""
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as plain data, for `load_state`."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what was learnt before."""
+
+    def close(self) -> None:
+        """Give back what it holds, and put what was learnt where it is kept; harmless when done twice."""
+
+
+class BaseDrafter:
+    """The parts of `Drafter` that most leave empty."""
+
+    name = "base"
+    needs = Needs()
+
+    def begin(self, context: Context) -> None:
+        """See `Drafter`."""
+        self.context = context
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """See `Drafter`."""
+        return DraftTree()
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`."""
+
+    def extend(self, tree: DraftTree, deadline_s: float) -> None:
+        """See `Drafter`."""
+
+    def snapshot(self) -> Any:
+        """See `Drafter`."""
+        return None
+
+    def rollback(self, snapshot: Any) -> None:
+        """See `Drafter`."""
+
+    def train_step(self, batch: Sequence[Feedback]) -> float | None:
+        """See `Drafter`."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """See `Drafter`."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `Drafter`."""
+
+    def close(self) -> None:
+        """See `Drafter`."""
