@@ -1,0 +1,308 @@
+"""One sequence of a model, and trees of guessed tokens below it that are run in one pass.
+
+The nodes of a tree lie in the KV cache one behind the other, as they were run. A 4-D mask lets each see the committed
+tokens and its own ancestors, and its position is that of the token it may become (SpecInfer, arXiv 2305.09781,
+section 4.2).
+
+Knows transformers' forward and the cache; nothing of who guessed the tokens, or which are accepted.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from tiercache.decode.kv import Rewind, TreeCache, support
+from tiercache.errors import DraftError, UnsupportedModelError, UsageError
+
+_REPLAYED = 64  # committed tokens that may ride along in front of nodes, before they get a pass of their own
+
+
+class TreeRun:
+    """One sequence of a causal language model with its cache.
+
+    Nodes are run below the committed tokens, in one pass or in several; then the accepted path is committed and all
+    others are dropped. A model with a recurrent state is taken back to before the nodes if not all of them are
+    accepted, and the accepted tokens ride along in front of the next pass: committed, but not in its state yet.
+
+    Args:
+        model: on transformers' own forward; it may be offloaded.
+        padding: attention mask of the prompt [prompt] or [1, prompt], zeros where it is padded; None for no padding.
+        capacity: slots of the KV cache, for the sequence and the largest tree; None to grow it as needed.
+
+    Attributes:
+        length: committed tokens, padding included.
+
+    Raises:
+        UnsupportedModelError: the model can run no more than the next token.
+        UsageError: the padding is not that of one sequence.
+    """
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, padding: Tensor | None = None, capacity: int | None = None
+    ) -> None:
+        self._support = support(model)
+        if self._support.takes == "nothing":
+            raise UnsupportedModelError(
+                f"drafts cannot be verified, for {self._support.reason}; decode without a drafter"
+            )
+        config = model.config.get_text_config(decoder=True)
+        accepts = inspect.signature(model.forward).parameters
+        self._model = model
+        self._cache_name = "past_key_values" if "past_key_values" in accepts else "cache_params"
+        self._with_positions = "position_ids" in accepts
+        self._cache: Any = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
+        self._masks = _Masks(config, model.dtype, model.device, _hidden(padding, model.device))
+        self.length = 0
+        self._tokens: list[int] = []  # of the open nodes, which are neither committed nor dropped
+        self._parents: list[int] = []
+        self._depths: list[int] = []  # of children of the last committed token: 0
+        self._lines: list[int] = []  # of each node the set of its ancestors and itself, as the bits of a number
+        self._pending: list[int] = []
+        self._rewind: Rewind | None = None
+
+    @property
+    def supports_tree(self) -> bool:
+        """Whether nodes may have siblings."""
+        return self._support.takes == "trees"
+
+    @property
+    def cache(self) -> transformers.Cache:
+        """The cache, with all committed tokens in it; a recurrent model may run some of them for that."""
+        self._settle()
+        cache: transformers.Cache = self._cache
+        return cache
+
+    def prefill(self, ids: Tensor, keep: int = 1) -> Tensor:
+        """Commit tokens [length] in one causal pass; logits of the last `keep` [keep, vocabulary].
+
+        Raises:
+            DraftError: some nodes are open.
+            ContextExceededError: the cache or the model has no room.
+        """
+        if self._tokens:
+            raise DraftError(f"{len(self._tokens)} nodes are open; commit or drop them before more of the sequence")
+        start, pending = self.length - len(self._pending), ids.new_tensor(self._pending)
+        logits = self._causal(torch.cat((pending, ids)), start, keep)
+        self._pending = []
+        self.length += ids.shape[0]
+        return logits
+
+    def run(self, tokens: Sequence[int], parents: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
+        """Run nodes; logits of each [nodes, vocabulary], or of `rows` of them alone [rows, vocabulary].
+
+        If it fails, what was open before is open again; a recurrent model drops all of it.
+
+        Args:
+            tokens: of each node.
+            parents: of each; -1 for the last committed token, or the index of a node. Nodes count from the first
+                that was run since the last commit, through all calls, this one included.
+            rows: those of this call whose logits are wanted, counted within the call.
+
+        Raises:
+            DraftError: no nodes, a parent that does not come before its node, or a branch where the model takes
+                chains alone.
+            ContextExceededError: the cache or the model has no room.
+        """
+        open_before = len(self._tokens)
+        self._check(tokens, parents)
+        self._enter(tokens, parents)
+        try:
+            if self.supports_tree:
+                return self._tree(open_before, rows)
+            return self._chain(open_before, rows)
+        except BaseException:  # an interrupt as well may leave some layers longer than others
+            self._back_to(0 if self._support.recurrent else open_before)
+            raise
+
+    def commit(self, nodes: Sequence[int]) -> None:
+        """Commit a path of open nodes, from a child of the last committed token down; all others are dropped.
+
+        Raises:
+            DraftError: they are no such path.
+        """
+        for node, parent in zip(nodes, (-1, *nodes), strict=False):
+            if not 0 <= node < len(self._tokens) or self._parents[node] != parent:
+                raise DraftError(
+                    f"node {node} is no child of {parent}, so {list(nodes)} is no path of the {len(self._tokens)} "
+                    "open nodes; commit one that starts below -1"
+                )
+        taken = [self._tokens[node] for node in nodes]
+        if not self._support.recurrent:
+            self._cache.keep(self.length, nodes)
+        elif len(nodes) < len(self._tokens):
+            self._back_to(0)
+            self._pending += taken
+        elif nodes:
+            self._pending = []
+        self.length += len(nodes)
+        self._forget(0)
+        # Now, not in front of the next nodes: that may be a drafter's pass, which runs on less than the whole model.
+        if len(self._pending) > _REPLAYED:
+            self._settle()
+
+    def drop(self) -> None:
+        """Drop all open nodes."""
+        self._back_to(0)
+
+    def _settle(self) -> None:
+        """Bring a recurrent state up to the committed tokens; without open nodes alone."""
+        if self._pending and not self._tokens:
+            self._causal(torch.tensor(self._pending), self.length - len(self._pending), 1)
+            self._pending = []
+
+    def _check(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
+        if not tokens or len(tokens) != len(parents):
+            raise DraftError(f"{len(tokens)} tokens came with {len(parents)} parents; give one for each of some nodes")
+        for node, parent in enumerate(parents, len(self._tokens)):
+            if not -1 <= parent < node:
+                raise DraftError(f"node {node} has parent {parent}; parents must come before their children")
+            if parent != node - 1 and not self.supports_tree:
+                raise DraftError(
+                    f"node {node} has parent {parent}, but this model takes chains alone, for {self._support.reason}; "
+                    "draft without branches"
+                )
+
+    def _enter(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
+        depths, lines = self._depths, self._lines
+        for node, parent in enumerate(parents, len(self._tokens)):
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+            lines.append((lines[parent] if parent >= 0 else 0) | 1 << node)
+        self._tokens += tokens
+        self._parents += parents
+
+    def _back_to(self, nodes: int) -> None:
+        """As it was when only so many nodes were open."""
+        if isinstance(self._cache, TreeCache):
+            self._cache.truncate(self.length + nodes)
+        elif self._rewind is not None:
+            self._rewind.back()
+        self._forget(nodes)
+
+    def _forget(self, nodes: int) -> None:
+        for part in (self._tokens, self._parents, self._depths, self._lines):
+            del part[nodes:]
+        self._rewind = None
+
+    def _tree(self, first: int, rows: Sequence[int] | None) -> Tensor:
+        """A pass of the open nodes from `first` on, by mask and position."""
+        tip = self.length - self._masks.padded
+        both = torch.tensor(
+            (self._tokens[first:], [tip + depth for depth in self._depths[first:]]), device=self._masks.device
+        )
+        mask = self._masks.tree(self._lines, self._depths, first, self.length)
+        return self._forward(both[:1], both[1:], mask, len(self._tokens) - first, rows)
+
+    def _chain(self, first: int, rows: Sequence[int] | None) -> Tensor:
+        """A pass of the open nodes from `first` on, as the model itself continues a sequence."""
+        fed = self._tokens[first:]
+        start = self.length + first
+        if self._support.recurrent and first == 0:
+            self._rewind = Rewind(self._cache)
+            fed, start = [*self._pending, *fed], start - len(self._pending)
+        return self._causal(torch.tensor(fed), start, len(self._tokens) - first, rows)
+
+    def _causal(self, ids: Tensor, start: int, keep: int, rows: Sequence[int] | None = None) -> Tensor:
+        """A pass of tokens [length] behind `start` others; logits of the last `keep`, or of `rows` of these."""
+        shown, positions = self._masks.causal(start, start + ids.shape[0])
+        return self._forward(ids[None].to(self._masks.device), positions, shown, keep, rows)
+
+    def _forward(
+        self, ids: Tensor, positions: Tensor, mask: object, keep: int, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        wanted: int | Tensor = keep
+        if rows is not None:
+            wanted = torch.tensor(rows, device=ids.device) + (ids.shape[1] - keep)
+        named: dict[str, Any] = {self._cache_name: self._cache}
+        if self._with_positions:
+            named["position_ids"] = positions
+        with torch.no_grad():
+            output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=wanted, **named)
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+class _Masks:
+    """What each token of a pass may see.
+
+    Args:
+        config: of the language model, for its kinds of layers and its window.
+        dtype: of the model.
+        device: of the masks.
+        hidden: slots that no token may see [prompt], bool; None where there are none.
+    """
+
+    def __init__(
+        self, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device, hidden: Tensor | None
+    ) -> None:
+        window = getattr(config, "sliding_window", None)
+        kinds = set(
+            getattr(config, "layer_types", None) or ("full_attention" if window is None else "sliding_attention",)
+        )
+        self.device, self.padded = device, 0 if hidden is None else int(hidden.sum())
+        self._hidden, self._dtype = hidden, dtype
+        self._window: int | None = window if "sliding_attention" in kinds else None
+        self._mixed = len(kinds) > 1
+        self._additive = config._attn_implementation == "eager"
+
+    def causal(self, start: int, end: int) -> tuple[Tensor | None, Tensor]:
+        """For the slots from `start` to `end`: the model's own 2-D mask [1, end], and positions [1, end - start]."""
+        if self._hidden is None:
+            return None, torch.arange(start, end, device=self.device)[None]
+        shown = torch.ones(1, end, dtype=torch.long, device=self.device)
+        prompt = min(end, self._hidden.shape[0])
+        shown[0, :prompt] = ~self._hidden[:prompt]
+        return shown, (shown.cumsum(1) - 1).clamp_(min=0)[:, start:]
+
+    def tree(self, lines: Sequence[int], depths: Sequence[int], first: int, length: int) -> Any:
+        """For the nodes from `first` on, below `length` committed tokens: one mask, or one for each kind of layer.
+
+        A mask is [1, 1, nodes, length + all open nodes]; None where every new node sees every slot, which the model's
+        own fast path for one token does by itself.
+        """
+        nodes, new = len(lines), len(lines) - first
+        window = self._window
+        if window is not None and length + max(depths[first:]) < window:
+            window = None  # it reaches to the beginning
+        if new == 1 and window is None and self._hidden is None and lines[first] == (1 << nodes) - 1:
+            return None
+        seen = torch.ones(new, length + nodes, dtype=torch.bool, device=self.device)
+        width = (nodes + 7) // 8
+        packed = np.frombuffer(b"".join(line.to_bytes(width, "little") for line in lines[first:]), np.uint8)
+        bits = np.unpackbits(packed.reshape(new, width), axis=1, count=nodes, bitorder="little")
+        seen[:, length:] = torch.from_numpy(bits).to(self.device)
+        if self._hidden is not None:
+            seen[:, : self._hidden.shape[0]].masked_fill_(self._hidden, False)
+        near = seen if window is None else self._near(seen, depths, first, length, window)
+        if self._mixed:
+            full = self._for_attention(seen)
+            return {"full_attention": full, "sliding_attention": full if near is seen else self._for_attention(near)}
+        return self._for_attention(near)
+
+    def _near(self, seen: Tensor, depths: Sequence[int], first: int, length: int, window: int) -> Tensor:
+        """Of what nodes see, what is within their window: by the place that a node would take, not by its slot."""
+        below = torch.tensor(depths, device=self.device) + length
+        places = torch.cat((torch.arange(length, device=self.device), below))
+        return (places > below[first:, None] - window).logical_and_(seen)
+
+    def _for_attention(self, seen: Tensor) -> Tensor:
+        seen = seen[None, None]
+        if not self._additive:
+            return seen
+        least = torch.finfo(self._dtype).min
+        return torch.zeros(seen.shape, dtype=self._dtype, device=self.device).masked_fill_(~seen, least)
+
+
+def _hidden(padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """The slots of padding [prompt]; None where there is none."""
+    if padding is None:
+        return None
+    if padding.dim() > 2 or (padding.dim() == 2 and padding.shape[0] != 1):
+        raise UsageError(f"padding of shape {tuple(padding.shape)} is not that of one sequence; give one row of it")
+    hidden = (padding.reshape(-1) == 0).to(device)
+    return hidden if bool(hidden.any()) else None
