@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
+from tiercache.decode.treepass import TreeRun
 from tiercache.draft.tree import DraftTree
 
 # The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
 Noise = Callable[[int], torch.Tensor]
-# The run's logits processors at nodes of equal depth: (ids [nodes, length], logits [nodes, vocabulary]) -> scores.
-Shape = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# The run's logits processors at nodes: (for each the tokens from the root's successor to it, logits [nodes,
+# vocabulary]) -> scores. They are a drafter's to rank by; the verifier asks the processors themselves.
+Shape = Callable[[Sequence[Sequence[int]], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class TreeBudget:
         floor: a node whose whole path is accepted with less than this probability, as the drafter sees it, is not
             worth verifying.
         grow_floor: likewise, not worth another drafting pass.
+        sharpness: factor on scores that makes a drafter's confidence as high as it is right.
         deadline_s: seconds that proposing may take; None for no bound.
     """
 
@@ -64,6 +67,7 @@ class TreeBudget:
     width: int = 8
     floor: float = 0.0
     grow_floor: float = 0.0
+    sharpness: float = 1.0
     deadline_s: float | None = None
 
 
@@ -77,6 +81,7 @@ class Context:
         noise: the target's noise by absolute position (`len(tokens)` is the next token's); None in greedy decoding.
         shape: the run's processors, for drafters that have logits; None where there are none.
         room: positions left before the sequence must end.
+        run: the target's own model and KV cache at the root, for drafters that share it.
     """
 
     tokens: list[int]
@@ -84,6 +89,7 @@ class Context:
     noise: Noise | None = None
     shape: Shape | None = None
     room: int = 1 << 30
+    run: TreeRun | None = None
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,12 @@ class Drafter(Protocol):
     Attributes:
         name: as statistics and tables have it.
         needs: what it wants to be told, and what it takes.
+        passes: of a model, that its newest proposal took.
     """
 
     name: str
     needs: Needs
+    passes: int
 
     def begin(self, context: Context) -> None:
         """A new sequence; forget the last one, but not what was learnt."""
@@ -163,6 +171,7 @@ class BaseDrafter:
 
     name = "base"
     needs = Needs()
+    passes = 0
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""

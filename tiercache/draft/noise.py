@@ -27,6 +27,7 @@ class GumbelNoise:
     """
 
     def __init__(self, seed: int, vocabulary: int, device: torch.device | None = None, *, sample: int = 0) -> None:
+        self.seed = seed
         self._key = _mix(_mix(torch.tensor(_signed(seed))) + sample)
         self._tokens = torch.arange(1, vocabulary + 1) * _GOLDEN
         self._device = device

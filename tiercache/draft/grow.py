@@ -1,0 +1,192 @@
+"""How trees grow, written once over any drafter's scores.
+
+Growers that rank take the children that are likeliest to be accepted; growers that draw take them by chance, for the
+rule that needs it. A ranking grower that is told the target's noise adds it to its own scores, for the target's token
+is the argmax of such a sum.
+
+Knows scores and trees; nothing of models, or of how the scores come about.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tiercache.draft.base import Context, TreeBudget
+from tiercache.draft.drawn import Branching, Draws, Rows, StochasticBeam
+from tiercache.draft.sketch import Candidates, Grower, Passes, Scorer, Siblings, Sketch, safe_log, siblings_of, within
+from tiercache.draft.static import RankRates, Template, best_template
+from tiercache.draft.tree import ROOT, DraftTree, Order
+from tiercache.errors import UsageError
+
+__all__ = ["Candidates", "Grower", "Ranked", "Scorer", "Sketch", "Static", "grower", "log_confidence"]
+
+
+def log_confidence(best: Tensor, z: Tensor) -> Tensor:
+    """Log of the probability that a token is the one that the target takes, as the drafter sees it.
+
+    Args:
+        best: the perturbed scores of the tokens asked about [nodes, some].
+        z: of all candidates [nodes, k].
+    """
+    return best - z.logsumexp(-1, keepdim=True)
+
+
+def grower(
+    name: str, *, seed: int = 0, rates: RankRates | None = None, branching: Sequence[int] = (), draws: bool = False
+) -> Grower:
+    """The grower of a name, one for each drafter, for it may keep state.
+
+    Args:
+        name: "best-first", "fixed-width", "rsd-c", "rsd-s" or "sequoia".
+        seed: of growers that draw (see `Draws`).
+        rates: of "sequoia": acceptance by rank, which the caller may go on observing.
+        branching: of "rsd-c": children of each node of a depth; empty to take what the budget allows.
+        draws: of "sequoia": draw children without replacement instead of ranking them.
+
+    Raises:
+        UsageError: no grower has this name.
+    """
+    if name == "best-first":
+        return Ranked(by_depth=False)
+    if name == "fixed-width":
+        return Ranked(by_depth=True)
+    if name == "rsd-c":
+        return Branching(Draws(seed), branching)
+    if name == "rsd-s":
+        return StochasticBeam(Draws(seed))
+    if name == "sequoia":
+        return Static(RankRates() if rates is None else rates, Draws(seed) if draws else None)
+    raise UsageError(f"unknown grower {name!r}; choose one of best-first, fixed-width, rsd-c, rsd-s, sequoia")
+
+
+class Ranked:
+    """Expands the likeliest nodes and keeps the budget's likeliest of all that were seen.
+
+    The budget's width is how many nodes one pass expands, and how many children each gets; there are no more passes
+    than the tree may have depths, so none of the deepest is expanded. A node is never likelier than its parent, so
+    what is kept is a tree.
+
+    Args:
+        by_depth: expand nodes of the deepest level only (EAGLE-2, arXiv 2406.16858, section 4), instead of the
+            likeliest of any depth (SpecExec, arXiv 2406.02532, algorithm 2). The latter finds the likeliest tree of
+            all, if the width does not bind.
+    """
+
+    def __init__(self, *, by_depth: bool) -> None:
+        self._by_depth = by_depth
+
+    def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
+        """See `Grower`."""
+        passes = Passes(context, budget)
+        sketch = Sketch()
+        kept: list[float] = []  # scores of the likeliest nodes, a heap whose first is the least
+        open_: list[tuple[float, int]] = [(0.0, ROOT)]  # (-score, node), a heap
+        while (nodes := self._frontier(open_, kept, budget)) and passes.another(sketch.score(nodes[0])):
+            if self._by_depth:
+                open_.clear()
+            for siblings in _ranked(sketch, nodes, scorer(sketch, nodes), context, budget.width, budget.sharpness):
+                above = sketch.score(siblings.parent)
+                for token, step in zip(siblings.tokens, siblings.steps, strict=True):
+                    score = above + step
+                    if len(kept) < budget.nodes:
+                        heapq.heappush(kept, score)
+                    elif score > kept[0]:
+                        heapq.heapreplace(kept, score)
+                    else:
+                        break  # its younger siblings are no likelier
+                    heapq.heappush(open_, (-score, sketch.add(siblings.parent, token, step)))
+        best = sorted(range(len(sketch.tokens)), key=lambda node: (-sketch.scores[node], node))[: budget.nodes]
+        return sketch.tree(_order(context), _above_floor(sketch, best, budget.floor))
+
+    @staticmethod
+    def _frontier(open_: list[tuple[float, int]], kept: list[float], budget: TreeBudget) -> list[int]:
+        """The likeliest nodes to expand, likeliest first, of those whose children may be kept."""
+        least = kept[0] if kept and len(kept) == budget.nodes else -math.inf
+        least = max(least, safe_log(budget.floor))
+        nodes: list[int] = []
+        while open_ and len(nodes) < budget.width and -open_[0][0] >= least:
+            nodes.append(heapq.heappop(open_)[1])
+        return nodes
+
+
+class Static:
+    """The tree of most accepted nodes for an acceptance by rank, filled depth by depth (Sequoia, arXiv 2402.12374).
+
+    Attributes:
+        rates: acceptance by rank; observe it, and the next tree follows.
+
+    Args:
+        draws: draw children without replacement, as Sequoia does in sampling; None to rank them.
+    """
+
+    def __init__(self, rates: RankRates, draws: Draws | None = None) -> None:
+        self.rates = rates
+        self._draws = draws
+        self._last: tuple[tuple[object, ...], Template] | None = None
+
+    def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
+        """See `Grower`."""
+        passes = Passes(context, budget)
+        children = self._children(budget, passes.depth)
+        sketch, q = Sketch(), Rows(context.vocabulary)
+        frontier = {ROOT: ROOT}  # nodes with children to come, and which of the template's each is
+        while frontier:
+            nodes = [node for node in frontier if sketch.score(node) >= safe_log(budget.floor)]
+            wanted = [children.get(frontier[node], []) for node in nodes]
+            most = max(map(len, wanted), default=0)
+            if not most or not passes.another(max(map(sketch.score, nodes))):
+                break
+            candidates = scorer(sketch, nodes)
+            if self._draws is None:
+                found = _ranked(sketch, nodes, candidates, context, most, budget.sharpness)
+            else:
+                found = self._draws(nodes, candidates, most, q)
+            below: dict[int, int] = {}
+            for siblings, places in zip(found, wanted, strict=True):
+                for token, step, place in zip(siblings.tokens, siblings.steps, places, strict=False):
+                    node = sketch.add(siblings.parent, token, step)
+                    if place in children:
+                        below[node] = place
+            frontier = below
+        if self._draws is not None:
+            return sketch.tree("without_replacement", range(len(sketch.tokens)), q.of(sketch))
+        likeliest = sorted(range(len(sketch.tokens)), key=lambda node: (-sketch.scores[node], node))
+        return sketch.tree(_order(context), _above_floor(sketch, likeliest, budget.floor))
+
+    def _children(self, budget: TreeBudget, depth: int) -> dict[int, list[int]]:
+        rates = self.rates()
+        key = (rates, budget.nodes, depth, budget.width)
+        if self._last is None or self._last[0] != key:
+            self._last = key, best_template(rates, budget.nodes, depth, budget.width)
+        children: dict[int, list[int]] = {}
+        for place, parent in enumerate(self._last[1].parents):
+            children.setdefault(parent, []).append(place)
+        return children
+
+
+def _ranked(
+    sketch: Sketch, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, sharpness: float
+) -> list[Siblings]:
+    """The best `count` children of each node."""
+    z, tokens = within(candidates, context.vocabulary)
+    if context.noise is not None:
+        positions = [len(context.tokens) + sketch.depth(node) for node in nodes]
+        noise = {position: context.noise(position).to(z.device) for position in set(positions)}
+        rows = torch.stack([noise[position] for position in positions])
+        z = z + (rows[:, : z.shape[1]] if tokens is None else rows.gather(1, tokens))
+    z = z if sharpness == 1 else z * sharpness
+    best, index = z.topk(min(count, z.shape[1]))
+    steps = log_confidence(best, z).clamp_(max=0.0)  # nothing is likelier than its parent, not even by rounding
+    return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), steps)
+
+
+def _above_floor(sketch: Sketch, likeliest: Sequence[int], floor: float) -> list[int]:
+    """Those of `likeliest`, the likeliest first, that are worth verifying, or the first alone; ascending."""
+    return sorted([node for node in likeliest if sketch.scores[node] >= safe_log(floor)] or likeliest[:1])
+
+
+def _order(context: Context) -> Order:
+    return "deterministic" if context.noise is None else "shared_gumbel"

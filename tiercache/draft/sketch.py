@@ -1,0 +1,142 @@
+"""A tree while it grows, what a drafter says of its nodes, and whether to ask it again.
+
+Knows scores and budgets; nothing of models, or of which children a grower takes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tiercache.draft.base import Context, TreeBudget
+from tiercache.draft.tree import ROOT, DraftTree, Order
+
+
+@dataclass
+class Sketch:
+    """A tree that still grows; a node keeps its number while it does.
+
+    Attributes:
+        tokens, parents: of each node, as in `DraftTree`.
+        depths: of each node; children of the root have 1.
+        steps: log confidence of each node given its parent.
+        scores: log confidence of each node's whole path.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def depth(self, node: int) -> int:
+        """Of `node`; the root has 0."""
+        return 0 if node == ROOT else self.depths[node]
+
+    def score(self, node: int) -> float:
+        """Log confidence of `node`'s path; the root has 0."""
+        return 0.0 if node == ROOT else self.scores[node]
+
+    def add(self, parent: int, token: int, step: float) -> int:
+        """A new last child of `parent`."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depth(parent) + 1)
+        self.steps.append(step)
+        self.scores.append(self.score(parent) + step)
+        return len(self.tokens) - 1
+
+    def tree(self, order: Order, keep: Iterable[int], q: dict[int, Tensor] | None = None) -> DraftTree:
+        """The tree of the nodes in `keep`, ascending, which hold every node's parent; `q` by the sketch's numbers."""
+        place = {ROOT: ROOT}
+        nodes = list(keep)
+        for node in nodes:
+            place[node] = len(place) - 1
+        return DraftTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] for node in nodes),
+            order,
+            None if q is None else {place[parent]: row for parent, row in q.items() if parent in place},
+            tuple(self.steps[node] for node in nodes),
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a drafter says follows each of some nodes.
+
+    Attributes:
+        logq: log-probabilities [nodes, k]; -inf where there is nothing.
+        tokens: whose they are [nodes, k], none twice in a row; None where the column is the token.
+    """
+
+    logq: Tensor
+    tokens: Tensor | None = None
+
+
+# What follows each of the nodes asked for (`ROOT` for the root), none of them asked for before, and whose parents were:
+# one call is one pass of the drafter.
+Scorer = Callable[[Sketch, Sequence[int]], Candidates]
+# (scorer, context, budget) -> a tree within the budget and the context's room; without a call if that is empty.
+Grower = Callable[[Scorer, Context, TreeBudget], DraftTree]
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Children to be of a node, the best or first drawn first.
+
+    Attributes:
+        parent: the node.
+        tokens, steps: of each child; see `Sketch`.
+        perturbed: log q + Gumbel noise of each, where they were drawn.
+    """
+
+    parent: int
+    tokens: list[int]
+    steps: list[float]
+    perturbed: list[float] = field(default_factory=list)
+
+
+class Passes:
+    """Whether another drafting pass may begin.
+
+    Attributes:
+        depth: of the deepest node that there may be; 0 for an empty tree. No more passes than this are useful.
+    """
+
+    def __init__(self, context: Context, budget: TreeBudget) -> None:
+        self.depth = max(0, min(budget.depth, context.room - 1)) if min(budget.nodes, budget.width) > 0 else 0
+        self._done = 0
+        self._least = safe_log(budget.grow_floor)
+        self._end = math.inf if budget.deadline_s is None else time.perf_counter() + budget.deadline_s
+
+    def another(self, score: float) -> bool:
+        """Count one more, if it is worth it for a likeliest node of this score."""
+        self._done += 1
+        return self._done <= self.depth and score >= self._least and time.perf_counter() < self._end
+
+
+def within(candidates: Candidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+    """(logq, tokens) with no token outside the vocabulary."""
+    logq, tokens = candidates.logq.float(), candidates.tokens
+    if tokens is None:
+        return logq[:, :vocabulary], None
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    return logq.masked_fill(outside, -math.inf), tokens.masked_fill(outside, 0)
+
+
+def siblings_of(nodes: Sequence[int], tokens: Tensor, steps: Tensor, perturbed: Tensor | None = None) -> list[Siblings]:
+    """Rows as lists, without what is no candidate."""
+    highs = [[]] * len(nodes) if perturbed is None else perturbed.tolist()
+    found = []
+    for node, names, logs, high in zip(nodes, tokens.tolist(), steps.tolist(), highs, strict=True):
+        count = sum(step > -math.inf for step in logs)  # the best come first, NaN is none
+        found.append(Siblings(node, names[:count], logs[:count], high[:count]))
+    return found
+
+
+def safe_log(probability: float) -> float:
+    """Natural, -inf for 0."""
+    return math.log(probability) if probability > 0 else -math.inf
