@@ -65,7 +65,7 @@ class Block:
         self.forwards = []
         for name, module, weight in zip(names, self.modules, weights, strict=True):
             forward = PlaneForward(name, module, weight, {"cpu": self.kernels}, self.inputs, pairs.get(name))
-            forward.slot = slot
+            forward.slots = (slot,)
             self.forwards.append(forward)
 
     def wanted(self, place: int, x: torch.Tensor) -> torch.Tensor:

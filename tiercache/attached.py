@@ -1,20 +1,35 @@
-"""What a lent model carries as `model.tiercache`: its plan, its account, and in mixed mode how its passes choose.
+"""What a lent model carries as `model.tiercache`: its plan, its account, and of which kind its passes are.
 
 Knows plans, demands and statistics; opens and closes nothing.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import get_args
 
 from profiler.replay import Row
 from profiler.trace import Trace
 from tiercache.errors import UsageError
 from tiercache.mixrun import MixedRun
+from tiercache.model.guard import Passes
 from tiercache.model.mixed import Kind
 from tiercache.needs import Demand
 from tiercache.plan import Plan
 from tiercache.stats import Stats
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Resident passes of a model that is run exactly.
+
+    Attributes:
+        passes: which kind comes next.
+        read_bytes: what one of them reads of the planes that stay.
+    """
+
+    passes: Passes
+    read_bytes: int
 
 
 class Attached:
@@ -24,12 +39,19 @@ class Attached:
         plan: what lies where.
         rehearsal: what a pass does and takes.
         mixed: in mixed mode, how neurons are run.
+        resident: how passes do with the planes that stay, if the model was opened for that.
     """
 
     def __init__(
-        self, made: Plan, asked: Demand, stats: Stats, refresh: Callable[[Stats], None], mixed: MixedRun | None
+        self,
+        made: Plan,
+        asked: Demand,
+        stats: Stats,
+        refresh: Callable[[Stats], None],
+        mixed: MixedRun | None,
+        resident: Resident | None = None,
     ) -> None:
-        self.plan, self.rehearsal, self.mixed = made, asked.rehearsal, mixed
+        self.plan, self.rehearsal, self.mixed, self.resident = made, asked.rehearsal, mixed, resident
         self._asked, self._stats, self._refresh = asked, stats, refresh
 
     def stats(self) -> Stats:
@@ -38,14 +60,18 @@ class Attached:
         return self._stats
 
     def pass_bytes(self) -> dict[str, int]:
-        """Bytes of one whole pass of one token: the weights it reads, and what of them comes from the SSD."""
+        """Bytes of one whole pass of one token: the weights it reads, and what of them comes from the SSD.
+
+        Where there are resident passes of a model that is run exactly, also what one of them reads, as "resident".
+        """
         payload = self._asked.payload
         neurons = set() if self.mixed is None else self.mixed.units
         needed = sum(payload[key] for key in self._asked.needs.order if key not in neurons)
-        return {
+        found = {
             "needed": needed + (0 if self.mixed is None else self.mixed.read_bytes),
             "ssd": sum(payload[key] for key in self.plan.streamed),
         }
+        return found if self.resident is None else {**found, "resident": self.resident.read_bytes}
 
     def every_token(self) -> AbstractContextManager[None]:
         """In mixed mode: passes of any length within choose neurons for each token, as passes of one token do.
@@ -56,13 +82,22 @@ class Attached:
         return self._mixed().choosing.every_token()
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """In mixed mode: passes within are "mixed", "exact" or "resident"; see `tiercache.model.mixed`.
+        """Passes that begin within are "exact" or "resident", or in mixed mode "mixed".
+
+        In mixed mode see `tiercache.model.mixed`. A model that is run exactly has resident passes if it was opened for
+        them: each matrix is multiplied by at its lowest planes alone, as many as stay in the fastest tier and always
+        fewer than an exact pass takes. They move nothing, and what is on its way for the next exact pass goes on.
 
         Raises:
-            UsageError: the model is run exactly, an unknown kind, or exact passes where planes were left out.
+            UsageError: an unknown kind, one that this model was not opened for, or exact passes where planes were left
+                out.
         """
         if kind not in get_args(Kind):
             raise UsageError(f"unknown kind of pass {kind!r}; choose one of {', '.join(get_args(Kind))}")
+        if self.resident is not None:
+            if kind == "mixed":
+                raise UsageError("passes of a model that is run exactly are 'exact' or 'resident', not 'mixed'")
+            return self.resident.passes.within(resident=kind == "resident")
         if kind == "exact" and not self._mixed().way.whole:
             raise UsageError(
                 "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "

@@ -16,6 +16,8 @@ Precision = Literal["source", "int8", "int4", "int2"]
 SizeLike = int | float | str
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
+GrowerName = Literal["best-first", "fixed-width", "rsd-c", "rsd-s", "sequoia"]
+Verify = Literal["walk", "rejection", "typical"]
 Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]
 
 _UNITS = {"": 1, "b": 1}
@@ -115,19 +117,100 @@ class MixedOptions(TypedDict, total=False):
     link_gbps: float | None
 
 
-def read_mixed(options: MixedOptions) -> dict[str, Any]:
+class DraftOptions(TypedDict, total=False):
+    """Options of `offload` for drafting: `model.generate` then emits the same tokens in fewer passes.
+
+    Attributes:
+        drafter: "auto" (whatever is fastest, found out while decoding), "resident" (the model's own planes that are in
+            the fastest tier), "ngram" (tables of the text so far), a small model's checkpoint with the same tokenizer,
+            a `Drafter`, or None. Sampled tokens then depend on torch's seed, but on no drafter.
+        grower: how trees grow: "best-first", "fixed-width" or "sequoia"; "rsd-c" or "rsd-s" draw by chance.
+        draft_nodes, draft_depth: of a tree at most.
+        draft_width: nodes that one drafting pass expands, and children that each gets.
+        draft_fixed: always draft trees of this size, instead of the size that pays.
+        verify: "walk"; "rejection" (recursive rejection sampling, with growers that draw); "typical", which is lossy.
+        lossless: False permits rules that change what is emitted.
+        learned: a folder in which what was generated is counted, for n-grams of later runs.
+    """
+
+    drafter: object
+    grower: str
+    draft_nodes: int
+    draft_depth: int
+    draft_width: int
+    draft_fixed: bool
+    verify: Verify
+    lossless: bool
+    learned: str | Path | None
+
+
+class Options(MixedOptions, DraftOptions, total=False):
+    """Everything that `offload` takes beside places and precisions."""
+
+
+def read_options(options: Options) -> dict[str, Any]:
     """The options as fields of `OffloadConfig`.
 
     Raises:
         UsageError: an option that there is not, or a size that cannot be read.
     """
-    known = MixedOptions.__annotations__
-    if unknown := sorted(set(options) - set(known)):
-        raise UsageError(f"unknown option {unknown[0]!r} of offload(); those of mixed mode are {', '.join(known)}")
-    fields: dict[str, Any] = {name: value for name, value in options.items() if name != "bytes_per_token"}
+    mixed, drafts = MixedOptions.__annotations__, DraftOptions.__annotations__
+    if unknown := sorted(set(options) - set(mixed) - set(drafts)):
+        known = f"of mixed mode {', '.join(mixed)}; of drafting {', '.join(drafts)}"
+        raise UsageError(f"unknown option {unknown[0]!r} of offload(); there are {known}")
+    fields: dict[str, Any] = {name: value for name, value in options.items() if name in mixed}
     given = options.get("bytes_per_token")
     fields["bytes_per_token"] = None if given is None else Budget.parse(given)
-    return fields
+    wanted: dict[str, Any] = {name: value for name, value in options.items() if name in drafts}
+    if wanted.get("drafter") is None:
+        if idle := sorted(set(wanted) - {"drafter", "lossless"}):
+            raise UsageError(f"{idle[0]}= does nothing without a drafter; give drafter='auto', or leave it out")
+        return fields
+    return fields | {"draft": DraftConfig(**{name.removeprefix("draft_"): value for name, value in wanted.items()})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """The options of drafting, checked; see `DraftOptions`.
+
+    Attributes:
+        drafter: a name, a path, or a `Drafter`.
+        grower, verify, lossless, learned, fixed: as there.
+        nodes, depth, width: of a tree at most.
+        slots: of the KV cache that a tree may take, its root and nodes tried but not kept included.
+    """
+
+    drafter: Any
+    grower: str = "best-first"
+    nodes: int = 64
+    depth: int = 16
+    width: int = 8
+    fixed: bool = False
+    verify: Verify = "walk"
+    lossless: bool = True
+    learned: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.grower not in get_args(GrowerName):
+            raise UsageError(f"unknown grower {self.grower!r}; choose one of {', '.join(get_args(GrowerName))}")
+        if self.verify not in get_args(Verify):
+            raise UsageError(f"unknown verify={self.verify!r}; choose one of {', '.join(get_args(Verify))}")
+        for name in ("nodes", "depth", "width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"draft_{name}={value!r} must be a whole number, 1 or more; try draft_{name}=16")
+        if self.verify == "rejection" and not self.grower.startswith("rsd"):
+            raise UsageError(
+                f"verify='rejection' needs trees that are drawn, which grower={self.grower!r} does not; choose 'rsd-c' "
+                "or 'rsd-s', or verify='walk'"
+            )
+        if self.verify == "typical" and self.lossless:
+            raise UsageError("verify='typical' changes what is emitted; say lossless=False if that is meant")
+
+    @property
+    def slots(self) -> int:
+        """See the class."""
+        return 1 + max(self.nodes, self.depth * self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +235,8 @@ class OffloadConfig:
         policy: mixed: who stays in the neurons' slots; "auto" replays the calibration's trace.
         uploads: mixed: neurons that a token may bring into the slots of a layer's plane; None for as many as it wants.
         link_gbps: throttle copies to the HBM tier to this rate; what is measured then is emulated.
+        resident: units are cut by plane, so that passes may do with the planes that stay in the fastest tier.
+        draft: how to draft, if at all.
     """
 
     hbm: Budget | None
@@ -170,9 +255,12 @@ class OffloadConfig:
     policy: str = "auto"
     uploads: int | None = None
     link_gbps: float | None = None
+    resident: bool = False
+    draft: DraftConfig | None = None
 
     def __post_init__(self) -> None:
         self._check_mode()
+        self._check_resident()
         if self.precision not in get_args(Precision):
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if self.kernels not in get_args(KernelChoice):
@@ -186,6 +274,24 @@ class OffloadConfig:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
         if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise UsageError(f"unknown device {self.device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+    def _check_resident(self) -> None:
+        """Refuse resident passes where a matrix has no lower planes to do with."""
+        if not self.resident:
+            return
+        if self.mode != "exact":
+            raise UsageError(
+                "mode='mixed' has resident passes of its own; leave resident= out, or ask for mode='exact'"
+            )
+        if self.precision not in ("int8", "int4"):
+            raise UsageError(
+                f"resident passes do with fewer planes than precision={self.precision!r} has; ask for 'int8' or 'int4'"
+            )
+        if self.kernels == "decode":
+            raise UsageError(
+                "kernels='decode' makes a whole weight for every product, so resident passes would save nothing; leave "
+                "kernels= out"
+            )
 
     def _check_mode(self) -> None:
         """Refuse options of a mode that do not belong together."""

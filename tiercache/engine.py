@@ -5,7 +5,7 @@ stays where is the plan's, what moves when is the tiers'.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +14,21 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache.attached import Attached
+from tiercache import drafting
+from tiercache.attached import Attached, Resident
 from tiercache.budgeting import choose, divide
-from tiercache.config import Budget, KernelChoice, MixedOptions, OffloadConfig, Precision, SizeLike, read_mixed
-from tiercache.errors import EnvironmentUnsupportedError, UsageError
+from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
+from tiercache.drafting import Recruits
+from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
 from tiercache.mixing import Mixing
 from tiercache.mixrun import MixedRun
 from tiercache.model.attach import Attachment
-from tiercache.model.binding import weight_of
+from tiercache.model.binding import Use, weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
-from tiercache.model.guard import Guard, refuse_closed
+from tiercache.model.guard import Guard, Passes, refuse_closed
 from tiercache.needs import Demand, demand
 from tiercache.opening import Opened, open_model
 from tiercache.plan import Plan
@@ -58,7 +60,7 @@ def offload(
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
-    **mixed: Unpack[MixedOptions],
+    **options: Unpack[Options],
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
 
@@ -84,7 +86,8 @@ def offload(
             stay in HBM, instead of copying them up; measured when None, 0 for never.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
-        mixed: mode="mixed", and what belongs to it: `config.MixedOptions`.
+        options: mode="mixed" and what belongs to it (`config.MixedOptions`), or drafter= and what does to that
+            (`config.DraftOptions`).
 
     Raises:
         UsageError, UnsupportedModelError: something that cannot be meant, or is not supported.
@@ -94,10 +97,10 @@ def offload(
     """
     places: dict[str, Any] = {"hbm": hbm if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
-    precision = precision or ("int8" if mixed.get("mode") == "mixed" else "source")
+    precision = precision or ("int8" if options.get("mode") == "mixed" else "source")
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
-    config = OffloadConfig(**places, **sizes, **chosen, **read_mixed(mixed))
+    config = OffloadConfig(**places, **sizes, **chosen, **read_options(options))
     with lend(model_or_path, config, show_progress=show_progress, observe=observe) as model:
         yield model
 
@@ -128,14 +131,21 @@ def _open(
 ) -> transformers.PreTrainedModel:
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
-    opened = open_model(model_or_path, config, show_progress=show_progress)
+    if config.resident and config.cpu_tokens and target.type != "cpu":
+        raise UsageError(
+            f"cpu_tokens={config.cpu_tokens} would multiply some planes of a matrix on {target} and others on the CPU, "
+            "which resident passes rule out; leave cpu_tokens= out, or choose another drafter than 'resident'"
+        )
     kernels = _kernels(config, target, show_progress)
+    config = drafting.with_planes(config, kernels=bool(kernels))
+    opened = open_model(model_or_path, config, show_progress=show_progress)
     way: Mixing | None = None
+    recruits: Recruits | None = None
     if config.mode == "mixed":
         way, opened, asked, made = choose(opened, config, target, calibration)
     else:
-        asked = demand(opened, config, target, kernels=bool(kernels))
-        made = divide(opened, asked, config, target)
+        fitted = _fit(opened, model_or_path, config, target, bool(kernels), show_progress)
+        config, opened, recruits, asked, made = fitted
     reader = stack.enter_context(Reader())
     if config.link_gbps is not None and made.hbm is None:
         raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
@@ -157,7 +167,32 @@ def _open(
         if calibration is None:  # one that was made up for the occasion knows of no loss
             note(run.loss_line, show=show_progress is not False)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
+    if recruits is not None:
+        drafting.attach(stack, opened.model, recruits, config, target, stats, show=show_progress is not False)
     return opened.model
+
+
+def _fit(
+    opened: Opened,
+    named: transformers.PreTrainedModel | str | Path,
+    config: OffloadConfig,
+    device: torch.device,
+    kernels: bool,
+    show_progress: bool | None,
+) -> tuple[OffloadConfig, Opened, Recruits | None, Demand, Plan]:
+    """The plan of an exact run, with room for whoever drafts; "auto" does without planes that do not fit."""
+    try:
+        recruits = drafting.recruit(config, opened)
+        asked = demand(opened, drafting.widened(config), device, kernels=kernels)
+        asked = drafting.reserve(asked, recruits, config)
+        return config, opened, recruits, asked, divide(opened, asked, config, device)
+    except DoesNotFitError as error:
+        if not config.resident or config.draft is None or config.draft.drafter != "auto":
+            raise
+        note(f"drafting by n-grams alone, for planes to draft by do not fit: {error}", show=show_progress is not False)
+    config = replace(config, resident=False)
+    again = open_model(named, config, show_progress=show_progress)
+    return _fit(again, named, config, device, kernels, show_progress)
 
 
 def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | None) -> dict[str, Kernels]:
@@ -185,6 +220,8 @@ def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], 
     """Up to how many tokens a pass lets the CPU multiply what does not stay in HBM."""
     passing = made.hbm is not None and len(made.hbm.placement.pinned) < len(made.hbm.order)
     if not passing or "cpu" not in kernels or config.mode == "mixed":  # neurons are chosen where the model computes
+        return 0
+    if config.resident and device.type != "cpu":  # the planes of one matrix would lie on two devices
         return 0
     if config.cpu_tokens is not None:
         return config.cpu_tokens
@@ -241,9 +278,11 @@ def _attach(
     """Put hooks and parameters in; what undoes them goes on `stack`."""
     model = opened.model
     table = _table(opened, tiers, reader, device)
+    views = dict(zip(asked.needs.together, made.resident(asked.needs.together), strict=True))
+    resident_bytes = sum(asked.payload[key] for view in views.values() for key in view)
     attachment = Attachment(
         model,
-        [replace(use, weight=tiers.weights[use.module]) for use in asked.uses],
+        [_placed(use, tiers, views) for use in asked.uses],
         tiers.top,
         Slab(asked.workspace_bytes, device).bytes,
         _dense(opened, reader, device),
@@ -255,13 +294,17 @@ def _attach(
     )
     stack.callback(attachment.close)
 
-    def start(tokens: int) -> None:
+    def start(tokens: int, resident: bool) -> None:
+        attachment.begin_pass(resident=resident)
+        if resident:  # what is on its way for the next exact pass goes on
+            stats.resident_bytes += resident_bytes
+            return
         below = 0 < tokens <= stats.cpu_tokens
         stats.cpu_passes += below
         tiers.begin(below=below)
 
-    limits = {"context": config.context, "logits": config.logits}
-    guard = Guard(model, stats, **limits, start=start, finish=attachment.end_pass)
+    limits, passes = {"context": drafting.widened(config).context, "logits": config.logits}, Passes()
+    guard = Guard(model, stats, **limits, passes=passes, start=start, finish=attachment.end_pass)
     stack.callback(guard.close)
 
     def refresh(account: Stats) -> None:
@@ -271,8 +314,15 @@ def _attach(
         if device.type == "cuda":
             account.peak_device_bytes = torch.cuda.max_memory_reserved(device)
 
-    setattr(model, "tiercache", Attached(made, asked, stats, refresh, mixed))  # noqa: B010 - not a parameter
+    resident = Resident(passes, resident_bytes) if config.resident else None
+    setattr(model, "tiercache", Attached(made, asked, stats, refresh, mixed, resident))  # noqa: B010 - no parameter
     stack.callback(_detach, model, opened.given)
+
+
+def _placed(use: Use, tiers: TierStack, views: Mapping[tuple[int, ...], tuple[int, ...]]) -> Use:
+    """`use` with its weight as it lies in the uppermost tier, and the slots of its planes that stay."""
+    staying = tuple(tiers.resident(key) for key in views.get(use.weight.units, ()))
+    return replace(use, weight=tiers.weights[use.module], resident=staying)
 
 
 def _detach(model: transformers.PreTrainedModel, given: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from tiercache import skeleton
 from tiercache.config import OffloadConfig
+from tiercache.decode.kv import cache_of
 from tiercache.errors import UnsupportedModelError
 from tiercache.model import mixed
 from tiercache.model.binding import Use, needs_workspace, weight_of
@@ -57,14 +58,17 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         UnsupportedModelError: modules that a pass never calls, or a forward that cannot be rehearsed.
     """
     manifest = opened.manifest
-    rehearsal = rehearse(opened.skeleton, tuple(manifest.weights), config.context, config.logits)
+    cache = None if config.draft is None else cache_of(opened.skeleton, config.context)
+    rehearsal = rehearse(opened.skeleton, tuple(manifest.weights), config.context, config.logits, cache)
     if unused := sorted(set(manifest.weights) - set(rehearsal.calls)):
         raise UnsupportedModelError(
             f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model"
         )
-    keys = [manifest.weights[module].unit for module in rehearsal.calls]
-    runs = [key for key, _ in groupby(keys)]
-    again = frozenset(key for key, count in Counter(runs).items() if count > 1)
+    runs = [units for units, _ in groupby(manifest.weights[module].units for module in rehearsal.calls)]
+    again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
+    order = tuple(dict.fromkeys(key for units in runs for key in units))
+    cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
+    planes = max(map(len, cut), default=0)
     workspace = _workspace(opened, kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     table = manifest.embedding[1].unit
@@ -72,19 +76,21 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
     needs = Needs(
         sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
         names=[unit.name for unit in manifest.units],
-        order=tuple(dict.fromkeys(runs)),
+        order=order,
         always=again,
-        table=None if table in runs or opened.given else table,
+        table=None if table in order or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
-        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu"),
+        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu" and not config.resident),
         below=below,
         neuron_bytes=sum(manifest.units[key].nbytes for key in below),
+        together=cut,
+        levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return Demand(_uses(manifest, rehearsal, keys), needs, rehearsal, workspace, payload)
+    return Demand(_uses(manifest, rehearsal), needs, rehearsal, workspace, payload)
 
 
-def _uses(manifest: Manifest, rehearsal: Rehearsal, keys: list[int]) -> tuple[Use, ...]:
-    last = {key: place for place, key in enumerate(keys)}
+def _uses(manifest: Manifest, rehearsal: Rehearsal) -> tuple[Use, ...]:
+    last = {manifest.weights[module].unit: place for place, module in enumerate(rehearsal.calls)}
     uses = {}
     for place, module in enumerate(rehearsal.calls):
         weight = manifest.weights[module]
@@ -156,7 +162,9 @@ def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:
     Measured on the CPU: the C library's heap keeps about as much again as the tensors that come and go in a pass, and
     the matrix kernels pack blocks of the weights they multiply by, up to some 30 MB in all for large ones.
     """
-    largest = max(unit.slot_bytes for unit in opened.manifest.units)
+    units = opened.manifest.units
+    cut = (sum(units[key].slot_bytes for key in weight.units) for weight in opened.manifest.weights.values())
+    largest = max(*(unit.slot_bytes for unit in units), *cut)
     return passing_bytes + min(2 * largest, _PACKED_BYTES)
 
 

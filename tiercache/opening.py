@@ -35,6 +35,7 @@ class Opened:
         memory: bytes of the units, for a model in memory that is run as it is.
         given: the model is the caller's own.
         store: where its planes are, if it is run from planes.
+        folder: of the checkpoint or store, where a tokenizer may be.
     """
 
     model: Model
@@ -43,6 +44,7 @@ class Opened:
     memory: list[torch.Tensor] | None
     given: bool
     store: PlaneStore | None = None
+    folder: Path | None = None
 
 
 def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show_progress: bool | None) -> Opened:
@@ -64,7 +66,7 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if config.precision != "source":
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
-    return Opened(model := source.model(), model, of_source(source), None, False)
+    return Opened(model := source.model(), model, of_source(source), None, False, folder=folder)
 
 
 def default_store(source: Source, group: int = 64) -> Path:
@@ -96,7 +98,8 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
         )
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model := store.model(), model, store.manifest(config.precision), None, False, store)
+    manifest = store.manifest(config.precision, cut=config.resident)
+    return Opened(model := store.model(), model, manifest, None, False, store, store.folder)
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
@@ -120,7 +123,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model, bare, store.manifest(config.precision), None, True, store)
+    return Opened(model, bare, store.manifest(config.precision, cut=config.resident), None, True, store)
 
 
 def _refuse_checks(config: OffloadConfig) -> None:

@@ -3,8 +3,9 @@
 Knows sizes; allocates nothing and measures nothing. The bytes named here are the bytes the engine allocates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from policies import pinned
@@ -30,6 +31,9 @@ class Needs:
         dram: bytes reserved in main memory whatever computes, by purpose.
         below: units that never go up but in rows, and so must stay in DRAM; only beside an HBM tier.
         neuron_bytes: what slots for those rows could use.
+        together: units that are held at once: the planes of each matrix that is cut by plane, lowest first.
+        levels: of such matrices, the units of each plane: the fastest tier must hold the first level, and prefers the
+            lower ones of the others.
     """
 
     sizes: Mapping[Key, int]
@@ -41,6 +45,8 @@ class Needs:
     dram: Mapping[str, int]
     below: tuple[Key, ...] = ()
     neuron_bytes: int = 0
+    together: tuple[tuple[Key, ...], ...] = ()
+    levels: tuple[frozenset[Key], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,15 @@ class Plan:
         """Units that every pass reads from the SSD."""
         return tuple(key for key in self.dram.order if key not in set(self.dram.placement.pinned))
 
+    def resident(self, matrices: Iterable[Sequence[Key]]) -> list[tuple[Key, ...]]:
+        """Of each matrix, given as the units of its planes, those that a resident pass does with.
+
+        They stay in the fastest tier, up to the first one that does not; never all of them, so that where everything
+        stays drafting still reads a rung less.
+        """
+        staying = frozenset((self.hbm or self.dram).placement.pinned)
+        return [tuple(takewhile(staying.__contains__, units[:-1])) for units in matrices]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""
         return {"schema": "tiercache.plan/1", "hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
@@ -100,11 +115,13 @@ def make(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
     hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, None if needs.below else needs.table)
     left = hbm_bytes - sum(needs.compute.values()) - hbm.slab_bytes
     hbm = replace(hbm, neuron_bytes=min(left, needs.neuron_bytes))
+    staying = replace(needs, always=needs.always.union(needs.below), levels=())
     rest = [*(key for key in needs.order if key not in set(hbm.placement.pinned)), *needs.below]
-    transit = _transit_bytes(dram_bytes, hbm.placement.pinned, needs)
-    staying = replace(needs, always=needs.always.union(needs.below))
-    dram = _tier("dram", dram_bytes, needs.dram, staying, rest, None if hbm.table else needs.table)
-    return Plan(hbm, replace(dram, transit_bytes=transit))
+    passing = [needs.sizes[key] for key in hbm.placement.pinned]
+    largest = max(passing, default=0)  # each passes through main memory once
+    dram = _tier("dram", dram_bytes, needs.dram, staying, rest, None if hbm.table else needs.table, largest)
+    spare = dram_bytes - sum(needs.dram.values())
+    return Plan(hbm, replace(dram, transit_bytes=min(spare, 2 * largest + AHEAD_BYTES, sum(passing))))
 
 
 def _tier(
@@ -114,26 +131,21 @@ def _tier(
     needs: Needs,
     order: Sequence[Key],
     table: Key | None,
+    least_bytes: int = 0,
 ) -> TierPlan:
-    always = needs.always.intersection(order)
+    always = needs.always.union(*needs.levels[:1]).intersection(order)
     spare = capacity_bytes - sum(reserved.values())
-    _refuse_if_small(name, spare - pinned.smallest_bytes(order, needs.sizes, always), capacity_bytes, reserved, needs)
+    smallest = max(least_bytes, pinned.smallest_bytes(order, needs.sizes, always, needs.together))
+    _refuse_if_small(name, spare - smallest, capacity_bytes, reserved, needs)
     if table is not None:
         size = needs.sizes[table]
         whole = sum(needs.sizes[key] for key in order) + size
         if whole <= spare:  # the table is the last to get room: a token needs only one row of it
             placement = Placement((*order, table), whole, 0)
             return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
-    placement = pinned.place(order, needs.sizes, spare, min(AHEAD_BYTES, spare // 4), always)
+    ahead, levels, groups = min(AHEAD_BYTES, spare // 4), needs.levels, needs.together
+    placement = pinned.place(order, needs.sizes, spare, ahead, always, prefer=levels, together=groups)
     return TierPlan(capacity_bytes, reserved, tuple(order), placement, False)
-
-
-def _transit_bytes(dram_bytes: int, passing: Sequence[Key], needs: Needs) -> int:
-    """Main memory for the units that stay in HBM to pass through once."""
-    largest = max((needs.sizes[key] for key in passing), default=0)
-    spare = dram_bytes - sum(needs.dram.values())
-    _refuse_if_small("dram", spare - largest, dram_bytes, needs.dram, needs)
-    return min(spare, 2 * largest + AHEAD_BYTES, sum(needs.sizes[key] for key in passing))
 
 
 def _refuse_if_small(
@@ -141,12 +153,18 @@ def _refuse_if_small(
 ) -> None:
     if left_bytes >= 0:
         return
+    what = "unit" if needs.levels else "matrix"
     largest = max(needs.sizes, key=lambda key: needs.sizes[key] if key in set(needs.order) else 0)
     parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in reserved.items() if nbytes]
-    parts.append(f"{human(needs.sizes[largest])} for {needs.names[largest]}, the largest matrix")
+    way_out = f"raise {name}= or lower context="
+    if needs.levels:
+        first = sum(needs.sizes[key] for key in needs.levels[0])
+        parts.append(f"{human(first)} of every matrix's first plane, which the resident drafter does with")
+        way_out = f"raise {name}=, lower context=, or choose another drafter"
+    parts.append(f"{human(needs.sizes[largest])} for {needs.names[largest]}, the largest {what}")
     raise DoesNotFitError(
         f"{name}={human(capacity_bytes)} is too small by {human(-left_bytes)} ({-left_bytes} bytes): it must hold "
-        f"{', '.join(parts)}; raise {name}= or lower context=",
+        f"{', '.join(parts)}; {way_out}",
         missing_bytes=-left_bytes,
         tier=name,
     )

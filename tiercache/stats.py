@@ -4,6 +4,7 @@ Knows nothing of who counts; the counting is done where the bytes move.
 """
 
 import json
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,6 +107,78 @@ class NeuronStats:
 
 
 @dataclass
+class DraftStats:
+    """The account of drafting.
+
+    Attributes:
+        drafters: who may draft, in the order of `arm_rounds`.
+        rule: who decides what is emitted.
+        grower: how trees grow.
+        lossy: the name of what changes the output; empty where nothing does.
+        rounds: passes of the target after the prompt's, and the tokens that they emitted.
+        plain_rounds: of them, passes without a tree.
+        plain_calls: calls of `generate` that could not be drafted for.
+        nodes: verified.
+        accepted: nodes accepted.
+        tried_by_depth, accepted_by_depth: nodes whose parent was accepted (or is the root), and of them those accepted.
+        arm_rounds, arm_tokens: rounds of each drafter, and the tokens that they emitted.
+        draft_s, verify_s: seconds of drafting and learning, and of the target's passes.
+        plain_passes_s: seconds of the newest passes without a tree.
+    """
+
+    drafters: tuple[str, ...] = ()
+    rule: str = "walk"
+    grower: str = ""
+    lossy: str = ""
+    rounds: int = 0
+    tokens: int = 0
+    plain_rounds: int = 0
+    plain_calls: int = 0
+    nodes: int = 0
+    accepted: int = 0
+    tried_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    arm_rounds: list[int] = field(default_factory=list)
+    arm_tokens: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    plain_passes_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens emitted by a pass of the target, its own one included."""
+        return self.tokens / self.rounds if self.rounds else None
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """How often some child of an accepted node is accepted, by the child's depth from 1."""
+        pairs = zip(self.accepted_by_depth, self.tried_by_depth, strict=True)
+        return [accepted / tried for accepted, tried in pairs if tried]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Over drafting and verifying."""
+        seconds = self.draft_s + self.verify_s
+        return self.tokens / seconds if seconds else None
+
+    @property
+    def plain_tokens_per_s(self) -> float | None:
+        """What passes without a tree gave; None before there was one."""
+        return 1 / statistics.median(self.plain_passes_s) if self.plain_passes_s else None
+
+    @property
+    def speed_up(self) -> float | None:
+        """Over plain decoding in the same run."""
+        plain, own = self.plain_tokens_per_s, self.tokens_per_s
+        return own / plain if own and plain else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        rates = ("tokens_per_pass", "acceptance_by_depth", "tokens_per_s", "plain_tokens_per_s", "speed_up")
+        return asdict(self) | {name: getattr(self, name) for name in rates}
+
+
+@dataclass
 class Stats:
     """The account of one attached model.
 
@@ -117,11 +190,15 @@ class Stats:
         cpu_passes: how many passes did.
         first_pass_s: seconds of the newest prefill, which is the time to the first token.
         decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
+        draft_passes, draft_tokens: resident passes, which are no part of the numbers above, and the tokens they
+            carried; their time is part of the step that they come after.
+        resident_bytes: what they read of the planes that stay; no tier counts it, for nothing moved.
         embedding_bytes: token embedding rows read from the SSD.
         ssd_bytes: bytes that the SSD delivered, whole blocks and checks included.
         peak_rss_bytes, peak_device_bytes: the process's peak as the kernel counts it, and the GPU allocator's.
         neurons: in mixed mode, the account of the neurons.
         link: "measured", or the rate of a throttle that stands in for another link.
+        drafting: with a drafter, the account of drafting.
     """
 
     precision: str
@@ -138,12 +215,16 @@ class Stats:
     first_pass_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    draft_passes: int = 0
+    draft_tokens: int = 0
+    resident_bytes: int = 0
     embedding_bytes: int = 0
     ssd_bytes: int = 0
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
     neurons: NeuronStats | None = None
     link: str = "measured"
+    drafting: DraftStats | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -158,6 +239,8 @@ class Stats:
         if self.neurons is not None:
             rates = {name: getattr(self.neurons, name) for name in ("hit_rate", "chance", "lift", "belady")}
             plain["neurons"] |= rates
+        if self.drafting is not None:
+            plain["drafting"] = self.drafting.to_dict()
         return {"schema": SCHEMA, **plain, "tokens_per_s": self.tokens_per_s}
 
     def to_json(self) -> str:

@@ -74,6 +74,11 @@ class Attachment:
             self.close()
             raise
 
+    def begin_pass(self, *, resident: bool) -> None:
+        """A pass begins; `resident`: it multiplies by the planes that stay, and asks for nothing."""
+        assert self._binder is not None
+        self._binder.begin_pass(resident=resident)
+
     def end_pass(self) -> None:
         """Give back what an interrupted pass still held."""
         for block in self._blocks:

@@ -1,17 +1,19 @@
 """Gives modules their weights for the length of one call, and takes everything back at the end.
 
-A module keeps its class and its forward: a pre-hook takes the unit from whoever supplies it and points the module's
-`weight` at it, a post-hook, which also runs after an exception, points it away again (after Ctrl-C, which
+A module keeps its class and its forward: a pre-hook takes the units from whoever supplies them and points the module's
+`weight` at them, a post-hook, which also runs after an exception, points it away again (after Ctrl-C, which
 runs no hooks, `release_all` does). Between calls the parameter
 is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
 it by mistake gets NaN and not a plausible number.
 
 Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
 
+A resident pass asks for nothing: each module multiplies by the planes whose slots it was told once and for all.
+
 Knows modules and slots; not where slots come from.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +28,19 @@ from tiercache.tiers.tier import Source
 
 @dataclass(frozen=True)
 class Use:
-    """A module's call within a pass: its weight, and whether its unit is needed again after it."""
+    """A module's call within a pass.
+
+    Attributes:
+        module: its name.
+        weight: what it multiplies by.
+        last: the weight's units are not needed again after it.
+        resident: slots of the first planes, which stay, for resident passes; empty where there are no such passes.
+    """
 
     module: str
     weight: Weight
     last: bool
+    resident: tuple[torch.Tensor, ...] = ()
 
 
 class Binder:
@@ -55,6 +65,7 @@ class Binder:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
         self._bound: nn.Parameter | None = None
+        self._resident = False
         self._hooks: list[RemovableHandle] = []
         self._forwards, self._planes = Forwards(), list[PlaneForward]()
         self._inputs = Inputs()
@@ -70,6 +81,10 @@ class Binder:
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
 
+    def begin_pass(self, *, resident: bool) -> None:
+        """A pass begins; `resident`: it multiplies by the planes that stay."""
+        self._resident = resident
+
     def release_all(self) -> None:
         """Give back what a pass that was cut off still held."""
         if self._bound is not None:
@@ -77,7 +92,7 @@ class Binder:
             self._bound = None
         self._inputs.forget()
         for forward in self._planes:
-            forward.slot = None
+            forward.slots = ()
         for key in tuple(self._held):
             del self._held[key]
             self._supply.release(key)
@@ -90,31 +105,42 @@ class Binder:
             self._hooks.pop().remove()
 
     def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
+        units = use.weight.units
+
         def begin(module: nn.Module, arguments: object) -> None:
-            key = use.weight.unit
-            if key not in self._held:
-                self._held[key] = self._supply.acquire(key)
+            slots = use.resident if self._resident else self._acquire(units)
             if forward is not None:
-                forward.slot = self._held[key]
+                forward.slots = slots
                 return
             parameter = self._bound = weight_of(module)
-            parameter.data = self._tensor(use.weight, self._held[key], parameter.dtype)
+            parameter.data = self._tensor(use.weight, slots, parameter.dtype)
 
         return begin
 
+    def _acquire(self, units: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """The slots of a weight's units, in their order; they are held until `last`, or the end of the pass."""
+        for key in units:
+            if key not in self._held:
+                self._held[key] = self._supply.acquire(key)
+        return tuple([self._held[key] for key in units])
+
     def _end(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object, object], None]:
+        units = use.weight.units if use.last else ()
+
         def end(module: nn.Module, arguments: object, output: object) -> None:
             if forward is not None:
-                forward.slot = None
+                forward.slots = ()
             else:
                 hide(weight_of(module))
                 self._bound = None
-            if use.last and self._held.pop(use.weight.unit, None) is not None:
-                self._supply.release(use.weight.unit)
+            for key in units:
+                if self._held.pop(key, None) is not None:
+                    self._supply.release(key)
 
         return end
 
-    def _tensor(self, weight: Weight, slot: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _tensor(self, weight: Weight, slots: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        slot = slots[0]
         if isinstance(weight, PlainWeight) and weight.dtype == dtype:
             return weight.view(slot)
         shape = torch.Size(weight.shape)
@@ -122,7 +148,7 @@ class Binder:
         if isinstance(weight, PlainWeight):
             return made.copy_(weight.view(slot))
         assert isinstance(weight, PlaneWeight)  # a neuron's planes have forwards of their own
-        weight.decode_into(slot, made)
+        weight.decode_into(slot, made, slots[1:])
         return made
 
 

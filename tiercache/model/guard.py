@@ -5,7 +5,8 @@ Knows the arguments of a transformers forward; nothing of weights or tiers.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from tiercache.errors import ClosedError, ContextExceededError, UsageError
 from tiercache.stats import Stats
 
 
+class Passes:
+    """Which kind of pass comes next.
+
+    Attributes:
+        resident: it multiplies by the planes that stay in the fastest tier, and by no others.
+    """
+
+    def __init__(self) -> None:
+        self.resident = False
+
+    @contextmanager
+    def within(self, *, resident: bool) -> Iterator[None]:
+        """Passes that begin within are resident, or exact."""
+        before, self.resident = self.resident, resident
+        try:
+            yield
+        finally:
+            self.resident = before
+
+
 class Guard:
     """The hooks of the whole model.
 
@@ -24,7 +45,8 @@ class Guard:
         stats: where passes are counted.
         context: tokens, over the batch, that a KV cache may hold.
         logits: rows of logits that a pass may return.
-        start: called before each pass with the tokens it carries.
+        passes: says of each pass, when it begins, whether it is resident; such passes are counted apart.
+        start: called before each pass with the tokens it carries, and whether it is resident.
         finish: called after each pass, also after one that failed.
     """
 
@@ -35,11 +57,13 @@ class Guard:
         *,
         context: int,
         logits: int,
-        start: Callable[[int], None],
+        passes: Passes,
+        start: Callable[[int, bool], None],
         finish: Callable[[], None],
     ) -> None:
         self._stats, self._context, self._logits = stats, context, logits
-        self._start, self._finish = start, finish
+        self._passes, self._start, self._finish = passes, start, finish
+        self._resident = False  # the pass at hand
         self._runner: threading.Thread | None = None
         self._choosing = threading.Lock()
         self._began_at = 0.0
@@ -80,7 +104,12 @@ class Guard:
         sequences, new, past = _shape(arguments, named)
         self._refuse(sequences, new, past, named)
         self._enter()
-        self._start(sequences * new)
+        self._resident = self._passes.resident
+        self._start(sequences * new, self._resident)
+        if self._resident:  # the clock of the steps around it runs on
+            self._stats.draft_passes += 1
+            self._stats.draft_tokens += sequences * new
+            return
         now = time.perf_counter()
         if self._decoding_since is not None and new == 1 and past > 0:
             self._stats.decode_s += now - self._decoding_since
@@ -95,7 +124,7 @@ class Guard:
     def _end(self, model: torch.nn.Module, arguments: object, output: object) -> None:
         if self._runner is not threading.current_thread():
             return  # refused before it began
-        if self._decoding_since is None:
+        if self._decoding_since is None and not self._resident:
             if self._stats.device.startswith("cuda"):
                 torch.cuda.synchronize(self._stats.device)
             self._stats.first_pass_s = time.perf_counter() - self._began_at

@@ -72,7 +72,7 @@ class PlaneForward:
     """The forward of one linear module over planes.
 
     Attributes:
-        slot: where its unit lies, set for the length of a call.
+        slots: where its units lie, set for the length of a call: all of them, or the first for fewer planes.
 
     Args:
         name: the module's.
@@ -96,38 +96,38 @@ class PlaneForward:
         self._kernels, self._inputs, self._partner = kernels, inputs, partner
         self._down = is_down(module, weight)
         self._features = weight.columns if self._down else weight.rows * len(weight.own)
-        self.slot: Tensor | None = None
-        self._placed: tuple[int, list[Planes]] = 0, []
+        self.slots: Sequence[Tensor] = ()
+        self._placed: dict[int, tuple[list[int], list[Planes]]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], in the dtype of x."""
-        assert self.slot is not None
+        assert self.slots
         if x.requires_grad and torch.is_grad_enabled():
             raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
         result = self._inputs.take(self._name, x)
         if result is None:
-            result = self._multiply(x, self.slot)
+            result = self._multiply(x, self.slots)
         bias = self._module.bias
         if isinstance(bias, Tensor):
             result = result + bias.to(result.dtype)
         return result.view(*x.shape[:-1], self._features)
 
-    def _multiply(self, x: Tensor, slot: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, slots: Sequence[Tensor]) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         if tokens.shape[0] > MAX_TOKENS:
             result = tokens.new_empty(tokens.shape[0], self._features)
             for at in range(0, tokens.shape[0], MAX_TOKENS):
                 piece = tokens[at : at + MAX_TOKENS]
-                result[at : at + MAX_TOKENS] = self._product(piece, piece, slot, alone=True)
+                result[at : at + MAX_TOKENS] = self._product(piece, piece, slots, alone=True)
             return result.to(_result_dtype(x))
-        return self._product(x, tokens, slot).to(x.device, _result_dtype(x))
+        return self._product(x, tokens, slots).to(x.device, _result_dtype(x))
 
-    def _product(self, x: Tensor, tokens: Tensor, slot: Tensor, *, alone: bool = False) -> Tensor:
-        """fp32, on the device of the slot's kernels; a slot in main memory may be a GPU's or the CPU's to multiply."""
-        kernels = self._kernels[slot.device.type]
+    def _product(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
+        """fp32, on the device of the slots' kernels; slots in main memory may be a GPU's or the CPU's to multiply."""
+        kernels = self._kernels[slots[0].device.type]
         tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
         out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
-        parts = self._parts(slot)
+        parts = self._parts(slots)
         if self._down:
             kernels.product_down(tokens, parts[0], out)
             return out
@@ -142,14 +142,18 @@ class PlaneForward:
             self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)))
         return out
 
-    def _parts(self, slot: Tensor) -> list[Planes]:
-        """The matrices to multiply by, the partner's last; made once for a slot that stays."""
-        if self._placed[0] != slot.data_ptr():
-            parts = [self._weight.part(slot, part) for part in self._weight.own]
-            if self._partner is not None:
-                parts.append(self._partner[1].part(slot, self._partner[1].own[0]))
-            self._placed = slot.data_ptr(), parts
-        return self._placed[1]
+    def _parts(self, slots: Sequence[Tensor]) -> list[Planes]:
+        """The matrices to multiply by, the partner's last; made once for slots that stay, by their number."""
+        where = [slot.data_ptr() for slot in slots]
+        known = self._placed.get(len(where))
+        if known is not None and known[0] == where:
+            return known[1]
+        first, above = slots[0], slots[1:]
+        parts = [self._weight.part(first, part, above) for part in self._weight.own]
+        if self._partner is not None:
+            parts.append(self._partner[1].part(first, self._partner[1].own[0], above))
+        self._placed[len(where)] = where, parts
+        return parts
 
 
 def is_down(module: nn.Module, weight: PlaneWeight) -> bool:

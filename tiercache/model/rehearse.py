@@ -43,7 +43,13 @@ class Rehearsal:
         return max(self.prefill_bytes, self.decode_bytes) - self.kv_bytes
 
 
-def rehearse(model: transformers.PreTrainedModel, watched: Sequence[str], tokens: int, logits: int) -> Rehearsal:
+def rehearse(
+    model: transformers.PreTrainedModel,
+    watched: Sequence[str],
+    tokens: int,
+    logits: int,
+    cache: transformers.Cache | None = None,
+) -> Rehearsal:
     """Prefill `tokens` and decode one more on a copy of `model` without data.
 
     Args:
@@ -51,6 +57,7 @@ def rehearse(model: transformers.PreTrainedModel, watched: Sequence[str], tokens
         watched: module names whose calls are recorded.
         tokens: length of the rehearsed prompt; the last one is decoded.
         logits: rows of logits that the prefill returns.
+        cache: the KV cache to fill, still empty; None for the model's own.
 
     Raises:
         UnsupportedModelError: the model's forward cannot run without data, or keeps no KV cache.
@@ -61,15 +68,15 @@ def rehearse(model: transformers.PreTrainedModel, watched: Sequence[str], tokens
     for name in watched:
         stand_in.get_submodule(name).register_forward_pre_hook(_recorder(calls, name))
     try:
-        cache, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), None, min(logits, max(tokens - 1, 1)))
+        kept, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), cache, min(logits, max(tokens - 1, 1)))
         order = tuple(calls)
-        cache, decode_bytes = _pass(stand_in, 1, cache, 1)
+        kept, decode_bytes = _pass(stand_in, 1, kept, 1)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be rehearsed without data ({str(error).splitlines()[0]}), so its memory "
             "cannot be planned; use an architecture from the README's list"
         ) from error
-    return Rehearsal(order, cache_bytes(cache), prefill_bytes, decode_bytes, tokens)
+    return Rehearsal(order, cache_bytes(kept), prefill_bytes, decode_bytes, tokens)
 
 
 def _recorder(calls: list[str], name: str) -> Callable[[nn.Module, Any], None]:

@@ -4,6 +4,7 @@ The checkpoint read in place and the plane store both describe themselves by a `
 weights need not know which of the two it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -31,6 +32,11 @@ class PlainWeight:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The one unit, for whoever does not ask what kind of weight it is."""
+        return (self.unit,)
+
     def view(self, slot: torch.Tensor) -> torch.Tensor:
         """The parameter, where it lies."""
         nbytes = self.dtype.itemsize * prod(self.shape)
@@ -42,13 +48,15 @@ class PlaneWeight:
     """A parameter that is a sum of planes.
 
     Attributes:
-        unit: index of its unit.
+        unit: index of its unit; of a weight that is cut by plane, the unit of the first plane.
         rows, columns, group: of each part, as stored.
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
-        plane_at: first byte of each plane in the slot; as many as the rung has.
-        scale_at: first byte of the scales.
+        plane_at: first byte of each plane in its unit's slot; as many as the rung has.
+        scale_at: first byte of the scales, which lie in the slot of `unit`.
         transposed: the parameter is the transpose of what is stored.
+        above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
+            one unit.
     """
 
     unit: int
@@ -60,6 +68,12 @@ class PlaneWeight:
     plane_at: tuple[int, ...]
     scale_at: int
     transposed: bool
+    above: tuple[int, ...] = ()
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Its units, that of the first plane first."""
+        return (self.unit, *self.above)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,19 +81,27 @@ class PlaneWeight:
         rows = self.rows * len(self.own)
         return (self.columns, rows) if self.transposed else (rows, self.columns)
 
-    def decode_into(self, slot: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the parameter, at the rung that the slot holds, into `out` of its shape."""
+    def decode_into(self, slot: torch.Tensor, out: torch.Tensor, above: Sequence[torch.Tensor] = ()) -> None:
+        """Write the parameter, at the rung that the slots hold (see `part`), into `out` of its shape."""
         stored = out.T if self.transposed else out  # [rows * own, columns]
         for place, part in enumerate(self.own):
             target = stored[place * self.rows : (place + 1) * self.rows]
-            codes.decode(self.part(slot, part), out.dtype, out=target)
+            codes.decode(self.part(slot, part, above), out.dtype, out=target)
 
-    def part(self, slot: torch.Tensor, part: int) -> codes.Planes:
-        """The planes of one of the unit's matrices, where they lie."""
+    def part(self, slot: torch.Tensor, part: int, above: Sequence[torch.Tensor] = ()) -> codes.Planes:
+        """The planes of one of the unit's matrices, where they lie.
+
+        Args:
+            slot: of `unit`.
+            part: which of the matrices.
+            above: slots of the first units of `self.above`; as many as there are, that many planes more.
+        """
+        together = len(self.plane_at) - len(self.above)  # planes in the first unit
+        slots = (*[slot] * together, *above)
         cut = []
-        for plane, at in enumerate(self.plane_at):
+        for plane, (where, at) in enumerate(zip(slots, self.plane_at, strict=False)):
             width = codes.plane_row_bytes(self.columns, self.group, plane)
-            cut.append(self._rows(slot, at, width)[:, part])
+            cut.append(self._rows(where, at, width)[:, part])
         scales = self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))[:, part]
         return codes.Planes(tuple(cut), scales.view(torch.float16).reshape(self.rows, -1, 2), self.columns, self.group)
 
@@ -149,6 +171,11 @@ class NeuronWeight:
     unit: int
     block: int
     shape: tuple[int, ...]
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The first unit alone."""
+        return (self.unit,)
 
 
 Weight = PlainWeight | PlaneWeight | NeuronWeight

@@ -91,13 +91,14 @@ class PlaneStore:
         """The model without weights, with its generation defaults."""
         return skeleton.with_defaults(self.config, self.dtype, self.folder)
 
-    def manifest(self, rung: str, blocks: Sequence[tuple[int, int]] = ()) -> Manifest:
+    def manifest(self, rung: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
         """What the model is made of when computed at `rung`; the head is always read at int8.
 
         Args:
             rung: of every matrix; with `blocks`, of every matrix outside of them.
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
+            cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
 
         Raises:
             StoreError: the token embedding is missing.
@@ -110,8 +111,8 @@ class PlaneStore:
         made: list[NeuronBlock] = []
         for record in self.contents.records:
             if blocks and record.parts > 1:
-                cut, block = self._block(len(units), len(made), record, blocks[len(made)])
-                units += cut
+                some, block = self._block(len(units), len(made), record, blocks[len(made)])
+                units += some
                 made.append(block)
                 shape = record.rows, record.columns
                 for name in (*(name for name, _ in block.inward), block.outward):
@@ -119,8 +120,8 @@ class PlaneStore:
                 continue
             if record.kind == "planes":
                 count = len(codes.PLANE_BITS) if record.all_planes else codes.RUNGS[rung]
-                unit, placed = self._planes(len(units), record, count)
-                units.append(unit)
+                some, placed = self._planes(len(units), record, count, cut=cut)
+                units += some
                 weights |= placed
                 continue
             ref = self._dense(record)
@@ -137,23 +138,9 @@ class PlaneStore:
     def _block(self, key: int, layer: int, record: Record, cut: tuple[int, int]) -> tuple[list[Unit], NeuronBlock]:
         """The units of a feed-forward block: its first planes with the scales, and each plane above."""
         low, top = cut
-        units: list[Unit] = []
-        plane_units: list[int] = []
-        plane_at: list[int] = []
-        scale_at = 0
-        for names in ((*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])):
-            pieces: list[Piece] = []
-            cursor = 0
-            for name in names:
-                if name == SCALE_FILE:
-                    scale_at = cursor
-                else:
-                    plane_units.append(key + len(units))
-                    plane_at.append(cursor)
-                pieces += _pieces(self.folder / name, record.extents[name], cursor)
-                cursor += align(record.extents[name].nbytes)
-            name = f"{record.name}, {' and '.join(names)}"
-            units.append(Unit(name, tuple(pieces), sum(piece.nbytes for piece in pieces), cursor))
+        laid = self._lay_out(
+            key, record, ((*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top]))
+        )
         members = record.members
         group: int = self.contents.meta["group"]
         block = NeuronBlock(
@@ -164,11 +151,25 @@ class PlaneStore:
             columns=record.columns,
             group=group,
             parts=record.parts,
-            units=tuple(plane_units),
-            plane_at=tuple(plane_at),
-            scale_at=scale_at,
+            units=tuple(laid.unit_of[name] for name in PLANE_FILES[:top]),
+            plane_at=tuple(laid.at[name] for name in PLANE_FILES[:top]),
+            scale_at=laid.at[SCALE_FILE],
         )
-        return units, block
+        return laid.units, block
+
+    def _lay_out(self, key: int, record: Record, groups: Sequence[Sequence[str]]) -> "_Laid":
+        """Units from `key` on, each of some files' extents of a record, one behind the other."""
+        laid = _Laid([], {}, {})
+        for names in groups:
+            pieces: list[Piece] = []
+            cursor = 0
+            for name in names:
+                laid.unit_of[name], laid.at[name] = key + len(laid.units), cursor
+                pieces += _pieces(self.folder / name, record.extents[name], cursor)
+                cursor += align(record.extents[name].nbytes)
+            title = record.name if len(groups) == 1 else f"{record.name}, {' and '.join(names)}"
+            laid.units.append(Unit(title, tuple(pieces), sum(piece.nbytes for piece in pieces), cursor))
+        return laid
 
     def blocks(self) -> tuple[Record, ...]:
         """The feed-forward blocks that lie neuron by neuron, in the model's order."""
@@ -179,17 +180,11 @@ class PlaneStore:
         """Of the catalogue, and so of every byte that it lists."""
         return catalog.digest(self.folder / CATALOG_FILE)
 
-    def _planes(self, key: int, record: Record, count: int) -> tuple[Unit, dict[str, Weight]]:
-        pieces: list[Piece] = []
-        places: dict[str, int] = {}
-        cursor = 0
-        for name in (*PLANE_FILES[:count], SCALE_FILE):
-            places[name] = cursor
-            pieces += _pieces(self.folder / name, record.extents[name], cursor)
-            cursor += align(record.extents[name].nbytes)
-        nbytes = sum(piece.nbytes for piece in pieces)
-        unit = Unit(record.name, tuple(pieces), nbytes, cursor)
-        plane_at = tuple(places[name] for name in PLANE_FILES[:count])
+    def _planes(self, key: int, record: Record, count: int, *, cut: bool) -> tuple[list[Unit], dict[str, Weight]]:
+        """The unit of a record's first planes, or with `cut` one for each plane; the scales lie with the first."""
+        names = PLANE_FILES[:count]
+        low = 1 if cut else count
+        laid = self._lay_out(key, record, ((*names[:low], SCALE_FILE), *((name,) for name in names[low:])))
         weights: dict[str, Weight] = {
             member.module: PlaneWeight(
                 unit=key,
@@ -198,13 +193,14 @@ class PlaneStore:
                 group=self.contents.meta["group"],
                 parts=record.parts,
                 own=member.own,
-                plane_at=plane_at,
-                scale_at=places[SCALE_FILE],
+                plane_at=tuple(laid.at[name] for name in names),
+                scale_at=laid.at[SCALE_FILE],
                 transposed=member.transposed,
+                above=tuple(laid.unit_of[name] for name in names[low:]),
             )
             for member in record.members
         }
-        return unit, weights
+        return laid.units, weights
 
     def _dense(self, record: Record) -> TensorRef:
         extent = record.extents[DENSE_FILE]
@@ -262,6 +258,15 @@ class PlaneStore:
             "units": len(self.contents.records),
             "neurons": sum(r.rows for r in self.contents.records if r.name.endswith(" neurons")),
         }
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """Units of one record; in which unit, and from which byte of its slot, the extent of each file lies."""
+
+    units: list[Unit]
+    unit_of: dict[str, int]
+    at: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,13 @@ class TierStack:
                     self._dram.decide(Residency(self._plan.dram.order, self._sizes, self._plan.dram.placement))
                 self._dram.load_pinned(advance)
 
+    def resident(self, key: Key) -> torch.Tensor:
+        """The slot in the fastest tier of a unit that stays there."""
+        tier = self._dram if self._hbm is None else self._hbm
+        slot = None if tier is None else tier.pinned_slot(key)
+        assert slot is not None
+        return slot
+
     def staying(self, key: Key) -> torch.Tensor:
         """The slot in DRAM of a unit that stays there."""
         slot = None if self._dram is None else self._dram.pinned_slot(key)

@@ -1,0 +1,159 @@
+"""Lets `model.generate` draft by itself, for as long as the model is attached.
+
+transformers looks a decoding method up on the model's class, so the model is given a subclass of its own class, of the
+same name, whose `_sample` is ours; everything around it (options, processors, stop strings, streamers) stays theirs.
+
+Knows the arguments of `generate`; nothing of weights or tiers.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from tiercache.decode.kv import support
+from tiercache.decode.loop import DecodeLoop
+from tiercache.decode.request import Request
+from tiercache.decode.team import Team
+from tiercache.decode.treepass import TreeRun
+from tiercache.decode.verify import Rule
+from tiercache.draft.noise import GumbelNoise
+from tiercache.progress import note
+
+# Arguments of a forward that the loop gives itself, or that say nothing.
+_OURS = (
+    *("past_key_values", "cache_params", "cache_position", "attention_mask", "position_ids"),
+    *("use_cache", "logits_to_keep"),
+)
+
+# Makes the rule of one request from its noise, which is None in greedy decoding.
+RuleMaker = Callable[[GumbelNoise | None], Rule]
+
+
+class DraftingGenerate:
+    """Replaces the model's sampling loop until `close`.
+
+    Args:
+        model: the attached model.
+        team: who drafts.
+        rule: makes the rule of a request.
+        limit: tokens that a sequence may have.
+        slots: of the KV cache that a tree may take beside them.
+        show: whether notes may be printed.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        team: Team,
+        rule: RuleMaker,
+        limit: int,
+        slots: int,
+        *,
+        show: bool = True,
+    ) -> None:
+        self._model, self._team, self._rule, self._limit, self._slots = model, team, rule, limit, slots
+        self._show, self._said = show, set[str]()
+        self._support = support(model)
+        self._class = cast(Any, model.__class__)
+        drafting = self
+
+        def _sample(
+            self: Any,
+            input_ids: torch.Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: transformers.GenerationConfig,
+            synced_gpus: bool = False,
+            streamer: Any = None,
+            **model_kwargs: Any,
+        ) -> Any:
+            given = (input_ids, logits_processor, stopping_criteria, generation_config)
+            reason = drafting.refusal(input_ids, generation_config, synced_gpus, model_kwargs)
+            if reason is not None:
+                drafting.say(reason)
+                return drafting.plain(self, *given, synced_gpus, streamer, **model_kwargs)
+            return drafting.run(*given, streamer, model_kwargs)
+
+        self.plain = self._class._sample
+        body = {"_sample": _sample, "__module__": self._class.__module__, "__doc__": self._class.__doc__}
+        self.subclass = type(self._class.__name__, (self._class,), body)
+        model.__class__ = self.subclass
+
+    def close(self) -> None:
+        """The model has its own class again; harmless when done twice."""
+        if self._model.__class__ is self.subclass:
+            self._model.__class__ = self._class
+
+    def refusal(
+        self,
+        input_ids: torch.Tensor,
+        config: transformers.GenerationConfig,
+        synced_gpus: bool,
+        model_kwargs: dict[str, Any],
+    ) -> str | None:
+        """Why this call has to be decoded plainly, or None."""
+        if input_ids.shape[0] != 1:
+            return f"a batch of {input_ids.shape[0]} sequences"
+        if self._support.takes == "nothing":
+            return self._support.reason
+        if not model_kwargs.get("use_cache", True):
+            return "use_cache=False"
+        if config.output_attentions or config.output_hidden_states:
+            return "output_attentions and output_hidden_states"
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
+            return "a KV cache of the caller's own"
+        if config.cache_implementation not in (None, "dynamic"):
+            return f"cache_implementation={config.cache_implementation!r}"
+        others = sorted(name for name, value in model_kwargs.items() if name not in _OURS and value is not None)
+        if others or synced_gpus:
+            return f"the argument {others[0]!r}" if others else "synced_gpus"
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool((mask[0].diff() >= 0).all()):
+            return "an attention mask that is no left padding"
+        return None
+
+    def say(self, reason: str) -> None:
+        """Once for each reason: drafting is off."""
+        self._team.stats.plain_calls += 1
+        if reason not in self._said:
+            self._said.add(reason)
+            note(f"decoding without drafting, which this call does not take: {reason}", show=self._show)
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        processors: Any,
+        criteria: Any,
+        config: transformers.GenerationConfig,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """What `_sample` returns, drafted."""
+        mask = model_kwargs.get("attention_mask")
+        length = input_ids.shape[1]
+        limit = min(criteria.max_length or config.max_length, self._limit)
+        ids = torch.cat([input_ids, input_ids.new_empty(1, max(limit - length, 1))], dim=1)
+        padding = 0 if mask is None else int((mask[0] == 0).sum())
+        request = Request(ids, length, padding, processors, criteria, streamer, limit)
+        if config.return_dict_in_generate:
+            request.keep_scores, request.keep_logits = bool(config.output_scores), bool(config.output_logits)
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        noise = None
+        if config.do_sample:
+            seed = int(torch.randint(1 << 62, ()))  # torch.manual_seed decides what is sampled
+            noise = GumbelNoise(seed, vocabulary, input_ids.device)
+        run = TreeRun(self._model, None if mask is None else mask[0], limit + self._slots)
+        loop = DecodeLoop(run, request, self._team, self._rule(noise), noise, vocabulary)
+        loop.write(config.prefill_chunk_size)
+        if streamer is not None:
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return request.text.clone()
+        parts: dict[str, Any] = {"sequences": request.text.clone(), "past_key_values": run.cache}
+        parts |= {"scores": tuple(request.scores)} if request.keep_scores else {}
+        parts |= {"logits": tuple(request.logits)} if request.keep_logits else {}
+        return GenerateDecoderOnlyOutput(**parts)

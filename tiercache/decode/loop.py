@@ -1,0 +1,135 @@
+"""The decode loop: draft a tree, verify it in one pass of the target, keep what is accepted, and again.
+
+Knows one request, a run of the target and who drafts; nothing of weights or tiers. What is emitted is the rule's
+decision alone.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from tiercache.decode.request import Request
+from tiercache.decode.team import Round, Team
+from tiercache.decode.treepass import TreeRun
+from tiercache.decode.verify import Rule
+from tiercache.draft.base import Context, Feedback, Noise
+from tiercache.draft.tree import ROOT, DraftTree
+from tiercache.errors import ContextExceededError
+
+
+class DecodeLoop:
+    """Writes one request's text to its end.
+
+    Args:
+        run: the target; nothing is committed yet.
+        request: the call.
+        team: who drafts, and how much.
+        rule: what of a tree is accepted.
+        noise: of the rule, by position; None in greedy decoding.
+        vocabulary: of the target.
+    """
+
+    def __init__(
+        self, run: TreeRun, request: Request, team: Team, rule: Rule, noise: Noise | None, vocabulary: int
+    ) -> None:
+        self._run, self._request, self._team, self._rule = run, request, team, rule
+        tokens = request.text[0, request.padding :].tolist()
+        shape = request.shape()
+        self._context = Context(tokens, vocabulary, noise, shape, request.limit - request.length, run)
+
+    def write(self, piece: int | None) -> None:
+        """Prefill the prompt, `piece` tokens at a time if given, and decode until the request ends."""
+        request, context = self._request, self._context
+        begin = time.perf_counter()
+        topk = self._team.needs.topk
+        self._refuse_beyond()
+        prompt = request.text[0]
+        rows = torch.empty(0)
+        for part in prompt.split(piece or len(prompt)):
+            rows = self._run.prefill(part)
+        self._team.begin(context)
+        ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
+        self._team.prefilled(_feedback(DraftTree(), (), emitted, rows[-1:], topk), time.perf_counter() - begin)
+        while not ended:
+            ended = self._round()
+
+    def _round(self) -> bool:
+        """One tree; returns whether the text has ended."""
+        run, context, team = self._run, self._context, self._team
+        begin = time.perf_counter()
+        context.room = self._request.limit - self._request.length
+        self._refuse_beyond()
+        tree, choice, passes = team.propose(context.room)
+        tree = self._fit(tree)
+        drafted = time.perf_counter()
+        with team.extending(tree):
+            logits = run.run((context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents)))
+        ended, emitted, path = self._accept(tree, logits)
+        kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
+        run.commit((0, *(node + 1 for node in kept)))
+        done = time.perf_counter()
+        feedback = _feedback(tree, path, emitted, logits, team.needs.topk, whole=team.needs.logits)
+        del logits
+        team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
+        return ended
+
+    def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
+        """Write the accepted tokens and the target's own; whether the text ended, the tokens, the accepted nodes."""
+        request, context = self._request, self._context
+        emitted: list[int] = []
+        path: list[int] = []
+        ended = False
+
+        def scores(node: int) -> Tensor:
+            return request.shaped(logits[node + 1])
+
+        for token, node in self._rule.walk(tree, scores, len(context.tokens)):
+            emitted.append(token)
+            if node is not None:
+                path.append(node)
+            ended = request.write(token)
+            if ended:
+                break
+        context.tokens += emitted
+        return ended, tuple(emitted), tuple(path)
+
+    def _refuse_beyond(self) -> None:
+        """As a plain pass would: the KV cache that was reserved is full."""
+        length, context = self._request.length, self._team.context
+        if length > context:
+            raise ContextExceededError(
+                f"this pass needs a KV cache of {length} tokens, context={context} was reserved; open the model with "
+                f"context={length} or more"
+            )
+
+    def _fit(self, tree: DraftTree) -> DraftTree:
+        """Without what cannot be accepted or run: foreign tokens, nodes too many or deep, a chain model's branches."""
+        deepest = self._context.room - 1
+        keep = [
+            node
+            for node, token in enumerate(tree.tokens[: self._team.most_nodes])
+            if 0 <= token < self._context.vocabulary and tree.depths[node] <= deepest
+        ]
+        if len(keep) < len(tree):
+            tree = tree.pruned(keep)
+        if not self._run.supports_tree and not tree.is_chain:
+            chain: list[int] = []
+            while children := tree.children.get(chain[-1] if chain else ROOT):
+                chain.append(children[0])
+            tree = tree.pruned(chain)
+        return tree
+
+
+def _feedback(
+    tree: DraftTree,
+    path: tuple[int, ...],
+    emitted: tuple[int, ...],
+    logits: Tensor,
+    topk: int,
+    *,
+    whole: bool = False,
+) -> Feedback:
+    """What drafters are told."""
+    likeliest = torch.topk(logits, min(topk, logits.shape[-1])).indices.cpu() if topk else None
+    return Feedback(tree, path, emitted, likeliest, logits if whole else None)

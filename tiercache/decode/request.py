@@ -1,0 +1,104 @@
+"""One call of `generate`, as the decode loop needs it: the text so far, who shapes logits, who stops, who listens.
+
+Knows the arguments of transformers' `_sample`; nothing of trees or drafters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+# Processors that look at each row's own tokens and logits and nothing else, so that a drafter may ask them of any
+# node; the others (guidance by a second pass, prefix functions, the user's own) are the verifier's alone.
+_ROWWISE = (
+    *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
+    *("EpsilonLogitsWarper", "EtaLogitsWarper", "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor"),
+    *("SuppressTokensLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"),
+)
+
+
+@dataclass
+class Request:
+    """See the module.
+
+    Attributes:
+        ids: room for the whole text [1, capacity]; the first `length` are written.
+        length: tokens of it, padding included.
+        padding: how many of the first are padding.
+        processors: shape logits before a token is chosen: (ids [1, length], logits [1, vocabulary]) -> scores.
+        criteria: whether the text ends here: (ids [1, length], None) -> [1].
+        streamer: is given each token.
+        limit: tokens of the whole text at most.
+        keep_scores, keep_logits: collect them for each emitted token.
+    """
+
+    ids: Tensor
+    length: int
+    padding: int
+    processors: Sequence[Any]
+    criteria: Callable[[Tensor, Any], Tensor]
+    streamer: Any
+    limit: int
+    keep_scores: bool = False
+    keep_logits: bool = False
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def text(self) -> Tensor:
+        """What is written [1, length]."""
+        return self.ids[:, : self.length]
+
+    def shaped(self, row: Tensor) -> Tensor:
+        """The scores [vocabulary] of the next token from its logits [vocabulary]; called once for each token."""
+        logits = row.to(torch.float32, copy=True)[None]
+        if self.keep_logits:
+            self.logits.append(logits.clone())
+        scores: Tensor = logits
+        for processor in self.processors:
+            scores = processor(self.text, scores)
+        if self.keep_scores:
+            self.scores.append(scores)
+        return scores[0]
+
+    def write(self, token: int) -> bool:
+        """Add one token; returns whether the text ends with it."""
+        if self.length == self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], dim=1)
+        self.ids[0, self.length] = token
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(self.ids[0, self.length - 1 : self.length].cpu())
+        return bool(self.criteria(self.text, tuple(self.scores) if self.keep_scores else None).all())
+
+    def shape(self) -> Callable[[Sequence[Sequence[int]], Tensor], Tensor] | None:
+        """The processors that a drafter may ask of any node (see `draft.base.Shape`); None where there are none."""
+        own = [p for p in self.processors if type(p).__name__ in _ROWWISE and _theirs(p)]
+        if not own:
+            return None
+        if all(isinstance(p, logits_process.TemperatureLogitsWarper) for p in own):
+            return lambda paths, logits: _through(own, self.text, logits)
+
+        def shape(paths: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+            scores = torch.empty_like(logits)
+            for length in {len(path) for path in paths}:
+                rows = [row for row, path in enumerate(paths) if len(path) == length]
+                tails = torch.tensor([paths[row] for row in rows], dtype=torch.long, device=self.ids.device)
+                ids = torch.cat([self.text.expand(len(rows), -1), tails.view(len(rows), length)], dim=1)
+                scores[rows] = _through(own, ids, logits[rows])
+            return scores
+
+        return shape
+
+
+def _theirs(processor: object) -> bool:
+    return type(processor).__module__ == logits_process.__name__
+
+
+def _through(processors: Sequence[Any], ids: Tensor, logits: Tensor) -> Tensor:
+    for processor in processors:
+        logits = processor(ids, logits)
+    return logits

@@ -1,0 +1,35 @@
+"""What drafters by a language model share: a grower that is seeded by the request, and learns what was accepted.
+
+Knows growers; not which model they ask.
+"""
+
+from tiercache.draft.base import BaseDrafter, Context, Feedback
+from tiercache.draft.drawn import Branching, StochasticBeam
+from tiercache.draft.grow import Static
+from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.sketch import Grower
+
+
+class GrownDrafter(BaseDrafter):
+    """Drafts trees of one grower.
+
+    Args:
+        grower: its own alone, for it may keep state.
+    """
+
+    def __init__(self, grower: Grower) -> None:
+        self._grower = grower
+        self._proposed = False
+
+    def begin(self, context: Context) -> None:
+        """See `Drafter`. Growers that draw begin anew with the request's seed, so that it decides everything."""
+        super().begin(context)
+        self._proposed = False
+        if isinstance(self._grower, Branching | StochasticBeam) and isinstance(context.noise, GumbelNoise):
+            self._grower.draws.seed(context.noise.seed)
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`. A static tree follows the acceptance of its own trees by rank."""
+        if self._proposed and isinstance(self._grower, Static):
+            self._grower.rates.observe(feedback.tree, feedback.path)
+        self._proposed = False

@@ -1,0 +1,108 @@
+"""A small language model as drafter, with the target's vocabulary or a part of it.
+
+Knows transformers models; nothing of the target but its tokens. The model may be an offloaded one itself.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tiercache.decode.treepass import TreeRun
+from tiercache.draft.base import Context, Feedback, Needs, TreeBudget
+from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.scores import RunScores
+from tiercache.draft.sketch import Grower
+from tiercache.draft.tree import DraftTree
+from tiercache.errors import UsageError
+
+_PIECE = 256  # tokens of the prompt in one pass: bounds what a pass takes
+
+
+class LmDrafter(GrownDrafter):
+    """Drafts by a transformers causal language model with the target's tokenizer.
+
+    Args:
+        model: the model, on the device where it is to run.
+        grower: how trees grow.
+        vocabulary: tokens that it may draft; its head is trimmed to their rows until `close` (VocabTrim,
+            arXiv 2506.22694). None for all.
+        needs: what it takes of the budgets.
+        name: in statistics.
+
+    Raises:
+        UsageError: the model cannot be trimmed, or not to these tokens.
+    """
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        grower: Grower,
+        *,
+        vocabulary: Iterable[int] | None = None,
+        needs: Needs | None = None,
+        name: str = "lm",
+    ) -> None:
+        super().__init__(grower)
+        self.model, self.name = model, name
+        self.needs = needs or Needs()
+        self._head: nn.Module | None = None
+        self._kept = None if vocabulary is None else self._trim(sorted(set(vocabulary)))
+        self._run: TreeRun | None = None
+        self._scores: RunScores | None = None
+
+    def begin(self, context: Context) -> None:
+        """See `Drafter`."""
+        super().begin(context)
+        self._run = TreeRun(self.model, None, None)
+        self._scores = None
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """See `Drafter`."""
+        run = self._run
+        assert run is not None
+        if budget.nodes < 1 or self.context.room < 2:
+            return DraftTree()
+        missing = torch.tensor(self.context.tokens[run.length :], device=self.model.device)
+        for piece in missing.split(_PIECE):
+            root = run.prefill(piece)
+        self._scores = RunScores(run, self.context, root, self._kept)
+        tree = self._grower(self._scores, self.context, budget)
+        self.passes, self._proposed = self._scores.passes + 1, True
+        return tree
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`. Of the accepted nodes those that were run stay in the KV cache; the rest comes next time."""
+        super().observe(feedback)
+        if self._run is not None and self._scores is not None:
+            self._run.commit(self._scores.ran(feedback.emitted[:-1]))
+            self._scores = None
+
+    def close(self) -> None:
+        """See `Drafter`. The model gets its head back."""
+        self._run = self._scores = None
+        if self._head is not None:
+            self.model.set_output_embeddings(self._head)
+            self._head = None
+
+    def _trim(self, tokens: list[int]) -> Tensor:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or hasattr(self.model, "tiercache"):
+            raise UsageError("vocabulary= trims a model's own linear head, which this model lacks; leave it out")
+        if not tokens or tokens[0] < 0 or tokens[-1] >= head.out_features:
+            raise UsageError(f"vocabulary= must name tokens from 0 to {head.out_features - 1}, at least one")
+        kept = torch.tensor(tokens, device=head.weight.device)
+        small = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, device="meta")
+        small.weight = nn.Parameter(head.weight.detach()[kept], requires_grad=False)
+        if head.bias is not None:
+            small.bias = nn.Parameter(head.bias.detach()[kept], requires_grad=False)
+        self._head = head
+        self.model.set_output_embeddings(small)
+        return kept
+
+
+def frequent(tokens: Iterable[int], count: int) -> list[int]:
+    """The `count` most frequent of `tokens` (best a text that the target wrote), for `LmDrafter(vocabulary=...)`."""
+    return [token for token, _ in Counter(tokens).most_common(count)]

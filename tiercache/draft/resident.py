@@ -1,0 +1,48 @@
+"""The target as its own drafter: the same model, on the planes that are in the fastest tier already.
+
+Such a pass moves no weights, needs no second model, and its KV entries go into the target's own cache, to be dropped
+before the target verifies (SubSpec, arXiv 2509.18344, has a quantised copy of the target draft like this).
+
+Knows the run that it shares; where planes lie is the business of whoever gives it `resident`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from tiercache.draft.base import Needs, TreeBudget
+from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.scores import RunScores
+from tiercache.draft.sketch import Grower
+from tiercache.draft.tree import DraftTree
+
+
+class ResidentDrafter(GrownDrafter):
+    """Drafts by passes of the target itself.
+
+    Args:
+        resident: passes of the target within it use the resident planes alone.
+        grower: how trees grow.
+        node_bytes: what a drafted node takes.
+    """
+
+    name = "resident"
+
+    def __init__(
+        self, resident: Callable[[], AbstractContextManager[None]], grower: Grower, *, node_bytes: int = 0
+    ) -> None:
+        super().__init__(grower)
+        self._resident = resident
+        self.needs = Needs(shared_kv=True, node_bytes=node_bytes)
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """See `Drafter`."""
+        run = self.context.run
+        assert run is not None
+        try:
+            with self._resident():
+                scores = RunScores(run, self.context)
+                tree = self._grower(scores, self.context, budget)
+                self.passes, self._proposed = scores.passes, True
+                return tree
+        finally:
+            run.drop()

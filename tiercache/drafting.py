@@ -1,0 +1,252 @@
+"""Who drafts for an offloaded model: drafters made from what was asked for, sized before anything is planned.
+
+Knows options, checkpoints and drafters; nothing of tiers.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import nn
+
+from policies.drafting import Arm, Budgeter, Choice
+from tiercache.config import DraftConfig, OffloadConfig
+from tiercache.decode.generate import DraftingGenerate, RuleMaker
+from tiercache.decode.team import Team
+from tiercache.decode.verify import Rejection, Rule, TargetWalk, Typical
+from tiercache.draft.base import BaseDrafter, Drafter, Needs, TreeBudget
+from tiercache.draft.combine import Cascade, Ngrams
+from tiercache.draft.grow import grower
+from tiercache.draft.lm import LmDrafter
+from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.resident import ResidentDrafter
+from tiercache.draft.tree import DraftTree
+from tiercache.errors import UsageError
+from tiercache.model.rehearse import rehearse
+from tiercache.needs import Demand
+from tiercache.opening import Opened
+from tiercache.stats import DraftStats, Stats
+from tiercache.store.source import Source, resolve
+
+Passes = Callable[[], AbstractContextManager[None]]
+
+_PIECE = 256  # tokens of a small model's pass that are rehearsed
+_NOISES = 64  # rows of noise that are kept, see `draft.noise`
+_ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
+_MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
+_SURE = 2.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
+
+
+@dataclass(frozen=True)
+class Recruits:
+    """The drafters that were asked for, before the model is attached.
+
+    Attributes:
+        config: the options.
+        vocabulary: of the target.
+        resident: the target's own planes draft.
+        needs: what all of them take, but for what is the target's own.
+        made: those that there are already.
+        small: a small model's folder, to be loaded once its bytes are reserved.
+    """
+
+    config: DraftConfig
+    vocabulary: int
+    resident: bool
+    needs: Needs
+    made: tuple[Drafter, ...] = ()
+    small: Path | None = None
+
+    @property
+    def compute_bytes(self) -> int:
+        """What is reserved where the model computes, weights of a small model included."""
+        rows = _NOISES + _ROWS * (1 + self.config.width)
+        return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
+
+
+def with_planes(config: OffloadConfig, *, kernels: bool) -> OffloadConfig:
+    """The options with `resident` set where the target's own planes are to draft; `kernels`: there are some.
+
+    Raises:
+        UsageError: a drafter for a mode or precision that it cannot draft for.
+    """
+    if config.draft is None:
+        return config
+    if config.mode == "mixed":
+        raise UsageError(
+            "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would choose "
+            "all of them; leave one of the two out"
+        )
+    named = config.draft.drafter
+    able = config.precision in ("int8", "int4") and kernels
+    if named == "resident" and config.precision in ("int8", "int4") and not kernels:
+        raise UsageError("drafter='resident' multiplies by planes, and there are no kernels here; see tiercache doctor")
+    return replace(config, resident=config.resident or named == "resident" or (named == "auto" and able))
+
+
+def widened(config: OffloadConfig) -> OffloadConfig:
+    """The options with a context that has room for a tree and its root as well."""
+    return config if config.draft is None else replace(config, context=config.context + config.draft.slots)
+
+
+def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
+    """Find out who is to draft, and what that takes; None if nobody is.
+
+    Raises:
+        UsageError: nobody of that name, or a model with another vocabulary.
+        StoreError, UnsupportedModelError: the small model's checkpoint is none.
+    """
+    if config.draft is None:
+        return None
+    target, folder = opened.model, opened.folder
+    draft = config.draft
+    vocabulary = target.config.get_text_config(decoder=True).vocab_size
+    wanted = draft.drafter
+    if isinstance(wanted, str) and wanted in ("auto", "ngram"):
+        learned = None if draft.learned is None else Path(draft.learned).expanduser()
+        made = Ngrams(vocabulary, _identity(folder, target), folder=learned)
+        resident = wanted == "auto" and config.resident
+        return Recruits(draft, vocabulary, resident, made.needs, (made,))
+    if wanted == "resident":
+        return Recruits(draft, vocabulary, True, Needs(shared_kv=True))
+    if isinstance(wanted, str | Path):
+        small = resolve(wanted)
+        return Recruits(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
+    if not callable(getattr(wanted, "propose", None)):
+        raise UsageError(
+            f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
+        )
+    size = wanted.needs.vocabulary
+    if size is not None and size != vocabulary:
+        raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
+    return Recruits(draft, vocabulary, False, wanted.needs, (wanted,))
+
+
+def reserve(asked: Demand, recruits: Recruits | None, config: OffloadConfig) -> Demand:
+    """What a model asks of memory, with what drafting takes beside it."""
+    if recruits is None:
+        return asked
+    mask = (recruits.config.nodes + 1) * widened(config).context * _MASK_BYTES
+    compute = {**asked.needs.compute, "drafter and trees": recruits.compute_bytes + mask}
+    dram = {**asked.needs.dram, "tables of the drafter": recruits.needs.host_bytes}
+    return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
+
+
+def attach(
+    stack: ExitStack,
+    model: transformers.PreTrainedModel,
+    recruits: Recruits,
+    config: OffloadConfig,
+    device: torch.device,
+    stats: Stats,
+    *,
+    show: bool,
+) -> None:
+    """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
+    attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
+    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device)
+    stack.callback(drafters.close)
+    stats.drafting = drafters.stats
+    stats.lossy = stats.lossy or bool(drafters.stats.lossy)
+    slots = recruits.config.slots
+    drafting = DraftingGenerate(model, drafters, rule_of(recruits.config), config.context + 1, slots, show=show)
+    stack.callback(drafting.close)
+
+
+def team(recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device) -> Team:
+    """The team of an attached model.
+
+    Args:
+        recruits: who drafts.
+        resident: passes of the target within are resident ones.
+        context: tokens that a sequence may have.
+        logits: rows that a pass may return; a tree has one less.
+        device: where the model computes.
+    """
+    config = recruits.config
+    arms: list[Drafter] = list(recruits.made)
+    if recruits.small is not None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(recruits.small, dtype="auto")
+        nn.Module.to(model, device)
+        arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs))
+    if recruits.resident:
+        arms.append(ResidentDrafter(resident, grower(config.grower)))
+        if recruits.made:
+            arms.append(Cascade([_Borrowed(arm) for arm in arms], _SURE))
+    nodes = min(config.nodes, logits - 1)
+    fixed = Choice(0, nodes, config.depth, config.width, 0.0, 0.0)
+    limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
+    budgeter = None
+    if not config.fixed:
+        sizes = {"max_depth": config.depth, "max_nodes": nodes}
+        budgeter = Budgeter([Arm(arm.name, **sizes) for arm in arms], **limits)
+    stats = DraftStats(rule=config.verify, grower=config.grower)
+    stats.lossy = "" if rule_of(config)(None).lossless else config.verify
+    return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
+
+
+def rule_of(config: DraftConfig) -> RuleMaker:
+    """Makes the rule of one request from its noise, which is None in greedy decoding."""
+
+    def make(noise: GumbelNoise | None) -> Rule:
+        generator = None if noise is None else torch.Generator().manual_seed(noise.seed)
+        if config.verify == "rejection":
+            return Rejection(generator)
+        return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
+
+    return make
+
+
+class _Borrowed(BaseDrafter):
+    """A member of the team, asked through another one: what it is told, it is told as itself."""
+
+    def __init__(self, whose: Drafter) -> None:
+        self._whose, self.name = whose, whose.name
+        self.needs = replace(whose.needs, device_bytes=0, host_bytes=0)
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """See `Drafter`."""
+        tree = self._whose.propose(budget)
+        self.passes = self._whose.passes
+        return tree
+
+
+def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> Needs:
+    """What a small model takes, from its checkpoint's header and a rehearsal; refuses one of another vocabulary."""
+    skeleton = Source.open(small).model()
+    own = skeleton.config.get_text_config(decoder=True).vocab_size
+    same = _same_tokens(small, folder)
+    if same is False or (same is None and own != vocabulary):
+        raise UsageError(
+            f"{small} has {own} tokens and the target {vocabulary}, or they mean others; give a drafter with the "
+            "target's tokenizer"
+        )
+    assert config.draft is not None
+    seen = rehearse(skeleton, (), _PIECE, 1)
+    slots = config.context + config.draft.slots
+    kept = seen.kv_bytes * -(-slots // _PIECE) + seen.workspace_bytes
+    return Needs(device_bytes=sum(parameter.nbytes for parameter in skeleton.parameters()) + kept)
+
+
+def _identity(folder: Path | None, target: transformers.PreTrainedModel) -> str:
+    """Of what token ids mean: the tokenizer's digest, or the kind and size of a model that has none beside it."""
+    file = None if folder is None else folder / "tokenizer.json"
+    if file is not None and file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    config = target.config.get_text_config(decoder=True)
+    return f"{config.model_type} of {config.vocab_size} tokens"
+
+
+def _same_tokens(small: Path, folder: Path | None) -> bool | None:
+    """Whether two folders' tokenizers mean the same by each id; None where one has none."""
+    files = [None if place is None else place / "tokenizer.json" for place in (small, folder)]
+    if any(file is None or not file.is_file() for file in files):
+        return None
+    ours, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    return ours == theirs
