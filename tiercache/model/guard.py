@@ -67,6 +67,7 @@ class Guard:
         self._runner: threading.Thread | None = None
         self._choosing = threading.Lock()
         self._began_at = 0.0
+        self._verifies = False  # a drafted tree
         self._alone = False  # the inner model was called without the whole
         self._decoding_since: float | None = None
         self._hooks: list[RemovableHandle] = [
@@ -116,6 +117,7 @@ class Guard:
             self._stats.decode_tokens += sequences
         self._decoding_since = now if new == 1 and past > 0 else None
         self._began_at = now
+        self._verifies = past > 0 and self._stats.drafting is not None
         self._stats.passes += 1
         self._stats.tokens += sequences * new
         if past == 0:
@@ -124,7 +126,7 @@ class Guard:
     def _end(self, model: torch.nn.Module, arguments: object, output: object) -> None:
         if self._runner is not threading.current_thread():
             return  # refused before it began
-        if self._decoding_since is None and not self._resident:
+        if self._decoding_since is None and not self._resident and not self._verifies:
             if self._stats.device.startswith("cuda"):
                 torch.cuda.synchronize(self._stats.device)
             self._stats.first_pass_s = time.perf_counter() - self._began_at

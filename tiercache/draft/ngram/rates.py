@@ -1,0 +1,93 @@
+"""Running shares: how often what was guessed came true, old observations fading.
+
+They turn counts and ranks into probabilities that can be compared between drafters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tiercache.errors import StoreError
+
+
+class Rates:
+    """For each of several kinds of guess, the share that came true.
+
+    Args:
+        prior: the shares assumed before anything was seen.
+        weight: how many observations the prior counts for.
+        memory: observations of a kind; at as many, they are halved.
+    """
+
+    def __init__(self, prior: Sequence[float], *, weight: float = 8.0, memory: float = 256.0) -> None:
+        self._hits = [share * weight for share in prior]
+        self._trials = [weight] * len(prior)
+        self._memory = memory
+
+    def __getitem__(self, kind: int) -> float:
+        """The share of a kind."""
+        return self._hits[kind] / self._trials[kind]
+
+    def add(self, kind: int, hit: bool) -> None:
+        """One more observation."""
+        self._hits[kind] += hit
+        self._trials[kind] += 1
+        if self._trials[kind] > self._memory:
+            self._hits[kind] /= 2
+            self._trials[kind] /= 2
+
+    def state(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"hits": list(self._hits), "trials": list(self._trials)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            StoreError: it has another number of kinds.
+        """
+        self._hits, self._trials = (_sized(state[name], len(self._hits)) for name in ("hits", "trials"))
+
+
+class Ranks:
+    """How often the token that came stood at each rank of a list.
+
+    Args:
+        prior: the share of each rank, assumed before anything was seen.
+        weight, memory: as `Rates` has them.
+    """
+
+    def __init__(self, prior: Sequence[float], *, weight: float = 8.0, memory: float = 512.0) -> None:
+        self._hits = [share * weight for share in prior]
+        self._trials = weight
+        self._memory = memory
+
+    def shares(self) -> list[float]:
+        """Of each rank; they sum to 1 at most."""
+        return [hits / self._trials for hits in self._hits]
+
+    def add(self, rank: int | None) -> None:
+        """One more observation; None where the token was not on the list."""
+        if rank is not None:
+            self._hits[rank] += 1
+        self._trials += 1
+        if self._trials > self._memory:
+            self._hits = [hits / 2 for hits in self._hits]
+            self._trials /= 2
+
+    def state(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"hits": list(self._hits), "trials": self._trials}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            StoreError: it has another number of ranks.
+        """
+        self._hits, self._trials = _sized(state["hits"], len(self._hits)), float(state["trials"])
+
+
+def _sized(values: Sequence[float], size: int) -> list[float]:
+    if len(values) != size:
+        raise StoreError(f"a drafter's state has {len(values)} shares, not {size}; it is another drafter's: drop it")
+    return [float(value) for value in values]

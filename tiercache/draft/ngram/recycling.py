@@ -1,0 +1,85 @@
+"""Token recycling: what the target ranked highest the last time that it saw a token."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tiercache.draft.base import BaseDrafter, Feedback, Needs, TreeBudget
+from tiercache.draft.ngram.rates import Ranks
+from tiercache.draft.ngram.rows import NONE, likeliest, newest
+from tiercache.draft.ngram.trie import Candidate, grow
+from tiercache.draft.tree import DraftTree
+from tiercache.errors import StoreError, UsageError
+
+_KEPT = 8
+_PRIOR = (0.35, 0.12, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)  # of each rank, before anything was measured
+
+
+class TokenRecycling(BaseDrafter):
+    """Follows each token's newest top 8 of the target's tokens.
+
+    Token Recycling (arXiv 2408.08696, section 3): one table for the whole vocabulary, taken from every verified node,
+    accepted or not. Its one fixed tree is replaced by the best nodes for the measured acceptance of each rank.
+
+    Args:
+        vocabulary: of the target.
+
+    Raises:
+        UsageError: it is not positive.
+    """
+
+    name = "recycling"
+
+    def __init__(self, vocabulary: int) -> None:
+        if vocabulary < 1:
+            raise UsageError(f"token recycling for {vocabulary} tokens; give the target's vocabulary")
+        self._table = np.full((vocabulary, _KEPT), NONE, dtype=np.int32)
+        self._ranks = Ranks(_PRIOR)
+        self.needs = Needs(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        """See `Drafter`."""
+        table, shares = self._table, self._ranks.shares()
+        order = sorted(range(_KEPT), key=shares.__getitem__, reverse=True)
+
+        def expand(token: int) -> list[Candidate[int]]:
+            if not 0 <= token < len(table):
+                return []
+            row = table[token].tolist()
+            return [(row[rank], shares[rank], 1.0, row[rank]) for rank in order if row[rank] != NONE]
+
+        return grow(self.context.tokens[-1], expand, budget, self.context)
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`."""
+        tokens, emitted = self.context.tokens, feedback.emitted
+        first = len(tokens) - len(emitted)
+        for token, came in zip(tokens[first - 1 : -1], emitted, strict=True):
+            if 0 <= token < len(self._table):
+                row = self._table[token].tolist()
+                if row[0] != NONE:
+                    self._ranks.add(row.index(came) if came in row else None)
+        told = likeliest(feedback, _KEPT)
+        if told is not None:
+            seen = newest(self.context, feedback, len(told))[:, 1]
+            right = [0, *(node + 1 for node in feedback.path)] if len(feedback.tree) else []
+            for rows in (slice(None), right):  # what holds of the text itself goes over what holds of guesses
+                of, what = seen[rows], told[rows]
+                known = (of >= 0) & (of < len(self._table))
+                self._table[of[known]] = what[known]
+
+    def state(self) -> dict[str, Any]:
+        """See `Drafter`."""
+        return {"table": self._table.copy(), "ranks": self._ranks.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `Drafter`.
+
+        Raises:
+            StoreError: it is of another vocabulary.
+        """
+        if state["table"].shape != self._table.shape:
+            raise StoreError(f"recycled tokens of {len(state['table'])} tokens, not {len(self._table)}; drop them")
+        self._ranks.load_state(state["ranks"])
+        self._table[:] = state["table"]
