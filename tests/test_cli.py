@@ -286,6 +286,25 @@ def test_bench(tmp_path: Path) -> None:
     refused(call("bench", "--shape", "galaxy", "--folder", tmp_path, "--json"), 2, "UsageError")
 
 
+def test_run_drafts(checkpoint: Path, store: Path) -> None:
+    _, expected = resident(checkpoint, 24)
+    result = call("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 24, "--drafter", "ngram", "--json")
+    assert data(result)["tokens"] == expected
+    drafting = data(result)["stats"]["drafting"]
+    assert drafting["drafters"] == ["ngram"]
+    assert drafting["tokens"] == 23
+    assert f"{drafting['tokens_per_pass']:.2f} tokens a pass of {drafting['rounds']}" in result.stderr
+    assert f"then {drafting['tokens_per_s']:.2f} tokens/s" in result.stderr
+
+    small = ("--drafter", "resident", "--draft-nodes", 4, "--draft-depth", 2, "--precision", "int8")
+    result = call("run", store, "--prompt", PROMPT, "--max-new-tokens", 12, *small, "--json")
+    assert len(data(result)["stats"]["drafting"]["tried_by_depth"]) <= 2
+    idle = call("run", checkpoint, "--prompt", PROMPT, "--draft-depth", 2, "--json")
+    assert "--draft-depth does nothing without a drafter" in refused(idle, 2, "UsageError")
+    nobody = call("run", checkpoint, "--prompt", PROMPT, "--drafter", "nobody", "--json")
+    assert "nobody" in refused(nobody, 2, "UsageError")
+
+
 def test_interrupted_run(checkpoint: Path) -> None:
     with start("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 2_000, "--json") as process:
         assert process.stderr is not None

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.config import Budget, OffloadConfig, human
+from tiercache.config import Budget, DraftConfig, OffloadConfig, human, read_options
 from tiercache.errors import UsageError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -143,6 +143,73 @@ def test_an_unknown_option_is_refused() -> None:
 def test_a_device_that_is_no_text_is_refused() -> None:
     with pytest.raises(UsageError):
         config(device=0)
+
+
+def test_no_drafter_is_no_drafting() -> None:
+    assert config().draft is None
+    for options in ({}, {"drafter": None}, {"drafter": None, "lossless": True}):
+        assert "draft" not in read_options(options)
+
+
+def test_options_of_drafting() -> None:
+    options = {"drafter": "auto", "draft_nodes": 7, "draft_depth": 3, "draft_width": 2, "draft_fixed": True}
+    made = read_options({**options, "learned": "tables"})["draft"]
+    assert made == DraftConfig(drafter="auto", nodes=7, depth=3, width=2, fixed=True, learned="tables")
+    assert (made.grower, made.verify, made.lossless) == ("best-first", "walk", True)
+    defaults = read_options({"drafter": "ngram"})["draft"]
+    assert (defaults.nodes, defaults.depth, defaults.width, defaults.fixed, defaults.learned) == (
+        64,
+        16,
+        8,
+        False,
+        None,
+    )
+
+
+@pytest.mark.parametrize(("nodes", "depth", "width", "slots"), [(1, 1, 1, 2), (512, 16, 8, 513), (2, 16, 8, 129)])
+def test_slots_hold_the_largest_tree_and_what_was_tried_for_it(nodes: int, depth: int, width: int, slots: int) -> None:
+    assert DraftConfig(drafter="auto", nodes=nodes, depth=depth, width=width).slots == slots
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 2.5, "7", None])
+@pytest.mark.parametrize("name", ["draft_nodes", "draft_depth", "draft_width"])
+def test_sizes_of_trees_are_whole_numbers(name: str, value: object) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_options({"drafter": "ngram", name: value})
+    assert f"{name}={value!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"drafter": "ngram", "draft_node": 7}, "'draft_node'"),
+        ({"grower": "rsd-c"}, "grower= does nothing without a drafter"),
+        ({"drafter": None, "draft_fixed": True}, "draft_fixed= does nothing"),
+        ({"drafter": "resident", "grower": "greedy"}, "'greedy'; choose one of best-first, fixed-width, rsd-c"),
+        ({"drafter": "resident", "grower": None}, "None"),
+        ({"drafter": "resident", "verify": "speculative"}, "'speculative'; choose one of walk, rejection, typical"),
+        ({"drafter": "resident", "verify": "rejection"}, "'best-first' does not; choose 'rsd-c' or 'rsd-s'"),
+        ({"drafter": "resident", "verify": "rejection", "grower": "sequoia"}, "'sequoia' does not"),
+        ({"drafter": "ngram", "verify": "rejection", "grower": "rsd-c"}, "choose 'resident' or a small model"),
+        ({"drafter": "auto", "verify": "rejection", "grower": "rsd-s"}, "choose 'resident' or a small model"),
+        ({"drafter": "resident", "verify": "typical"}, "lossless=False"),
+        ({"drafter": "resident", "learned": "tables"}, "choose drafter='auto' or 'ngram'"),
+        ({"drafter": Path("small"), "learned": "tables"}, "choose drafter='auto' or 'ngram'"),
+        ({"drafter": "ngram", "learned": 3}, "learned=3"),
+        ({"drafter": "ngram", "draft_fixed": 1}, "draft_fixed=1"),
+        ({"drafter": "ngram", "lossless": None}, "lossless=None"),
+    ],
+)
+def test_bad_options_of_drafting_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_options(options)
+    assert named in str(refused.value)
+
+
+def test_rules_that_go_with_a_drafter() -> None:
+    for grower in ("rsd-c", "rsd-s"):
+        assert DraftConfig(drafter="resident", grower=grower, verify="rejection").verify == "rejection"
+    assert not DraftConfig(drafter="ngram", verify="typical", lossless=False).lossless
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ class DraftConfig:
     grower: str = "best-first"
     nodes: int = 64
     depth: int = 16
-    width: int = 8
+    width: int = 4
     fixed: bool = False
     verify: Verify = "walk"
     lossless: bool = True
@@ -204,13 +204,30 @@ class DraftConfig:
                 f"verify='rejection' needs trees that are drawn, which grower={self.grower!r} does not; choose 'rsd-c' "
                 "or 'rsd-s', or verify='walk'"
             )
+        self._check_tables()
         if self.verify == "typical" and self.lossless:
             raise UsageError("verify='typical' changes what is emitted; say lossless=False if that is meant")
+
+    def _check_tables(self) -> None:
+        """Refuse what only some drafters can do; a table of n-grams ranks, and never draws."""
+        tables = isinstance(self.drafter, str) and self.drafter in ("auto", "ngram")
+        if self.verify == "rejection" and tables:
+            raise UsageError(
+                f"verify='rejection' needs trees that are drawn, and n-grams, which drafter={self.drafter!r} uses, are "
+                "not; choose 'resident' or a small model, or verify='walk'"
+            )
+        if self.learned is not None and not tables:
+            raise UsageError("learned= keeps tables of n-grams; choose drafter='auto' or 'ngram', or leave it out")
+        if not isinstance(self.learned, str | Path | None):
+            raise UsageError(f"learned={self.learned!r} must be a folder, or None")
+        for name, value in (("draft_fixed", self.fixed), ("lossless", self.lossless)):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name}={value!r} must be True or False")
 
     @property
     def slots(self) -> int:
         """See the class."""
-        return 1 + max(self.nodes, self.depth * self.width)
+        return 1 + max(self.nodes, self.depth * min(self.width, self.nodes))
 
 
 @dataclass(frozen=True, kw_only=True)

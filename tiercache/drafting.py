@@ -5,8 +5,9 @@ Knows options, checkpoints and drafters; nothing of tiers.
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
 from tiercache.decode.team import Team
 from tiercache.decode.verify import Rejection, Rule, TargetWalk, Typical
-from tiercache.draft.base import BaseDrafter, Drafter, Needs, TreeBudget
+from tiercache.draft.base import Drafter, Needs
 from tiercache.draft.combine import Cascade, Ngrams
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 from tiercache.model.rehearse import rehearse
 from tiercache.needs import Demand
@@ -40,7 +40,9 @@ _PIECE = 256  # tokens of a small model's pass that are rehearsed
 _NOISES = 64  # rows of noise that are kept, see `draft.noise`
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
 _MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
-_SURE = 2.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
+# Acceptance by rank, as it was on the project's own toy: of a model that is much like the target, and of n-grams.
+_SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
+_MODELS, _TABLES = [0.85, 0.06, 0.02], [0.35, 0.08, 0.04]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Recruits:
         vocabulary: of the target.
         resident: the target's own planes draft.
         needs: what all of them take, but for what is the target's own.
-        made: those that there are already.
+        made: the caller's own.
+        ngrams: makes the tables; their files stay closed until the model is attached, for it may be refused before.
         small: a small model's folder, to be loaded once its bytes are reserved.
     """
 
@@ -61,6 +64,7 @@ class Recruits:
     resident: bool
     needs: Needs
     made: tuple[Drafter, ...] = ()
+    ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
 
     @property
@@ -80,8 +84,8 @@ def with_planes(config: OffloadConfig, *, kernels: bool) -> OffloadConfig:
         return config
     if config.mode == "mixed":
         raise UsageError(
-            "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would choose "
-            "all of them; leave one of the two out"
+            "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would "
+            "choose all of them; leave one of the two out"
         )
     named = config.draft.drafter
     able = config.precision in ("int8", "int4") and kernels
@@ -99,26 +103,32 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     """Find out who is to draft, and what that takes; None if nobody is.
 
     Raises:
-        UsageError: nobody of that name, or a model with another vocabulary.
-        StoreError, UnsupportedModelError: the small model's checkpoint is none.
+        UsageError: nobody of that name, a model with another vocabulary, or passes that have no room for a node.
+        StoreError, UnsupportedModelError: the small model's checkpoint is none, or tables are another model's.
     """
     if config.draft is None:
         return None
+    if config.logits < 2:
+        raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
     target, folder = opened.model, opened.folder
     draft = config.draft
     vocabulary = target.config.get_text_config(decoder=True).vocab_size
     wanted = draft.drafter
     if isinstance(wanted, str) and wanted in ("auto", "ngram"):
         learned = None if draft.learned is None else Path(draft.learned).expanduser()
-        made = Ngrams(vocabulary, _identity(folder, target), folder=learned)
-        resident = wanted == "auto" and config.resident
-        return Recruits(draft, vocabulary, resident, made.needs, (made,))
+        ngrams = partial(Ngrams, vocabulary, _identity(folder, target), folder=learned)
+        with closing(ngrams()) as sample:
+            needs = sample.needs
+        return Recruits(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
     if wanted == "resident":
         return Recruits(draft, vocabulary, True, Needs(shared_kv=True))
     if isinstance(wanted, str | Path):
-        small = resolve(wanted)
+        try:
+            small = resolve(wanted)
+        except UsageError as error:
+            raise UsageError(f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}") from error
         return Recruits(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
-    if not callable(getattr(wanted, "propose", None)):
+    if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
         raise UsageError(
             f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
         )
@@ -171,24 +181,30 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
     """
     config = recruits.config
     arms: list[Drafter] = list(recruits.made)
+    if recruits.ngrams is not None:
+        arms.append(recruits.ngrams())
     if recruits.small is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(recruits.small, dtype="auto")
         nn.Module.to(model, device)
         arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs))
     if recruits.resident:
-        arms.append(ResidentDrafter(resident, grower(config.grower)))
-        if recruits.made:
-            arms.append(Cascade([_Borrowed(arm) for arm in arms], _SURE))
+        own: Drafter = ResidentDrafter(resident, grower(config.grower))
+        arms = [Cascade([*arms, own], _SURE)] if arms else [own]
     nodes = min(config.nodes, logits - 1)
-    fixed = Choice(0, nodes, config.depth, config.width, 0.0, 0.0)
+    fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
     budgeter = None
     if not config.fixed:
         sizes = {"max_depth": config.depth, "max_nodes": nodes}
-        budgeter = Budgeter([Arm(arm.name, **sizes) for arm in arms], **limits)
+        budgeter = Budgeter([Arm(arm.name, rates=_rates(arm, config.depth), **sizes) for arm in arms], **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
     stats.lossy = "" if rule_of(config)(None).lossless else config.verify
     return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
+
+
+def _rates(drafter: Drafter, depth: int) -> list[list[float]]:
+    """What to think of a drafter's acceptance by depth and rank before anything was seen."""
+    return [_MODELS if drafter.needs.shared_kv or isinstance(drafter, LmDrafter) else _TABLES] * depth
 
 
 def rule_of(config: DraftConfig) -> RuleMaker:
@@ -201,20 +217,6 @@ def rule_of(config: DraftConfig) -> RuleMaker:
         return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
 
     return make
-
-
-class _Borrowed(BaseDrafter):
-    """A member of the team, asked through another one: what it is told, it is told as itself."""
-
-    def __init__(self, whose: Drafter) -> None:
-        self._whose, self.name = whose, whose.name
-        self.needs = replace(whose.needs, device_bytes=0, host_bytes=0)
-
-    def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
-        tree = self._whose.propose(budget)
-        self.passes = self._whose.passes
-        return tree
 
 
 def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> Needs:

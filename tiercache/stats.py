@@ -6,11 +6,13 @@ Knows nothing of who counts; the counting is done where the bytes move.
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 SCHEMA = "tiercache.stats/1"
+_NEWEST = 64  # plain passes whose seconds are kept
 
 
 @dataclass
@@ -120,7 +122,7 @@ class DraftStats:
         plain_calls: calls of `generate` that could not be drafted for.
         nodes: verified.
         accepted: nodes accepted.
-        tried_by_depth, accepted_by_depth: nodes whose parent was accepted (or is the root), and of them those accepted.
+        tried_by_depth, accepted_by_depth: how often a tree reached a depth below accepted nodes, and one was accepted.
         arm_rounds, arm_tokens: rounds of each drafter, and the tokens that they emitted.
         draft_s, verify_s: seconds of drafting and learning, and of the target's passes.
         plain_passes_s: seconds of the newest passes without a tree.
@@ -143,6 +145,36 @@ class DraftStats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_passes_s: list[float] = field(default_factory=list)
+
+    def add(self, arm: int | None, depths: Sequence[int], accepted: Sequence[int], emitted: int) -> None:
+        """A round: whose tree, the depth of each of its nodes and of the accepted ones, and the tokens it emitted."""
+        self.rounds += 1
+        self.tokens += emitted
+        self.nodes += len(depths)
+        self.accepted += len(accepted)
+        if arm is not None:
+            self.arm_rounds[arm] += 1
+            self.arm_tokens[arm] += emitted
+        if not depths:
+            return
+        deepest = max(depths)
+        while len(self.tried_by_depth) < deepest:
+            self.tried_by_depth.append(0)
+            self.accepted_by_depth.append(0)
+        for depth in range(1, min(len(accepted) + 1, deepest) + 1):
+            self.tried_by_depth[depth - 1] += 1
+        for depth in accepted:
+            self.accepted_by_depth[depth - 1] += 1
+
+    def spend(self, draft_s: float, verify_s: float, *, plain: bool) -> None:
+        """Its seconds; `plain`: it had no tree."""
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        if plain:
+            self.plain_rounds += 1
+            self.plain_passes_s.append(verify_s)
+            if len(self.plain_passes_s) > 2 * _NEWEST:
+                del self.plain_passes_s[:_NEWEST]
 
     @property
     def tokens_per_pass(self) -> float | None:

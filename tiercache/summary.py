@@ -4,6 +4,8 @@ from typing import Any
 
 from tiercache.config import human
 
+_DEPTHS = 8  # that acceptance is told of
+
 
 def of_dry_run(report: dict[str, Any]) -> str:
     """What a conversion would take."""
@@ -61,12 +63,16 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
     direct = "direct" if stats["direct_io"] else "through the page cache"
     lines.append(f"ssd   {human(stats['ssd_bytes'])} read, {direct}")
     device = f", GPU {human(stats['peak_device_bytes'])}" if stats["peak_device_bytes"] else ""
+    drafting = stats["drafting"]
+    per_s = drafting["tokens_per_s"] if drafting and drafting["rounds"] else stats["tokens_per_s"]
     lines.append(
-        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
+        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {per_s:.2f} tokens/s; "
         f"kernels {stats['kernels']}; peak RSS {human(stats['peak_rss_bytes'])}{device}"
     )
     if (neurons := stats["neurons"]) is not None:
         lines.append(_neuron_summary(neurons))
+    if drafting is not None:
+        lines.append(_draft_summary(drafting))
     if stats["link"] != "measured":
         lines.append(f"the link was {stats['link']}")
     if stats["lossy"]:
@@ -82,6 +88,20 @@ def _neuron_summary(neurons: dict[str, Any]) -> str:
     return (
         f"{text}, {human(neurons['moved_bytes'] / max(1, neurons['tokens']))} brought up; policy {neurons['policy']}: "
         f"hit rate {neurons['hit_rate']:.3f}, by chance {neurons['chance']:.3f}"
+    )
+
+
+def _draft_summary(drafting: dict[str, Any]) -> str:
+    who = " or ".join(drafting["drafters"])
+    if not drafting["rounds"]:
+        return f"drafts by {who}: none, for nothing was decoded after the first token"
+    rates = " ".join(f"{rate:.2f}" for rate in drafting["acceptance_by_depth"][:_DEPTHS])
+    faster = "" if drafting["speed_up"] is None else f"; {drafting['speed_up']:.2f} x the passes without a tree"
+    return (
+        f"drafts by {who}: {drafting['tokens_per_pass']:.2f} tokens a pass of {drafting['rounds']} "
+        f"({drafting['plain_rounds']} without a tree), {drafting['accepted']} of {drafting['nodes']} nodes accepted, "
+        f"by depth {rates or 'none'}; drafting {drafting['draft_s']:.3f} s, verifying {drafting['verify_s']:.3f} s"
+        f"{faster}"
     )
 
 

@@ -12,7 +12,6 @@ from tiercache.commands.base import (
     Hbm,
     Json,
     LinkGbps,
-    Precision,
     Quiet,
     Store,
     StoreFolder,
@@ -22,68 +21,144 @@ from tiercache.commands.base import (
     say,
     tell,
 )
+from tiercache.commands.running import PICO
 from tiercache.errors import UsageError
+
+# Options of the three kinds of `bench`, by what they are for.
+_Drafters = Annotated[bool, typer.Option("--drafters", help="Time decoding with each drafter against plain decoding.")]
+_Models = Annotated[list[Path] | None, typer.Option("--model", help="drafters: a checkpoint or store; several.")]
+_Text = Annotated[Path | None, typer.Option(help="drafters: a UTF-8 file of prompts; else Python's own library.")]
+_Prompts = Annotated[int, typer.Option(help="drafters: for each seed, each its own.")]
+_PromptTokens = Annotated[int, typer.Option(help="drafters: tokens of a prompt.")]
+_PlainTokens = Annotated[int | None, typer.Option(help="drafters: that plain decoding writes; else --tokens.")]
+_Temperatures = Annotated[str, typer.Option(help="drafters: a list; 0 is greedy.")]
+_Seeds = Annotated[str, typer.Option(help="drafters: a list.")]
+_Names = Annotated[str | None, typer.Option(help="drafters: ngram,lookup,suffix,recycling,trigram,resident,auto.")]
+_Growers = Annotated[str, typer.Option(help="drafters: best-first,fixed-width,sequoia,rsd-c,rsd-s.")]
+_Nodes = Annotated[str | None, typer.Option(help="drafters: sizes of trees; 4,16,64,auto by default.")]
+_Repeats = Annotated[int, typer.Option(help="drafters: of everything, for medians.")]
+_Cap = Annotated[str | None, typer.Option(help="drafters: RAM of each process, page cache included, such as 1434MiB.")]
+_Widen = Annotated[str | None, typer.Option(help="drafters: make the model HIDDENxNEURONSxLAYERS in --folder first.")]
+_Kernels = Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")]
+_KernelShapes = Annotated[str | None, typer.Option(help="kernels: 7b by default; also 70b and others.")]
+_Precisions = Annotated[str | None, typer.Option(help="kernels: int2,int4,int8 by default.")]
+_TokenCounts = Annotated[str | None, typer.Option(help="kernels: 1,4,16,32,64 by default.")]
+_Share = Annotated[float | None, typer.Option(help="Mixed mode, with this share of int8's bytes of neurons; lossy.")]
 
 
 @app.command("bench")
 def bench_command(
     ctx: typer.Context,
     shape: Annotated[str, typer.Option(help="A model's shape, such as tiny or llama-2-7b.")] = "tinyllama-1.1b",
-    precision: Precision = "source",
+    precision: Annotated[str | None, typer.Option(help="source, or int8 with --drafters; else int8, int4.")] = None,
     hbm: Annotated[str | None, typer.Option(help="Budget of the fastest tier; none by default.")] = None,
     dram: Annotated[str, typer.Option(help="Budget of main memory.")] = "auto",
-    tokens: Annotated[int, typer.Option(min=1, help="Single-token passes to time.")] = 8,
+    tokens: Annotated[int | None, typer.Option(min=1, help="To time: 8, or 128 with --drafters.")] = None,
     folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
-    bytes_per_token: Annotated[
-        float | None, typer.Option(help="Mixed mode, with this share of int8's bytes of the neurons; lossy.")
-    ] = None,
+    bytes_per_token: _Share = None,
     link_gbps: LinkGbps = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens to reserve KV cache for.")] = 128,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache: 128, or what drafters need.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")] = False,
-    kernel_shapes: Annotated[
-        str | None, typer.Option(help="With --kernels: 7b by default; also 70b and others.")
-    ] = None,
-    precisions: Annotated[str | None, typer.Option(help="With --kernels: int2,int4,int8 by default.")] = None,
-    token_counts: Annotated[str | None, typer.Option(help="With --kernels: 1,4,16,32,64 by default.")] = None,
+    kernels: _Kernels = False,
+    kernel_shapes: _KernelShapes = None,
+    precisions: _Precisions = None,
+    token_counts: _TokenCounts = None,
+    drafters: _Drafters = False,
+    model: _Models = None,
+    text: _Text = None,
+    prompts: _Prompts = 3,
+    prompt_tokens: _PromptTokens = 64,
+    plain_tokens: _PlainTokens = None,
+    temperatures: _Temperatures = "0.8,0",
+    seeds: _Seeds = "0,1,2",
+    drafter_names: _Names = None,
+    growers: _Growers = "best-first",
+    draft_nodes: _Nodes = None,
+    repeats: _Repeats = 1,
+    cap: _Cap = None,
+    widen: _Widen = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time a model of a given shape, or the kernels, on random weights, against roofs measured in the same run."""
-    _refuse_idle(ctx, kernels)
+    """Time a model, drafters or the kernels, beside roofs or plain runs of the same machine and minutes."""
+    _refuse_idle(ctx, kernels, drafters)
+    shown = progress(as_json, quiet)
     if kernels:
-        _bench_kernels((kernel_shapes, precisions, token_counts), seed, as_json, quiet)
-        return
+        _bench_kernels((kernel_shapes, precisions, token_counts), seed, shown, quiet)
+    elif drafters:
+        _bench_drafters(ctx.params, shown, quiet)
+    else:
+        options: dict[str, Any] = {"hbm": hbm, "dram": dram, "tokens": tokens or 8, "context": context or 128}
+        options |= {"bytes_per_token": bytes_per_token, "link_gbps": link_gbps}
+        options["precision"] = precision or ("source" if bytes_per_token is None else "int8")
+        _bench_shape(shape, options, {"folder": folder.expanduser(), "seed": seed, "keep": keep}, shown, quiet)
+
+
+_OF_KERNELS = ("kernel_shapes", "precisions", "token_counts")
+_OF_DRAFTERS = (
+    *("model", "text", "prompts", "prompt_tokens", "plain_tokens", "temperatures", "seeds", "drafter_names"),
+    *("growers", "draft_nodes", "repeats", "cap", "widen"),
+)
+_OF_MODELS = ("precision", "hbm", "dram", "tokens", "folder", "link_gbps", "context")  # of shapes and drafters
+_OF_SHAPES = ("shape", "bytes_per_token", "seed", "keep")
+
+
+def _refuse_idle(ctx: Any, kernels: bool, drafters: bool) -> None:
+    """Refuse options of another kind of benchmark, which would do nothing."""
+    if kernels and drafters:
+        raise UsageError("--kernels and --drafters are two benchmarks; leave one of them out")
+    common = ("kernels", "drafters", "as_json", "quiet")
+    own = (*_OF_KERNELS, "seed") if kernels else (*_OF_MODELS, *(_OF_DRAFTERS if drafters else _OF_SHAPES))
+    for name in ctx.params:
+        if name in (*own, *common) or ctx.get_parameter_source(name).name != "COMMANDLINE":
+            continue
+        option = "--" + name.replace("_", "-")
+        if not kernels and not drafters:
+            kind = "--kernels" if name in _OF_KERNELS else "--drafters"
+            raise UsageError(f"{option} does nothing without {kind}; add that")
+        kind = "--kernels" if kernels else "--drafters"
+        options = ", ".join("--" + each.replace("_", "-") for each in own)
+        raise UsageError(f"{option} does nothing with {kind}; leave it out; its own options are {options}")
+
+
+def _bench_shape(shape: str, options: dict[str, Any], place: dict[str, Any], shown: bool | None, quiet: bool) -> None:
     from tiercache.bench import shape as shapes
 
-    options: dict[str, Any] = {"precision": precision, "hbm": hbm, "dram": dram, "tokens": tokens, "context": context}
-    options |= {"bytes_per_token": bytes_per_token, "link_gbps": link_gbps}
-    if bytes_per_token is not None and precision == "source":
-        options["precision"] = "int8"
-    place: dict[str, Any] = {"folder": folder.expanduser(), "seed": seed, "keep": keep}
-    result = shapes.bench(shape, **options, **place, show_progress=progress(as_json, quiet))
+    result = shapes.bench(shape, **options, **place, show_progress=shown)
     tell(shapes.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 
 
-def _refuse_idle(ctx: Any, kernels: bool) -> None:
-    """Refuse options of the other kind of benchmark, which would do nothing."""
-    of_kernels, common = ("kernel_shapes", "precisions", "token_counts"), ("kernels", "seed", "as_json", "quiet")
-    for name in ctx.params:
-        given = ctx.get_parameter_source(name).name == "COMMANDLINE"
-        if given and name not in common and (name in of_kernels) != kernels:
-            option = "--" + name.replace("_", "-")
-            cure = "leave it out; its own options are --kernel-shapes, --precisions and --token-counts"
-            how = f"with --kernels; {cure}" if kernels else "without --kernels; add that"
-            raise UsageError(f"{option} does nothing {how}")
-
-
-def _bench_kernels(lists: tuple[str | None, str | None, str | None], seed: int, as_json: bool, quiet: bool) -> None:
+def _bench_kernels(
+    lists: tuple[str | None, str | None, str | None], seed: int, shown: bool | None, quiet: bool
+) -> None:
     from tiercache.bench import kernels, kernels_report
 
-    options = kernels.Options(**kernels.parse(*lists), seed=seed, show_progress=progress(as_json, quiet))
+    options = kernels.Options(**kernels.parse(*lists), seed=seed, show_progress=shown)
     result = kernels.bench(options)
     tell(kernels_report.report(result), result, as_json=True, quiet=quiet)
+
+
+def _bench_drafters(given: dict[str, Any], shown: bool | None, quiet: bool) -> None:
+    from tiercache.bench import drafters, drafters_options, drafters_report
+    from tiercache.bench.widened import Size
+    from tiercache.config import Budget
+
+    models = given["model"] or [PICO]
+    if not given["model"] and not PICO.is_dir():
+        raise UsageError(f"the bundled model is not here ({PICO}); name one with --model")
+    names = {"drafters": "drafter_names", "nodes": "draft_nodes"}
+    lists = ("drafters", "nodes", "growers", "temperatures", "seeds")
+    chosen = drafters_options.parse(**{name: given[names.get(name, name)] for name in lists})
+    same = ("text", "prompts", "prompt_tokens", "plain_tokens", "repeats", "hbm", "dram", "link_gbps", "context")
+    chosen |= {name: given[name] for name in same} | {"folder": given["folder"].expanduser()}
+    if given["cap"] is not None and (cap := Budget.parse(given["cap"])).size_bytes is None:
+        raise UsageError(f"--cap {given['cap']} is no size; give one such as 1434MiB")
+    chosen["cap_bytes"] = None if given["cap"] is None else cap.size_bytes
+    chosen["widen"] = None if given["widen"] is None else Size.parse(given["widen"])
+    chosen |= {"tokens": given["tokens"] or 128, "precision": given["precision"] or "int8"}
+    result = drafters.bench(drafters_options.Options(models=tuple(models), **chosen, show_progress=shown))
+    tell(drafters_report.report(result), result, as_json=True, quiet=quiet)
 
 
 @app.command("calibrate")

@@ -29,6 +29,7 @@ from tiercache.errors import ContextExceededError, StoreError, UsageError
 
 PICO = Path(__file__).parents[2] / "examples" / "pico" / "checkpoint"
 PICO_PROMPT = "def read_lines(path):\n"
+_NODES = 64  # of a tree of drafts, where nothing is said
 
 
 @app.command("run")
@@ -48,6 +49,9 @@ def run_command(
     link_gbps: LinkGbps = None,
     cpu_tokens: Annotated[int | None, typer.Option(min=0, help="Passes that the CPU multiplies in DRAM.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache; by default what is needed.")] = None,
+    drafter: Annotated[str, typer.Option(help="auto, resident, ngram, a small model's folder, or none.")] = "none",
+    draft_nodes: Annotated[int | None, typer.Option(min=1, help="Of a tree of drafts at most.")] = None,
+    draft_depth: Annotated[int | None, typer.Option(min=1, help="Of a tree of drafts at most.")] = None,
     store: StoreFolder = None,
     device: Device = "auto",
     checks: Annotated[bool, typer.Option("--checks", help="Verify the store's checksums first.")] = False,
@@ -69,12 +73,14 @@ def run_command(
     needed = ids.shape[1] + max_new_tokens
     if context is not None and context < needed:
         raise ContextExceededError(f"prompt and new tokens need --context {needed}, not {context}; raise it")
-    budgets: dict[str, Any] = {"hbm": hbm, "dram": dram, "context": context or needed, "logits": 1}
+    drafting = _drafting(drafter, draft_nodes, draft_depth)
+    logits = drafting.get("draft_nodes", 0) + 1
+    budgets: dict[str, Any] = {"hbm": hbm, "dram": dram, "context": context or needed, "logits": logits}
     precision = precision or ("source" if mode == "exact" else "int8")
     options: dict[str, Any] = {"precision": precision, "store": store, "device": device, "checks": checks}
     mixed: dict[str, Any] = {"mode": mode, "bytes_per_token": bytes_per_token, "max_loss": max_loss}
     mixed |= {"policy": policy, "uploads": uploads, "link_gbps": link_gbps}
-    options["cpu_tokens"] = cpu_tokens
+    options |= {"cpu_tokens": cpu_tokens, **drafting}
     with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as lent:
         attached: Any = lent.tiercache
         if as_json and attached.mixed is not None:  # without bars the library is silent, but a loss is always told
@@ -110,6 +116,17 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
             raise UsageError("--top-p and --top-k do nothing at --temperature 0; give a temperature, such as 0.8")
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+
+
+def _drafting(drafter: str, nodes: int | None, depth: int | None) -> dict[str, Any]:
+    """Options of drafting; none where nobody drafts."""
+    sizes = {name: size for name, size in (("draft_nodes", nodes), ("draft_depth", depth)) if size is not None}
+    if drafter != "none":
+        return {"drafter": drafter, "draft_nodes": _NODES, **sizes}
+    if sizes:
+        option = "--" + next(iter(sizes)).replace("_", "-")
+        raise UsageError(f"{option} does nothing without a drafter; add --drafter auto, or leave it out")
+    return {}
 
 
 def _tokenizer(folder: Path) -> Any:

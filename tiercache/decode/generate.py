@@ -79,13 +79,14 @@ class DraftingGenerate:
 
         self.plain = self._class._sample
         body = {"_sample": _sample, "__module__": self._class.__module__, "__doc__": self._class.__doc__}
-        self.subclass = type(self._class.__name__, (self._class,), body)
+        self.subclass = cast(Any, type(self._class.__name__, (self._class,), body))
         model.__class__ = self.subclass
 
     def close(self) -> None:
         """The model has its own class again; harmless when done twice."""
         if self._model.__class__ is self.subclass:
             self._model.__class__ = self._class
+            del self.subclass._sample  # a class dies with the next collection of garbage alone, a drafter now
 
     def refusal(
         self,

@@ -5,6 +5,7 @@ decision alone.
 """
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,19 +41,26 @@ class DecodeLoop:
 
     def write(self, piece: int | None) -> None:
         """Prefill the prompt, `piece` tokens at a time if given, and decode until the request ends."""
-        request, context = self._request, self._context
-        begin = time.perf_counter()
-        topk = self._team.needs.topk
-        self._refuse_beyond()
-        prompt = request.text[0]
-        rows = torch.empty(0)
-        for part in prompt.split(piece or len(prompt)):
-            rows = self._run.prefill(part)
-        self._team.begin(context)
-        ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        self._team.prefilled(_feedback(DraftTree(), (), emitted, rows[-1:], topk), time.perf_counter() - begin)
+        ended = self._prefill(piece)
         while not ended:
             ended = self._round()
+        self._team.end()
+
+    def _prefill(self, piece: int | None) -> bool:
+        """The prompt; returns whether the text has ended with the first token."""
+        begin = time.perf_counter()
+        needs = self._team.needs
+        self._refuse_beyond()
+        prompt = self._request.text[0]
+        rows = torch.empty(0)
+        with self._run.watching(needs.hidden_layers) as hidden:
+            for part in prompt.split(piece or len(prompt)):
+                rows = self._run.prefill(part)
+        self._team.begin(self._context)
+        ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
+        seconds = time.perf_counter() - begin
+        self._team.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:], _nodes(hidden, 1)), seconds)
+        return ended
 
     def _round(self) -> bool:
         """One tree; returns whether the text has ended."""
@@ -61,18 +69,28 @@ class DecodeLoop:
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
         tree, choice, passes = team.propose(context.room)
-        tree = self._fit(tree)
+        if len(tree):
+            tree = self._fit(tree)
         drafted = time.perf_counter()
-        with team.extending(tree):
-            logits = run.run((context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents)))
+        logits, hidden = self._pass(tree)
         ended, emitted, path = self._accept(tree, logits)
         kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
         run.commit((0, *(node + 1 for node in kept)))
         done = time.perf_counter()
-        feedback = _feedback(tree, path, emitted, logits, team.needs.topk, whole=team.needs.logits)
-        del logits
+        feedback = Feedback(tree, path, emitted, None, logits, hidden)
+        del logits, hidden
         team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
         return ended
+
+    def _pass(self, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]]:
+        """The target's pass over the root and a tree: logits of each, and hidden states if somebody wants them."""
+        nodes = (self._context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents))
+        needs = self._team.needs
+        if not (needs.extends or needs.hidden_layers):
+            return self._run.run(*nodes), {}
+        with self._team.extending(tree), self._run.watching(needs.hidden_layers) as hidden:
+            logits = self._run.run(*nodes)
+        return logits, _nodes(hidden, len(logits))
 
     def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
         """Write the accepted tokens and the target's own; whether the text ended, the tokens, the accepted nodes."""
@@ -121,15 +139,6 @@ class DecodeLoop:
         return tree
 
 
-def _feedback(
-    tree: DraftTree,
-    path: tuple[int, ...],
-    emitted: tuple[int, ...],
-    logits: Tensor,
-    topk: int,
-    *,
-    whole: bool = False,
-) -> Feedback:
-    """What drafters are told."""
-    likeliest = torch.topk(logits, min(topk, logits.shape[-1])).indices.cpu() if topk else None
-    return Feedback(tree, path, emitted, likeliest, logits if whole else None)
+def _nodes(hidden: Mapping[int, Tensor], rows: int) -> dict[int, Tensor]:
+    """Of hidden states [tokens, hidden] the last, which are the nodes'."""
+    return {layer: states[-rows:] for layer, states in hidden.items()}

@@ -11,8 +11,10 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
 
 from policies.acceptance import trials
 from policies.drafting import Budgeter, Choice
@@ -22,7 +24,7 @@ from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
 
 _EXTEND_S = 60.0  # an upper bound; the pass itself is the deadline
-_NEWEST = 63  # plain passes beside the newest one
+_AT_ONCE = 16  # plain passes that drafters are told of together
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Round:
     Attributes:
         choice: the budget it was drafted under.
         passes: that drafting it took.
-        feedback: what was verified and emitted.
+        feedback: what was verified and emitted, with all rows of logits.
         draft_s, verify_s: seconds of proposing, and of the target's pass with its walk.
         began_s: the clock at its start.
     """
@@ -73,26 +75,31 @@ class Team:
         self.most_nodes, self.context, self.stats = most_nodes, context, stats
         self._sharpness = [Sharpness() for _ in drafters]
         self._branches = True
+        self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
+        self._tokens: list[int] = []  # of the text
         self.needs = joined([drafter.needs for drafter in drafters])
         self.name = " or ".join(drafter.name for drafter in drafters)
 
     def begin(self, context: Context) -> None:
         """A new text."""
+        self._plain, self._tokens = [], context.tokens
         self._branches = context.run is None or context.run.supports_tree
         for drafter in self._drafters:
             drafter.begin(context)
 
     def prefilled(self, feedback: Feedback, seconds: float) -> None:
-        """The prompt's pass is done and the first token is out."""
-        for drafter in self._drafters:
-            drafter.observe(feedback)
+        """The prompt's pass is done and the first token is out; `feedback` as in `Round`."""
+        self._tell(feedback)
 
     def propose(self, room: int) -> tuple[DraftTree, Choice, int]:
         """A tree, the choice that it was drafted under, and the passes that took; empty where plain is faster."""
         choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
-        nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
+        # Where it is known what a drafting pass costs, the tree itself says when one more does not pay.
+        depth = self._fixed.depth if choice.grow_floor > 0 else choice.depth
+        nodes, depth = min(choice.nodes, self.most_nodes), min(depth, room - 1)
         if choice.arm is None or nodes < 1 or depth < 1:
             return DraftTree(), choice, 0
+        self._tell_plain(tuple(self._tokens[-1:]))
         drafter = self._drafters[choice.arm]
         width = choice.width if self._branches else 1
         sharpness = self._sharpness[choice.arm].value
@@ -101,68 +108,81 @@ class Team:
 
     @contextmanager
     def extending(self, tree: DraftTree) -> Iterator[None]:
-        """The target runs meanwhile."""
+        """The target runs meanwhile; what a drafter raises there is raised here, after both have ended."""
         busy = [drafter for drafter in self._drafters if drafter.needs.extends]
         if not busy:
             yield
             return
-        thread = threading.Thread(target=_extend, args=(busy, tree), name="tiercache-extend")
+        failures: list[Exception] = []
+        thread = threading.Thread(target=_extend, args=(busy, tree, failures), name="tiercache-extend")
         thread.start()
         try:
             yield
         finally:
             thread.join()
+        if failures:
+            raise failures[0]
 
     def observe(self, done: Round) -> None:
         """Account for a round, and tell everybody."""
-        for drafter in self._drafters:
-            drafter.observe(done.feedback)
-        tree, choice, emitted = done.feedback.tree, done.choice, len(done.feedback.emitted)
+        feedback, choice = done.feedback, done.choice
+        if choice.arm is None and not (self.needs.logits or self.needs.hidden_layers):
+            assert feedback.logits is not None
+            self._plain.append(feedback.logits)
+            if len(self._plain) == _AT_ONCE:
+                self._tell_plain(feedback.emitted)
+        else:
+            self._tell(feedback)
         told_s = time.perf_counter() - done.began_s - done.verify_s  # telling the drafters is a cost of drafting
-        self._account(done, told_s)
-        self._sharpen(done)
-        if self._budgeter is not None:
-            tried, accepted = trials(tree.parents, done.feedback.path, *self._budgeter.shape)
-            counts = (len(tree), emitted, tried, accepted, done.passes)
-            self._budgeter.observe(choice, told_s, done.verify_s, *counts)
-
-    def _sharpen(self, done: Round) -> None:
-        """Compare the best guess at each node that was arrived at with what became of it."""
-        tree, taken = done.feedback.tree, set(done.feedback.path)
-        if done.choice.arm is None or tree.logq is None or tree.q is not None:
+        tree, emitted = feedback.tree, len(feedback.emitted)
+        self.stats.add(choice.arm, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
+        self.stats.spend(told_s, done.verify_s, plain=not len(tree))
+        if choice.arm is not None:
+            self._sharpen(choice.arm, feedback)
+        if self._budgeter is None:
             return
-        for parent in (ROOT, *done.feedback.path):
-            if children := tree.children.get(parent):
-                self._sharpness[done.choice.arm].observe(math.exp(tree.logq[children[0]]), children[0] in taken)
+        if choice.arm is None:
+            self._budgeter.observe(choice, told_s, done.verify_s, len(tree), emitted)
+            return
+        tried, accepted = trials(tree.parents, feedback.path, *self._budgeter.shape)
+        arrived, last = len(feedback.path), feedback.path[-1] if feedback.path else ROOT
+        if not done.passes and last not in tree.children and arrived < min(choice.depth, len(tried)):
+            tried[arrived, 0] += 1  # a child was asked for, and no table had one; a model may have thought it too dear
+        self._budgeter.observe(choice, told_s, done.verify_s, len(tree), emitted, tried, accepted, done.passes)
 
-    def _account(self, done: Round, draft_s: float) -> None:
-        stats, tree, path = self.stats, done.feedback.tree, done.feedback.path
-        emitted = len(done.feedback.emitted)
-        stats.rounds += 1
-        stats.tokens += emitted
-        stats.nodes += len(tree)
-        stats.accepted += len(path)
-        stats.draft_s += draft_s
-        stats.verify_s += done.verify_s
-        if not len(tree):
-            stats.plain_rounds += 1
-            stats.plain_passes_s = [*stats.plain_passes_s[-_NEWEST:], done.verify_s]
-        if done.choice.arm is not None:
-            stats.arm_rounds[done.choice.arm] += 1
-            stats.arm_tokens[done.choice.arm] += emitted
-        while len(stats.tried_by_depth) < max(tree.depths, default=0):
-            stats.tried_by_depth.append(0)
-            stats.accepted_by_depth.append(0)
-        for parent in (ROOT, *path):
+    def _sharpen(self, arm: int, feedback: Feedback) -> None:
+        """Compare the best guess at each node that was arrived at with what became of it."""
+        tree, taken = feedback.tree, set(feedback.path)
+        if tree.logq is None or tree.q is not None:
+            return
+        for parent in (ROOT, *feedback.path):
             if children := tree.children.get(parent):
-                stats.tried_by_depth[tree.depths[children[0]] - 1] += 1
-        for node in path:
-            stats.accepted_by_depth[tree.depths[node] - 1] += 1
+                self._sharpness[arm].observe(math.exp(tree.logq[children[0]]), children[0] in taken)
+
+    def _tell(self, feedback: Feedback) -> None:
+        rows = feedback.logits
+        assert rows is not None
+        topk = min(self.needs.topk, rows.shape[-1])
+        likeliest = torch.topk(rows, topk).indices.cpu() if topk else None
+        told = replace(feedback, topk=likeliest, logits=rows if self.needs.logits else None)
+        for drafter in self._drafters:
+            drafter.observe(told)
+
+    def _tell_plain(self, emitted: tuple[int, ...]) -> None:
+        """Of several passes without a tree at once, as of a prompt's last tokens: passes may take milliseconds."""
+        rows, self._plain = self._plain, []
+        if rows:
+            self._tell(Feedback(DraftTree(), (), emitted[-1:], None, torch.cat(rows)))
+
+    def end(self) -> None:
+        """The text has ended: what nobody was told of yet is told now."""
+        self._tell_plain(tuple(self._tokens[-1:]))
 
     def close(self) -> None:
-        """Let the drafters put away what they learnt; harmless when done twice."""
-        for drafter in self._drafters:
-            drafter.close()
+        """Let the drafters put away what they learnt, whatever one raises; harmless when done twice."""
+        with ExitStack() as stack:
+            for drafter in self._drafters:
+                stack.callback(drafter.close)
 
 
 def joined(needs: Sequence[Needs]) -> Needs:
@@ -179,6 +199,9 @@ def joined(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _extend(drafters: Sequence[Drafter], tree: DraftTree) -> None:
+def _extend(drafters: Sequence[Drafter], tree: DraftTree, failures: list[Exception]) -> None:
     for drafter in drafters:
-        drafter.extend(tree, _EXTEND_S)
+        try:
+            drafter.extend(tree, _EXTEND_S)
+        except Exception as error:
+            failures.append(error)

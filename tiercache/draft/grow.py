@@ -24,6 +24,9 @@ from tiercache.errors import UsageError
 __all__ = ["Candidates", "Grower", "Ranked", "Scorer", "Sketch", "Static", "grower", "log_confidence"]
 
 
+_RIDES = 0.3  # of what a drafting pass costs: what a further node in it does
+
+
 def log_confidence(best: Tensor, z: Tensor) -> Tensor:
     """Log of the probability that a token is the one that the target takes, as the drafter sees it.
 
@@ -109,6 +112,7 @@ class Ranked:
         nodes: list[int] = []
         while open_ and len(nodes) < budget.width and -open_[0][0] >= least:
             nodes.append(heapq.heappop(open_)[1])
+            least = max(least, safe_log(_RIDES * budget.grow_floor))
         return nodes
 
 

@@ -1,0 +1,125 @@
+"""What the benchmark of drafters is asked for. Knows names and numbers; opens nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from tiercache.bench.drafting_lane import NAMED, NGRAMS, Entry
+from tiercache.bench.widened import Size
+from tiercache.config import GrowerName, Precision
+from tiercache.errors import UsageError
+
+_CAPPED = ("ngram", "resident", "auto")
+_NODES = (4, 16, 64)  # asked for beside the budgeter's choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        models: checkpoints or plane stores.
+        text: a file to cut prompts from; None for some of Python's library.
+        prompts: for each seed, each its own.
+        prompt_tokens, tokens: of a prompt, and to write.
+        plain_tokens: that plain decoding writes; as many if None.
+        temperatures, seeds: of sampling; 0 is greedy.
+        drafters: of `NAMED`, or folders of small models; None for all of `NAMED`, or under a cap for three.
+        growers: for drafters that have a model.
+        nodes: of trees, None for the budgeter's choice; empty for 4, 16, 64 and that, under a cap for that alone.
+        repeats: of everything; medians are told.
+        precision, hbm, dram, link_gbps, context: as `offload` takes them; `context` is what is needed if None.
+        cap_bytes: of RAM for each process, page cache included.
+        widen: size to make each model to, without changing what it says.
+        folder: where what is widened is made.
+        show_progress: tell of each row; None means where standard error is a terminal.
+
+    Raises:
+        UsageError: a number that cannot be, or a name that there is not.
+    """
+
+    models: tuple[Path, ...]
+    text: Path | None = None
+    prompts: int = 3
+    prompt_tokens: int = 64
+    tokens: int = 128
+    plain_tokens: int | None = None
+    temperatures: tuple[float, ...] = (0.8, 0.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    drafters: tuple[str, ...] | None = None
+    growers: tuple[str, ...] = ("best-first",)
+    nodes: tuple[int | None, ...] = ()
+    repeats: int = 1
+    precision: Precision = "int8"
+    hbm: str | None = None
+    dram: str = "auto"
+    link_gbps: float | None = None
+    context: int | None = None
+    cap_bytes: int | None = None
+    widen: Size | None = None
+    folder: Path = Path("tiercache-bench")
+    show_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        least = {"models": len(self.models), "prompts": self.prompts, "prompt tokens": self.prompt_tokens}
+        least |= {"seeds": len(self.seeds), "temperatures": len(self.temperatures), "repeats": self.repeats}
+        for what, count in least.items():
+            if count < 1:
+                raise UsageError(f"{count} {what} measure nothing; give 1 at least")
+        if min(self.tokens, self.plain_tokens or self.tokens) < 2:
+            raise UsageError("speeds are of the tokens after the first; write 2 at least")
+        if bad := [str(nodes) for nodes in self.nodes if nodes is not None and nodes < 1]:
+            raise UsageError(f"trees of {bad[0]} nodes; give 1 or more, or auto")
+        if bad := [str(value) for value in self.temperatures if not 0 <= value < float("inf")]:
+            raise UsageError(f"a temperature of {bad[0]}; give 0 for greedy decoding, or more")
+        if bad := [name for name in self.growers if name not in get_args(GrowerName)]:
+            raise UsageError(f"unknown grower {bad[0]!r}; choose among {', '.join(get_args(GrowerName))}")
+        if bad := [name for name in self.who if name not in NAMED and not Path(name).is_dir()]:
+            raise UsageError(
+                f"{bad[0]!r} is neither a drafter nor a small model's folder; there are {', '.join(NAMED)}"
+            )
+        if not self.entries():
+            raise UsageError("drafter auto has no fixed size, and draws no trees; add auto to the nodes")
+
+    @property
+    def who(self) -> tuple[str, ...]:
+        """The drafters."""
+        if self.drafters is not None:
+            return self.drafters
+        return NAMED if self.cap_bytes is None else _CAPPED
+
+    def entries(self) -> list[Entry]:
+        """Every row's way to draft."""
+        nodes = self.nodes or ((*_NODES, None) if self.cap_bytes is None else (None,))
+        most = max((count for count in nodes if count is not None), default=64)
+        found = []
+        for drafter in self.who:
+            for grower in ("own",) if drafter in NGRAMS else self.growers:
+                ways = [Entry(drafter=drafter, grower=grower, nodes=count, most=most) for count in nodes]
+                found += [way for way in ways if drafter != "auto" or (way.nodes is None and not way.draws)]
+        return found
+
+
+def parse(**lists: str | None) -> dict[str, Any]:
+    """Arguments of `Options` from lists with commas; what is None is left out.
+
+    Raises:
+        UsageError: something that is no number where there must be one.
+    """
+    readers: dict[str, Callable[[str], Any]] = {
+        "temperatures": float,
+        "seeds": int,
+        "nodes": lambda part: None if part == "auto" else int(part),
+    }
+    given: dict[str, Any] = {}
+    for name, text in lists.items():
+        if text is None:
+            continue
+        try:
+            given[name] = tuple(readers.get(name, str)(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError as error:
+            raise UsageError(f"{text!r} is no list of {name}; give one such as 0,1") from error
+        if not given[name]:
+            raise UsageError(f"an empty list of {name}; leave it out, or name some")
+    return given
