@@ -10,7 +10,7 @@ Knows confidences and outcomes; neither tokens nor models.
 
 import math
 
-_FIRST_STEP, _LAST_STEP = 0.5, 0.03
+_FIRST_STEP, _LAST_STEP = 1.5, 0.2
 _LEAST, _MOST = 0.125, 32.0
 
 

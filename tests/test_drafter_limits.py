@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer  # noqa: F401 - imported by whoever drafts, which is not what is measured
 
 import tiercache
-from policies.drafting import Budgeter, Choice
+from policies.budgeter import Budgeter
+from policies.drafting import Choice
 from tiercache.bench.shapes import Shape, make_store
 from tiercache.config import DraftConfig
 from tiercache.draft.combine import Ngrams

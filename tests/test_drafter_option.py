@@ -20,7 +20,8 @@ from test_resident_planes import Folders, Least, lent, rehearsed_once  # noqa: F
 from tokenizers import Tokenizer, models
 
 import tiercache
-from policies.drafting import Budgeter, Choice
+from policies.budgeter import Budgeter
+from policies.drafting import Choice
 from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.combine import Cascade, Union
 from tiercache.draft.grow import grower

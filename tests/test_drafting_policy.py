@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from policies.acceptance import Acceptance, DraftCosts, PassCosts, Record, expected_tokens, trials
-from policies.drafting import Arm, Budgeter, Choice, choose
+from policies.budgeter import Budgeter
+from policies.drafting import Arm, Choice, choose
 
 Floats = NDArray[np.float64]
 DEPTH, RANKS, WIDTH = 16, 8, 8

@@ -16,7 +16,8 @@ import transformers
 from tokenizers import Tokenizer
 from torch import nn
 
-from policies.drafting import Arm, Budgeter, Choice
+from policies.budgeter import Budgeter
+from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
 from tiercache.decode.team import Team
@@ -189,14 +190,15 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
         arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs))
     if recruits.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
-        arms = [Cascade([*arms, own], _SURE)] if arms else [own]
+        arms = [own, Cascade([*arms, own], _SURE)] if arms else [own]
     nodes = min(config.nodes, logits - 1)
     fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
     budgeter = None
     if not config.fixed:
         sizes = {"max_depth": config.depth, "max_nodes": nodes}
-        budgeter = Budgeter([Arm(arm.name, rates=_rates(arm, config.depth), **sizes) for arm in arms], **limits)
+        known = [Arm(arm.name, rates=_rates(arm, config.depth), open_ended=arm.open_ended, **sizes) for arm in arms]
+        budgeter = Budgeter(known, **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
     stats.lossy = "" if rule_of(config)(None).lossless else config.verify
     return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)

@@ -277,7 +277,7 @@ def _attach(
 ) -> None:
     """Put hooks and parameters in; what undoes them goes on `stack`."""
     model = opened.model
-    table = _table(opened, tiers, reader, device)
+    table = _table(stack, opened, tiers, device)
     views = dict(zip(asked.needs.together, made.resident(asked.needs.together), strict=True))
     resident_bytes = sum(asked.payload[key] for view in views.values() for key in view)
     attachment = Attachment(
@@ -309,7 +309,9 @@ def _attach(
 
     def refresh(account: Stats) -> None:
         account.ssd_bytes = reader.read_bytes
-        account.embedding_bytes = table.read_bytes if isinstance(table, FileRows) else 0
+        if isinstance(table, FileRows):
+            account.ssd_bytes += table.ssd_bytes
+            account.embedding_bytes = table.read_bytes
         account.peak_rss_bytes = peak_rss_bytes()
         if device.type == "cuda":
             account.peak_device_bytes = torch.cuda.max_memory_reserved(device)
@@ -331,7 +333,7 @@ def _detach(model: transformers.PreTrainedModel, given: bool) -> None:
         model.register_forward_pre_hook(refuse_closed)
 
 
-def _table(opened: Opened, tiers: TierStack, reader: Reader, device: torch.device) -> torch.Tensor | Rows:
+def _table(stack: ExitStack, opened: Opened, tiers: TierStack, device: torch.device) -> torch.Tensor | Rows:
     """Where token embeddings are looked up: a tier, the caller's own table, or the file."""
     _, weight = opened.manifest.embedding
     if opened.given:
@@ -340,7 +342,9 @@ def _table(opened: Opened, tiers: TierStack, reader: Reader, device: torch.devic
     found = tiers.table(weight)
     if found is None:
         (piece,) = opened.manifest.units[weight.unit].pieces
-        return FileRows(piece, weight.shape, weight.dtype, reader)
+        rows = FileRows(piece, weight.shape, weight.dtype)
+        stack.callback(rows.close)
+        return rows
     return found if found.device == device and found.dtype == opened.model.dtype else TableRows(found)
 
 

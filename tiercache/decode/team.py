@@ -7,7 +7,6 @@ Ordering: while the target verifies, drafters that ask for it are called in one 
 anything else is asked of them.
 """
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from policies.acceptance import trials
-from policies.drafting import Budgeter, Choice
-from policies.sharpness import Sharpness
+from policies.budgeter import Budgeter
+from policies.drafting import Choice
 from tiercache.draft.base import Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
@@ -73,7 +72,6 @@ class Team:
         stats.drafters = tuple(drafter.name for drafter in drafters)
         stats.arm_rounds, stats.arm_tokens = [0] * len(drafters), [0] * len(drafters)
         self.most_nodes, self.context, self.stats = most_nodes, context, stats
-        self._sharpness = [Sharpness() for _ in drafters]
         self._branches = True
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
         self._tokens: list[int] = []  # of the text
@@ -94,16 +92,14 @@ class Team:
     def propose(self, room: int) -> tuple[DraftTree, Choice, int]:
         """A tree, the choice that it was drafted under, and the passes that took; empty where plain is faster."""
         choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
-        # Where it is known what a drafting pass costs, the tree itself says when one more does not pay.
-        depth = self._fixed.depth if choice.grow_floor > 0 else choice.depth
-        nodes, depth = min(choice.nodes, self.most_nodes), min(depth, room - 1)
+        nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
         if choice.arm is None or nodes < 1 or depth < 1:
             return DraftTree(), choice, 0
         self._tell_plain(tuple(self._tokens[-1:]))
         drafter = self._drafters[choice.arm]
         width = choice.width if self._branches else 1
-        sharpness = self._sharpness[choice.arm].value
-        budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, sharpness)
+        sharpness = drafter.sharpness.value
+        budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, sharpness, choice.enough)
         return drafter.propose(budget), choice, drafter.passes
 
     @contextmanager
@@ -138,7 +134,8 @@ class Team:
         self.stats.add(choice.arm, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
         self.stats.spend(told_s, done.verify_s, plain=not len(tree))
         if choice.arm is not None:
-            self._sharpen(choice.arm, feedback)
+            for confidence, came in feedback.outcomes():
+                self._drafters[choice.arm].sharpness.observe(confidence, came)
         if self._budgeter is None:
             return
         if choice.arm is None:
@@ -149,15 +146,6 @@ class Team:
         if not done.passes and last not in tree.children and arrived < min(choice.depth, len(tried)):
             tried[arrived, 0] += 1  # a child was asked for, and no table had one; a model may have thought it too dear
         self._budgeter.observe(choice, told_s, done.verify_s, len(tree), emitted, tried, accepted, done.passes)
-
-    def _sharpen(self, arm: int, feedback: Feedback) -> None:
-        """Compare the best guess at each node that was arrived at with what became of it."""
-        tree, taken = feedback.tree, set(feedback.path)
-        if tree.logq is None or tree.q is not None:
-            return
-        for parent in (ROOT, *feedback.path):
-            if children := tree.children.get(parent):
-                self._sharpness[arm].observe(math.exp(tree.logq[children[0]]), children[0] in taken)
 
     def _tell(self, feedback: Feedback) -> None:
         rows = feedback.logits

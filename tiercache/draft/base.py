@@ -4,14 +4,17 @@ Knows trees and tokens; nothing of the target. A drafter never decides what is e
 nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
+from policies.sharpness import Sharpness
 from tiercache.decode.treepass import TreeRun
-from tiercache.draft.tree import DraftTree
+from tiercache.draft.tree import ROOT, DraftTree
 
 # The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
 Noise = Callable[[int], torch.Tensor]
@@ -59,6 +62,8 @@ class TreeBudget:
             worth verifying.
         grow_floor: likewise, not worth another drafting pass.
         sharpness: factor on scores that makes a drafter's confidence as high as it is right.
+        enough: accepted tokens to be expected of a tree for which no further drafter need be asked; None where that
+            is not known.
         deadline_s: seconds that proposing may take; None for no bound.
     """
 
@@ -68,6 +73,7 @@ class TreeBudget:
     floor: float = 0.0
     grow_floor: float = 0.0
     sharpness: float = 1.0
+    enough: float | None = None
     deadline_s: float | None = None
 
 
@@ -121,6 +127,15 @@ class Feedback:
         taken = set(self.path)
         return tuple(n for n, parent in enumerate(self.tree.parents) if parent in accepted and n not in taken)
 
+    def outcomes(self) -> Iterator[tuple[float, bool]]:
+        """Of the best guess at each node arrived at: its probability as the drafter saw it, and whether it came."""
+        if self.tree.logq is None or self.tree.q is not None:
+            return
+        taken = set(self.path)
+        for parent in (ROOT, *self.path):
+            if children := self.tree.children.get(parent):
+                yield math.exp(self.tree.logq[children[0]]), children[0] in taken
+
 
 class Drafter(Protocol):
     """Guesses what follows.
@@ -128,12 +143,18 @@ class Drafter(Protocol):
     Attributes:
         name: as statistics and tables have it.
         needs: what it wants to be told, and what it takes.
+        open_ended: its trees end by themselves where a budget's floors say so; it may be asked for the largest.
         passes: of a model, that its newest proposal took.
     """
 
     name: str
     needs: Needs
+    open_ended: bool
     passes: int
+
+    @property
+    def sharpness(self) -> Sharpness:
+        """Of its scores: learnt by whoever asks it, and told in the budget."""
 
     def begin(self, context: Context) -> None:
         """A new sequence; forget the last one, but not what was learnt."""
@@ -171,7 +192,13 @@ class BaseDrafter:
 
     name = "base"
     needs = Needs()
+    open_ended = False
     passes = 0
+
+    @cached_property
+    def sharpness(self) -> Sharpness:
+        """See `Drafter`."""
+        return Sharpness()
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""

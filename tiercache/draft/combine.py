@@ -37,6 +37,7 @@ class Several(BaseDrafter):
             raise UsageError("a combination of no drafters; give one at least")
         self.drafters = tuple(drafters)
         self.needs = _joint([drafter.needs for drafter in drafters])
+        self.open_ended = any(drafter.open_ended for drafter in drafters)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""
@@ -195,7 +196,7 @@ class Cascade(Several):
 
     Args:
         drafters: the cheapest first; see `Several`.
-        threshold: expected tokens that are enough.
+        threshold: expected tokens that are enough, where the budget does not say.
 
     Raises:
         UsageError: `threshold` is negative; or as `Several` says.
@@ -208,18 +209,28 @@ class Cascade(Several):
         if not threshold >= 0:
             raise UsageError(f"a cascade with threshold {threshold}; give expected tokens, 0 or more")
         self._threshold = threshold
+        self._tree, self._asked = DraftTree(), self.drafters[0]
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
+        threshold = self._threshold if budget.enough is None else budget.enough
         best, surest, self.passes = DraftTree(), 0.0, 0
         for drafter in self.drafters:
-            tree = drafter.propose(budget)
+            tree = drafter.propose(replace(budget, sharpness=drafter.sharpness.value))
             self.passes += drafter.passes
             if len(tree) and (sureness := expected(tree)) > surest:
-                best, surest = tree, sureness
-            if surest > self._threshold:
+                best, surest, self._asked = tree, sureness, drafter
+            if surest > threshold:
                 break
+        self._tree = best
         return best
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`."""
+        if feedback.tree is self._tree:
+            for confidence, came in feedback.outcomes():
+                self._asked.sharpness.observe(confidence, came)
+        super().observe(feedback)
 
 
 class Ngrams(Union):

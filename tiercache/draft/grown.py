@@ -5,7 +5,7 @@ Knows growers; not which model they ask.
 
 from tiercache.draft.base import BaseDrafter, Context, Feedback
 from tiercache.draft.drawn import Branching, StochasticBeam
-from tiercache.draft.grow import Static
+from tiercache.draft.grow import Ranked, Static
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.sketch import Grower
 
@@ -19,6 +19,7 @@ class GrownDrafter(BaseDrafter):
 
     def __init__(self, grower: Grower) -> None:
         self._grower = grower
+        self.open_ended = isinstance(grower, Ranked)
         self._proposed = False
 
     def begin(self, context: Context) -> None:

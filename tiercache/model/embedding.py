@@ -37,15 +37,17 @@ class TableRows:
 class FileRows:
     """Rows read from the file, each on its own; counts their bytes in `read_bytes`.
 
+    A thread of its own reads them, for a pass of planes that stay would wait behind all that was asked for the next
+    one that streams.
+
     Args:
         piece: the whole table in its file.
         shape: of the table.
         dtype: of the table.
-        reader: who reads.
     """
 
-    def __init__(self, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype, reader: Reader) -> None:
-        self._table, self._dtype, self._reader = piece, dtype, reader
+    def __init__(self, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._table, self._dtype, self._reader = piece, dtype, Reader(threads=1)
         self._columns = shape[1]
         self._row_bytes = piece.nbytes // shape[0]
         self._span_bytes = align(self._row_bytes + BLOCK_BYTES)
@@ -56,6 +58,15 @@ class FileRows:
     def staging_bytes(row_bytes: int) -> int:
         """What its buffer takes."""
         return _ROWS_AT_ONCE * align(row_bytes + BLOCK_BYTES)
+
+    @property
+    def ssd_bytes(self) -> int:
+        """That the SSD delivered, whole blocks."""
+        return self._reader.read_bytes
+
+    def close(self) -> None:
+        """Stop the thread; harmless when done twice."""
+        self._reader.close()
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Rows`."""

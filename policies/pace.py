@@ -1,0 +1,52 @@
+"""How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them.
+
+Knows counts and seconds; neither tokens nor models.
+"""
+
+import numpy as np
+
+_KEEP = 0.97  # weight of a round after another one
+_PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds that halve this
+
+
+class Pace:
+    """Means over the newest rounds, leaning on a promise while they are few.
+
+    Attributes:
+        drafted: rounds that took passes of a model.
+    """
+
+    def __init__(self) -> None:
+        self._rounds, self._drafting = np.zeros(4), np.zeros(3)  # how many, and sums
+        self._pull = _PULL
+        self.drafted = 0
+
+    def observe(self, tokens: int, seconds: float, nodes: int, passes: int, draft_s: float) -> None:
+        """A round emitted so many tokens; it took `seconds`, `draft_s` of them and so many passes for drafting."""
+        self._rounds = _KEEP * self._rounds + (1, tokens, seconds, nodes)
+        self._pull *= 0.5 ** (1 / _FADE)
+        if passes:
+            self._drafting = _KEEP * self._drafting + (1, tokens - 1, draft_s)
+            self.drafted += 1
+
+    @property
+    def nodes(self) -> float:
+        """Of a tree; 0 before any."""
+        return float(self._rounds[3] / max(self._rounds[0], 1.0))
+
+    def round(self, tokens: float, seconds: float) -> tuple[float, float]:
+        """Tokens and seconds of a round; given those that were promised."""
+        count, *sums = self._rounds
+        found = (np.array(sums[:2]) + self._pull * np.array((tokens, seconds))) / (count + self._pull)
+        return float(found[0]), float(found[1])
+
+    def enough(self, tokens_per_s: float, gain: float, draft_s: float) -> float:
+        """Tokens beyond the target's own that drafting by passes brings, less those that its seconds cost elsewhere.
+
+        Args:
+            tokens_per_s: that a second brings elsewhere.
+            gain, draft_s: of a round that takes passes, as promised.
+        """
+        count, *sums = self._drafting
+        brought, spent = (np.array(sums) + self._pull * np.array((gain, draft_s))) / (count + self._pull)
+        return max(0.0, float(brought - tokens_per_s * spent))
