@@ -19,6 +19,7 @@ _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much large
 _REPLAN, _LONGEST = 16, 128  # rounds between plans, and between looks
 _NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
 _MEASURED = 2  # rounds with passes after which an open-ended drafter's costs are known
+_WHOLE = 5  # rounds with passes before cheaper guesses may take their place
 _OUTLIER = 3.0  # seconds above so many times the expected ones are a disturbance, unless they come twice
 
 
@@ -128,7 +129,8 @@ class Budgeter:
                 seconds = _OUTLIER * choice.seconds
             self._slow, self._plan_at = slow, self._round if slow else self._plan_at
             passes = choice.depth if passes is None else passes
-            self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s)
+            whole = choice.enough == np.inf
+            self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
             if choice.gain > 0:
                 record.compare(*size, (emitted - 1, choice.gain), (seconds, choice.seconds))
         self._pay(choice, seconds, emitted)
@@ -179,12 +181,11 @@ class Budgeter:
         rounds = {place: self._paces[place].round(1 + tops[place].gain, tops[place].seconds) for place in known}
         rate = max([tokens / seconds for tokens, seconds in rounds.values()], default=0.0)
         rate = max(rate, offers.plain.tokens_per_s)
-        enough = 0.0
-        for place in known:
-            draft_s = tops[place].seconds - float(self._verify.at(1 + tops[place].nodes))
-            enough = max(enough, self._paces[place].enough(rate, tops[place].gain, draft_s))
         for place, (tokens, seconds) in rounds.items():
-            usual = max(2.0, self._paces[place].nodes)  # one more costs what it does at trees of this size
+            pace = self._paces[place]
+            usual = max(2.0, pace.nodes)  # one more costs what it does at trees of this size
+            draft_s = tops[place].seconds - float(self._verify.at(1 + tops[place].nodes))
+            enough = pace.enough(rate, tops[place].gain, draft_s) if pace.drafted >= _WHOLE else np.inf
             less, more = self._verify.at([1 + usual / 2, 1 + usual * 3 / 2])
             tops[place] = replace(
                 tops[place],
@@ -206,13 +207,18 @@ class Budgeter:
         if self._best.arm is not None:
             if self._plain_due <= self._round:
                 wanted.append(offers.plain)
-            nodes = self._best.nodes
-            nodes = max(nodes + 1, nodes * 3 // 2) if self._wider else nodes * 2 // 3
-            sized = self._best.enough is None
-            if sized and self._size_due <= self._round and 1 <= nodes <= offers.largest(self._best.arm):
-                wanted.append(offers.best(self._best.arm, nodes))
+            if self._size_due <= self._round:
+                wanted += self._beside(self._best, offers)
         found = next((choice for choice in wanted if self._affords(choice)), None)
         return None if found is None else replace(found, look=True)
+
+    def _beside(self, best: Choice, offers: Offers) -> list[Choice]:
+        """Another size of the best drafter's tree; or if its size is its own, passes where guesses would do."""
+        assert best.arm is not None
+        if best.enough is not None:
+            return [replace(best, enough=np.inf)] if best.enough < np.inf else []
+        nodes = max(best.nodes + 1, best.nodes * 3 // 2) if self._wider else best.nodes * 2 // 3
+        return [offers.best(best.arm, nodes)] if 1 <= nodes <= offers.largest(best.arm) else []
 
     def _affords(self, choice: Choice) -> bool:
         """Whether the purses hold what a look is expected to lose; a drafter hardly known may bring nothing."""

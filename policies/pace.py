@@ -21,13 +21,24 @@ class Pace:
         self._pull = _PULL
         self.drafted = 0
 
-    def observe(self, tokens: int, seconds: float, nodes: int, passes: int, draft_s: float) -> None:
-        """A round emitted so many tokens; it took `seconds`, `draft_s` of them and so many passes for drafting."""
+    def observe(
+        self, tokens: int, seconds: float, nodes: int, passes: int, draft_s: float, *, whole: bool = False
+    ) -> None:
+        """What came of a round.
+
+        Args:
+            tokens: emitted.
+            seconds: that it took.
+            nodes: verified.
+            passes, draft_s: of a model, and seconds, that drafting took.
+            whole: passes were to draft wherever they pay, and not only where cheaper guesses did not promise enough;
+                only such rounds tell what they bring, for where these promise little a model is unsure too.
+        """
         self._rounds = _KEEP * self._rounds + (1, tokens, seconds, nodes)
         self._pull *= 0.5 ** (1 / _FADE)
-        if passes:
+        self.drafted += passes > 0
+        if whole:
             self._drafting = _KEEP * self._drafting + (1, tokens - 1, draft_s)
-            self.drafted += 1
 
     @property
     def nodes(self) -> float:
@@ -48,5 +59,6 @@ class Pace:
             gain, draft_s: of a round that takes passes, as promised.
         """
         count, *sums = self._drafting
-        brought, spent = (np.array(sums) + self._pull * np.array((gain, draft_s))) / (count + self._pull)
+        pull = max(self._pull, 1e-9)
+        brought, spent = (np.array(sums) + pull * np.array((gain, draft_s))) / (count + pull)
         return max(0.0, float(brought - tokens_per_s * spent))

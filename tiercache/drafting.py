@@ -190,7 +190,7 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
         arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs))
     if recruits.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
-        arms = [own, Cascade([*arms, own], _SURE)] if arms else [own]
+        arms = [Cascade([*arms, own], _SURE)] if arms else [own]
     nodes = min(config.nodes, logits - 1)
     fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
