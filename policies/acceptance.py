@@ -231,7 +231,7 @@ class DraftCosts:
         """Drafting `nodes` nodes in so many passes took so long."""
         self._rounds += 1
         size = (passes.bit_length(), nodes.bit_length())
-        _add(self._seen.setdefault(size, deque(maxlen=_SAMPLES)), (passes, nodes, max(seconds, 1e-9)))
+        _add(self._seen.setdefault(size, deque(maxlen=_SAMPLES)), (passes, nodes, max(seconds, 1e-6)))
         self._when[size] = self._rounds
 
     def estimate(self) -> tuple[float, float, float]:
@@ -347,8 +347,9 @@ def _fitted(shares: Floats, weights: Floats, guess: Floats) -> Floats:
     fitted: Floats = np.zeros(0)
     while free.any():
         unit = shares[:, free] * guess[free]
-        normal = (unit.T * weights) @ unit + _GUESS * np.eye(int(free.sum()))
-        fitted = np.asarray(np.linalg.solve(normal, unit.T @ weights + _GUESS), dtype=np.float64)
+        rows = np.concatenate((np.sqrt(weights)[:, None] * unit, np.sqrt(_GUESS) * np.eye(int(free.sum()))))
+        wanted = np.concatenate((np.sqrt(weights), np.full(int(free.sum()), np.sqrt(_GUESS))))
+        fitted = np.asarray(np.linalg.lstsq(rows, wanted)[0], dtype=np.float64)
         if (fitted >= 0).all():
             break
         free[np.flatnonzero(free)[fitted < 0]] = False

@@ -5,7 +5,7 @@ Knows counts and seconds; neither tokens nor models.
 
 import numpy as np
 
-_KEEP = 0.97  # weight of a round after another one
+_KEEP = 0.98  # weight of a round after another one
 _PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds that halve this
 
 

@@ -134,7 +134,7 @@ class Team:
         self.stats.add(choice.arm, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
         self.stats.spend(told_s, done.verify_s, plain=not len(tree))
         if choice.arm is not None:
-            for confidence, came in feedback.outcomes():
+            for confidence, came in tree.outcomes(feedback.emitted):
                 self._drafters[choice.arm].sharpness.observe(confidence, came)
         if self._budgeter is None:
             return

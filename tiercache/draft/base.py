@@ -4,8 +4,7 @@ Knows trees and tokens; nothing of the target. A drafter never decides what is e
 nothing else.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import torch
 
 from policies.sharpness import Sharpness
 from tiercache.decode.treepass import TreeRun
-from tiercache.draft.tree import ROOT, DraftTree
+from tiercache.draft.tree import DraftTree
 
 # The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
 Noise = Callable[[int], torch.Tensor]
@@ -126,15 +125,6 @@ class Feedback:
         accepted = {-1, *self.path}
         taken = set(self.path)
         return tuple(n for n, parent in enumerate(self.tree.parents) if parent in accepted and n not in taken)
-
-    def outcomes(self) -> Iterator[tuple[float, bool]]:
-        """Of the best guess at each node arrived at: its probability as the drafter saw it, and whether it came."""
-        if self.tree.logq is None or self.tree.q is not None:
-            return
-        taken = set(self.path)
-        for parent in (ROOT, *self.path):
-            if children := self.tree.children.get(parent):
-                yield math.exp(self.tree.logq[children[0]]), children[0] in taken
 
 
 class Drafter(Protocol):

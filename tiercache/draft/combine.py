@@ -209,27 +209,29 @@ class Cascade(Several):
         if not threshold >= 0:
             raise UsageError(f"a cascade with threshold {threshold}; give expected tokens, 0 or more")
         self._threshold = threshold
-        self._tree, self._asked = DraftTree(), self.drafters[0]
+        self._guesses: list[tuple[Drafter, DraftTree]] = []
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
         threshold = self._threshold if budget.enough is None else budget.enough
         best, surest, self.passes = DraftTree(), 0.0, 0
+        self._guesses.clear()
         for drafter in self.drafters:
             tree = drafter.propose(replace(budget, sharpness=drafter.sharpness.value))
             self.passes += drafter.passes
+            self._guesses.append((drafter, tree))
             if len(tree) and (sureness := expected(tree)) > surest:
-                best, surest, self._asked = tree, sureness, drafter
+                best, surest = tree, sureness
             if surest > threshold:
                 break
-        self._tree = best
         return best
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
-        if feedback.tree is self._tree:
-            for confidence, came in feedback.outcomes():
-                self._asked.sharpness.observe(confidence, came)
+        """See `Drafter`. How sure a drafter is to be believed is learnt from its trees that were not taken, too."""
+        for drafter, tree in self._guesses:
+            for confidence, came in tree.outcomes(feedback.emitted):
+                drafter.sharpness.observe(confidence, came)
+        self._guesses.clear()
         super().observe(feedback)
 
 

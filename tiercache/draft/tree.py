@@ -3,7 +3,8 @@
 Knows tokens and parents; nothing of models, or of how the tokens were guessed.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -94,6 +95,22 @@ class DraftTree:
             path.append(node)
             node = self.parents[node]
         return tuple(reversed(path))
+
+    def outcomes(self, emitted: Sequence[int]) -> Iterator[tuple[float, bool]]:
+        """Of the likeliest child at each node that `emitted` leads to: its probability, and whether it came.
+
+        Nothing where nodes have no probability, or were drawn by it.
+        """
+        if self.logq is None or self.q is not None:
+            return
+        node: int | None = ROOT
+        for token in emitted:
+            children = () if node is None else self.children.get(node, ())
+            if not children:
+                return
+            best = max(children, key=self.logq.__getitem__)
+            yield math.exp(self.logq[best]), self.tokens[best] == token
+            node = next((child for child in children if self.tokens[child] == token), None)
 
     def pruned(self, keep: Sequence[int]) -> "DraftTree":
         """The tree of the nodes in `keep`, ascending; a node whose parent is not kept goes too."""

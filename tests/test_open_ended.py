@@ -1,0 +1,172 @@
+"""Trees that end by themselves: how sure a guess is, what passes bring, and a budgeter that finds both out."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from test_combine import Fixed
+
+from policies.budgeter import Budgeter
+from policies.drafting import Arm, Choice
+from policies.pace import Pace
+from policies.sharpness import Sharpness
+from tiercache.draft.base import Feedback, TreeBudget
+from tiercache.draft.combine import Cascade
+from tiercache.draft.tree import DraftTree, chain
+
+DEPTH, NODES = 16, 64
+
+
+@pytest.mark.parametrize("true", [0.4, 1.0, 3.0, 6.0])
+def test_sharpness_makes_confidences_as_high_as_guesses_are_right(true: float) -> None:
+    """A guess against one other, their scores a gap apart that is really worth `true` times as much."""
+    chance, sharpness = np.random.default_rng(0), Sharpness()
+    thought = came = 0.0
+    for step in range(3000):
+        gap = float(chance.exponential(1.0))
+        confidence = 1 / (1 + math.exp(-sharpness.value * gap))
+        accepted = bool(chance.random() < 1 / (1 + math.exp(-true * gap)))
+        sharpness.observe(confidence, accepted)
+        if step >= 1000:
+            thought, came = thought + confidence, came + accepted
+    assert thought == pytest.approx(came, rel=0.03)
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="probability"):
+            sharpness.observe(wrong, True)
+
+
+def test_outcomes_follow_what_was_emitted() -> None:
+    #                  root -> 5, 6; 6 -> 7, 8; 7 -> 9
+    tree = DraftTree((5, 6, 7, 8, 9), (-1, -1, 1, 1, 2), logq=tuple(map(math.log, (0.3, 0.6, 0.2, 0.7, 0.9))))
+    assert list(tree.outcomes((6, 7, 9, 1))) == [
+        (pytest.approx(0.6), True),
+        (pytest.approx(0.7), False),
+        (pytest.approx(0.9), True),
+    ]
+    assert list(tree.outcomes((5, 1))) == [(pytest.approx(0.6), False)]
+    assert list(tree.outcomes((3,))) == [(pytest.approx(0.6), False)]
+    assert not list(chain([1]).outcomes((1,)))
+    assert not list(DraftTree().outcomes((1,)))
+
+
+def test_a_cascade_asks_on_where_the_budget_says_so_and_learns_from_all() -> None:
+    sure, surer = chain([1, 2], [math.log(0.9), math.log(0.9)]), chain([3, 4, 5], [math.log(0.9)] * 3)
+    table, model = Fixed(sure), Fixed(surer)
+    cascade = Cascade([table, model], 9.0)
+    assert cascade.propose(TreeBudget(8, enough=1.5)).tokens == (1, 2)
+    assert not model.asked
+    assert cascade.propose(TreeBudget(8, enough=math.inf)).tokens == (3, 4, 5)
+    before = table.sharpness.value
+    cascade.observe(Feedback(surer, (0, 1), (3, 4, 8)))
+    assert model.sharpness.value != 1.0
+    assert table.sharpness.value < before, "its tree was not taken, but would have been wrong"
+    after = table.sharpness.value
+    cascade.observe(Feedback(DraftTree(), (), (1,)))
+    assert table.sharpness.value == after, "nobody was asked"
+
+
+def test_a_pace_leans_on_what_was_promised_while_it_knows_little() -> None:
+    pace = Pace()
+    assert pace.nodes == 0
+    assert pace.round(5.0, 0.5) == (5.0, 0.5)
+    assert pace.enough(8.0, 4.0, 0.25) == pytest.approx(2.0)
+    pace.observe(1, 1.0, 6, 0, 0.0)
+    tokens, seconds = pace.round(5.0, 0.5)
+    assert 1 < tokens < 5
+    assert 0.5 < seconds < 1
+    assert (pace.drafted, pace.nodes) == (0, 6)
+    for _ in range(200):
+        pace.observe(3, 0.4, 8, 4, 0.2, whole=True)
+        pace.observe(2, 0.4, 8, 4, 0.2)
+    assert pace.round(99.0, 9.0) == (pytest.approx(2.5, abs=0.05), pytest.approx(0.4))
+    assert pace.enough(5.0, 99.0, 9.0) == pytest.approx(1.0), "of the rounds that were drafted anyway"
+    assert pace.enough(50.0, 99.0, 9.0) == 0
+
+
+@dataclass
+class World:
+    """A model that drafts chains, and tables that sometimes have a guess, before a target of known seconds.
+
+    Each node's chance of being accepted is drawn anew and known to whoever drafts.
+    """
+
+    base: float
+    each: float
+    pass_s: float
+    surest: float  # chances of a model's nodes are spread between half of this and this
+    tables: float = 0.0  # share of the rounds in which there is a guess
+    seed: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    chance: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chance = np.random.default_rng(self.seed)
+
+    def round(self, choice: Choice) -> dict[str, float]:
+        """What `observe` is told."""
+        chances: list[float] = []
+        passes = 0
+        if choice.arm is not None:
+            guess = [0.95] * 8 if self.chance.random() < self.tables else []
+            enough = math.inf if choice.enough is None else choice.enough
+            if sum(np.cumprod(guess)) > enough:
+                chances = guess
+            else:
+                path = 1.0
+                while len(chances) < min(choice.depth, choice.nodes) and path >= choice.grow_floor:
+                    chances.append(float(self.chance.uniform(self.surest / 2, self.surest)))
+                    path *= chances[-1]
+                passes = len(chances)
+        accepted = 0
+        while accepted < len(chances) and self.chance.random() < chances[accepted]:
+            accepted += 1
+        noise = self.chance.uniform(0.95, 1.05, 2)
+        draft_s, verify_s = passes * self.pass_s * noise[0], (self.base + self.each * len(chances)) * noise[1]
+        self.seconds, self.tokens = self.seconds + draft_s + verify_s, self.tokens + accepted + 1
+        nodes = {"nodes": len(chances), "emitted": accepted + 1, "passes": passes}
+        return {"draft_s": draft_s, "verify_s": verify_s, **nodes}
+
+    def best(self) -> float:
+        """Tokens per second with the best floor and the best bar for guesses, and without drafting; by trying all."""
+        found = 1 / self.base
+        for floor in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.1):
+            for enough in (0.0, 2.0, math.inf) if self.tables else (math.inf,):
+                other = World(self.base, self.each, self.pass_s, self.surest, self.tables, self.seed + 1)
+                choice = Choice(0, NODES, DEPTH, 1, 0.0, 0.0, grow_floor=floor, enough=enough)
+                for _ in range(1500):
+                    other.round(choice)
+                found = max(found, other.tokens / other.seconds)
+        return found
+
+
+WORLDS = {
+    "from the disk": World(0.4, 0.002, 0.05, 1.0),
+    "over the link": World(0.1, 0.001, 0.006, 1.0),
+    "a poor model": World(0.4, 0.002, 0.05, 0.4),
+    "a useless one": World(0.02, 0.004, 0.02, 0.1),
+    "computed": World(0.006, 0.003, 0.003, 0.9),
+    "guesses for nothing": World(0.4, 0.002, 0.05, 1.0, tables=0.5),
+    "guesses alone": World(0.01, 0.0002, 0.009, 1.0, tables=0.5),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
+    told = WORLDS[name]
+    world = World(told.base, told.each, told.pass_s, told.surest, told.tables, seed=5)
+    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
+    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    while world.tokens < 300:
+        choice = budgeter.decide()
+        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+    assert world.tokens / world.seconds > 0.95 / world.base
+    middle = world.tokens, world.seconds
+    while world.tokens < 3000:
+        choice = budgeter.decide()
+        assert choice.arm is None or choice.depth <= DEPTH
+        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+    speed = (world.tokens - middle[0]) / (world.seconds - middle[1])
+    assert speed > 0.9 * world.best()
+    assert speed > 0.98 / world.base
