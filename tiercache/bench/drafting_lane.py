@@ -209,6 +209,7 @@ def lane(setting: Setting, entry: Entry) -> Iterator[Lane]:
         context=setting.context,
         logits=1 if draft is None else draft.nodes + 1,
         link_gbps=setting.link_gbps,
+        cpu_tokens=0 if setting.link_gbps else None,  # a slow link is asked for to be used
         draft=draft,
     )
     with lend(setting.store, config, show_progress=False) as model:
