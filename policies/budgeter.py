@@ -15,6 +15,7 @@ from policies.pace import Pace
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
 _SHARE, _START, _BANK = 0.01, 5.0, 10.0  # of all seconds, and in plain passes: what looking around may cost
+_CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
 _REPLAN, _LONGEST = 16, 128  # rounds between plans, and between looks
 _NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
@@ -116,7 +117,7 @@ class Budgeter:
         self._round += 1
         if self._round == 1:
             self._looks_s = self._drafts_s = _START * verify_s
-        seconds = draft_s + verify_s
+        charged = seconds = draft_s + verify_s
         if choice.arm is not None:
             record, size = self._records[choice.arm], (choice.depth, choice.nodes)
             record.drafted(self._round, *size)
@@ -130,10 +131,13 @@ class Budgeter:
             self._slow, self._plan_at = slow, self._round if slow else self._plan_at
             passes = choice.depth if passes is None else passes
             whole = choice.enough == np.inf
+            draft_s *= seconds / (draft_s + verify_s)  # a disturbance counts as much less there
             self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
             if choice.gain > 0:
                 record.compare(*size, (emitted - 1, choice.gain), (seconds, choice.seconds))
-        self._pay(choice, seconds, emitted)
+            if record.rounds > 3:
+                charged = min(seconds, _CHARGED * choice.seconds)
+        self._pay(choice, charged, emitted)
         if choice.look:
             self._settle(choice, emitted > seconds * self._best.tokens_per_s)
 
@@ -203,7 +207,7 @@ class Budgeter:
     def _look(self, offers: Offers) -> Choice | None:
         """A choice to learn from, if one is due and can be paid for."""
         due = [place for place, due in enumerate(self._dues) if place != self._best.arm and due <= self._round]
-        wanted = sorted((self._tops[place] for place in due), key=lambda choice: -choice.tokens_per_s)
+        wanted = sorted((self._other(place) for place in due), key=lambda choice: -choice.tokens_per_s)
         if self._best.arm is not None:
             if self._plain_due <= self._round:
                 wanted.append(offers.plain)
@@ -212,12 +216,20 @@ class Budgeter:
         found = next((choice for choice in wanted if self._affords(choice)), None)
         return None if found is None else replace(found, look=True)
 
+    def _other(self, place: int) -> Choice:
+        """What to look at of a drafter that is not the best one; every other time what its passes bring."""
+        top = self._tops[place]
+        return top if top.enough is None or self._records[place].rounds % 2 else replace(top, enough=np.inf)
+
     def _beside(self, best: Choice, offers: Offers) -> list[Choice]:
         """Another size of the best drafter's tree; or if its size is its own, passes where guesses would do."""
         assert best.arm is not None
         if best.enough is not None:
             return [replace(best, enough=np.inf)] if best.enough < np.inf else []
-        nodes = max(best.nodes + 1, best.nodes * 3 // 2) if self._wider else best.nodes * 2 // 3
+        sizes = [best.nodes * 2 // 3, max(best.nodes + 1, best.nodes * 3 // 2)]
+        if not 1 <= sizes[self._wider] <= offers.largest(best.arm):
+            self._wider = not self._wider
+        nodes = sizes[self._wider]
         return [offers.best(best.arm, nodes)] if 1 <= nodes <= offers.largest(best.arm) else []
 
     def _affords(self, choice: Choice) -> bool:
@@ -239,7 +251,8 @@ class Budgeter:
             looks -= seconds - emitted / self._best.tokens_per_s
         if choice.arm is not None:
             drafts -= seconds - emitted / choice.plain_tokens_per_s
-        self._looks_s, self._drafts_s = min(looks, bank), min(drafts, bank)
+        least = -_START / choice.plain_tokens_per_s
+        self._looks_s, self._drafts_s = (min(max(purse, least), bank) for purse in (looks, drafts))
 
     def _settle(self, choice: Choice, won: bool) -> None:
         """When to look at the same again: sooner where it was faster than what is thought best."""

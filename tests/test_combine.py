@@ -92,13 +92,16 @@ class TestUnion:
         assert tree.owners is not None
         by_path = paths(tree)
         assert len(by_path) == len(tree)
-        parts = [paths(part) for part in given_trees]
+        parts, highest = [paths(part) for part in given_trees], {}
         assert by_path.keys() == set().union(*parts)
         for path, node in by_path.items():
             having = [number for number, part in enumerate(parts) if path in part]
             assert tree.owners[node] == sum(1 << number for number in having)
             chances = [(given_trees[number].logq or ())[parts[number][path]] for number in having]
-            assert tree.logq[node] == max(chances)
+            highest[path] = max(chances)
+        for path, node in by_path.items():
+            beside = sum(math.exp(logq) for other, logq in highest.items() if other[:-1] == path[:-1])
+            assert tree.logq[node] == pytest.approx(highest[path] - math.log(max(1.0, beside)))
 
     @given(st.lists(trees(), min_size=2, max_size=4), st.integers(0, 9))
     @settings(max_examples=40)

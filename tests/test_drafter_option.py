@@ -256,6 +256,18 @@ def test_bf16_differs_only_at_ties(tmp_path: Path, capsys: pytest.CaptureFixture
     assert excused <= 3
 
 
+def test_a_small_model_that_takes_chains_alone(plane_store: Folders, texts: Texts, tmp_path: Path) -> None:
+    """The target takes trees, but the drafter, which is recurrent, can only grow chains."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 131, "hidden_size": 56, "intermediate_size": 104, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    config = tf.Lfm2Config(**sizes, **heads, bos_token_id=1, eos_token_id=2)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+    with opened(plane_store("llama"), drafter=tmp_path / "small", draft_fixed=True, draft_width=4) as model:
+        assert {seed: generate(model, seed, NEW) for seed in SEEDS} == texts("llama")
+        assert model.tiercache.stats().drafting.nodes > 0
+
+
 # ---------------------------------------------------------------- rules
 
 
@@ -308,6 +320,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"drafter": "resident", "mode": "mixed", "bytes_per_token": 1.0}, r"mode='mixed'.*leave one"),
     ({"drafter": "ngram", "logits": 1}, r"logits=1.* give logits=65"),
     ({"drafter": "ngram", "draft_nodes": 0}, "draft_nodes=0"),
+    ({"drafter": "ngram", "draft_nodes": 40, "logits": 40, "draft_fixed": True}, "give logits=41"),
     ({"draft_nodes": 8}, "draft_nodes= does nothing without a drafter"),
     ({"drafter": None, "verify": "walk"}, "verify= does nothing without a drafter"),
     ({"drafter": "ngram", "verify": "rejection", "grower": "rsd-c"}, r"n-grams.*choose 'resident'"),

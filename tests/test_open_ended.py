@@ -11,8 +11,11 @@ from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
 from policies.pace import Pace
 from policies.sharpness import Sharpness
-from tiercache.draft.base import Feedback, TreeBudget
+from tiercache.draft.base import Context, Feedback, TreeBudget
 from tiercache.draft.combine import Cascade
+from tiercache.draft.grow import Static
+from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.static import RankRates
 from tiercache.draft.tree import DraftTree, chain
 
 DEPTH, NODES = 16, 64
@@ -170,3 +173,35 @@ def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
     speed = (world.tokens - middle[0]) / (world.seconds - middle[1])
     assert speed > 0.9 * world.best()
     assert speed > 0.98 / world.base
+
+
+def test_a_disturbance_is_soon_forgotten() -> None:
+    """Two passes in a row that took a hundred times as long, and one slow draft: it drafts on as before."""
+    world = World(0.1, 0.001, 0.006, 1.0, tables=0.3, seed=6)
+    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
+    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    arms: list[int | None] = []
+    for turn in range(800):
+        choice = budgeter.decide()
+        told = world.round(choice)
+        if turn in (150, 151, 200):
+            told["verify_s" if turn < 200 else "draft_s"] *= 100
+        budgeter.observe(choice, **told)  # type: ignore[arg-type]
+        arms.append(choice.arm)
+        if turn == 400:
+            calm = world.tokens, world.seconds
+    assert np.mean([arm == 0 for arm in arms[400:]]) > 0.9
+    assert (world.tokens - calm[0]) / (world.seconds - calm[1]) > 0.85 * world.best()
+
+
+def test_a_static_tree_follows_its_own_guesses_though_others_were_taken() -> None:
+    rates = RankRates()
+    model = GrownDrafter(Static(rates))
+    model.begin(Context([1], 9))
+    model._tree = DraftTree((5, 6, 7), (-1, -1, 0))
+    model.observe(Feedback(chain([6, 8]), (0,), (6, 3)))
+    assert rates()[0] < RankRates()()[0]
+    assert rates()[1] > RankRates()()[1]
+    before = rates()
+    model.observe(Feedback(chain([6]), (0,), (6, 3)))
+    assert rates() == before, "it was not asked"

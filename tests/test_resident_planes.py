@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tiercache
 from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
 from tiercache import engine, needs, planes
 from tiercache.config import Budget, OffloadConfig
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
+from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
 from tiercache.model.linear import is_down
 from tiercache.model.rehearse import Rehearsal, rehearse
@@ -465,8 +467,16 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(UsageError, match="exactly"):
             model.tiercache.passes("resident")
     monkeypatch.setattr(engine, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(engine, "_kernels", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
     with pytest.raises(UsageError, match="cpu_tokens=4"), lent(plane_store("llama"), cpu_tokens=4):
         pass
+    for drafter in ("resident", "auto"):
+        options: dict[str, Any] = {"precision": "int8", "drafter": drafter, "cpu_tokens": 4}
+        with (
+            pytest.raises(UsageError, match="drafter='ngram'"),
+            tiercache.offload(plane_store("llama"), **options),
+        ):
+            pass
 
 
 def test_pico(tmp_path: Path) -> None:

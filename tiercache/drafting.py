@@ -71,7 +71,10 @@ class Recruits:
     @property
     def compute_bytes(self) -> int:
         """What is reserved where the model computes, weights of a small model included."""
-        rows = _NOISES + _ROWS * (1 + self.config.width)
+        config = self.config
+        rows = _NOISES + _ROWS * (1 + config.width)
+        if config.grower.startswith("rsd"):  # whoever was drawn from stays until the tree is verified
+            rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
         return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
 
 
@@ -111,6 +114,11 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
         return None
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
+    if config.draft.fixed and config.draft.nodes >= config.logits:
+        raise UsageError(
+            f"trees of draft_nodes={config.draft.nodes} take as many rows of logits and one for the root, and "
+            f"logits={config.logits}; give logits={config.draft.nodes + 1}, or smaller trees"
+        )
     target, folder = opened.model, opened.folder
     draft = config.draft
     vocabulary = target.config.get_text_config(decoder=True).vocab_size
@@ -187,7 +195,7 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
     if recruits.small is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(recruits.small, dtype="auto")
         nn.Module.to(model, device)
-        arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs))
+        arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs, capacity=context + config.slots))
     if recruits.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
         arms = [Cascade([*arms, own], _SURE)] if arms else [own]

@@ -131,13 +131,13 @@ def _open(
 ) -> transformers.PreTrainedModel:
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
+    kernels = _kernels(config, target, show_progress)
+    config = drafting.with_planes(config, kernels=bool(kernels))
     if config.resident and config.cpu_tokens and target.type != "cpu":
         raise UsageError(
             f"cpu_tokens={config.cpu_tokens} would multiply some planes of a matrix on {target} and others on the CPU, "
-            "which resident passes rule out; leave cpu_tokens= out, or choose another drafter than 'resident'"
+            "which resident passes rule out; leave cpu_tokens= out, or choose drafter='ngram'"
         )
-    kernels = _kernels(config, target, show_progress)
-    config = drafting.with_planes(config, kernels=bool(kernels))
     opened = open_model(model_or_path, config, show_progress=show_progress)
     way: Mixing | None = None
     recruits: Recruits | None = None

@@ -104,9 +104,11 @@ class DraftingGenerate:
             return "use_cache=False"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions and output_hidden_states"
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
-            return "a KV cache of the caller's own"
+        for cache in (model_kwargs.get(name) for name in ("past_key_values", "cache_params")):
+            if cache is None:
+                continue
+            if getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0:
+                return "a KV cache of the caller's own"
         if config.cache_implementation not in (None, "dynamic"):
             return f"cache_implementation={config.cache_implementation!r}"
         others = sorted(name for name, value in model_kwargs.items() if name not in _OURS and value is not None)
@@ -147,7 +149,9 @@ class DraftingGenerate:
         if config.do_sample:
             seed = int(torch.randint(1 << 62, ()))  # torch.manual_seed decides what is sampled
             noise = GumbelNoise(seed, vocabulary, input_ids.device)
-        run = TreeRun(self._model, None if mask is None else mask[0], limit + self._slots)
+        run = TreeRun(
+            self._model, None if mask is None else mask[0], limit - 1 + self._slots
+        )  # the last token needs no slot
         loop = DecodeLoop(run, request, self._team, self._rule(noise), noise, vocabulary)
         loop.write(config.prefill_chunk_size)
         if streamer is not None:

@@ -22,7 +22,6 @@ from tiercache.draft.base import Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
 
-_EXTEND_S = 60.0  # an upper bound; the pass itself is the deadline
 _AT_ONCE = 16  # plain passes that drafters are told of together
 
 
@@ -75,6 +74,7 @@ class Team:
         self._branches = True
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
         self._tokens: list[int] = []  # of the text
+        self._pass_s = 0.0  # of the target's newest pass, which the next is thought to take as well
         self.needs = joined([drafter.needs for drafter in drafters])
         self.name = " or ".join(drafter.name for drafter in drafters)
 
@@ -87,6 +87,7 @@ class Team:
 
     def prefilled(self, feedback: Feedback, seconds: float) -> None:
         """The prompt's pass is done and the first token is out; `feedback` as in `Round`."""
+        self._pass_s = seconds
         self._tell(feedback)
 
     def propose(self, room: int) -> tuple[DraftTree, Choice, int]:
@@ -110,7 +111,7 @@ class Team:
             yield
             return
         failures: list[Exception] = []
-        thread = threading.Thread(target=_extend, args=(busy, tree, failures), name="tiercache-extend")
+        thread = threading.Thread(target=_extend, args=(busy, tree, self._pass_s, failures), name="tiercache-extend")
         thread.start()
         try:
             yield
@@ -121,6 +122,7 @@ class Team:
 
     def observe(self, done: Round) -> None:
         """Account for a round, and tell everybody."""
+        self._pass_s = done.verify_s
         feedback, choice = done.feedback, done.choice
         if choice.arm is None and not (self.needs.logits or self.needs.hidden_layers):
             assert feedback.logits is not None
@@ -187,9 +189,9 @@ def joined(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _extend(drafters: Sequence[Drafter], tree: DraftTree, failures: list[Exception]) -> None:
+def _extend(drafters: Sequence[Drafter], tree: DraftTree, pass_s: float, failures: list[Exception]) -> None:
     for drafter in drafters:
         try:
-            drafter.extend(tree, _EXTEND_S)
+            drafter.extend(tree, pass_s)
         except Exception as error:
             failures.append(error)

@@ -119,13 +119,6 @@ class Feedback:
     logits: torch.Tensor | None = None
     hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def rejected(self) -> tuple[int, ...]:
-        """Nodes whose parent was accepted (or is the root) and which were not."""
-        accepted = {-1, *self.path}
-        taken = set(self.path)
-        return tuple(n for n, parent in enumerate(self.tree.parents) if parent in accepted and n not in taken)
-
 
 class Drafter(Protocol):
     """Guesses what follows.

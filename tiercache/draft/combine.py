@@ -315,7 +315,12 @@ class _Merged:
             place[node] = found
 
     def tree(self) -> DraftTree:
-        """All of them together."""
+        """All of them together; siblings on which the trees disagree share a probability of 1."""
+        shares: dict[int, float] = {}
+        for parent, logq in zip(self._parents, self._logq, strict=True):
+            shares[parent] = shares.get(parent, 0.0) + math.exp(logq)
+        logqs = zip(self._parents, self._logq, strict=True)
+        self._logq = [logq - math.log(max(1.0, shares[parent])) for parent, logq in logqs]
         return DraftTree(
             tuple(self.tokens),
             tuple(self._parents),

@@ -24,7 +24,7 @@ from tiercache.errors import UsageError
 __all__ = ["Candidates", "Grower", "Ranked", "Scorer", "Sketch", "Static", "grower", "log_confidence"]
 
 
-_RIDES = 0.3  # of what a drafting pass costs: what a further node in it does
+_RIDES = 0.4  # of what a drafting pass costs: what a further node in it does
 
 
 def log_confidence(best: Tensor, z: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from tiercache.draft.drawn import Branching, StochasticBeam
 from tiercache.draft.grow import Ranked, Static
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.sketch import Grower
+from tiercache.draft.tree import DraftTree
 
 
 class GrownDrafter(BaseDrafter):
@@ -20,17 +21,17 @@ class GrownDrafter(BaseDrafter):
     def __init__(self, grower: Grower) -> None:
         self._grower = grower
         self.open_ended = isinstance(grower, Ranked)
-        self._proposed = False
+        self._tree = DraftTree()
 
     def begin(self, context: Context) -> None:
         """See `Drafter`. Growers that draw begin anew with the request's seed, so that it decides everything."""
         super().begin(context)
-        self._proposed = False
+        self._tree = DraftTree()
         if isinstance(self._grower, Branching | StochasticBeam) and isinstance(context.noise, GumbelNoise):
             self._grower.draws.seed(context.noise.seed)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`. A static tree follows the acceptance of its own trees by rank."""
-        if self._proposed and isinstance(self._grower, Static):
-            self._grower.rates.observe(feedback.tree, feedback.path)
-        self._proposed = False
+        """See `Drafter`. A static tree follows the acceptance of its own trees by rank, taken or not."""
+        if isinstance(self._grower, Static):
+            self._grower.rates.observe(self._tree, self._tree.along(feedback.emitted))
+        self._tree = DraftTree()

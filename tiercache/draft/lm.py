@@ -5,6 +5,7 @@ Knows transformers models; nothing of the target but its tokens. The model may b
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import transformers
@@ -30,6 +31,7 @@ class LmDrafter(GrownDrafter):
         vocabulary: tokens that it may draft; its head is trimmed to their rows until `close` (VocabTrim,
             arXiv 2506.22694). None for all.
         needs: what it takes of the budgets.
+        capacity: slots of its KV cache, for a text and the largest tree; None to grow it as needed.
         name: in statistics.
 
     Raises:
@@ -43,10 +45,11 @@ class LmDrafter(GrownDrafter):
         *,
         vocabulary: Iterable[int] | None = None,
         needs: Needs | None = None,
+        capacity: int | None = None,
         name: str = "lm",
     ) -> None:
         super().__init__(grower)
-        self.model, self.name = model, name
+        self.model, self.name, self._capacity = model, name, capacity
         self.needs = needs or Needs()
         self._head: nn.Module | None = None
         self._kept = None if vocabulary is None else self._trim(sorted(set(vocabulary)))
@@ -56,7 +59,7 @@ class LmDrafter(GrownDrafter):
     def begin(self, context: Context) -> None:
         """See `Drafter`."""
         super().begin(context)
-        self._run = TreeRun(self.model, None, None)
+        self._run = TreeRun(self.model, None, self._capacity)
         self._scores = None
 
     def propose(self, budget: TreeBudget) -> DraftTree:
@@ -69,9 +72,11 @@ class LmDrafter(GrownDrafter):
         for piece in missing.split(_PIECE):
             root = run.prefill(piece)
         self._scores = RunScores(run, self.context, root, self._kept)
-        tree = self._grower(self._scores, self.context, budget)
-        self.passes, self._proposed = self._scores.passes + 1, True
-        return tree
+        if not run.supports_tree:
+            budget = replace(budget, width=1)
+        self._tree = self._grower(self._scores, self.context, budget)
+        self.passes = self._scores.passes + 1
+        return self._tree
 
     def observe(self, feedback: Feedback) -> None:
         """See `Drafter`. Of the accepted nodes those that were run stay in the KV cache; the rest comes next time."""

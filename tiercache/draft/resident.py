@@ -41,8 +41,8 @@ class ResidentDrafter(GrownDrafter):
         try:
             with self._resident():
                 scores = RunScores(run, self.context)
-                tree = self._grower(scores, self.context, budget)
-                self.passes, self._proposed = scores.passes, True
-                return tree
+                self._tree = self._grower(scores, self.context, budget)
+                self.passes = scores.passes
+                return self._tree
         finally:
             run.drop()

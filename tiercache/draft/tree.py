@@ -18,6 +18,8 @@ from tiercache.errors import DraftError
 Order = Literal["deterministic", "without_replacement", "iid", "shared_gumbel"]
 ROOT = -1
 
+_ROUNDING = 1e-7
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -54,6 +56,8 @@ class DraftTree:
         for node, parent in enumerate(self.parents):
             if not ROOT <= parent < node:
                 raise DraftError(f"node {node} has parent {parent}; parents must come before their children")
+        if self.logq is not None and not all(logq <= _ROUNDING for logq in self.logq):
+            raise DraftError("a node's logq is above 0 or no number; give the log of a probability")
         drawn = self.order in ("without_replacement", "iid")
         if drawn != (self.q is not None):
             need = "needs q, the distributions that siblings were drawn from" if drawn else "must not carry q"
@@ -96,6 +100,16 @@ class DraftTree:
             node = self.parents[node]
         return tuple(reversed(path))
 
+    def along(self, emitted: Sequence[int]) -> tuple[int, ...]:
+        """The nodes that `emitted` leads through, as far as there are any."""
+        path: list[int] = []
+        for token in emitted:
+            children = self.children.get(path[-1] if path else ROOT, ())
+            if (child := next((child for child in children if self.tokens[child] == token), None)) is None:
+                break
+            path.append(child)
+        return tuple(path)
+
     def outcomes(self, emitted: Sequence[int]) -> Iterator[tuple[float, bool]]:
         """Of the likeliest child at each node that `emitted` leads to: its probability, and whether it came.
 
@@ -103,14 +117,11 @@ class DraftTree:
         """
         if self.logq is None or self.q is not None:
             return
-        node: int | None = ROOT
-        for token in emitted:
-            children = () if node is None else self.children.get(node, ())
-            if not children:
-                return
-            best = max(children, key=self.logq.__getitem__)
-            yield math.exp(self.logq[best]), self.tokens[best] == token
-            node = next((child for child in children if self.tokens[child] == token), None)
+        path = self.along(emitted)
+        for parent, token in zip((ROOT, *path), emitted, strict=False):
+            if children := self.children.get(parent):
+                best = max(children, key=self.logq.__getitem__)
+                yield math.exp(self.logq[best]), self.tokens[best] == token
 
     def pruned(self, keep: Sequence[int]) -> "DraftTree":
         """The tree of the nodes in `keep`, ascending; a node whose parent is not kept goes too."""
