@@ -20,6 +20,7 @@ _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much large
 _REPLAN, _LONGEST = 16, 128  # rounds between plans, and between looks
 _NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
 _MEASURED = 2  # rounds with passes after which an open-ended drafter's costs are known
+_SURER = 1.5  # times as much must guesses promise: the surest ones are also those most overrated
 _WHOLE = 5  # rounds with passes before cheaper guesses may take their place
 _OUTLIER = 3.0  # seconds above so many times the expected ones are a disturbance, unless they come twice
 
@@ -189,7 +190,7 @@ class Budgeter:
             pace = self._paces[place]
             usual = max(2.0, pace.nodes)  # one more costs what it does at trees of this size
             draft_s = tops[place].seconds - float(self._verify.at(1 + tops[place].nodes))
-            enough = pace.enough(rate, tops[place].gain, draft_s) if pace.drafted >= _WHOLE else np.inf
+            enough = _SURER * pace.enough(rate, tops[place].gain, draft_s) if pace.drafted >= _WHOLE else np.inf
             less, more = self._verify.at([1 + usual / 2, 1 + usual * 3 / 2])
             tops[place] = replace(
                 tops[place],
