@@ -160,13 +160,13 @@ def test_options_of_drafting() -> None:
     assert (defaults.nodes, defaults.depth, defaults.width, defaults.fixed, defaults.learned) == (
         64,
         16,
-        8,
+        4,
         False,
         None,
     )
 
 
-@pytest.mark.parametrize(("nodes", "depth", "width", "slots"), [(1, 1, 1, 2), (512, 16, 8, 513), (2, 16, 8, 129)])
+@pytest.mark.parametrize(("nodes", "depth", "width", "slots"), [(1, 1, 1, 2), (512, 16, 8, 513), (2, 16, 8, 33)])
 def test_slots_hold_the_largest_tree_and_what_was_tried_for_it(nodes: int, depth: int, width: int, slots: int) -> None:
     assert DraftConfig(drafter="auto", nodes=nodes, depth=depth, width=width).slots == slots
 
