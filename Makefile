@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # range may fetch gigabytes of CUDA packages. On a machine with a GPU: make setup TORCH="torch".
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
+TEST_WORKERS ?= 2
 BENCH_DIR ?= .bench
 BENCH_SHAPE ?= tinyllama-1.1b
 BENCH_CAP ?= 1434MiB
@@ -30,7 +31,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
