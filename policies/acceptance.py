@@ -4,8 +4,10 @@ A round drafts a tree of guesses below the newest token, the *root*, and verifie
 child of rank r is the r-th likeliest of its siblings. Knows counts and seconds; neither tokens nor models.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from statistics import median_low
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -178,7 +180,7 @@ class PassCosts:
         if tokens < 1 or not 0 < seconds < np.inf:
             raise ValueError(f"a pass of {tokens} tokens in {seconds} s; give 1 or more, and seconds above 0")
         self._passes += 1
-        bucket = int(2 * np.log2(tokens))
+        bucket = int(2 * math.log2(tokens))
         _add(self._seen.setdefault(bucket, deque(maxlen=_SAMPLES)), (int(tokens), float(seconds)))
         self._when[bucket] = self._passes
 
@@ -319,7 +321,7 @@ def _by_size(sums: Floats, depth: int, nodes: int) -> Floats:
 def _add(seen: deque[tuple[float, ...]], row: tuple[float, ...]) -> None:
     """Adds a measurement, seconds last; two in a row that are far from all before mean that the machine changed."""
     if len(seen) > 2:
-        usual, last = _typical(seen)[-1], seen[-1]
+        usual, last = median_low(each[-1] for each in seen), seen[-1]
         if min(last[-1], row[-1]) > _JUMP * usual or max(last[-1], row[-1]) < usual / _JUMP:
             seen.clear()
             seen.append(last)

@@ -13,7 +13,8 @@ class CyclicPrefetch:
     """Walks `order` for ever, or once, leaving out the keys that stay."""
 
     def __init__(self, order: Sequence[Key], staying: Collection[Key], *, once: bool = False) -> None:
-        self._order = tuple(key for key in order if key not in set(staying))
+        stay = set(staying)
+        self._order = tuple(key for key in order if key not in stay)
         self._place = {key: place for place, key in enumerate(self._order)}
         if len(self._place) != len(self._order):
             raise ValueError("a key that passes through may be asked for once per pass; pin the ones used again")

@@ -45,6 +45,9 @@ class Residency:
         sizes: bytes of each.
         placement: which stay, and the size of the ring.
         once: the scan ends after one round.
+
+    Attributes:
+        all_stay: no key passes through.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Residency:
         self._base, self._ring_bytes = offset, placement.ring_bytes
         self._ring: deque[_Entry] = deque()
         self._prefetch = CyclicPrefetch(order, placement.pinned, once=once)
+        self.all_stay = self._prefetch.peek() is None
 
     @property
     def pinned(self) -> tuple[Load, ...]:

@@ -22,7 +22,8 @@ from tiercache.draft.base import Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
 
-_AT_ONCE = 16  # plain passes that drafters are told of together
+_AT_ONCE = 64  # plain passes that drafters are told of together, at most
+_NOTHING = DraftTree()
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Team:
         self.most_nodes, self.context, self.stats = most_nodes, context, stats
         self._branches = True
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
+        self._late_s = 0.0  # of this round, telling of rounds before it
         self._tokens: list[int] = []  # of the text
         self._pass_s = 0.0  # of the target's newest pass, which the next is thought to take as well
         self.needs = joined([drafter.needs for drafter in drafters])
@@ -95,7 +97,7 @@ class Team:
         choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
         nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
         if choice.arm is None or nodes < 1 or depth < 1:
-            return DraftTree(), choice, 0
+            return _NOTHING, choice, 0
         self._tell_plain(tuple(self._tokens[-1:]))
         drafter = self._drafters[choice.arm]
         width = choice.width if self._branches else 1
@@ -127,7 +129,7 @@ class Team:
         if choice.arm is None and not (self.needs.logits or self.needs.hidden_layers):
             assert feedback.logits is not None
             self._plain.append(feedback.logits)
-            if len(self._plain) == _AT_ONCE:
+            if len(self._plain) == min(_AT_ONCE, self.most_nodes):  # as many rows as a tree would have
                 self._tell_plain(feedback.emitted)
         else:
             self._tell(feedback)
@@ -138,6 +140,7 @@ class Team:
         if choice.arm is not None:
             for confidence, came in tree.outcomes(feedback.emitted):
                 self._drafters[choice.arm].sharpness.observe(confidence, came)
+        told_s, self._late_s = max(0.0, told_s - self._late_s), 0.0  # of having drafters at all, not of this choice
         if self._budgeter is None:
             return
         if choice.arm is None:
@@ -162,7 +165,9 @@ class Team:
         """Of several passes without a tree at once, as of a prompt's last tokens: passes may take milliseconds."""
         rows, self._plain = self._plain, []
         if rows:
-            self._tell(Feedback(DraftTree(), (), emitted[-1:], None, torch.cat(rows)))
+            begin = time.perf_counter()
+            self._tell(Feedback(_NOTHING, (), emitted[-1:], None, torch.cat(rows)))
+            self._late_s += time.perf_counter() - begin
 
     def end(self) -> None:
         """The text has ended: what nobody was told of yet is told now."""

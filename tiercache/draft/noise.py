@@ -9,12 +9,15 @@ Knows integers; nothing of models.
 
 from collections import OrderedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-# Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers: torch multiplies
-# modulo 2**64.
-_GOLDEN, _MIX_1, _MIX_2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), all modulo 2**64.
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WORD = 1 << 64
 _KEPT = 64
+_AT_ONCE, _NUMBERS = 8, 1 << 14  # positions made together: no more, and no more numbers; small arrays cost by the call
 
 
 class GumbelNoise:
@@ -28,38 +31,43 @@ class GumbelNoise:
 
     def __init__(self, seed: int, vocabulary: int, device: torch.device | None = None, *, sample: int = 0) -> None:
         self.seed = seed
-        self._key = _mix(_mix(torch.tensor(_signed(seed))) + sample)
-        self._tokens = torch.arange(1, vocabulary + 1) * _GOLDEN
+        self._key = _mix(_mix(seed) + sample)
+        self._tokens = np.arange(1, vocabulary + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         self._device = device
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     def __call__(self, position: int) -> torch.Tensor:
         """The noise of the token at an absolute position: [vocabulary], fp32. Not to be changed in place."""
-        found = self._kept.get(position)
-        if found is None:
-            bits = _mix(self._tokens + _mix(self._key + position))
-            uniform = ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64).add_(0.5).mul_(2.0**-53)  # within (0, 1)
-            found = uniform.log_().neg_().log_().neg_().to(torch.float32)
-            found = found if self._device is None else found.to(self._device)
-            self._kept[position] = found
+        if position not in self._kept:
+            last = position + max(1, min(_AT_ONCE, _NUMBERS // len(self._tokens)))
+            self._kept.update(zip(range(position, last), self._make(range(position, last)), strict=True))
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-        return found
+        return self._kept[position]
+
+    def _make(self, positions: range) -> torch.Tensor:
+        """The noise of several positions [positions, vocabulary]."""
+        bits = self._tokens + np.array([_mix(self._key + position) for position in positions], np.uint64)[:, None]
+        _mix_each(bits)
+        bits >>= np.uint64(11)
+        uniform = torch.from_numpy(bits.astype(np.float64)).add_(0.5).mul_(2.0**-53)  # within (0, 1)
+        found = uniform.log_().neg_().log_().neg_().to(torch.float32)
+        return found if self._device is None else found.to(self._device)
 
 
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix(value: torch.Tensor) -> torch.Tensor:
+def _mix(value: int) -> int:
     """The finaliser of splitmix64."""
-    value = value + _GOLDEN
-    value = (value ^ _shift(value, 30)) * _MIX_1
-    value = (value ^ _shift(value, 27)) * _MIX_2
-    return value ^ _shift(value, 31)
+    value = (value + _GOLDEN) % _WORD
+    value = (value ^ value >> 30) * _MIX_1 % _WORD
+    value = (value ^ value >> 27) * _MIX_2 % _WORD
+    return value ^ value >> 31
 
 
-def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, filling with zeros."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+def _mix_each(values: NDArray[np.uint64]) -> None:
+    """The same in place, for all at once."""
+    values += np.uint64(_GOLDEN)
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(_MIX_1)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(_MIX_2)
+    values ^= values >> np.uint64(31)

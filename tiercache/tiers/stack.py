@@ -6,6 +6,7 @@ Knows units and plans; not modules. With an HBM tier, units are handed out from 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -177,11 +178,7 @@ class TierStack:
         stats = TierStats(plan.capacity_bytes, reserved)
         stats.peak_bytes = sum(reserved.values())
         self.stats[name] = stats
-
-        def observe(event: str, key: Key) -> None:
-            self._observe(name, event, key)
-
-        residency = Residency(plan.order, self._sizes, plan.placement)
+        residency, observe = Residency(plan.order, self._sizes, plan.placement), partial(self._observe, name)
         return Tier(slab, residency, self._payload, fill, stats, cause=cause, observe=observe)
 
     def _read(self, key: Key, slot: torch.Tensor, after: object) -> Pending:

@@ -109,7 +109,7 @@ class Tier:
         self._slab, self._residency, self._payload, self._fill = slab, residency, payload, fill
         self.stats, self._cause, self._observe = stats, cause, observe
         self._arrivals: dict[Key, _Arrival] = {}
-        self._ready: set[Key] = set()
+        self._ready: dict[Key, torch.Tensor] = {}  # the slots of keys that stay
         self._read_until: torch.cuda.Event | None = None
         self._closed = self._paused = False
 
@@ -125,17 +125,22 @@ class Tier:
             self._begin(load)
         for load in self._residency.pinned:
             self._arrivals[load.key].pending.wait()
-            self._ready.add(load.key)
+            self._ready[load.key] = self._arrivals[load.key].slot
             loaded(self._payload[load.key])
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
         """The slot of a key that stays and has arrived, for consumers that bind it once."""
-        return self._arrivals[key].slot if key in self._ready else None
+        return self._ready.get(key)
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot with the bytes of `key`, valid until `release`; waits for them if need be."""
         if self._closed:
             raise ClosedError("the tiers are closed; open the model again with tiercache.offload(...)")
+        if (slot := self._ready.get(key)) is not None:  # nothing to decide
+            self.count(key, hit=True)
+            if not self._residency.all_stay:
+                self.prefetch()
+            return slot
         answer = self._residency.acquire(key)
         self._drop(answer.dropped)
         self.count(key, hit=answer.hit)
@@ -147,8 +152,6 @@ class Tier:
                 f"unit {key} finds no room while others are in use; run whole passes, or raise the tier's budget"
             ) from error
         arrival = self._arrivals[key]
-        if key in self._ready:
-            return arrival.slot
         try:
             if not arrival.pending.done():
                 self._stall(arrival.pending)
@@ -171,15 +174,14 @@ class Tier:
 
     def release(self, key: Key) -> None:
         """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
-        if self._closed:
+        if self._closed or key in self._ready:  # what stays frees no room
             return
         if self._slab.bytes.is_cuda:
             self._read_until = torch.cuda.Event()
             self._read_until.record(torch.cuda.current_stream(self._slab.bytes.device))
         self._residency.release(key)
-        if key not in self._ready:
-            self._arrivals.pop(key, None)
-            self._observe("evict", key)
+        self._arrivals.pop(key, None)
+        self._observe("evict", key)
         self.prefetch()
 
     def prefetch(self) -> None:
