@@ -13,7 +13,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
 from tiercache.model.mixed import MixedBlock, MixedForward
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import Supply
 
 
 class Attachment:
@@ -36,7 +36,7 @@ class Attachment:
         self,
         model: transformers.PreTrainedModel,
         uses: Iterable[Use],
-        supply: Source,
+        supply: Supply,
         workspace: torch.Tensor,
         dense: Mapping[str, torch.Tensor],
         embedding: str,

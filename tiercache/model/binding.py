@@ -8,7 +8,8 @@ it by mistake gets NaN and not a plausible number.
 
 Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
 
-A resident pass asks for nothing: each module multiplies by the planes whose slots it was told once and for all.
+Slots that stay are bound once and for all. A resident pass asks for nothing at all: each module multiplies by the
+planes whose slots it was told.
 
 Knows modules and slots; not where slots come from.
 """
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from tiercache.kernels.contract import Kernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import Supply
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Binder:
         self,
         model: nn.Module,
         uses: Iterable[Use],
-        supply: Source,
+        supply: Supply,
         workspace: torch.Tensor,
         kernels: Mapping[str, Kernels],
     ) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
+        self._counted: set[tuple[int, ...]] = set()  # units of which a module tells that they are used
         self._bound: nn.Parameter | None = None
         self._resident = False
         self._hooks: list[RemovableHandle] = []
@@ -106,9 +108,19 @@ class Binder:
 
     def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
         units = use.weight.units
+        staying = self._staying(units)
+        first = units not in self._counted
+        self._counted.add(units)
 
         def begin(module: nn.Module, arguments: object) -> None:
-            slots = use.resident if self._resident else self._acquire(units)
+            if self._resident:
+                slots = use.resident
+            elif staying:
+                slots = staying
+                if first:
+                    self._supply.hit(units)
+            else:
+                slots = self._acquire(units)
             if forward is not None:
                 forward.slots = slots
                 return
@@ -116,6 +128,11 @@ class Binder:
             parameter.data = self._tensor(use.weight, slots, parameter.dtype)
 
         return begin
+
+    def _staying(self, units: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """The slots of units if all of them stay: bound once, for asking costs a small model some percent of a pass."""
+        slots = [slot for key in units if (slot := self._supply.pinned_slot(key)) is not None]
+        return tuple(slots) if len(slots) == len(units) else ()
 
     def _acquire(self, units: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """The slots of a weight's units, in their order; they are held until `last`, or the end of the pass."""
@@ -125,7 +142,7 @@ class Binder:
         return tuple([self._held[key] for key in units])
 
     def _end(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object, object], None]:
-        units = use.weight.units if use.last else ()
+        units = () if self._staying(use.weight.units) or not use.last else use.weight.units
 
         def end(module: nn.Module, arguments: object, output: object) -> None:
             if forward is not None:

@@ -3,7 +3,7 @@
 Knows units and plans; not modules. With an HBM tier, units are handed out from there, else from DRAM.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -35,12 +35,21 @@ class Memory:
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The bytes of a parameter."""
-        self.stats.hits += 1
-        self.stats.hit_bytes += self._slots[key].nbytes
+        self.hit((key,))
         return self._slots[key]
 
     def release(self, key: Key) -> None:
         """Nothing to do."""
+
+    def pinned_slot(self, key: Key) -> torch.Tensor:
+        """See `Supply`."""
+        return self._slots[key]
+
+    def hit(self, keys: Iterable[Key]) -> None:
+        """See `Supply`."""
+        for key in keys:
+            self.stats.hits += 1
+            self.stats.hit_bytes += self._slots[key].nbytes
 
 
 class Choice:
@@ -72,6 +81,14 @@ class Choice:
         """The key is not needed any more."""
         above = not self._below or self._upper.pinned_slot(key) is not None
         (self._upper if above else self._lower).release(key)
+
+    def pinned_slot(self, key: Key) -> torch.Tensor | None:
+        """See `Supply`."""
+        return self._upper.pinned_slot(key)
+
+    def hit(self, keys: Iterable[Key]) -> None:
+        """See `Supply`."""
+        self._upper.hit(keys)
 
 
 class TierStack:

@@ -9,7 +9,7 @@ again only after `release`, and, when the consumer is a GPU, after the event rec
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,8 @@ from tiercache.errors import ClosedError, DoesNotFitError
 from tiercache.stats import TierStats
 from tiercache.tiers.slab import Slab
 
+_CLOSED = "the tiers are closed; open the model again with tiercache.offload(...)"
+
 
 class Source(Protocol):
     """Hands out the slots of keys."""
@@ -30,6 +32,16 @@ class Source(Protocol):
 
     def release(self, key: Key) -> None:
         """The key is not needed any more."""
+
+
+class Supply(Source, Protocol):
+    """A source some of whose slots stay where they are, so that consumers may bind them once."""
+
+    def pinned_slot(self, key: Key) -> torch.Tensor | None:
+        """The slot of a key that stays, for as long as the source is open; None of others."""
+
+    def hit(self, keys: Iterable[Key]) -> None:
+        """Keys that stay are used by a consumer that has bound them; for the statistics."""
 
 
 class Pending(Protocol):
@@ -129,13 +141,20 @@ class Tier:
             loaded(self._payload[load.key])
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
-        """The slot of a key that stays and has arrived, for consumers that bind it once."""
+        """See `Supply`; None as well before it has arrived."""
         return self._ready.get(key)
+
+    def hit(self, keys: Iterable[Key]) -> None:
+        """See `Supply`."""
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        for key in keys:
+            self.count(key, hit=True)
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot with the bytes of `key`, valid until `release`; waits for them if need be."""
         if self._closed:
-            raise ClosedError("the tiers are closed; open the model again with tiercache.offload(...)")
+            raise ClosedError(_CLOSED)
         if (slot := self._ready.get(key)) is not None:  # nothing to decide
             self.count(key, hit=True)
             if not self._residency.all_stay:
