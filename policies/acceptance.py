@@ -18,6 +18,8 @@ _FIRST = 0.6  # of a drafter never seen: optimistic, so that it is tried
 _KEEP = 0.99  # weight of a trial after another one of the same cell, and of a round after another
 _PULL = 2.0  # trials that what is thought of a cell beforehand counts for
 _SAMPLES = 15  # newest seconds kept per size
+_STALE, _ENOUGH = 64, 5  # passes after which seconds do not count if so many newer ones are there
+_FEW = 2  # passes of a size, below which they are forgotten for the line through all sizes
 _HALF_LIFE = 24  # passes after which what another size took counts half
 _JUMP = 2.0  # seconds so many times more or less are another machine's, if they come twice
 _GUESS = 0.01  # weight of guessed costs beside one size that was measured
@@ -169,7 +171,7 @@ class PassCosts:
     @property
     def largest(self) -> int:
         """Most tokens of a pass seen; 0 before any."""
-        return int(max(tokens for tokens, _ in self._seen[max(self._seen)])) if self._seen else 0
+        return int(max(tokens for tokens, *_ in self._seen[max(self._seen)])) if self._seen else 0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A pass of so many tokens, the root included, took so long.
@@ -181,7 +183,8 @@ class PassCosts:
             raise ValueError(f"a pass of {tokens} tokens in {seconds} s; give 1 or more, and seconds above 0")
         self._passes += 1
         bucket = int(2 * math.log2(tokens))
-        _add(self._seen.setdefault(bucket, deque(maxlen=_SAMPLES)), (int(tokens), float(seconds)))
+        seen = self._seen.setdefault(bucket, deque(maxlen=_SAMPLES))
+        _add(seen, (int(tokens), self._passes, float(seconds)))
         self._when[bucket] = self._passes
 
     def at(self, tokens: ArrayLike) -> Floats:
@@ -204,15 +207,22 @@ class PassCosts:
     def _points(self) -> tuple[Floats, Floats]:
         """Counts and seconds to draw lines between, both ascending; where a larger count took less, both are pooled."""
         buckets = sorted(self._seen)
-        counts, seconds = np.array([_typical(self._seen[bucket]) for bucket in buckets]).T
+        counts, _, seconds = np.array([_typical(self._fresh(bucket)) for bucket in buckets]).T
         passes = np.array([len(self._seen[bucket]) for bucket in buckets], dtype=np.float64)
         weights = passes * [_faded(self._passes - self._when[bucket]) for bucket in buckets]
         seconds = _ascending(seconds, weights)
         if len(buckets) > 2:  # few passes of one size tell less than the line through all sizes
             shares = np.stack((1 / seconds, counts / seconds), axis=1)
             line = _fitted(shares, weights, np.array((seconds[0], seconds[0] / counts[-1])))
-            seconds = (passes * seconds + _PULL * (line[0] + line[1] * counts)) / (passes + _PULL)
+            sure = np.where(passes < _FEW, weights, passes)  # what was hardly seen is forgotten
+            seconds = (sure * seconds + _PULL * (line[0] + line[1] * counts)) / (sure + _PULL)
         return counts, _ascending(seconds, weights)
+
+    def _fresh(self, bucket: int) -> list[tuple[float, ...]]:
+        """The measurements of a size that are not old, and a few in any case."""
+        seen = list(self._seen[bucket])
+        fresh = sum(when >= self._passes - _STALE for _, when, _ in seen)
+        return seen[-max(fresh, _ENOUGH) :]
 
 
 class DraftCosts:

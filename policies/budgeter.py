@@ -14,7 +14,8 @@ from policies.drafting import Arm, Choice, Offers
 from policies.pace import Pace
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
-_SHARE, _START, _BANK = 0.01, 5.0, 10.0  # of all seconds, and in plain passes: what looking around may cost
+_LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafting that is slower than plain passes
+_START, _BANK = 5.0, 7.0  # of plain passes: what these purses hold at first, and at most
 _CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
 _REPLAN, _LONGEST = 16, 128  # rounds between plans, and between looks
@@ -30,7 +31,7 @@ class Budgeter:
 
     What is thought best is what `choose` finds with what was measured. Now and then it looks elsewhere: at another
     drafter, a plain pass, a few more or fewer nodes, ever less often where that does not pay. Two purses bound the
-    loss, each filled with 1 % of all seconds and a few plain passes at first: one pays for the seconds by which
+    loss, each filled with a share of all seconds and a few plain passes at first: one pays for the seconds by which
     looks were slower than the best; the other for those by which any drafting was slower than plain passes (a
     conservative bandit: Wu et al., arXiv 1602.04282, section 3), and is filled up again by drafting that pays. While
     a purse is empty, what it pays for is not done.
@@ -114,33 +115,36 @@ class Budgeter:
         """
         if not 0 <= draft_s < np.inf or nodes < 0 or emitted < 1 or not -1 < (choice.arm or 0) < len(self._arms):
             raise ValueError(f"drafting took {draft_s} s, {nodes} nodes gave {emitted} tokens; give what was measured")
+        charged = seconds = draft_s + verify_s
+        passes, usual = choice.depth if passes is None else passes, choice.seconds
+        if choice.arm is not None and seconds > _CHARGED * usual:  # maybe only because the tree is larger than usual
+            start, each, node = self._records[choice.arm].costs.estimate()
+            usual = max(usual, start + each * passes + node * nodes + float(self._verify.at(nodes + 1)))
         self._verify.observe(nodes + 1, verify_s)
         self._round += 1
         if self._round == 1:
             self._looks_s = self._drafts_s = _START * verify_s
-        charged = seconds = draft_s + verify_s
         if choice.arm is not None:
             record, size = self._records[choice.arm], (choice.depth, choice.nodes)
             record.drafted(self._round, *size)
-            record.costs.observe(choice.depth if passes is None else passes, nodes, draft_s)
+            record.costs.observe(passes, nodes, draft_s)
             if tried is not None and accepted is not None:
                 depth = self._arms[choice.arm].max_depth
                 record.acceptance.observe(np.asarray(tried)[:depth], np.asarray(accepted)[:depth])
-            slow = record.rounds > 3 and seconds > _OUTLIER * choice.seconds
+            slow = record.rounds > 3 and seconds > _OUTLIER * usual
             if slow and not self._slow:
-                seconds = _OUTLIER * choice.seconds
+                seconds = _OUTLIER * usual
             self._slow, self._plan_at = slow, self._round if slow else self._plan_at
-            passes = choice.depth if passes is None else passes
             whole = choice.enough == np.inf
             draft_s *= seconds / (draft_s + verify_s)  # a disturbance counts as much less there
             self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
             if choice.gain > 0:
                 record.compare(*size, (emitted - 1, choice.gain), (seconds, choice.seconds))
             if record.rounds > 3:
-                charged = min(seconds, _CHARGED * choice.seconds)
+                charged = min(seconds, _CHARGED * usual)
         self._pay(choice, charged, emitted)
         if choice.look:
-            self._settle(choice, emitted > seconds * self._best.tokens_per_s)
+            self._settle(choice, bool(emitted > seconds * self._best.tokens_per_s))
 
     def _arm(self, place: int) -> Arm:
         """A drafter as it is now known."""
@@ -210,8 +214,8 @@ class Budgeter:
         due = [place for place, due in enumerate(self._dues) if place != self._best.arm and due <= self._round]
         wanted = sorted((self._other(place) for place in due), key=lambda choice: -choice.tokens_per_s)
         if self._best.arm is not None:
-            if self._plain_due <= self._round:
-                wanted.append(offers.plain)
+            if self._plain_due <= self._round:  # whatever is in the purses: all promises are measured by it
+                return replace(offers.plain, look=True)
             if self._size_due <= self._round:
                 wanted += self._beside(self._best, offers)
         found = next((choice for choice in wanted if self._affords(choice)), None)
@@ -247,7 +251,7 @@ class Budgeter:
         if not choice.plain_tokens_per_s:
             return
         bank = _BANK / choice.plain_tokens_per_s
-        looks, drafts = (purse + _SHARE * seconds for purse in (self._looks_s, self._drafts_s))
+        looks, drafts = self._looks_s + _LOOKS * seconds, self._drafts_s + _DRAFTS * seconds
         if choice.look:
             looks -= seconds - emitted / self._best.tokens_per_s
         if choice.arm is not None:
