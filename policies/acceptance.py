@@ -167,6 +167,7 @@ class PassCosts:
         self._seen: dict[int, deque[tuple[float, ...]]] = {}
         self._when: dict[int, int] = {}
         self._passes = 0
+        self._drawn: tuple[int, tuple[Floats, Floats]] | None = None  # after so many passes, the line's points
 
     @property
     def largest(self) -> int:
@@ -195,7 +196,9 @@ class PassCosts:
         """
         if not self._seen:
             raise ValueError("no pass was observed; observe one first")
-        counts, seconds = self._points()
+        if self._drawn is None or self._drawn[0] != self._passes:
+            self._drawn = self._passes, self._points()
+        counts, seconds = self._drawn[1]
         wanted = np.asarray(tokens, dtype=np.float64)
         if len(counts) == 1:
             slope = seconds[0] / counts[0] / 16

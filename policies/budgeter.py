@@ -175,7 +175,8 @@ class Budgeter:
             used, margin = self._tops[self._best.arm], 1.0
             best = best if best.tokens_per_s > used.tokens_per_s * _SWITCH else used
         self._best = best if best.tokens_per_s > offers.plain.tokens_per_s * margin else offers.plain
-        self._plan_at = self._round + min(_REPLAN, max(1, self._round // 4))
+        longest = _REPLAN if self._best.arm is not None else 2 * _REPLAN  # plain passes tell little that is new
+        self._plan_at = self._round + min(longest, max(1, self._round // 4))
         return offers
 
     def _best_of_each(self, offers: Offers) -> list[Choice]:
