@@ -167,7 +167,7 @@ class PassCosts:
         self._seen: dict[int, deque[tuple[float, ...]]] = {}
         self._when: dict[int, int] = {}
         self._passes = 0
-        self._drawn: tuple[int, tuple[Floats, Floats]] | None = None  # after so many passes, the line's points
+        self._drawn: tuple[Floats, Floats] | None = None  # points of the line, until the next pass
 
     @property
     def largest(self) -> int:
@@ -182,7 +182,7 @@ class PassCosts:
         """
         if tokens < 1 or not 0 < seconds < np.inf:
             raise ValueError(f"a pass of {tokens} tokens in {seconds} s; give 1 or more, and seconds above 0")
-        self._passes += 1
+        self._passes, self._drawn = self._passes + 1, None
         bucket = int(2 * math.log2(tokens))
         seen = self._seen.setdefault(bucket, deque(maxlen=_SAMPLES))
         _add(seen, (int(tokens), self._passes, float(seconds)))
@@ -196,9 +196,9 @@ class PassCosts:
         """
         if not self._seen:
             raise ValueError("no pass was observed; observe one first")
-        if self._drawn is None or self._drawn[0] != self._passes:
-            self._drawn = self._passes, self._points()
-        counts, seconds = self._drawn[1]
+        if self._drawn is None:
+            self._drawn = self._points()
+        counts, seconds = self._drawn
         wanted = np.asarray(tokens, dtype=np.float64)
         if len(counts) == 1:
             slope = seconds[0] / counts[0] / 16

@@ -18,9 +18,9 @@ _LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafti
 _START, _BANK = 5.0, 7.0  # of plain passes: what these purses hold at first, and at most
 _CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
-_REPLAN, _LONGEST = 16, 128  # rounds between plans, and between looks
+_REPLAN, _LONGEST = 16, 128  # rounds between plans (twice that of plain ones), and between looks
 _NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
-_MEASURED = 2  # rounds with passes after which an open-ended drafter's costs are known
+_MEASURED = 2  # rounds, with passes if it takes any, after which an open-ended drafter's costs are known
 _SURER = 1.5  # times as much must guesses promise: the surest ones are also those most overrated
 _WHOLE = 5  # rounds with passes before cheaper guesses may take their place
 _OUTLIER = 3.0  # seconds above so many times the expected ones are a disturbance, unless they come twice
@@ -34,7 +34,7 @@ class Budgeter:
     loss, each filled with a share of all seconds and a few plain passes at first: one pays for the seconds by which
     looks were slower than the best; the other for those by which any drafting was slower than plain passes (a
     conservative bandit: Wu et al., arXiv 1602.04282, section 3), and is filled up again by drafting that pays. While
-    a purse is empty, what it pays for is not done.
+    a purse is empty, what it pays for is not done, but for plain passes, which all promises are measured by.
 
     Args:
         arms: the drafters. Their costs and rates are what to think before measuring; costs of 0 are unknown.
@@ -117,7 +117,7 @@ class Budgeter:
             raise ValueError(f"drafting took {draft_s} s, {nodes} nodes gave {emitted} tokens; give what was measured")
         charged = seconds = draft_s + verify_s
         passes, usual = choice.depth if passes is None else passes, choice.seconds
-        if choice.arm is not None and seconds > _CHARGED * usual:  # maybe only because the tree is larger than usual
+        if choice.arm is not None and self._verify.largest and seconds > _CHARGED * usual:  # a larger tree, maybe
             start, each, node = self._records[choice.arm].costs.estimate()
             usual = max(usual, start + each * passes + node * nodes + float(self._verify.at(nodes + 1)))
         self._verify.observe(nodes + 1, verify_s)
@@ -183,11 +183,7 @@ class Budgeter:
         """What is best of each drafter: a size of tree, or if it ends trees by itself the largest, under floors."""
         tops = [offers.best(place) for place in range(len(self._arms))]
         passes = [record.costs.estimate()[1] for record in self._records]
-        known = [
-            place
-            for place, pace in enumerate(self._paces)
-            if self._arms[place].open_ended and pace.drafted >= _MEASURED and passes[place] > 0
-        ]
+        known = [place for place, arm in enumerate(self._arms) if arm.open_ended and self._measured(place)]
         rounds = {place: self._paces[place].round(1 + tops[place].gain, tops[place].seconds) for place in known}
         rate = max([tokens / seconds for tokens, seconds in rounds.values()], default=0.0)
         rate = max(rate, offers.plain.tokens_per_s)
@@ -210,15 +206,20 @@ class Budgeter:
             )
         return tops
 
+    def _measured(self, place: int) -> bool:
+        """Whether an open-ended drafter's costs are known."""
+        if not self._arms[place].passes:
+            return self._records[place].rounds >= _MEASURED
+        return self._paces[place].drafted >= _MEASURED and self._records[place].costs.estimate()[1] > 0
+
     def _look(self, offers: Offers) -> Choice | None:
         """A choice to learn from, if one is due and can be paid for."""
+        if self._best.arm is not None and self._plain_due <= self._round:  # whatever is in the purses
+            return replace(offers.plain, look=True)
         due = [place for place, due in enumerate(self._dues) if place != self._best.arm and due <= self._round]
         wanted = sorted((self._other(place) for place in due), key=lambda choice: -choice.tokens_per_s)
-        if self._best.arm is not None:
-            if self._plain_due <= self._round:  # whatever is in the purses: all promises are measured by it
-                return replace(offers.plain, look=True)
-            if self._size_due <= self._round:
-                wanted += self._beside(self._best, offers)
+        if self._best.arm is not None and self._size_due <= self._round:
+            wanted += self._beside(self._best, offers)
         found = next((choice for choice in wanted if self._affords(choice)), None)
         return None if found is None else replace(found, look=True)
 

@@ -34,6 +34,7 @@ class Arm:
         stretch: seconds of rounds measured over those that the costs promise, likewise.
         max_depth, max_nodes: of its trees.
         open_ended: its trees end by themselves where the floors say so; it may be asked for the largest.
+        passes: drafting takes passes of a model.
 
     Raises:
         ValueError: something is negative, not finite, or of a shape that does not fit.
@@ -49,6 +50,7 @@ class Arm:
     max_depth: int = 16
     max_nodes: int = 64
     open_ended: bool = False
+    passes: bool = True
 
     def __post_init__(self) -> None:
         costs = np.array([self.start_s, self.pass_s, self.node_s])

@@ -175,6 +175,34 @@ def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
     assert speed > 0.98 / world.base
 
 
+def test_tables_that_know_when_they_know_are_asked_for_all_they_have() -> None:
+    """In a fifth of the rounds they have a sure guess, else poor ones: a size for the average fits neither."""
+    assert np.mean([_bursts(seed, open_ended=True) for seed in range(4)]) > 1.75
+    assert np.mean([_bursts(seed, open_ended=False) for seed in range(4)]) < 1.5, "a world that is no test"
+
+
+def _bursts(seed: int, *, open_ended: bool) -> float:
+    """Speed over plain decoding with such tables."""
+    chance, base = np.random.default_rng(seed), 0.006
+    arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=open_ended, passes=False)
+    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH)
+    tokens = seconds = 0.0
+    for turn in range(600):
+        choice = budgeter.decide()
+        rate = 0.95 if chance.random() < 0.2 else 0.1
+        nodes = int((np.cumprod(np.full(min(choice.depth, choice.nodes), rate)) >= choice.floor).sum())
+        accepted = 0
+        while accepted < nodes and chance.random() < rate:
+            accepted += 1
+        tried, came = np.zeros((2, *budgeter.shape))
+        tried[: min(accepted + 1, nodes), 0] = came[:accepted, 0] = 1
+        draft_s, verify_s = 0.0 if choice.arm is None else 0.0005, base + 0.001 * nodes
+        budgeter.observe(choice, draft_s, verify_s, nodes, accepted + 1, tried, came, 0)
+        if turn >= 100:
+            tokens, seconds = tokens + accepted + 1, seconds + draft_s + verify_s
+    return tokens / seconds * base
+
+
 def test_a_disturbance_is_soon_forgotten() -> None:
     """Two passes in a row that took a hundred times as long, and one slow draft: it drafts on as before."""
     world = World(0.1, 0.001, 0.006, 1.0, tables=0.3, seed=6)

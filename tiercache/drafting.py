@@ -204,8 +204,17 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
     budgeter = None
     if not config.fixed:
-        sizes = {"max_depth": config.depth, "max_nodes": nodes}
-        known = [Arm(arm.name, rates=_rates(arm, config.depth), open_ended=arm.open_ended, **sizes) for arm in arms]
+        known = [
+            Arm(
+                arm.name,
+                rates=_rates(arm, config.depth),
+                max_depth=config.depth,
+                max_nodes=nodes,
+                open_ended=arm.open_ended,
+                passes=not arm.tables,
+            )
+            for arm in arms
+        ]
         budgeter = Budgeter(known, **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
     stats.lossy = "" if rule_of(config)(None).lossless else config.verify

@@ -82,7 +82,7 @@ class Team:
 
     def begin(self, context: Context) -> None:
         """A new text."""
-        self._plain, self._tokens = [], context.tokens
+        self._plain, self._tokens, self._late_s = [], context.tokens, 0.0
         self._branches = context.run is None or context.run.supports_tree
         for drafter in self._drafters:
             drafter.begin(context)

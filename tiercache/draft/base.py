@@ -127,12 +127,14 @@ class Drafter(Protocol):
         name: as statistics and tables have it.
         needs: what it wants to be told, and what it takes.
         open_ended: its trees end by themselves where a budget's floors say so; it may be asked for the largest.
+        tables: it only looks up, and never takes a pass of a model.
         passes: of a model, that its newest proposal took.
     """
 
     name: str
     needs: Needs
     open_ended: bool
+    tables: bool
     passes: int
 
     @property
@@ -175,7 +177,7 @@ class BaseDrafter:
 
     name = "base"
     needs = Needs()
-    open_ended = False
+    open_ended = tables = False
     passes = 0
 
     @cached_property

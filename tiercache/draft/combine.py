@@ -37,7 +37,8 @@ class Several(BaseDrafter):
             raise UsageError("a combination of no drafters; give one at least")
         self.drafters = tuple(drafters)
         self.needs = _joint([drafter.needs for drafter in drafters])
-        self.open_ended = any(drafter.open_ended for drafter in drafters)
+        self.open_ended = all(drafter.open_ended for drafter in drafters)
+        self.tables = all(drafter.tables for drafter in drafters)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""

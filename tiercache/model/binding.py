@@ -8,7 +8,7 @@ it by mistake gets NaN and not a plausible number.
 
 Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
 
-Slots that stay are bound once and for all. A resident pass asks for nothing at all: each module multiplies by the
+Slots that stay are looked up once and for all. A resident pass asks for nothing at all: each module multiplies by the
 planes whose slots it was told.
 
 Knows modules and slots; not where slots come from.
@@ -142,7 +142,7 @@ class Binder:
         return tuple([self._held[key] for key in units])
 
     def _end(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object, object], None]:
-        units = () if self._staying(use.weight.units) or not use.last else use.weight.units
+        units = use.weight.units if use.last else ()
 
         def end(module: nn.Module, arguments: object, output: object) -> None:
             if forward is not None:

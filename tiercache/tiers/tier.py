@@ -150,6 +150,8 @@ class Tier:
             raise ClosedError(_CLOSED)
         for key in keys:
             self.count(key, hit=True)
+        if not self._residency.all_stay:
+            self.prefetch()
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot with the bytes of `key`, valid until `release`; waits for them if need be."""
@@ -229,16 +231,16 @@ class Tier:
     def close(self) -> None:
         """Wait for what is under way and give the memory back; harmless when done twice."""
         self._closed = True
+        self._ready.clear()  # a slot keeps all of the slab
         while self._arrivals:
             self._arrivals.popitem()[1].pending.cancel()
         self._slab.close()
         self._slab = Slab(0, torch.device("cpu"))
 
     def _give_up(self, key: Key) -> None:
-        if key not in self._ready:
-            self._arrivals.pop(key).pending.cancel()
-            self._residency.release(key)
-            self._observe("drop", key)
+        self._arrivals.pop(key).pending.cancel()
+        self._residency.release(key)
+        self._observe("drop", key)
 
     def _begin(self, load: Load) -> None:
         slot = self._slab.slot(load.offset, load.nbytes)

@@ -39,6 +39,7 @@ class Learned(Follower):
     """
 
     name = "learned"
+    open_ended = tables = True
 
     def __init__(
         self, folder: Path, *, identity: str, vocabulary: int, batch: int = 1024, max_bytes: int = 1 << 28

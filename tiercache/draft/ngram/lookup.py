@@ -30,6 +30,7 @@ class PromptLookup(Follower):
     """
 
     name = "lookup"
+    open_ended = tables = True
 
     def __init__(self, ngram: int = 3, *, window: int = 1 << 15) -> None:
         if ngram < 1 or window < 1:

@@ -30,6 +30,7 @@ class TokenRecycling(BaseDrafter):
     """
 
     name = "recycling"
+    open_ended = tables = True
 
     def __init__(self, vocabulary: int) -> None:
         if vocabulary < 1:

@@ -43,6 +43,7 @@ class SuffixAutomaton(Follower):
     """
 
     name = "suffix"
+    open_ended = tables = True
 
     def __init__(self, *, factor: float = 16.0, offset: float = 16.0, limit: int = 1 << 14) -> None:
         if limit < 2 or factor < 0 or factor + offset < 1:

@@ -42,6 +42,7 @@ class AdaptiveTrigram(BaseDrafter):
     """
 
     name = "trigram"
+    open_ended = tables = True
 
     def __init__(self, vocabulary: int, *, slots: int = 1 << 15, exploration: float = 0.1) -> None:
         if not 1 <= vocabulary < 1 << 31 or slots < 2 or exploration < 0:
