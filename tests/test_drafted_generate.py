@@ -57,6 +57,7 @@ def _same(model: Any, text: list[int], ids: torch.Tensor, **options: Any) -> tup
     plain = model.generate(ids, **options)
     with drafting(model, [Oracle(text)], 16) as stats:
         found = model.generate(ids, **options)
+    assert not stats.plain_calls
     assert stats.rounds < stats.tokens or stats.tokens < 4
     return plain, found
 

@@ -26,6 +26,7 @@ from tiercache.progress import note
 _OURS = (
     *("past_key_values", "cache_params", "cache_position", "attention_mask", "position_ids"),
     *("use_cache", "logits_to_keep"),
+    "tokenizer",  # of stop strings, which are among the criteria already
 )
 
 # Makes the rule of one request from its noise, which is None in greedy decoding.
