@@ -207,7 +207,8 @@ class DraftStats:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         rates = ("tokens_per_pass", "acceptance_by_depth", "tokens_per_s", "plain_tokens_per_s", "speed_up")
-        return asdict(self) | {name: getattr(self, name) for name in rates}
+        kept = {name: value for name, value in asdict(self).items() if name != "plain_passes_s"}
+        return kept | {name: getattr(self, name) for name in rates}
 
 
 @dataclass
