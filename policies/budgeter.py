@@ -183,7 +183,9 @@ class Budgeter:
         """What is best of each drafter: a size of tree, or if it ends trees by itself the largest, under floors."""
         tops = [offers.best(place) for place in range(len(self._arms))]
         passes = [record.costs.estimate()[1] for record in self._records]
-        known = [place for place, arm in enumerate(self._arms) if arm.open_ended and self._measured(place)]
+        known = [
+            place for place, arm in enumerate(self._arms) if arm.open_ended and self._measured(place, passes[place])
+        ]
         rounds = {place: self._paces[place].round(1 + tops[place].gain, tops[place].seconds) for place in known}
         rate = max([tokens / seconds for tokens, seconds in rounds.values()], default=0.0)
         rate = max(rate, offers.plain.tokens_per_s)
@@ -206,11 +208,11 @@ class Budgeter:
             )
         return tops
 
-    def _measured(self, place: int) -> bool:
-        """Whether an open-ended drafter's costs are known."""
+    def _measured(self, place: int, pass_s: float) -> bool:
+        """Whether an open-ended drafter's costs are known; `pass_s` as they are estimated."""
         if not self._arms[place].passes:
             return self._records[place].rounds >= _MEASURED
-        return self._paces[place].drafted >= _MEASURED and self._records[place].costs.estimate()[1] > 0
+        return self._paces[place].drafted >= _MEASURED and pass_s > 0
 
     def _look(self, offers: Offers) -> Choice | None:
         """A choice to learn from, if one is due and can be paid for."""

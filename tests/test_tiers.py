@@ -455,6 +455,9 @@ def test_after_close_nothing_is_handed_out_or_written() -> None:
         assert tiers.disk.finished == finished
         with pytest.raises(ClosedError, match=r"tiercache\.offload"):
             tiers.top.acquire(1)
+        with pytest.raises(ClosedError, match=r"tiercache\.offload"):
+            tiers.top.hit(())
+        assert not any(tiers.top.pinned_slot(key) is not None for key in SIX), "a slot keeps all of the slab"
         tiers.top.close()
 
 

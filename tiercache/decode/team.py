@@ -18,7 +18,7 @@ import torch
 from policies.acceptance import trials
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
-from tiercache.draft.base import Context, Drafter, Feedback, Needs, TreeBudget
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, joined
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
 
@@ -178,20 +178,6 @@ class Team:
         with ExitStack() as stack:
             for drafter in self._drafters:
                 stack.callback(drafter.close)
-
-
-def joined(needs: Sequence[Needs]) -> Needs:
-    """What several drafters need together."""
-    return Needs(
-        topk=max((need.topk for need in needs), default=0),
-        logits=any(need.logits for need in needs),
-        hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
-        shared_kv=any(need.shared_kv for need in needs),
-        extends=any(need.extends for need in needs),
-        device_bytes=sum(need.device_bytes for need in needs),
-        host_bytes=sum(need.host_bytes for need in needs),
-        node_bytes=max((need.node_bytes for need in needs), default=0),
-    )
 
 
 def _extend(drafters: Sequence[Drafter], tree: DraftTree, pass_s: float, failures: list[Exception]) -> None:

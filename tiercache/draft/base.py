@@ -219,3 +219,17 @@ class BaseDrafter:
 
     def close(self) -> None:
         """See `Drafter`."""
+
+
+def joined(needs: Sequence[Needs]) -> Needs:
+    """What several drafters need that are asked one at a time, for any vocabulary."""
+    return Needs(
+        topk=max((need.topk for need in needs), default=0),
+        logits=any(need.logits for need in needs),
+        hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
+        shared_kv=any(need.shared_kv for need in needs),
+        extends=any(need.extends for need in needs),
+        device_bytes=sum(need.device_bytes for need in needs),
+        host_bytes=sum(need.host_bytes for need in needs),
+        node_bytes=max((need.node_bytes for need in needs), default=0),
+    )

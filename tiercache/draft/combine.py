@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget, joined
 from tiercache.draft.ngram.learned import Learned
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
@@ -335,14 +335,5 @@ def _joint(needs: Sequence[Needs]) -> Needs:
     vocabularies = {need.vocabulary for need in needs if need.vocabulary is not None}
     if len(vocabularies) > 1:
         raise UsageError(f"drafters of {sorted(vocabularies)} tokens in one; they must share a vocabulary")
-    return Needs(
-        topk=max(need.topk for need in needs),
-        logits=any(need.logits for need in needs),
-        hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
-        shared_kv=any(need.shared_kv for need in needs),
-        extends=any(need.extends for need in needs),
-        vocabulary=next(iter(vocabularies), None),
-        device_bytes=sum(need.device_bytes for need in needs),
-        host_bytes=sum(need.host_bytes for need in needs),
-        node_bytes=sum(need.node_bytes for need in needs),
-    )
+    vocabulary = next(iter(vocabularies), None)
+    return replace(joined(needs), vocabulary=vocabulary, node_bytes=sum(need.node_bytes for need in needs))

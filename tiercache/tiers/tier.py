@@ -158,9 +158,7 @@ class Tier:
         if self._closed:
             raise ClosedError(_CLOSED)
         if (slot := self._ready.get(key)) is not None:  # nothing to decide
-            self.count(key, hit=True)
-            if not self._residency.all_stay:
-                self.prefetch()
+            self.hit((key,))
             return slot
         answer = self._residency.acquire(key)
         self._drop(answer.dropped)
