@@ -118,7 +118,7 @@ class Budgeter:
         charged = seconds = draft_s + verify_s
         passes, usual = choice.depth if passes is None else passes, choice.seconds
         if choice.arm is not None and self._verify.largest and seconds > _CHARGED * usual:  # a larger tree, maybe
-            start, each, node = self._records[choice.arm].costs.estimate()
+            start, each, node = self._costs(choice.arm)
             usual = max(usual, start + each * passes + node * nodes + float(self._verify.at(nodes + 1)))
         self._verify.observe(nodes + 1, verify_s)
         self._round += 1
@@ -140,7 +140,7 @@ class Budgeter:
             self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
             if choice.gain > 0:
                 record.compare(*size, (emitted - 1, choice.gain), (seconds, choice.seconds))
-            if record.rounds > 3:
+            if record.rounds > 3 or self._arms[choice.arm].pass_share:  # else nothing was to be expected
                 charged = min(seconds, _CHARGED * usual)
         self._pay(choice, charged, emitted)
         if choice.look:
@@ -155,7 +155,7 @@ class Budgeter:
         depth = min(arm.max_depth, max(_FIRST_DEPTH, record.depth * 2))
         nodes = min(arm.max_nodes, max(_FIRST_NODES, min(record.nodes, self._verify.largest) * _GROWTH))
         found = Arm(
-            *(arm.name, *record.costs.estimate(), record.acceptance.rates()[:depth]),
+            *(arm.name, *self._costs(place), record.acceptance.rates()[:depth]),
             correction=record.correction(depth, nodes),
             stretch=record.stretch(depth, nodes),
             max_depth=depth,
@@ -163,6 +163,11 @@ class Budgeter:
         )
         self._known[place] = (state, found)
         return found
+
+    def _costs(self, place: int) -> tuple[float, float, float]:
+        """Seconds of a proposal, of a drafting pass and of a node: measured, or what to think before."""
+        start, each, node = self._records[place].costs.estimate()
+        return start, each or self._arms[place].pass_share * float(self._verify.at(1)), node
 
     def _plan(self) -> Offers:
         """Finds what is best now."""
@@ -182,7 +187,7 @@ class Budgeter:
     def _best_of_each(self, offers: Offers) -> list[Choice]:
         """What is best of each drafter: a size of tree, or if it ends trees by itself the largest, under floors."""
         tops = [offers.best(place) for place in range(len(self._arms))]
-        passes = [record.costs.estimate()[1] for record in self._records]
+        passes = [self._costs(place)[1] for place in range(len(self._arms))]
         known = [
             place for place, arm in enumerate(self._arms) if arm.open_ended and self._measured(place, passes[place])
         ]
@@ -209,31 +214,45 @@ class Budgeter:
         return tops
 
     def _measured(self, place: int, pass_s: float) -> bool:
-        """Whether an open-ended drafter's costs are known; `pass_s` as they are estimated."""
+        """Whether an open-ended drafter's costs are known, or what to think of them; `pass_s` as estimated."""
         if not self._arms[place].passes:
             return self._records[place].rounds >= _MEASURED
-        return self._paces[place].drafted >= _MEASURED and pass_s > 0
+        return pass_s > 0 and (self._tried(place) or self._arms[place].pass_share > 0)
+
+    def _tried(self, place: int) -> bool:
+        """Whether a drafter's passes were measured."""
+        return self._paces[place].drafted >= _MEASURED
 
     def _look(self, offers: Offers) -> Choice | None:
         """A choice to learn from, if one is due and can be paid for."""
         if self._best.arm is not None and self._plain_due <= self._round:  # whatever is in the purses
             return replace(offers.plain, look=True)
         due = [place for place, due in enumerate(self._dues) if place != self._best.arm and due <= self._round]
-        wanted = sorted((self._other(place) for place in due), key=lambda choice: -choice.tokens_per_s)
+        wanted = sorted((self._other(place, offers) for place in due), key=lambda choice: -choice.tokens_per_s)
         if self._best.arm is not None and self._size_due <= self._round:
             wanted += self._beside(self._best, offers)
         found = next((choice for choice in wanted if self._affords(choice)), None)
         return None if found is None else replace(found, look=True)
 
-    def _other(self, place: int) -> Choice:
+    def _other(self, place: int, offers: Offers) -> Choice:
         """What to look at of a drafter that is not the best one; every other time what its passes bring."""
-        top = self._tops[place]
-        return top if top.enough is None or self._records[place].rounds % 2 else replace(top, enough=np.inf)
+        top, rounds = self._tops[place], self._records[place].rounds
+        if top.enough is None or rounds % 2:
+            return top
+        if self._tried(place):
+            return replace(top, enough=np.inf)
+        return top if rounds < _KNOWN else self._trial(place, offers)  # cheaper guesses first
+
+    def _trial(self, place: int, offers: Offers) -> Choice:
+        """A small tree of passes that are thought too dear, to measure them."""
+        return replace(offers.best(place), grow_floor=0.0, enough=np.inf)
 
     def _beside(self, best: Choice, offers: Offers) -> list[Choice]:
         """Another size of the best drafter's tree; or if its size is its own, passes where guesses would do."""
         assert best.arm is not None
         if best.enough is not None:
+            if not self._tried(best.arm) and self._arms[best.arm].passes:
+                return [self._trial(best.arm, offers)] if self._records[best.arm].rounds >= _KNOWN else []
             return [replace(best, enough=np.inf)] if best.enough < np.inf else []
         sizes = [best.nodes * 2 // 3, max(best.nodes + 1, best.nodes * 3 // 2)]
         if not 1 <= sizes[self._wider] <= offers.largest(best.arm):

@@ -202,6 +202,15 @@ def test_the_seconds_of_drafting_are_told_apart() -> None:
     assert costs.estimate() == pytest.approx((0.002, 0.006, 0.0001), rel=0.2)
 
 
+def test_passes_are_not_forgotten_beside_many_rounds_without_any() -> None:
+    costs = DraftCosts()
+    for nodes in (1, 2, 4, 9, 17, 33):  # cheap guesses of many sizes
+        costs.observe(0, nodes, 0.0006)
+    for passes in (1, 2):
+        costs.observe(passes, passes, 0.0005 + 0.007 * passes)
+    assert costs.estimate()[1] == pytest.approx(0.007, rel=0.2)
+
+
 def test_what_a_size_brought_is_believed_over_what_was_promised() -> None:
     record = Record(8, 32, RANKS, (0, 0, 0))
     for now in range(1, 101):

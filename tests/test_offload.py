@@ -280,6 +280,17 @@ def test_statistics_add_up(hbm: str | None, folders: dict) -> None:
         assert stats.first_pass_s > 0
         assert stats.tokens_per_s > 0
         assert stats.to_dict()["schema"] == "tiercache.stats/1"
+        assert not plan.still
+
+
+@pytest.mark.parametrize("hbm", [None, "64MiB"])
+def test_where_all_units_stay_nothing_moves(hbm: str | None, folders: dict) -> None:
+    with tiercache.offload(folders["llama", torch.float32], context=CONTEXT, dram="64MiB", hbm=hbm) as model:
+        assert model.tiercache.plan.still
+        steps(model)
+        before = model.tiercache.stats().tiers["hbm" if hbm else "dram"].misses
+        steps(model)
+        assert model.tiercache.stats().tiers["hbm" if hbm else "dram"].misses == before
 
 
 def payload(model: tf.PreTrainedModel) -> dict[int, int]:

@@ -114,14 +114,14 @@ class World:
         if choice.arm is not None:
             guess = [0.95] * 8 if self.chance.random() < self.tables else []
             enough = math.inf if choice.enough is None else choice.enough
-            if sum(np.cumprod(guess)) > enough:
-                chances = guess
-            else:
-                path = 1.0
+            path, paths = 1.0, []
+            if sum(np.cumprod(guess)) <= enough:
                 while len(chances) < min(choice.depth, choice.nodes) and path >= choice.grow_floor:
                     chances.append(float(self.chance.uniform(self.surest / 2, self.surest)))
                     path *= chances[-1]
-                passes = len(chances)
+                    paths.append(path)
+            passes = len(chances)
+            chances = guess if sum(np.cumprod(guess)) >= sum(paths) else chances  # the surer tree of the two
         accepted = 0
         while accepted < len(chances) and self.chance.random() < chances[accepted]:
             accepted += 1
@@ -173,6 +173,24 @@ def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
     speed = (world.tokens - middle[0]) / (world.seconds - middle[1])
     assert speed > 0.9 * world.best()
     assert speed > 0.98 / world.base
+
+
+@pytest.mark.parametrize(("pass_s", "least"), [(0.0065, 0.95), (0.0006, 0.85)])
+def test_passes_thought_dear_beforehand_are_measured_late_and_believed_then(pass_s: float, least: float) -> None:
+    world = World(0.006, 0.0002, pass_s, 1.0, tables=0.3, seed=3)
+    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True, pass_share=1.1)
+    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    passes: list[float] = []
+    for turn in range(1500):
+        choice = budgeter.decide()
+        told = world.round(choice)
+        budgeter.observe(choice, **told)  # type: ignore[arg-type]
+        passes.append(told["passes"])
+        if turn == 500:
+            middle = world.tokens, world.seconds
+    assert sum(passes[:8]) == 0, "guesses come first"
+    assert sum(passes) > 0, "what was thought is tried"
+    assert (world.tokens - middle[0]) / (world.seconds - middle[1]) > least * world.best()
 
 
 def test_tables_that_know_when_they_know_are_asked_for_all_they_have() -> None:

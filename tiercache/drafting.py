@@ -41,6 +41,7 @@ _PIECE = 256  # tokens of a small model's pass that are rehearsed
 _NOISES = 64  # rows of noise that are kept, see `draft.noise`
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
 _MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
+_STILL = 1.1  # of an exact pass's seconds, a resident one's where nothing moves, as it was on the project's own toy
 # Acceptance by rank, as it was on the project's own toy: of a model that is much like the target, and of n-grams.
 _SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
 _MODELS, _TABLES = [0.85, 0.06, 0.02], [0.35, 0.08, 0.04]
@@ -169,7 +170,8 @@ def attach(
 ) -> None:
     """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
     attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
-    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device)
+    share = _STILL if attached.plan.still else 0.0
+    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device, share)
     stack.callback(drafters.close)
     stats.drafting = drafters.stats
     stats.lossy = stats.lossy or bool(drafters.stats.lossy)
@@ -178,7 +180,9 @@ def attach(
     stack.callback(drafting.close)
 
 
-def team(recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device) -> Team:
+def team(
+    recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device, share: float = 0.0
+) -> Team:
     """The team of an attached model.
 
     Args:
@@ -187,6 +191,7 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
         context: tokens that a sequence may have.
         logits: rows that a pass may return; a tree has one less.
         device: where the model computes.
+        share: seconds of a resident pass over an exact one's, as far as is known; 0 where it is not.
     """
     config = recruits.config
     arms: list[Drafter] = list(recruits.made)
@@ -212,6 +217,7 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
                 max_nodes=nodes,
                 open_ended=arm.open_ended,
                 passes=not arm.tables,
+                pass_share=share if recruits.resident else 0.0,
             )
             for arm in arms
         ]

@@ -89,6 +89,12 @@ class Plan:
         """Units that every pass reads from the SSD."""
         return tuple(key for key in self.dram.order if key not in set(self.dram.placement.pinned))
 
+    @property
+    def still(self) -> bool:
+        """Whether a pass moves nothing, for all units stay in the fastest tier."""
+        tier = self.hbm or self.dram
+        return set(tier.order) <= set(tier.placement.pinned)
+
     def resident(self, matrices: Iterable[Sequence[Key]]) -> list[tuple[Key, ...]]:
         """Of each matrix, given as the units of its planes, those that a resident pass does with.
 
