@@ -261,7 +261,7 @@ class DraftCosts:
         if promised > 0:
             guess = guess / promised
         else:  # passes are what costs most, as far as one can know; nothing is known of what there was none of
-            usual = np.array([np.median(one[one > 0]) if one.any() else 0.0 for one in shares.T])
+            usual = np.array([median_low(one[one > 0]) if one.any() else 0.0 for one in shares.T])
             guess = np.divide(_PARTS, usual, out=np.zeros(3), where=usual > 0)
         start, each, node = _fitted(shares, weights, guess)
         return float(start), float(each), float(node)

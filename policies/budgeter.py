@@ -15,11 +15,15 @@ from policies.pace import Pace
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
 _LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafting that is slower than plain passes
-_START, _BANK = 5.0, 7.0  # of plain passes: what these purses hold at first, and at most
+_START = 5.0  # plain passes' seconds that these purses hold at first
+_BANK, _WON = 7.0, 16.0  # likewise at most: the purse for looks, and that for drafting
 _CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
 _REPLAN, _LONGEST = 16, 128  # rounds between plans (twice that of plain ones), and between looks
 _NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
+_CHEAP, _CHEAPLY = 0.5, 24  # of trees that end by themselves: fewer than the latter, if this part of a pass was lost
+_ANEW = 8  # rounds between looks at a drafter when a text begins, at most
+_PLAN_S = 0.4  # at least between plans while passes are plain: a plan takes about a millisecond
 _MEASURED = 2  # rounds, with passes if it takes any, after which an open-ended drafter's costs are known
 _SURER = 1.5  # times as much must guesses promise: the surest ones are also those most overrated
 _WHOLE = 5  # rounds with passes before cheaper guesses may take their place
@@ -63,11 +67,16 @@ class Budgeter:
         self._verify = PassCosts()
         self._round = self._plan_at = self._plain_due = 0
         self._plain_gap, self._size_due, self._size_gap, self._wider, self._slow = 4, 0, 8, True, False
-        self._looks_s = self._drafts_s = 0.0  # the purses
+        self._looks_s = self._drafts_s = self._since_s = 0.0  # the purses, and the time since the last plan
         self._offers: Offers | None = None
         self._best = Choice(None, 0, 0, width, 0.0, 0.0)
         self._tops: list[Choice] = []
         self._known: dict[int, tuple[tuple[int, int], Arm]] = {}
+
+    def renew(self) -> None:
+        """Another text begins, in which another drafter may be the best: what was looked at rarely is due sooner."""
+        self._gaps = [min(gap, _ANEW) for gap in self._gaps]
+        self._dues = [min(due, self._round + gap) for due, gap in zip(self._dues, self._gaps, strict=True)]
 
     def decide(self, room: int | None = None) -> Choice:
         """What to do in the next round; `room` is how many tokens may still be emitted, where that is known."""
@@ -82,8 +91,9 @@ class Budgeter:
     def _decide(self) -> Choice:
         if not self._verify.largest:
             return self._best
-        if self._offers is None or self._round >= self._plan_at:
-            self._offers = self._plan()
+        due = self._round >= self._plan_at and (self._best.arm is not None or self._since_s >= _PLAN_S)
+        if self._offers is None or due:
+            self._offers, self._since_s = self._plan(), 0.0
         look = self._look(self._offers)
         if look is None and self._best.arm is not None and self._drafts_s <= 0:
             return self._offers.plain
@@ -121,7 +131,7 @@ class Budgeter:
             start, each, node = self._costs(choice.arm)
             usual = max(usual, start + each * passes + node * nodes + float(self._verify.at(nodes + 1)))
         self._verify.observe(nodes + 1, verify_s)
-        self._round += 1
+        self._round, self._since_s = self._round + 1, self._since_s + seconds
         if self._round == 1:
             self._looks_s = self._drafts_s = _START * verify_s
         if choice.arm is not None:
@@ -144,7 +154,7 @@ class Budgeter:
                 charged = min(seconds, _CHARGED * usual)
         self._pay(choice, charged, emitted)
         if choice.look:
-            self._settle(choice, bool(emitted > seconds * self._best.tokens_per_s))
+            self._settle(choice, seconds - emitted / self._best.tokens_per_s)
 
     def _arm(self, place: int) -> Arm:
         """A drafter as it is now known."""
@@ -174,7 +184,7 @@ class Budgeter:
         arms = [self._arm(place) for place in range(len(self._arms))]
         most = max(arm.max_nodes for arm in arms)
         offers = Offers(arms, self._verify.at(np.arange(1, most + 2)), **self._limits)
-        self._tops = self._best_of_each(offers)
+        self._tops = self._best_of_each(offers, [arm.pass_s for arm in arms])
         best, margin = max(self._tops, key=lambda choice: choice.tokens_per_s), _SWITCH
         if self._best.arm is not None:
             used, margin = self._tops[self._best.arm], 1.0
@@ -184,10 +194,9 @@ class Budgeter:
         self._plan_at = self._round + min(longest, max(1, self._round // 4))
         return offers
 
-    def _best_of_each(self, offers: Offers) -> list[Choice]:
+    def _best_of_each(self, offers: Offers, passes: Sequence[float]) -> list[Choice]:
         """What is best of each drafter: a size of tree, or if it ends trees by itself the largest, under floors."""
         tops = [offers.best(place) for place in range(len(self._arms))]
-        passes = [self._costs(place)[1] for place in range(len(self._arms))]
         known = [
             place for place, arm in enumerate(self._arms) if arm.open_ended and self._measured(place, passes[place])
         ]
@@ -241,7 +250,7 @@ class Budgeter:
             return top
         if self._tried(place):
             return replace(top, enough=np.inf)
-        return top if rounds < _KNOWN else self._trial(place, offers)  # cheaper guesses first
+        return self._trial(place, offers) if rounds and not rounds % _KNOWN else top  # cheaper guesses first
 
     def _trial(self, place: int, offers: Offers) -> Choice:
         """A small tree of passes that are thought too dear, to measure them."""
@@ -273,18 +282,20 @@ class Budgeter:
         """Fills the purses, and takes from them what the round lost."""
         if not choice.plain_tokens_per_s:
             return
-        bank = _BANK / choice.plain_tokens_per_s
         looks, drafts = self._looks_s + _LOOKS * seconds, self._drafts_s + _DRAFTS * seconds
         if choice.look:
             looks -= seconds - emitted / self._best.tokens_per_s
         if choice.arm is not None:
             drafts -= seconds - emitted / choice.plain_tokens_per_s
-        least = -_START / choice.plain_tokens_per_s
-        self._looks_s, self._drafts_s = (min(max(purse, least), bank) for purse in (looks, drafts))
+        plain_s = 1 / choice.plain_tokens_per_s
+        self._looks_s = min(max(looks, -_START * plain_s), _BANK * plain_s)
+        self._drafts_s = min(max(drafts, -_START * plain_s), _WON * plain_s)
 
-    def _settle(self, choice: Choice, won: bool) -> None:
+    def _settle(self, choice: Choice, lost_s: float) -> None:
         """When to look at the same again: sooner where it was faster than what is thought best."""
+        won = lost_s < 0
         self._plan_at = min(self._plan_at, self._round + min(4, self._round // 8))
+        self._since_s = np.inf if won else self._since_s
         near = choice.tokens_per_s > _NEAR * self._best.tokens_per_s
         longest = _LONGEST // 8 if near else _LONGEST
         if choice.arm is None:
@@ -295,8 +306,11 @@ class Budgeter:
             self._size_due, self._wider = self._round + self._size_gap, self._wider == won
         else:
             place = choice.arm
-            longest = longest if self._records[place].rounds > _KNOWN else 2
-            self._gaps[place] = _gap(self._gaps[place], won, longest)
+            ended = choice.enough is not None  # the tree ended by itself
+            cheap = ended and lost_s * choice.plain_tokens_per_s < _CHEAP
+            longest = longest if self._records[place].rounds > (_CHEAPLY if cheap else _KNOWN) else 2
+            if not ended or choice.grow_floor or not self._arms[place].passes:  # no trial, which is blind to guesses
+                self._gaps[place] = _gap(self._gaps[place], won, longest)
             self._dues[place] = self._round + (0 if won else self._gaps[place])
 
 

@@ -193,6 +193,40 @@ def test_passes_thought_dear_beforehand_are_measured_late_and_believed_then(pass
     assert (world.tokens - middle[0]) / (world.seconds - middle[1]) > least * world.best()
 
 
+def test_another_text_is_another_chance() -> None:
+    waits = []
+    for renewed in (False, True):
+        world, looked = World(0.006, 0.0005, 0.0, 0.1, seed=4), 0
+        arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
+        budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+        for turn in range(3000):
+            choice = budgeter.decide()
+            budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+            if choice.look and turn > 2000:
+                break
+        if renewed:
+            budgeter.renew()
+        while not (choice := budgeter.decide()).look:
+            budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+            looked += 1
+        waits.append(looked)
+    assert waits[1] <= 8 < 64 <= waits[0]
+
+
+def test_what_drafting_won_lets_it_bear_bad_luck() -> None:
+    world = World(0.006, 0.0005, 0.0, 1.0, seed=2)
+    arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
+    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    for _ in range(300):
+        choice = budgeter.decide()
+        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+    for _ in range(6):  # rounds that brought nothing
+        choice = budgeter.decide()
+        told = world.round(choice)
+        budgeter.observe(choice, told["draft_s"], told["verify_s"] + 0.003, int(told["nodes"]), 1, passes=0)
+    assert [budgeter.decide().arm for _ in range(3)] == [0, 0, 0]
+
+
 def test_tables_that_know_when_they_know_are_asked_for_all_they_have() -> None:
     """In a fifth of the rounds they have a sure guess, else poor ones: a size for the average fits neither."""
     assert np.mean([_bursts(seed, open_ended=True) for seed in range(4)]) > 1.75

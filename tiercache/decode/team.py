@@ -84,6 +84,8 @@ class Team:
         """A new text."""
         self._plain, self._tokens, self._late_s = [], context.tokens, 0.0
         self._branches = context.run is None or context.run.supports_tree
+        if self._budgeter is not None:
+            self._budgeter.renew()
         for drafter in self._drafters:
             drafter.begin(context)
 
