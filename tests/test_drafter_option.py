@@ -287,6 +287,18 @@ def test_rejection_is_reproducible(name: str, plane_store: Folders, texts: Texts
         assert generate(model, 3, NEW) == first[0], "in a new run"
 
 
+def test_a_shifted_target_is_named(plane_store: Folders) -> None:
+    options = {"drafter": "resident", "verify": "rejection", "grower": "rsd-s", "draft_fixed": True, "draft_nodes": 8}
+    written = []
+    for eta in (0.0, 2000.0):  # the toy and its own planes hardly differ
+        with opened(plane_store("llama"), **options, shift=eta, lossless=not eta) as model:
+            written.append(generate(model, 3, NEW))
+            assert generate(model, 3, NEW) == written[-1]
+            stats = model.tiercache.stats()
+        assert (stats.lossy, stats.drafting.lossy) == ((True, "shift=2000") if eta else (False, ""))
+    assert written[0] != written[1]
+
+
 def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None:
     options = {"drafter": "resident", "verify": "typical", "draft_fixed": True}
     with pytest.raises(UsageError, match="lossless=False"), opened(plane_store("llama"), **options):

@@ -18,6 +18,7 @@ KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
 GrowerName = Literal["best-first", "fixed-width", "rsd-c", "rsd-s", "sequoia"]
 Verify = Literal["walk", "rejection", "typical"]
+LEAST_KEPT = 64  # tokens of a prompt, half of which look at the others
 Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]
 
 _UNITS = {"": 1, "b": 1}
@@ -129,7 +130,9 @@ class DraftOptions(TypedDict, total=False):
         draft_width: nodes that one drafting pass expands, and children that each gets.
         draft_fixed: always draft trees of this size, instead of the size that pays.
         verify: "walk"; "rejection" (recursive rejection sampling, with growers that draw); "typical", which is lossy.
-        lossless: False permits rules that change what is emitted.
+        lossless: False permits what changes the output: verify="typical", `shift` and `speckv`.
+        shift: RAPID's eta: how far the target's scores move towards a drafter that drew its tree (verify="rejection").
+        speckv: tokens of a prompt whose keys and values are kept; which, the drafted ones that follow help to choose.
         learned: a folder in which what was generated is counted, for n-grams of later runs.
     """
 
@@ -141,6 +144,8 @@ class DraftOptions(TypedDict, total=False):
     draft_fixed: bool
     verify: Verify
     lossless: bool
+    shift: float
+    speckv: int | None
     learned: str | Path | None
 
 
@@ -175,7 +180,7 @@ class DraftConfig:
 
     Attributes:
         drafter: a name, a path, or a `Drafter`.
-        grower, verify, lossless, learned, fixed: as there.
+        grower, verify, lossless, shift, speckv, learned, fixed: as there.
         nodes, depth, width: of a tree at most.
         slots: of the KV cache that a tree may take, its root and nodes tried but not kept included.
     """
@@ -188,6 +193,8 @@ class DraftConfig:
     fixed: bool = False
     verify: Verify = "walk"
     lossless: bool = True
+    shift: float = 0.0
+    speckv: int | None = None
     learned: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -205,8 +212,7 @@ class DraftConfig:
                 "or 'rsd-s', or verify='walk'"
             )
         self._check_tables()
-        if self.verify == "typical" and self.lossless:
-            raise UsageError("verify='typical' changes what is emitted; say lossless=False if that is meant")
+        self._check_losses()
 
     def _check_tables(self) -> None:
         """Refuse what only some drafters can do; a table of n-grams ranks, and never draws."""
@@ -223,6 +229,31 @@ class DraftConfig:
         for name, value in (("draft_fixed", self.fixed), ("lossless", self.lossless)):
             if not isinstance(value, bool):
                 raise UsageError(f"{name}={value!r} must be True or False")
+
+    def _check_losses(self) -> None:
+        """Refuse what changes the output, unless that is meant."""
+        shift, speckv = self.shift, self.speckv
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 <= shift < float("inf"):
+            raise UsageError(f"shift={shift!r} must be a number of 0 or more; try shift=0.5")
+        if speckv is not None and (isinstance(speckv, bool) or not isinstance(speckv, int) or speckv < LEAST_KEPT):
+            raise UsageError(f"speckv={speckv!r} must be a number of tokens, {LEAST_KEPT} or more; try speckv=1024")
+        if shift and self.verify != "rejection":
+            raise UsageError(
+                f"shift= goes by what a drafter drew, and verify={self.verify!r} takes what it ranked; give "
+                "verify='rejection' and grower='rsd-s' too"
+            )
+        if self.lossless and self.lossy:
+            raise UsageError(f"what is emitted changes with {self.lossy}; say lossless=False if that is meant")
+
+    @property
+    def lossy(self) -> str:
+        """What changes the output; empty where nothing does."""
+        named = {
+            "typical": self.verify == "typical",
+            f"shift={self.shift:g}": self.shift > 0,
+            f"speckv={self.speckv}": self.speckv is not None,
+        }
+        return " and ".join(name for name, there in named.items() if there)
 
     @property
     def slots(self) -> int:

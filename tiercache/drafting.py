@@ -19,9 +19,11 @@ from torch import nn
 from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
+from tiercache.decode import speckv
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
+from tiercache.decode.kv import support
 from tiercache.decode.team import Team
-from tiercache.decode.verify import Rejection, Rule, TargetWalk, Typical
+from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, Needs
 from tiercache.draft.combine import Cascade, Ngrams
 from tiercache.draft.grow import grower
@@ -59,6 +61,7 @@ class Recruits:
         made: the caller's own.
         ngrams: makes the tables; their files stay closed until the model is attached, for it may be refused before.
         small: a small model's folder, to be loaded once its bytes are reserved.
+        thin_bytes: what choosing a part of the prompt takes.
     """
 
     config: DraftConfig
@@ -68,6 +71,7 @@ class Recruits:
     made: tuple[Drafter, ...] = ()
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
+    thin_bytes: int = 0
 
     @property
     def compute_bytes(self) -> int:
@@ -108,20 +112,30 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     """Find out who is to draft, and what that takes; None if nobody is.
 
     Raises:
-        UsageError: nobody of that name, a model with another vocabulary, or passes that have no room for a node.
+        UsageError: nobody of that name, a model with another vocabulary, passes that have no room for a node, or a
+            KV cache that cannot be thinned out.
         StoreError, UnsupportedModelError: the small model's checkpoint is none, or tables are another model's.
     """
     if config.draft is None:
         return None
+    found, kept = _found(config, config.draft, opened), config.draft.speckv
+    if kept is None:
+        return found
+    takes = support(opened.model)
+    if reason := speckv.refusal(opened.model) if takes.takes == "trees" else takes.reason:
+        raise UsageError(f"speckv={kept} keeps a part of the KV cache, but of this model {reason}; leave it out")
+    return replace(found, thin_bytes=speckv.scratch_bytes(opened.model.config, config.context))
+
+
+def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruits:
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
-    if config.draft.fixed and config.draft.nodes >= config.logits:
+    if draft.fixed and draft.nodes >= config.logits:
         raise UsageError(
-            f"trees of draft_nodes={config.draft.nodes} take as many rows of logits and one for the root, and "
-            f"logits={config.logits}; give logits={config.draft.nodes + 1}, or smaller trees"
+            f"trees of draft_nodes={draft.nodes} take as many rows of logits and one for the root, and "
+            f"logits={config.logits}; give logits={draft.nodes + 1}, or smaller trees"
         )
     target, folder = opened.model, opened.folder
-    draft = config.draft
     vocabulary = target.config.get_text_config(decoder=True).vocab_size
     wanted = draft.drafter
     if isinstance(wanted, str) and wanted in ("auto", "ngram"):
@@ -154,6 +168,8 @@ def reserve(asked: Demand, recruits: Recruits | None, config: OffloadConfig) -> 
         return asked
     mask = (recruits.config.nodes + 1) * widened(config).context * _MASK_BYTES
     compute = {**asked.needs.compute, "drafter and trees": recruits.compute_bytes + mask}
+    if recruits.thin_bytes:
+        compute["looking at the prompt"] = recruits.thin_bytes
     dram = {**asked.needs.dram, "tables of the drafter": recruits.needs.host_bytes}
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 
@@ -176,7 +192,9 @@ def attach(
     stats.drafting = drafters.stats
     stats.lossy = stats.lossy or bool(drafters.stats.lossy)
     slots = recruits.config.slots
-    drafting = DraftingGenerate(model, drafters, rule_of(recruits.config), config.context + 1, slots, show=show)
+    keep = recruits.config.speckv
+    rule = rule_of(recruits.config)
+    drafting = DraftingGenerate(model, drafters, rule, config.context + 1, slots, keep=keep, show=show)
     stack.callback(drafting.close)
 
 
@@ -223,7 +241,7 @@ def team(
         ]
         budgeter = Budgeter(known, **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
-    stats.lossy = "" if rule_of(config)(None).lossless else config.verify
+    stats.lossy = config.lossy
     return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
 
 
@@ -238,7 +256,7 @@ def rule_of(config: DraftConfig) -> RuleMaker:
     def make(noise: GumbelNoise | None) -> Rule:
         generator = None if noise is None else torch.Generator().manual_seed(noise.seed)
         if config.verify == "rejection":
-            return Rejection(generator)
+            return Shifted(Rejection(generator), config.shift) if config.shift else Rejection(generator)
         return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
 
     return make

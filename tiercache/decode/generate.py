@@ -42,6 +42,7 @@ class DraftingGenerate:
         rule: makes the rule of a request.
         limit: tokens that a sequence may have.
         slots: of the KV cache that a tree may take beside them.
+        keep: tokens of a prompt whose keys and values are kept; None for all.
         show: whether notes may be printed.
     """
 
@@ -53,10 +54,11 @@ class DraftingGenerate:
         limit: int,
         slots: int,
         *,
+        keep: int | None = None,
         show: bool = True,
     ) -> None:
         self._model, self._team, self._rule, self._limit, self._slots = model, team, rule, limit, slots
-        self._show, self._said = show, set[str]()
+        self._keep, self._show, self._said = keep, show, set[str]()
         self._support = support(model)
         self._class = cast(Any, model.__class__)
         drafting = self
@@ -118,6 +120,8 @@ class DraftingGenerate:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool((mask[0].diff() >= 0).all()):
             return "an attention mask that is no left padding"
+        if mask is not None and self._keep is not None and not bool(mask.all()):
+            return "a padded prompt with speckv="
         return None
 
     def say(self, reason: str) -> None:
@@ -153,7 +157,7 @@ class DraftingGenerate:
         run = TreeRun(
             self._model, None if mask is None else mask[0], limit - 1 + self._slots
         )  # the last token needs no slot
-        loop = DecodeLoop(run, request, self._team, self._rule(noise), noise, vocabulary)
+        loop = DecodeLoop(run, request, self._team, self._rule(noise), noise, vocabulary, self._keep)
         loop.write(config.prefill_chunk_size)
         if streamer is not None:
             streamer.end()

@@ -7,7 +7,7 @@ Knows transformers' caches and configurations; nothing of trees, masks or tokens
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,6 +116,16 @@ class TreeLayer(CacheLayerMixin):
             part.narrow(2, start, kept).copy_(part.index_select(2, slots))
         self.length = start + kept
 
+    def pick(self, slots: Tensor, end: int) -> None:
+        """Of the first `end` slots keep some of each head (ascending) [heads, kept], and all behind; close the gaps."""
+        kept, behind = slots.shape[1], self.length - end
+        for part in (self.keys, self.values):
+            chosen = part[0].gather(1, slots[:, :, None].expand(-1, -1, part.shape[3]))
+            rest = part[:, :, end : self.length].clone()  # it may overlap where it goes
+            part[0, :, :kept] = chosen
+            part[:, :, kept : kept + behind] = rest
+        self.length = kept + behind
+
 
 class TreeCache(transformers.Cache):
     """Keys and values of one sequence, of which the newest can be thinned out.
@@ -161,6 +171,12 @@ class TreeCache(transformers.Cache):
                 places = places.to(layer.device)
                 layer.keep(start + still, places)
         return None
+
+    def pick(self, slots: Mapping[int, Tensor], end: int) -> None:
+        """See `TreeLayer.pick`; slots by layer, of all that have keys of their own."""
+        for number, chosen in slots.items():
+            if number < len(self.layers) and self.layers[number].length:
+                self.layers[number].pick(chosen, end)
 
 
 @dataclass(frozen=True)

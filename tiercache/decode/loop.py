@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiercache.decode.request import Request
+from tiercache.decode.speckv import AHEAD, WINDOW
 from tiercache.decode.team import Round, Team
 from tiercache.decode.treepass import TreeRun
 from tiercache.decode.verify import Rule
@@ -29,12 +30,21 @@ class DecodeLoop:
         rule: what of a tree is accepted.
         noise: of the rule, by position; None in greedy decoding.
         vocabulary: of the target.
+        keep: tokens of the prompt whose keys and values are kept (SpecKV, lossy); None for all.
     """
 
     def __init__(
-        self, run: TreeRun, request: Request, team: Team, rule: Rule, noise: Noise | None, vocabulary: int
+        self,
+        run: TreeRun,
+        request: Request,
+        team: Team,
+        rule: Rule,
+        noise: Noise | None,
+        vocabulary: int,
+        keep: int | None = None,
     ) -> None:
         self._run, self._request, self._team, self._rule = run, request, team, rule
+        self._keep = None if keep is None or keep >= request.length else keep  # until that is done
         tokens = request.text[0, request.padding :].tolist()
         shape = request.shape()
         self._context = Context(tokens, vocabulary, noise, shape, request.limit - request.length, run)
@@ -68,10 +78,14 @@ class DecodeLoop:
         begin = time.perf_counter()
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
-        tree, choice, passes = team.propose(context.room)
+        tree, choice, passes = team.propose(context.room, None if self._keep is None else AHEAD)
         if len(tree):
             tree = self._fit(tree)
         drafted = time.perf_counter()
+        if self._keep is not None:
+            self._thin(tree)
+            thinned = time.perf_counter() - drafted  # part of the prompt
+            begin, drafted = begin + thinned, drafted + thinned
         logits, hidden = self._pass(tree)
         ended, emitted, path = self._accept(tree, logits)
         kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
@@ -81,6 +95,14 @@ class DecodeLoop:
         del logits, hidden
         team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
         return ended
+
+    def _thin(self, tree: DraftTree) -> None:
+        """Keep what of the prompt its newest tokens, the root and the likeliest that may follow look at most."""
+        assert self._keep is not None
+        prompt = torch.tensor(self._context.tokens[-1 - WINDOW : -1], device=self._request.text.device)
+        chain = [tree.tokens[node] for node in _first_path(tree)]
+        self._run.thin(prompt, [self._context.tokens[-1], *chain], self._keep)
+        self._keep = None
 
     def _pass(self, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]]:
         """The target's pass over the root and a tree: logits of each, and hidden states if somebody wants them."""
@@ -132,11 +154,16 @@ class DecodeLoop:
         if len(keep) < len(tree):
             tree = tree.pruned(keep)
         if not self._run.supports_tree and not tree.is_chain:
-            chain: list[int] = []
-            while children := tree.children.get(chain[-1] if chain else ROOT):
-                chain.append(children[0])
-            tree = tree.pruned(chain)
+            tree = tree.pruned(_first_path(tree))
         return tree
+
+
+def _first_path(tree: DraftTree) -> list[int]:
+    """The nodes that come by always taking the first child."""
+    chain: list[int] = []
+    while children := tree.children.get(chain[-1] if chain else ROOT):
+        chain.append(children[0])
+    return chain
 
 
 def _nodes(hidden: Mapping[int, Tensor], rows: int) -> dict[int, Tensor]:

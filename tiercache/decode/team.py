@@ -94,9 +94,16 @@ class Team:
         self._pass_s = seconds
         self._tell(feedback)
 
-    def propose(self, room: int) -> tuple[DraftTree, Choice, int]:
-        """A tree, the choice that it was drafted under, and the passes that took; empty where plain is faster."""
+    def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, Choice, int]:
+        """A tree, the choice that it was drafted under, and the passes that took; empty where plain is faster.
+
+        Args:
+            room: tokens that may still be emitted.
+            ahead: draft a chain of so many tokens, whatever it costs.
+        """
         choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
+        if ahead is not None:
+            choice = Choice(len(self._drafters) - 1, ahead, ahead, 1, 0.0, 0.0)
         nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
         if choice.arm is None or nodes < 1 or depth < 1:
             return _NOTHING, choice, 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from tiercache import skeleton
+from tiercache.decode import speckv
 from tiercache.decode.kv import Rewind, TreeCache, support
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
 
@@ -39,7 +40,7 @@ class TreeRun:
         capacity: slots of the KV cache, for the sequence and the largest tree; None to grow it as needed.
 
     Attributes:
-        length: committed tokens, padding included.
+        length: committed tokens, padding included; but for those that `thin` dropped.
 
     Raises:
         UnsupportedModelError: the model can run no more than the next token.
@@ -62,6 +63,7 @@ class TreeRun:
         self._cache: Any = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
         self._masks = _Masks(config, model.dtype, model.device, _hidden(padding, model.device))
         self.length = 0
+        self._dropped = 0  # committed tokens that have no slot any more
         self._tokens: list[int] = []  # of the open nodes, which are neither committed nor dropped
         self._parents: list[int] = []
         self._depths: list[int] = []  # of children of the last committed token: 0
@@ -115,6 +117,35 @@ class TreeRun:
         self._pending = []
         self.length += ids.shape[0]
         return logits
+
+    def thin(self, recent: Tensor, ahead: Sequence[int], keep: int) -> None:
+        """Drop all committed tokens' keys and values but `keep`: SpecKV, which changes what follows (see `speckv`).
+
+        Args:
+            recent: the newest committed tokens, which stay, and look at the others [1 or more].
+            ahead: what may follow them.
+            keep: tokens, those included; of all others each head keeps its own.
+
+        Raises:
+            UnsupportedModelError: this model's cannot be thinned out.
+            DraftError: some nodes are open, or `keep` is not more than the newest tokens.
+            UsageError: the sequence is padded.
+        """
+        if reason := speckv.refusal(self._model) if self.supports_tree else self._support.reason:
+            raise UnsupportedModelError(f"speckv= keeps a part of the KV cache, but {reason}; leave it out")
+        if self._masks.padded:
+            raise UsageError("the KV cache of a padded sequence cannot be thinned out; leave the padding out")
+        start = self.length - recent.shape[0]
+        if self._tokens or not 0 < recent.shape[0] < keep or start < 0:
+            raise DraftError(f"{len(self._tokens)} open nodes, {recent.shape[0]} newest tokens, {keep} to keep")
+        if keep >= self.length:
+            return
+        self._cache.truncate(start)
+        with speckv.observing(self._model, start) as seen:
+            self._causal(torch.cat((recent, recent.new_tensor(ahead))), start, 1)
+        self._cache.truncate(self.length)
+        self._cache.pick({layer: seen.kept(layer, keep - recent.shape[0]) for layer in seen.scores}, start)
+        self.length, self._dropped = keep, self.length - keep
 
     def run(self, tokens: Sequence[int], parents: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
         """Run nodes; logits of each [nodes, vocabulary], or of `rows` of them alone [rows, vocabulary].
@@ -214,7 +245,7 @@ class TreeRun:
 
     def _tree(self, first: int, rows: Sequence[int] | None) -> Tensor:
         """A pass of the open nodes from `first` on, by mask and position."""
-        tip = self.length - self._masks.padded
+        tip = self.length + self._dropped - self._masks.padded
         both = torch.tensor(
             (self._tokens[first:], [tip + depth for depth in self._depths[first:]]), device=self._masks.device
         )
@@ -233,7 +264,7 @@ class TreeRun:
     def _causal(self, ids: Tensor, start: int, keep: int, rows: Sequence[int] | None = None) -> Tensor:
         """A pass of tokens [length] behind `start` others; logits of the last `keep`, or of `rows` of these."""
         shown, positions = self._masks.causal(start, start + ids.shape[0])
-        return self._forward(ids[None].to(self._masks.device), positions, shown, keep, rows)
+        return self._forward(ids[None].to(self._masks.device), positions + self._dropped, shown, keep, rows)
 
     def _forward(
         self, ids: Tensor, positions: Tensor, mask: object, keep: int, rows: Sequence[int] | None = None

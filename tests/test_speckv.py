@@ -1,0 +1,173 @@
+"""SpecKV: of a prompt's keys and values those that matter stay, as slow oracles with whole attention find them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch.nn.functional import max_pool1d, pad
+
+import tiercache
+from tiercache.decode.speckv import AHEAD, WINDOW, observing, scratch_bytes
+from tiercache.decode.treepass import TreeRun
+from tiercache.errors import DraftError, UnsupportedModelError, UsageError
+from tiercache.stats import Stats
+
+PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
+PROMPT, KEEP, RECENT = 90, 40, 8
+
+
+def llama(layers: int, attention: str = "sdpa") -> tf.LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = tf.LlamaConfig(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # attention that differs
+        attn_implementation=attention,
+    )
+    return tf.LlamaForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 131, (PROMPT + 3,), generator=torch.Generator().manual_seed(1))
+
+
+def best(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """The slots to keep, from attention [heads, queries, slots] of the newest tokens and those ahead."""
+    prefix = weights[:, :, : PROMPT - RECENT].unflatten(0, (2, 2)).mean((1, 2))
+    near = max_pool1d(pad(prefix, (3, 3)), 7, 1)
+    return near.topk(count, -1).indices.sort(-1).values
+
+
+def oracle(ids: torch.Tensor, layers: int) -> list[torch.Tensor]:
+    with torch.no_grad():
+        seen = llama(layers, "eager")(ids[None], output_attentions=True).attentions
+    return [best(part[0, :, PROMPT - RECENT :], KEEP - RECENT) for part in seen]
+
+
+def test_what_is_looked_at_most_is_kept(ids: torch.Tensor) -> None:
+    model, wanted = llama(3), oracle(ids, 3)
+    with observing(model, PROMPT - RECENT) as seen, torch.no_grad():
+        run = TreeRun(model)
+        run.prefill(ids[: PROMPT - RECENT])
+        run.prefill(ids[PROMPT - RECENT :])
+    assert model.config._attn_implementation == "sdpa"
+    for layer, slots in enumerate(wanted):
+        assert torch.equal(seen.kept(layer, KEEP - RECENT), slots)
+
+
+def test_trees_below_a_thinned_cache_see_what_was_kept(ids: torch.Tensor) -> None:
+    """Against the whole sequence in one pass, with a mask for each head; of one layer, for the next has other slots."""
+    model, slots = llama(1), oracle(ids, 1)[0]
+    run = TreeRun(model)
+    run.prefill(ids[:PROMPT])
+    run.thin(ids[PROMPT - RECENT : PROMPT], ids[PROMPT:].tolist(), KEEP)
+    assert run.length == KEEP == run.cache.get_seq_length()
+    tree = run.run([5, 6, 7], [-1, 0, 0])
+    run.commit([0, 2])
+    after = run.run([9], [-1])
+    length = PROMPT + 3
+    shown = torch.ones(4, length, length, dtype=torch.bool).tril()
+    shown[:, PROMPT:, : PROMPT - RECENT] = False
+    for head in range(4):
+        shown[head, PROMPT:, slots[head // 2]] = True
+    for path, place, found in (([5, 6, 9], 1, tree[1]), ([5, 7, 9], 1, tree[2]), ([5, 7, 9], 2, after[0])):
+        whole = torch.cat((ids[:PROMPT], torch.tensor(path)))[None]
+        with torch.no_grad():
+            logits = model(whole, attention_mask=shown[None]).logits[0]
+        torch.testing.assert_close(found, logits[PROMPT + place], rtol=1e-9, atol=1e-9)
+
+
+def test_a_short_sequence_stays_whole(ids: torch.Tensor) -> None:
+    model = llama(2)
+    runs = [TreeRun(model), TreeRun(model)]
+    for run in runs:
+        run.prefill(ids[:PROMPT])
+    runs[0].thin(ids[PROMPT - RECENT : PROMPT], [1], PROMPT)
+    assert torch.equal(runs[0].run([5, 6], [-1, -1]), runs[1].run([5, 6], [-1, -1]))
+
+
+def test_what_cannot_be_thinned_out_is_refused(ids: torch.Tensor) -> None:
+    run = TreeRun(llama(1))
+    run.prefill(ids)
+    with pytest.raises(DraftError, match="8 newest tokens, 8 to keep"):
+        run.thin(ids[-8:], [], 8)
+    run.run([3], [-1])
+    with pytest.raises(DraftError, match="1 open nodes"):
+        run.thin(ids[-8:], [], 40)
+    padded = TreeRun(llama(1), torch.tensor([0, 0, *[1] * (PROMPT + 1)]))
+    padded.prefill(ids)
+    with pytest.raises(UsageError, match="padded"):
+        padded.thin(ids[-8:], [], 40)
+    for other in (
+        llama(1, "eager"),
+        tf.MistralForCausalLM(tf.MistralConfig(vocab_size=131, hidden_size=32, num_hidden_layers=1, sliding_window=16)),
+    ):
+        run = TreeRun(other)
+        run.prefill(ids)
+        with pytest.raises(UnsupportedModelError, match="speckv= keeps a part"):
+            run.thin(ids[-8:], [], 40)
+
+
+def write(prompt: torch.Tensor, **options: object) -> tuple[list[int], Stats]:
+    with tiercache.offload(PICO, dram="1GiB", precision="int8", context=300, show_progress=False, **options) as model:
+        mask = (prompt != 0).long()
+        text = model.generate(
+            prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return text[0].tolist(), model.tiercache.stats()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return torch.randint(300, 2000, (1, 150), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("drafter", ["resident", "auto"])
+def test_an_offloaded_model_keeps_a_part_of_the_prompt_and_says_so(drafter: str, prompt: torch.Tensor) -> None:
+    plain, _ = write(prompt)
+    whole, stats = write(prompt, drafter=drafter, speckv=150, lossless=False)
+    assert stats.drafting.rounds > 0
+    assert whole == plain or drafter == "auto", "nothing was dropped"
+    _, stats = write(prompt, drafter=drafter, speckv=64, lossless=False)
+    assert (stats.lossy, stats.drafting.lossy) == (True, "speckv=64")
+    assert stats.drafting.plain_calls == 0
+
+
+def test_a_padded_prompt_is_decoded_plainly(prompt: torch.Tensor) -> None:
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), prompt), dim=1)
+    text, stats = write(padded, drafter="ngram", speckv=64, lossless=False)
+    assert stats.drafting.plain_calls == 1
+    assert text == write(padded)[0]
+
+
+def test_a_model_whose_cache_cannot_be_thinned_out_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = tf.MistralConfig(
+        vocab_size=131, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=16,
+    )  # fmt: skip
+    tf.MistralForCausalLM(config).save_pretrained(tmp_path)
+    with (
+        pytest.raises(UsageError, match="not all layers attend to everything; leave it out"),
+        tiercache.offload(tmp_path, dram="64MiB", drafter="ngram", speckv=64, lossless=False),
+    ):
+        pass
+
+
+def test_looking_is_reserved_for() -> None:
+    model = llama(2)
+    asked = scratch_bytes(model.config, 1000)
+    scores = 4 * 2 * (WINDOW + 1 + AHEAD) * 1000  # of one key head
+    assert 2 * scores <= asked <= 4 * scores
+    options = {"dram": "1GiB", "precision": "int8", "context": 300, "drafter": "ngram", "show_progress": False}
+    reserved = []
+    for lossy in ({}, {"speckv": 64, "lossless": False}):
+        with tiercache.offload(PICO, **options, **lossy) as lent:
+            reserved.append(sum(lent.tiercache.plan.dram.reserved_bytes.values()))
+            config = lent.config
+    assert reserved[1] - reserved[0] == scratch_bytes(config, 300)

@@ -1,0 +1,109 @@
+"""Which of a prompt's keys and values are worth keeping: what its last tokens, and drafted ones behind it, look at.
+
+SpecKV (arXiv 2506.08373, section 3): of each layer and head the prompt's tokens with the most attention from a window
+of queries are kept, as in SnapKV (arXiv 2404.14469, section 4), and the queries of drafted tokens count among them.
+Lossy: what was dropped cannot be looked at again.
+
+Knows transformers' attention functions; nothing of caches, drafters or trees.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import max_pool1d
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from tiercache.errors import UnsupportedModelError
+
+WINDOW = 32  # newest tokens, which are kept and look at the others
+AHEAD = 16  # drafted tokens, which look at them too
+_POOL = 7  # neighbours that a token's attention counts for: a kept one comes with what it stands in
+_NAME = "tiercache_observed"  # sdpa, and whoever looks at it
+
+
+@dataclass
+class Observed:
+    """What was looked at while it was open.
+
+    Attributes:
+        prefix: slots that may be dropped, counted from the first.
+        scores: of each layer [key heads, prefix], fp32.
+    """
+
+    prefix: int
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Of a layer's queries [1, heads, tokens, width], which come last, on keys [1, key heads, slots, width]."""
+        heads, tokens, slots = key.shape[1], query.shape[2], key.shape[2]
+        later = torch.ones(tokens, slots, dtype=torch.bool, device=key.device).triu(slots - tokens + 1)
+        found = query.new_empty((heads, self.prefix), dtype=torch.float32)
+        groups = query[0].unflatten(0, (heads, -1))
+        for head in range(heads):  # one at a time: this is [queries, slots]
+            weights = (groups[head] @ key[0, head].T).float().mul_(scaling).masked_fill_(later, -torch.inf)
+            found[head] = weights.softmax(-1)[..., : self.prefix].mean((0, 1))
+        self.scores[layer] = max_pool1d(found[None], _POOL, 1, _POOL // 2)[0]
+
+    def kept(self, layer: int, count: int) -> Tensor:
+        """The `count` best slots of the prefix for each head of a layer, ascending [key heads, count]."""
+        return self.scores[layer].topk(count, -1).indices.sort(-1).values
+
+
+def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
+    """What looking takes at most, where a sequence has `context` tokens."""
+    queries = WINDOW + 1 + AHEAD
+    text = config.get_text_config(decoder=True)
+    heads = int(text.num_attention_heads)
+    groups = -(-heads // int(getattr(text, "num_key_value_heads", None) or heads))
+    scores = 4 * heads * text.num_hidden_layers  # they are kept until the pass has ended
+    return int(context * (3 * 4 * groups * queries + queries + 2 * scores))
+
+
+def refusal(model: transformers.PreTrainedModel) -> str | None:
+    """Why a model's keys and values cannot be thinned out; None where they can."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa":
+        return f"attention by {config._attn_implementation} cannot be looked at, only by sdpa"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or (getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)):
+        return "not all layers attend to everything"
+    return None
+
+
+@contextmanager
+def observing(model: transformers.PreTrainedModel, prefix: int) -> Iterator[Observed]:
+    """Passes of `model` in this thread are looked at within.
+
+    Raises:
+        UnsupportedModelError: the model does not use transformers' interface of attention functions.
+    """
+    seen = Observed(prefix)
+    config = model.config.get_text_config(decoder=True)
+    before, token = config._attn_implementation, _looking.set(seen)
+    config._attn_implementation = _NAME
+    try:
+        yield seen
+    finally:
+        config._attn_implementation = before
+        _looking.reset(token)
+    if not seen.scores:
+        raise UnsupportedModelError(f"{type(model).__name__} does not attend by transformers' functions; drop speckv=")
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    layer: Any = module.layer_idx
+    _looking.get().add(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+_looking: ContextVar[Observed] = ContextVar("looking")
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
