@@ -333,7 +333,8 @@ class OffloadConfig:
             )
         if self.precision not in ("int8", "int4"):
             raise UsageError(
-                f"resident passes do with fewer planes than precision={self.precision!r} has; ask for 'int8' or 'int4'"
+                "resident passes (drafter='resident' takes them) do with fewer planes than precision="
+                f"{self.precision!r} has; ask for 'int8' or 'int4', or drafter='ngram'"
             )
         if self.kernels == "decode":
             raise UsageError(

@@ -34,6 +34,7 @@ from tiercache.errors import UsageError
 from tiercache.model.rehearse import rehearse
 from tiercache.needs import Demand
 from tiercache.opening import Opened
+from tiercache.progress import note
 from tiercache.stats import DraftStats, Stats
 from tiercache.store.source import Source, resolve
 
@@ -83,8 +84,13 @@ class Recruits:
         return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
 
 
-def with_planes(config: OffloadConfig, *, kernels: bool) -> OffloadConfig:
-    """The options with `resident` set where the target's own planes are to draft; `kernels`: there are some.
+def with_planes(config: OffloadConfig, *, kernels: bool, show: bool) -> OffloadConfig:
+    """The options with `resident` set where the target's own planes are to draft; says if "auto" has none.
+
+    Args:
+        config: the options.
+        kernels: there are some, to multiply by planes.
+        show: whether notes may be printed.
 
     Raises:
         UsageError: a drafter for a mode or precision that it cannot draft for.
@@ -100,6 +106,9 @@ def with_planes(config: OffloadConfig, *, kernels: bool) -> OffloadConfig:
     able = config.precision in ("int8", "int4") and kernels
     if named == "resident" and config.precision in ("int8", "int4") and not kernels:
         raise UsageError("drafter='resident' multiplies by planes, and there are no kernels here; see tiercache doctor")
+    if named == "auto" and not able:
+        what = "without kernels" if config.precision in ("int8", "int4") else f"at precision={config.precision!r}"
+        note(f"drafter='auto' is n-grams alone {what}; at int8 or int4 the model's own planes draft too", show=show)
     return replace(config, resident=config.resident or named == "resident" or (named == "auto" and able))
 
 
@@ -150,7 +159,10 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruit
         try:
             small = resolve(wanted)
         except UsageError as error:
-            raise UsageError(f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}") from error
+            hint = "; to draft nothing, give drafter=None" if str(wanted) == "none" else ""
+            raise UsageError(
+                f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}{hint}"
+            ) from error
         return Recruits(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
     if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
         raise UsageError(

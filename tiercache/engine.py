@@ -132,7 +132,7 @@ def _open(
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
     kernels = _kernels(config, target, show_progress)
-    config = drafting.with_planes(config, kernels=bool(kernels))
+    config = drafting.with_planes(config, kernels=bool(kernels), show=show_progress is not False)
     if config.resident and config.cpu_tokens and target.type != "cpu":
         raise UsageError(
             f"cpu_tokens={config.cpu_tokens} would multiply some planes of a matrix on {target} and others on the CPU, "
