@@ -26,7 +26,16 @@ LADDER = (
     *("tiers.slab", "tiers.crossover", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
     *("model.rehearse", "model.linear", "model.binding", "model.embedding", "model.importance"),
     *("model.neurons", "model.mixed", "model.attach", "model.guard"),
-    *("decode.kv", "decode.speckv", "decode.treepass", "draft", "decode.verify", "decode.request", "decode.team", "decode.loop"),
+    *(
+        "decode.kv",
+        "decode.speckv",
+        "decode.treepass",
+        "draft",
+        "decode.verify",
+        "decode.request",
+        "decode.team",
+        "decode.loop",
+    ),
     "decode.generate",
     *(
         "opening",

@@ -151,25 +151,29 @@ class AdaptiveTrigram(BaseDrafter):
 
     def _learn(self, before: np.ndarray, told: np.ndarray, shares: list[float]) -> None:
         """Move the rows of pairs [rows, 2] towards what the target told [rows, 8], by so much for each rank."""
-        known = ((before >= 0) & (before < self._vocabulary)).all(axis=1)
-        before, told = before[known], told[known]
-        pairs = before[:, 0] * self._vocabulary + before[:, 1]
+        first, last = before.T
+        known = (first >= 0) & (first < self._vocabulary) & (last >= 0) & (last < self._vocabulary)
+        if not known.all():
+            first, last, told = first[known], last[known], told[known]
+        pairs = first * self._vocabulary + last
         slots = (pairs.astype(np.uint64) * np.uint64(_SPREAD) >> np.uint64(self._shift)).astype(np.int64)
         same = self._pairs[slots] == pairs
-        visits = np.where(same, self._visits[slots], 0)
+        visits = self._visits[slots] * same
         newest_share = np.maximum(1.0 / (1.0 + visits), _NEWEST)[:, None].astype(np.float32)
-        old = np.where(same[:, None], self._tokens[slots], NONE)
-        kept = np.where(old != NONE, self._weights[slots], 0) * (1 - newest_share)
-        match = (told[:, :, None] == old[:, None, :]) & (told != NONE)[:, :, None]  # [rows, told, old]
-        fresh = np.where(told != NONE, np.array(shares, dtype=np.float32), 0) * newest_share
-        fresh += (match * kept[:, None, :]).sum(axis=2)
+        old = self._tokens[slots]
+        old[~same] = NONE
+        kept = self._weights[slots] * (1 - newest_share)
+        kept[old == NONE] = 0
+        there = told != NONE
+        match = (told[:, :, None] == old[:, None, :]) & there[:, :, None]  # [rows, told, old]
+        fresh = there * np.array(shares, dtype=np.float32) * newest_share
+        fresh += np.einsum("rto,ro->rt", match, kept)
         again = match.any(axis=1)  # counted with the fresh ones
         old[again], kept[again] = NONE, 0
         tokens, weights = np.concatenate((told, old), axis=1), np.concatenate((fresh, kept), axis=1)
-        best = np.argsort(-weights, axis=1, kind="stable")[:, :_KEPT]
+        best = np.arange(len(slots))[:, None], np.argsort(-weights, axis=1, kind="stable")[:, :_KEPT]
         self._pairs[slots], self._visits[slots] = pairs, visits + 1
-        self._tokens[slots] = np.take_along_axis(tokens, best, axis=1)
-        self._weights[slots] = np.take_along_axis(weights, best, axis=1)
+        self._tokens[slots], self._weights[slots] = tokens[best], weights[best]
 
 
 def _merit(candidate: Candidate[_PAIR]) -> float:
