@@ -144,7 +144,9 @@ class Budgeter:
             slow = record.rounds > 3 and seconds > _OUTLIER * usual
             if slow and not self._slow:
                 seconds = _OUTLIER * usual
-            self._slow, self._plan_at = slow, self._round if slow else self._plan_at
+            if slow:
+                self._plan_at, self._since_s = self._round, np.inf
+            self._slow = slow
             whole = choice.enough == np.inf
             draft_s *= seconds / (draft_s + verify_s)  # a disturbance counts as much less there
             self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
@@ -177,7 +179,8 @@ class Budgeter:
     def _costs(self, place: int) -> tuple[float, float, float]:
         """Seconds of a proposal, of a drafting pass and of a node: measured, or what to think before."""
         start, each, node = self._records[place].costs.estimate()
-        return start, each or self._arms[place].pass_share * float(self._verify.at(1)), node
+        share = 0.0 if self._tried(place) else self._arms[place].pass_share
+        return start, each or share * float(self._verify.at(1)), node
 
     def _plan(self) -> Offers:
         """Finds what is best now."""
@@ -250,7 +253,8 @@ class Budgeter:
             return top
         if self._tried(place):
             return replace(top, enough=np.inf)
-        return self._trial(place, offers) if rounds and not rounds % _KNOWN else top  # cheaper guesses first
+        trial = self._trial(place, offers)
+        return trial if rounds and not rounds % _KNOWN and self._affords(trial) else top  # cheaper guesses first
 
     def _trial(self, place: int, offers: Offers) -> Choice:
         """A small tree of passes that are thought too dear, to measure them."""

@@ -132,6 +132,7 @@ class DraftOptions(TypedDict, total=False):
         verify: "walk"; "rejection" (recursive rejection sampling, with growers that draw); "typical", which is lossy.
         lossless: False permits what changes the output: verify="typical", `shift` and `speckv`.
         shift: RAPID's eta: how far the target's scores move towards a drafter that drew its tree (verify="rejection").
+            Nothing is shifted where nothing was drawn, so with `draft_fixed` alone is a seed's text always the same.
         speckv: tokens of a prompt whose keys and values are kept; which, the drafted ones that follow help to choose.
         learned: a folder in which what was generated is counted, for n-grams of later runs.
     """

@@ -247,7 +247,7 @@ def team(
                 max_nodes=nodes,
                 open_ended=arm.open_ended,
                 passes=not arm.tables,
-                pass_share=share if recruits.resident else 0.0,
+                pass_share=share if recruits.resident and recruits.ngrams is not None else 0.0,  # guesses come first
             )
             for arm in arms
         ]

@@ -120,7 +120,7 @@ class DraftingGenerate:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool((mask[0].diff() >= 0).all()):
             return "an attention mask that is no left padding"
-        if mask is not None and self._keep is not None and not bool(mask.all()):
+        if mask is not None and self._keep is not None and self._keep < input_ids.shape[1] and not bool(mask.all()):
             return "a padded prompt with speckv="
         return None
 
@@ -163,7 +163,8 @@ class DraftingGenerate:
             streamer.end()
         if not config.return_dict_in_generate:
             return request.text.clone()
-        parts: dict[str, Any] = {"sequences": request.text.clone(), "past_key_values": run.cache}
+        parts: dict[str, Any] = {"sequences": request.text.clone()}
+        parts |= {} if run.thinned else {"past_key_values": run.cache}
         parts |= {"scores": tuple(request.scores)} if request.keep_scores else {}
         parts |= {"logits": tuple(request.logits)} if request.keep_logits else {}
         return GenerateDecoderOnlyOutput(**parts)

@@ -7,7 +7,7 @@ Knows transformers' caches and configurations; nothing of trees, masks or tokens
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,12 +171,6 @@ class TreeCache(transformers.Cache):
                 places = places.to(layer.device)
                 layer.keep(start + still, places)
         return None
-
-    def pick(self, slots: Mapping[int, Tensor], end: int) -> None:
-        """See `TreeLayer.pick`; slots by layer, of all that have keys of their own."""
-        for number, chosen in slots.items():
-            if number < len(self.layers) and self.layers[number].length:
-                self.layers[number].pick(chosen, end)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tiercache.errors import UnsupportedModelError
-
 WINDOW = 32  # newest tokens, which are kept and look at the others
 AHEAD = 16  # drafted tokens, which look at them too
 _POOL = 7  # neighbours that a token's attention counts for: a kept one comes with what it stands in
@@ -52,9 +50,9 @@ class Observed:
             found[head] = weights.softmax(-1)[..., : self.prefix].mean((0, 1))
         self.scores[layer] = max_pool1d(found[None], _POOL, 1, _POOL // 2)[0]
 
-    def kept(self, layer: int, count: int) -> Tensor:
-        """The `count` best slots of the prefix for each head of a layer, ascending [key heads, count]."""
-        return self.scores[layer].topk(count, -1).indices.sort(-1).values
+    def take(self, layer: int, count: int) -> Tensor:
+        """The `count` best slots of the prefix for each head of a layer, ascending [key heads, count]; once."""
+        return self.scores.pop(layer).topk(count, -1).indices.sort(-1).values
 
 
 def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
@@ -63,8 +61,10 @@ def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
     text = config.get_text_config(decoder=True)
     heads = int(text.num_attention_heads)
     groups = -(-heads // int(getattr(text, "num_key_value_heads", None) or heads))
-    scores = 4 * heads * text.num_hidden_layers  # they are kept until the pass has ended
-    return int(context * (3 * 4 * groups * queries + queries + 2 * scores))
+    scores = 4 * (heads // groups) * text.num_hidden_layers  # they are kept until the pass has ended
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    moved = (8 + 4 * width) * (heads // groups)  # keys or values of one layer on their way to other slots, and these
+    return int(context * (3 * 4 * groups * queries + queries + scores + moved))
 
 
 def refusal(model: transformers.PreTrainedModel) -> str | None:
@@ -72,6 +72,8 @@ def refusal(model: transformers.PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa":
         return f"attention by {config._attn_implementation} cannot be looked at, only by sdpa"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not attend by transformers' interface of functions"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or (getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)):
         return "not all layers attend to everything"
@@ -80,11 +82,7 @@ def refusal(model: transformers.PreTrainedModel) -> str | None:
 
 @contextmanager
 def observing(model: transformers.PreTrainedModel, prefix: int) -> Iterator[Observed]:
-    """Passes of `model` in this thread are looked at within.
-
-    Raises:
-        UnsupportedModelError: the model does not use transformers' interface of attention functions.
-    """
+    """Passes of `model` in this thread are looked at within."""
     seen = Observed(prefix)
     config = model.config.get_text_config(decoder=True)
     before, token = config._attn_implementation, _looking.set(seen)
@@ -94,16 +92,15 @@ def observing(model: transformers.PreTrainedModel, prefix: int) -> Iterator[Obse
     finally:
         config._attn_implementation = before
         _looking.reset(token)
-    if not seen.scores:
-        raise UnsupportedModelError(f"{type(model).__name__} does not attend by transformers' functions; drop speckv=")
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    layer: Any = module.layer_idx
-    _looking.get().add(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    if (seen := _looking.get()) is not None:  # not another thread's pass
+        layer: Any = module.layer_idx
+        seen.add(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-_looking: ContextVar[Observed] = ContextVar("looking")
+_looking: ContextVar[Observed | None] = ContextVar("looking", default=None)
 AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)

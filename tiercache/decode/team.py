@@ -99,11 +99,12 @@ class Team:
 
         Args:
             room: tokens that may still be emitted.
-            ahead: draft a chain of so many tokens, whatever it costs.
+            ahead: draft a chain of so many tokens, or as many as a tree may have, whatever it costs.
         """
-        choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
-        if ahead is not None:
-            choice = Choice(len(self._drafters) - 1, ahead, ahead, 1, 0.0, 0.0)
+        if ahead is not None and (depth := min(ahead, room - 1, self._fixed.nodes, self._fixed.depth)) > 0:
+            choice = Choice(len(self._drafters) - 1, depth, depth, 1, 0.0, 0.0)
+        else:
+            choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
         nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
         if choice.arm is None or nodes < 1 or depth < 1:
             return _NOTHING, choice, 0

@@ -77,6 +77,11 @@ class TreeRun:
         return self._support.takes == "trees"
 
     @property
+    def thinned(self) -> bool:
+        """Whether some committed tokens have no slot any more, so that nobody else can go on from the cache."""
+        return self._dropped > 0
+
+    @property
     def cache(self) -> transformers.Cache:
         """The cache, with all committed tokens in it; a recurrent model may run some of them for that."""
         self._settle()
@@ -144,7 +149,11 @@ class TreeRun:
         with speckv.observing(self._model, start) as seen:
             self._causal(torch.cat((recent, recent.new_tensor(ahead))), start, 1)
         self._cache.truncate(self.length)
-        self._cache.pick({layer: seen.kept(layer, keep - recent.shape[0]) for layer in seen.scores}, start)
+        own = [number for number, layer in enumerate(self._cache.layers) if layer.length]  # others use another's keys
+        if not set(own) <= seen.scores.keys():
+            raise UnsupportedModelError(f"{type(self._model).__name__} attends in its own way; leave speckv= out")
+        for number in own:
+            self._cache.layers[number].pick(seen.take(number, keep - recent.shape[0]), start)
         self.length, self._dropped = keep, self.length - keep
 
     def run(self, tokens: Sequence[int], parents: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
