@@ -12,6 +12,7 @@ from tiercache.errors import UsageError
 
 _CAPPED = ("ngram", "resident", "auto")
 _NODES = (4, 16, 64)  # asked for beside the budgeter's choice
+_MOST = 64  # nodes that the budgeter may choose, as `offload` lets it by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Options:
         temperatures, seeds: of sampling; 0 is greedy.
         drafters: of `NAMED`, or folders of small models; None for all of `NAMED`, or under a cap for three.
         growers: for drafters that have a model.
-        nodes: of trees, None for the budgeter's choice; empty for 4, 16, 64 and that, under a cap for that alone.
+        nodes: of trees, None for the budgeter's choice (up to 64, or the largest of the others if that is more); empty
+            for 4, 16, 64 and that, under a cap for that alone.
         repeats: of everything; medians are told.
         precision, hbm, dram, link_gbps, context: as `offload` takes them; `context` is what is needed if None.
         cap_bytes: of RAM for each process, page cache included.
@@ -92,7 +94,7 @@ class Options:
     def entries(self) -> list[Entry]:
         """Every row's way to draft."""
         nodes = self.nodes or ((*_NODES, None) if self.cap_bytes is None else (None,))
-        most = max((count for count in nodes if count is not None), default=64)
+        most = max(_MOST, *(count or 0 for count in nodes))
         found = []
         for drafter in self.who:
             for grower in ("own",) if drafter in NGRAMS else self.growers:
