@@ -60,6 +60,9 @@ def test_a_cascade_asks_on_where_the_budget_says_so_and_learns_from_all() -> Non
     assert cascade.propose(TreeBudget(8, enough=1.5)).tokens == (1, 2)
     assert not model.asked
     assert cascade.propose(TreeBudget(8, enough=math.inf)).tokens == (3, 4, 5)
+    less = Cascade([Fixed(surer), Fixed(sure)], 9.0)
+    assert less.propose(TreeBudget(8)).tokens == (3, 4, 5), "the surest"
+    assert less.propose(TreeBudget(8, enough=math.inf)).tokens == (1, 2), "who is asked later knows better"
     before = table.sharpness.value
     cascade.observe(Feedback(surer, (0, 1), (3, 4, 8)))
     assert model.sharpness.value != 1.0

@@ -20,6 +20,7 @@ from tiercache.errors import DraftError, StoreError, UsageError
 
 _FADING = 0.9  # what a pass leaves of the weight of those before it
 _LEAST = 0.1  # a share of the nodes, as a part of the best drafter's, that the worst one is still tried with
+_LATER = 1.5  # times as sure counts a drafter asked later: of two guesses the surer one is also the more overrated
 
 
 class Several(BaseDrafter):
@@ -193,7 +194,7 @@ class Cascade(Several):
     S2D (arXiv 2407.01955, section 3) hands over from a small drafter to a larger one so, and SAM-Decoding (arXiv
     2411.10666, section 3.3) where its match is short. Sureness is the number of tokens that a tree expects to see
     accepted, the sum of its nodes' path probabilities; where a drafter gives none, its tree's depth. If none is sure
-    enough, the surest tree is taken.
+    enough, the surest tree is taken; where the budget says what is enough, an earlier drafter's must be much surer.
 
     Args:
         drafters: the cheapest first; see `Several`.
@@ -215,13 +216,14 @@ class Cascade(Several):
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
         threshold = self._threshold if budget.enough is None else budget.enough
+        later = 1.0 if budget.enough is None else _LATER
         best, surest, self.passes = DraftTree(), 0.0, 0
         self._guesses.clear()
         for drafter in self.drafters:
             tree = drafter.propose(replace(budget, sharpness=drafter.sharpness.value))
             self.passes += drafter.passes
             self._guesses.append((drafter, tree))
-            if len(tree) and (sureness := expected(tree)) > surest:
+            if len(tree) and (sureness := expected(tree)) * later > surest:
                 best, surest = tree, sureness
             if surest > threshold:
                 break
