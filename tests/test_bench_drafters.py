@@ -235,6 +235,11 @@ def test_drawn_trees_are_for_drafters_with_a_model(options: Options) -> None:
     ]
 
 
+def test_the_budgeter_is_bound_as_a_user_s_is_whatever_sizes_stand_beside_it(options: Options) -> None:
+    for nodes, most in (((16, None), 64), ((None,), 64), ((256, None), 256)):
+        assert {entry.most for entry in replace(options, nodes=nodes).entries()} == {most}
+
+
 def test_the_command(store: Path) -> None:
     sizes = ("--prompts", 1, "--seeds", 0, "--temperatures", 0, "--prompt-tokens", 8, "--tokens", 4)
     result = call("bench", "--drafters", "--model", store, *sizes, "--drafter-names", "lookup", "--draft-nodes", 2)

@@ -21,7 +21,6 @@ from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode import speckv
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
-from tiercache.decode.kv import support
 from tiercache.decode.team import Team
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, Needs
@@ -130,8 +129,7 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     found, kept = _found(config, config.draft, opened), config.draft.speckv
     if kept is None:
         return found
-    takes = support(opened.model)
-    if reason := speckv.refusal(opened.model) if takes.takes == "trees" else takes.reason:
+    if reason := speckv.refusal(opened.model):
         raise UsageError(f"speckv={kept} keeps a part of the KV cache, but of this model {reason}; leave it out")
     return replace(found, thin_bytes=speckv.scratch_bytes(opened.model.config, config.context))
 

@@ -4,7 +4,7 @@ SpecKV (arXiv 2506.08373, section 3): of each layer and head the prompt's tokens
 of queries are kept, as in SnapKV (arXiv 2404.14469, section 4), and the queries of drafted tokens count among them.
 Lossy: what was dropped cannot be looked at again.
 
-Knows transformers' attention functions; nothing of caches, drafters or trees.
+Knows transformers' attention functions; nothing of slots, drafters or trees.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ from torch.nn.functional import max_pool1d
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+
+from tiercache.decode.kv import support
 
 WINDOW = 32  # newest tokens, which are kept and look at the others
 AHEAD = 16  # drafted tokens, which look at them too
@@ -69,6 +71,9 @@ def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
 
 def refusal(model: transformers.PreTrainedModel) -> str | None:
     """Why a model's keys and values cannot be thinned out; None where they can."""
+    takes = support(model)
+    if takes.takes != "trees":
+        return takes.reason
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != "sdpa":
         return f"attention by {config._attn_implementation} cannot be looked at, only by sdpa"

@@ -136,7 +136,7 @@ class TreeRun:
             DraftError: some nodes are open, or `keep` is not more than the newest tokens.
             UsageError: the sequence is padded.
         """
-        if reason := speckv.refusal(self._model) if self.supports_tree else self._support.reason:
+        if reason := speckv.refusal(self._model):
             raise UnsupportedModelError(f"speckv= keeps a part of the KV cache, but {reason}; leave it out")
         if self._masks.padded:
             raise UsageError("the KV cache of a padded sequence cannot be thinned out; leave the padding out")
