@@ -83,7 +83,8 @@ def offload(
         kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and
             equal to the bit to the rounded model in transformers; "auto" is fast where it can be, and warns where not.
         cpu_tokens: up to how many tokens a pass lets the CPU multiply, where they lie in DRAM, the planes that do not
-            stay in HBM, instead of copying them up; measured when None, 0 for never.
+            stay in HBM, instead of copying them up; 0 for never. None measures it where the CPU stands in for the HBM
+            tier, and means 0 on a GPU, whose sums differ from the CPU's in the last bits.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
         options: mode="mixed" and what belongs to it (`config.MixedOptions`), or drafter= and what does to that
@@ -131,6 +132,8 @@ def _open(
 ) -> transformers.PreTrainedModel:
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
     target = resolve_device(config.device)
+    if target.type == "cuda":
+        stack.callback(torch.cuda.empty_cache)  # the last to run: the card is as free as it was before
     kernels = _kernels(config, target, show_progress)
     config = drafting.with_planes(config, kernels=bool(kernels), show=show_progress is not False)
     if config.resident and config.cpu_tokens and target.type != "cpu":
@@ -225,6 +228,8 @@ def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], 
         return 0
     if config.cpu_tokens is not None:
         return config.cpu_tokens
+    if device.type != "cpu":  # the CPU's sums are fixed point, the GPU's fp32: placement would change the logits
+        return 0
     return tokens_below(kernels["cpu"], RUNGS[config.precision], device)
 
 

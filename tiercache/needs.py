@@ -80,7 +80,7 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         always=again,
         table=None if table in order or opened.given else table,
         compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
-        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu" and not config.resident),
+        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu" and _may_multiply_below(config)),
         below=below,
         neuron_bytes=sum(manifest.units[key].nbytes for key in below),
         together=cut,
@@ -146,6 +146,11 @@ def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
         most = max(most, rows)
     return most + (_CUDA_SCRATCH_BYTES if device.type == "cuda" else 0)
+
+
+def _may_multiply_below(config: OffloadConfig) -> bool:
+    """Whether the CPU may multiply in DRAM beside a GPU: where it was asked to, and for neurons of mixed mode."""
+    return bool(config.cpu_tokens) or (config.mode == "mixed" and config.cpu_tokens is None)
 
 
 def _dram_reserve(opened: Opened, config: OffloadConfig, *, below: bool) -> dict[str, int]:

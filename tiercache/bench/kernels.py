@@ -159,8 +159,8 @@ class _Run:
 
     def _roof(self, units: list[tuple[Planes, ...]]) -> float:
         """Of the very memory that the matrices lie in."""
-        memory = torch.empty(0, dtype=torch.uint8, device=self._stand.device)
-        memory.set_(units[0][0].planes[0].untyped_storage())
+        storage = units[0][0].planes[0].untyped_storage()  # on a GPU's stand it may lie in pinned main memory
+        memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self._roofs.append(self._stand.roof_gbps(self._options.effort, memory))
         return self._roofs[-1]
 

@@ -69,7 +69,7 @@ def bench(
         calibration = untaught(PlaneStore.open(path), bytes_per_token)
     config = OffloadConfig(hbm=None if hbm is None else Budget.parse(hbm), dram=Budget.parse(dram), **options)
     with lend(path, config, show_progress=show_progress, calibration=calibration) as model:
-        prefill_s, decode_s, batch_s = _time(model, ids, tokens)
+        prefill_s, decode_s, batch_s = _time(model, ids.to(model.device), tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
     disk = _disk_roof(path)
