@@ -1,6 +1,6 @@
 """The plane kernels on a CUDA card: weights in its own memory, then weights that it reads from pinned main memory.
 
-Prints a table, and one line of JSON last.
+Prints a table of each, and one line of JSON last.
 """
 
 import json
@@ -9,19 +9,19 @@ import sys
 from tiercache.bench import kernels, kernels_cuda, kernels_report
 from tiercache.bench.stand import Effort
 
-BRIEF = Effort(least_s=0.02, roof_bytes=1 << 30)  # a call takes microseconds: 20 ms are hundreds of them
+BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
+NEAR = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progress=False)
+FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
 
 
 def main() -> None:
-    """Time a 7B's matrices at every precision."""
-    near, far = kernels_cuda.stands()
-    options = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progress=False)
-    alone = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
-    on_card, over_link = kernels.bench(options, [near]), kernels.bench(alone, [far])
-    for result in (on_card, over_link):
-        print(kernels_report.report(result), file=sys.stderr)
-    found = {**on_card, "stands": on_card["stands"] + over_link["stands"]}
-    print(json.dumps({**found, "results": on_card["results"] + over_link["results"]}))
+    """Time the matrices of a 7B."""
+    results = []
+    for stand, options in zip(kernels_cuda.stands(), (NEAR, FAR), strict=True):
+        results.append(kernels.bench(options, [stand]))
+        print(kernels_report.report(results[-1]), file=sys.stderr, flush=True)
+    near, far = results
+    print(json.dumps({**near, "stands": near["stands"] + far["stands"], "results": near["results"] + far["results"]}))
 
 
 if __name__ == "__main__":
