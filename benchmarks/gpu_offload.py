@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import tiercache
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import DoesNotFitError
 
 PICO = Path(__file__).parent.parent / "examples" / "pico" / "checkpoint"
@@ -140,11 +141,11 @@ def logits_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     found = []
     with torch.inference_mode():
         output = model(input_ids=ids, use_cache=True, logits_to_keep=16)
-        cache = output.past_key_values
+        cache = cache_out(output)
         found.append(output.logits.cpu())
         for tokens in TOKEN_COUNTS:
             some = torch.arange(tokens, device=ids.device)[None] * 7 % 1000
-            found.append(model(input_ids=some, past_key_values=cache, use_cache=True).logits.cpu())
+            found.append(model(input_ids=some, **cache_kwargs(model, cache), use_cache=True).logits.cpu())
             cache.crop(-tokens)
     return found
 

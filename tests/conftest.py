@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -17,7 +19,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tiercache.config import home_folder
 from tiercache.store.convert import convert
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Cards are for `pytest -m gpu` alone: everything else is about the CPU, and `device="auto"` would take a card."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
+    kernels = home_folder() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="tiercache-tests-"))  # a worker's own: stores of another are in nobody's way
+    (home / "kernels").symlink_to(kernels.resolve())  # compiling takes half a minute
+    os.environ["TIERCACHE_HOME"] = str(home)
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
 
 settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tiercache
 from policies.offload import tokens_below
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import UsageError
 from tiercache.kernels.select import select
 from tiercache.stats import Stats
@@ -28,7 +29,7 @@ def run(store: Path, **options: object) -> tuple[list[torch.Tensor], Stats]:
             logits = [output.logits]
             for place in range(4):
                 token = IDS[:, place : place + 1]
-                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                output = model(input_ids=token, **cache_kwargs(model, cache_out(output)), use_cache=True)
                 logits.append(output.logits)
             logits.append(model(input_ids=IDS).logits)
         return logits, model.tiercache.stats()
@@ -115,11 +116,11 @@ def test_interrupted_while_the_copies_are_given_up(plane_store: Callable[..., Pa
     want, _ = run(store)
     options = {"precision": "int4", "dram": "64MiB", "context": CONTEXT, "hbm": small(store), "cpu_tokens": 4}
     with tiercache.offload(store, **options) as model, torch.no_grad():
-        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        cache = cache_out(model(input_ids=IDS, use_cache=True))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CopyTicket, "cancel", interrupt)
             with pytest.raises(KeyboardInterrupt):  # this pass is to be multiplied below
-                model(input_ids=IDS[:, :1], past_key_values=cache, use_cache=True)
+                model(input_ids=IDS[:, :1], **cache_kwargs(model, cache), use_cache=True)
         for ids, logits in ((IDS, want[0]), (IDS[:, :2], None), (IDS, want[5])):
             got = model(input_ids=ids).logits
             assert logits is None or torch.equal(got, logits)

@@ -12,6 +12,7 @@ from test_drafted_decoding import NEW, PROMPT, Ends, Foreign, Oracle, drafting
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 
@@ -154,7 +155,7 @@ def test_scores_logits_and_cache_are_returned(model: Any, text: list[int], ids: 
     for name in ("scores", "logits"):
         ours, theirs = torch.cat(getattr(found, name)), torch.cat(getattr(plain, name))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert found.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert cache_out(found).get_seq_length() == cache_out(plain).get_seq_length()
 
 
 def test_left_padding(model: Any, text: list[int], ids: torch.Tensor) -> None:
@@ -178,7 +179,7 @@ def test_chunked_prefill(drafted: Any, text: list[int], ids: torch.Tensor) -> No
         {"num_return_sequences": 2, "do_sample": True},
         {"use_cache": False},
         {"output_hidden_states": True, "return_dict_in_generate": True},
-        {"past_key_values": "own"},
+        {"cache": "own"},
         {"cache_implementation": "static"},
     ],
 )
@@ -186,13 +187,14 @@ def test_what_cannot_be_drafted_for_runs_plainly_and_says_so(
     options: dict[str, Any], model: Any, text: list[int], ids: torch.Tensor, capsys: Any
 ) -> None:
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "eos_token_id": None} | options
-    if options.get("past_key_values"):
-        options["past_key_values"] = tf.DynamicCache(config=model.config)
+    own = options.pop("cache", None) is not None
+    if own:
+        options |= cache_kwargs(model, tf.DynamicCache(config=model.config))
     with drafting(model, [Oracle(text)], 16, show=True) as stats:
         torch.manual_seed(0)
         for _ in range(2):
             found = model.generate(ids, **options)
-            if "past_key_values" in options:
+            if own:
                 break
     assert stats.rounds == 0
     assert stats.plain_calls >= 1

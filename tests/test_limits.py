@@ -13,6 +13,7 @@ from architectures import save
 import tiercache
 from tiercache import errors
 from tiercache.bench.shapes import Shape, make_checkpoint, make_store
+from tiercache.compat import cache_out
 from tiercache.store.reader import Reader
 
 CONTEXT = 64
@@ -94,7 +95,7 @@ def test_context_is_a_limit_for_the_inner_model_and_for_positions(folder: Path) 
     with tiercache.offload(folder, dram="8MiB", context=12) as model:
         with pytest.raises(errors.ContextExceededError):
             model.model(input_ids=torch.arange(3, 20)[None])
-        cache = model.model(input_ids=IDS, use_cache=True).past_key_values
+        cache = cache_out(model.model(input_ids=IDS, use_cache=True))
         with pytest.raises(errors.ContextExceededError):
             model(IDS, None, None, cache)
         model(IDS[:, :2], None, None, cache)

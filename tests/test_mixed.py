@@ -12,6 +12,7 @@ from mixed_oracle import CONTEXT, Oracle, apart, calibration, mixed, orders
 
 import tiercache
 from policies.precision import Recipe
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.store.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,8 +39,8 @@ def stepwise(model: tf.PreTrainedModel, oracle: Oracle, ids: torch.Tensor) -> li
     got, want, found = None, None, []
     for token in ids.split(1, dim=1):
         with orders(model) as chosen, torch.no_grad():
-            got = model(token, past_key_values=got and got.past_key_values, use_cache=True)
-        want = oracle.logits(chosen, token, past_key_values=want and want.past_key_values, use_cache=True)
+            got = model(token, **cache_kwargs(model, got and cache_out(got)), use_cache=True)
+        want = oracle.logits(chosen, token, **cache_kwargs(model, want and cache_out(want)), use_cache=True)
         found.append(apart(got.logits, want.logits))
     return found
 

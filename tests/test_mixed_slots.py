@@ -18,6 +18,7 @@ from policies.neurons import Step
 from policies.precision import Recipe, exact_bytes
 from profiler import replay
 from profiler.trace import Trace
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.kernels.contract import SlotRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +54,7 @@ def decode(model: tf.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     found, output = [], None
     with torch.no_grad():
         for token in ids.split(1, dim=1):
-            output = model(token, past_key_values=output and output.past_key_values, use_cache=True)
+            output = model(token, **cache_kwargs(model, output and cache_out(output)), use_cache=True)
             found.append(output.logits)
     return torch.cat(found, dim=1)
 

@@ -13,6 +13,7 @@ from architectures import CONFIGS, build, save
 
 import tiercache
 from tiercache import planes, skeleton
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.select import select
 
@@ -50,7 +51,7 @@ def steps(model: tf.PreTrainedModel, ids: torch.Tensor = IDS) -> list[torch.Tens
         logits = [output.logits]
         for place in range(4):
             token = ids[:, place : place + 1]
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, **cache_kwargs(model, cache_out(output)), use_cache=True)
             logits.append(output.logits)
     return logits
 

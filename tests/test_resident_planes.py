@@ -20,6 +20,7 @@ import tiercache
 from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
 from tiercache import engine, needs, planes
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
@@ -186,8 +187,8 @@ def run(model: tf.PreTrainedModel, drafts: Sequence[int] = ()) -> Seen:
     before = iter((*drafts, 0, 0, 0, 0, 0))
     for ids in (IDS, *IDS[:, :3].split(1, dim=1), IDS):
         seen.drafts += [draft(model) for _ in range(next(before))]
-        output = model(ids, past_key_values=cache if ids.shape[1] == 1 else None, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids, **cache_kwargs(model, cache if ids.shape[1] == 1 else None), use_cache=True)
+        cache = cache_out(output)
         seen.exact.append(output.logits)
     model.tiercache.stats()
     return seen

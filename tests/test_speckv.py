@@ -8,6 +8,7 @@ import transformers as tf
 from torch.nn.functional import max_pool1d, pad
 
 import tiercache
+from tiercache.compat import cache_out
 from tiercache.decode.speckv import AHEAD, WINDOW, Observed, observing, scratch_bytes
 from tiercache.decode.treepass import TreeRun
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
@@ -177,14 +178,16 @@ def test_every_call_thins_its_own_prompt(prompt: torch.Tensor, thinned: list[tup
                 return_dict_in_generate=True,
             )
             assert out.sequences.shape == (1, 150 + tokens)
-            assert (out.past_key_values is None) == (tokens > 1), "what nobody could continue stays here"
+            assert (cache_out(out) is None) == (tokens > 1), "what nobody could continue stays here"
     assert [ahead for _, ahead, _ in thinned] == [0, 3, 3], "not after a single token; within room and depth"
 
 
 def test_a_padded_prompt_is_decoded_plainly(prompt: torch.Tensor) -> None:
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), prompt), dim=1)
-    text, stats = write(padded, drafter="ngram", speckv=64, lossless=False)
-    assert stats.drafting.plain_calls == 1
+    text, stats = write(padded, drafter="auto", speckv=64, lossless=False)
+    assert stats.drafting.plain_reasons == {"a padded prompt with speckv=": 1}
+    with pytest.raises(UsageError, match="a padded prompt with speckv="):
+        write(padded, drafter="ngram", speckv=64, lossless=False)
     assert text == write(padded)[0]
     assert write(padded, drafter="ngram", speckv=153, lossless=False)[1].drafting.plain_calls == 0, "it stays whole"
 

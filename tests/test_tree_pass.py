@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import tiercache
+from tiercache.compat import cache_kwargs
 from tiercache.decode import treepass
 from tiercache.decode.kv import TreeCache, TreeLayer, support
 from tiercache.decode.treepass import TreeRun
@@ -319,7 +320,9 @@ def test_the_cache_without_data() -> None:
     kept = TreeCache(capacity=40)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta")
     masks = {"full_attention": mask, "sliding_attention": mask}
-    there(input_ids=torch.zeros(1, 5, dtype=torch.long, device="meta"), attention_mask=masks, past_key_values=kept)
+    there(
+        input_ids=torch.zeros(1, 5, dtype=torch.long, device="meta"), attention_mask=masks, **cache_kwargs(there, kept)
+    )
     kept.keep(2, [0, 2])
     assert [tuple(layer.keys.shape) for layer in kept.layers] == [(1, 2, 40, 16)] * 3
     assert kept.get_seq_length() == 4
@@ -397,11 +400,10 @@ def test_chains_of_a_recurrent_model(name: str, padding: int, monkeypatch: pytes
         replays += len(passes) - before - parts - 1  # the oracle's one
         assert run.length == padding + len(text)
     assert replays == 1, "ten tokens were pending once, and got a pass of their own"
-    named = {"cache_params": run.cache}  # with the token that is pending
+    named = cache_kwargs(model, run.cache)  # with the token that is pending
     if name == "lfm2":
         shown = torch.tensor([[0] * padding + [1] * len(text) + [1]])
-        place = torch.tensor([[len(text)]])
-        named = {"past_key_values": run.cache, "attention_mask": shown, "position_ids": place}
+        named |= {"attention_mask": shown, "position_ids": torch.tensor([[len(text)]])}
     with torch.no_grad():
         more = model(input_ids=torch.tensor([[7]]), **named).logits[0]
     assert worst(more, plain(model, [*text, 7])[-1:]) < close

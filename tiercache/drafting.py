@@ -21,6 +21,7 @@ from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode import speckv
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
+from tiercache.decode.kv import support
 from tiercache.decode.team import Team
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, Needs
@@ -29,7 +30,7 @@ from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.errors import UsageError
+from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.model.rehearse import rehearse
 from tiercache.needs import Demand
 from tiercache.opening import Opened
@@ -122,10 +123,17 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     Raises:
         UsageError: nobody of that name, a model with another vocabulary, passes that have no room for a node, or a
             KV cache that cannot be thinned out.
-        StoreError, UnsupportedModelError: the small model's checkpoint is none, or tables are another model's.
+        StoreError: tables are another model's, or the small model's checkpoint is damaged.
+        UnsupportedModelError: a drafter that was asked for by name cannot be verified, or is no model.
     """
     if config.draft is None:
         return None
+    takes = support(opened.skeleton)
+    if takes.takes == "nothing" and config.draft.drafter != "auto":
+        raise UnsupportedModelError(
+            f"drafter={config.draft.drafter!r} cannot draft for this model, for {takes.reason}; open it without "
+            "drafter=, or with drafter='auto', which then decodes plainly"
+        )
     found, kept = _found(config, config.draft, opened), config.draft.speckv
     if kept is None:
         return found
@@ -204,7 +212,13 @@ def attach(
     slots = recruits.config.slots
     keep = recruits.config.speckv
     rule = rule_of(recruits.config)
-    drafting = DraftingGenerate(model, drafters, rule, config.context + 1, slots, keep=keep, show=show)
+    required, takes = recruits.config.drafter != "auto", support(model)
+    if takes.takes == "nothing":
+        note(f"decoding without drafting, for {takes.reason}", show=show)
+        drafters.stats.plain_reasons[takes.reason] = 0
+    drafting = DraftingGenerate(
+        model, drafters, rule, config.context + 1, slots, keep=keep, required=required, show=show
+    )
     stack.callback(drafting.close)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache import drafting
+from tiercache import compat, drafting
 from tiercache.attached import Attached, Resident
 from tiercache.budgeting import choose, divide
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
@@ -131,6 +131,7 @@ def _open(
     calibration: Calibration | None,
 ) -> transformers.PreTrainedModel:
     """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
+    compat.check_version()
     target = resolve_device(config.device)
     if target.type == "cuda":
         stack.callback(torch.cuda.empty_cache)  # the last to run: the card is as free as it was before
@@ -249,7 +250,7 @@ def resolve_device(name: str) -> torch.device:
         EnvironmentUnsupportedError: it is not there.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -258,6 +259,7 @@ def resolve_device(name: str) -> torch.device:
                 f"device={name!r}, but torch {torch.__version__} sees {count} GPUs; run 'tiercache doctor', or ask for "
                 "device='cpu'"
             )
+        torch.cuda.init()  # memory statistics are refused before it
         return torch.device("cuda", device.index or 0)
     return device
 

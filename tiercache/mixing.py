@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import transformers
-from transformers.activations import ACT2FN
 
 from policies import precision
 from policies.precision import TOP, Recipe, Sizes
 from profiler import replay
 from profiler.trace import Trace
+from tiercache.compat import ACT2FN
 from tiercache.config import OffloadConfig
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kernels.contract import Kernels

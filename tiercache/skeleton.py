@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
+from tiercache.compat import Conv1D
 from tiercache.errors import StoreError, UnsupportedModelError, permissions_named
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -119,7 +119,7 @@ class DraftStats:
         lossy: the name of what changes the output; empty where nothing does.
         rounds: passes of the target after the prompt's, and the tokens that they emitted.
         plain_rounds: of them, passes without a tree.
-        plain_calls: calls of `generate` that could not be drafted for.
+        plain_reasons: calls of `generate` that could not be drafted for, by the reason why.
         nodes: verified.
         accepted: nodes accepted.
         tried_by_depth, accepted_by_depth: how often a tree reached a depth below accepted nodes, and one was accepted.
@@ -135,7 +135,7 @@ class DraftStats:
     rounds: int = 0
     tokens: int = 0
     plain_rounds: int = 0
-    plain_calls: int = 0
+    plain_reasons: dict[str, int] = field(default_factory=dict)
     nodes: int = 0
     accepted: int = 0
     tried_by_depth: list[int] = field(default_factory=list)
@@ -177,6 +177,11 @@ class DraftStats:
                 del self.plain_passes_s[:_NEWEST]
 
     @property
+    def plain_calls(self) -> int:
+        """Calls of `generate` that could not be drafted for."""
+        return sum(self.plain_reasons.values())
+
+    @property
     def tokens_per_pass(self) -> float | None:
         """Tokens emitted by a pass of the target, its own one included."""
         return self.tokens / self.rounds if self.rounds else None
@@ -206,7 +211,14 @@ class DraftStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        rates = ("tokens_per_pass", "acceptance_by_depth", "tokens_per_s", "plain_tokens_per_s", "speed_up")
+        rates = (
+            "plain_calls",
+            "tokens_per_pass",
+            "acceptance_by_depth",
+            "tokens_per_s",
+            "plain_tokens_per_s",
+            "speed_up",
+        )
         kept = {name: value for name, value in asdict(self).items() if name != "plain_passes_s"}
         return kept | {name: getattr(self, name) for name in rates}
 

@@ -94,7 +94,8 @@ def _neuron_summary(neurons: dict[str, Any]) -> str:
 def _draft_summary(drafting: dict[str, Any]) -> str:
     who = " or ".join(drafting["drafters"])
     if not drafting["rounds"]:
-        return f"drafts by {who}: none, for nothing was decoded after the first token"
+        reasons = ", ".join(drafting["plain_reasons"]) or "nothing was decoded after the first token"
+        return f"drafts by {who}: none, for {reasons}"
     rates = " ".join(f"{rate:.2f}" for rate in drafting["acceptance_by_depth"][:_DEPTHS])
     faster = "" if drafting["speed_up"] is None else f"; {drafting['speed_up']:.2f} x the passes without a tree"
     return (

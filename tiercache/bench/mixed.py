@@ -21,6 +21,7 @@ import typer
 from tiercache.bench import shapes
 from tiercache.bench.cgroup import drop_caches, run_capped
 from tiercache.bench.untaught import untaught
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine import lend
 from tiercache.errors import TiercacheError
@@ -86,7 +87,7 @@ def measure(case: Case) -> dict[str, Any]:
         def token() -> float:
             ids = torch.randint(vocabulary, (1, 1), generator=generator)
             begin = time.perf_counter()
-            model(ids, past_key_values=output.past_key_values, use_cache=True).logits.sum().item()
+            model(ids, **cache_kwargs(model, cache_out(output)), use_cache=True).logits.sum().item()
             return time.perf_counter() - begin
 
         for _ in range(_WARM_UP):

@@ -15,6 +15,7 @@ from profiler import probe
 from tiercache import stats as stats_module
 from tiercache.bench import shapes
 from tiercache.bench.untaught import untaught
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, Precision, human
 from tiercache.engine import lend
 from tiercache.store.planestore import PlaneStore
@@ -158,13 +159,13 @@ def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float
         for _ in range(tokens):
             begin = time.perf_counter()
             token = output.logits[:, -1:].argmax(-1)  # waits for the device
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, **cache_kwargs(model, cache_out(output)), use_cache=True)
             output.logits.sum().item()
             seconds.append(time.perf_counter() - begin)
         for _ in range(2):
             begin = time.perf_counter()
             batch = ids.repeat(1, _BATCH_TOKENS // _PROMPT_TOKENS)
-            output = model(batch, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            output = model(batch, **cache_kwargs(model, cache_out(output)), use_cache=True, logits_to_keep=1)
             output.logits.sum().item()
             batch_s = time.perf_counter() - begin
     return seconds[0], seconds[1:], batch_s

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from tiercache import compat
 from tiercache.decode.kv import support
 from tiercache.decode.loop import DecodeLoop
 from tiercache.decode.request import Request
@@ -20,11 +20,13 @@ from tiercache.decode.team import Team
 from tiercache.decode.treepass import TreeRun
 from tiercache.decode.verify import Rule
 from tiercache.draft.noise import GumbelNoise
+from tiercache.errors import UsageError
 from tiercache.progress import note
 
 # Arguments of a forward that the loop gives itself, or that say nothing.
 _OURS = (
-    *("past_key_values", "cache_params", "cache_position", "attention_mask", "position_ids"),
+    *compat.CACHE_NAMES,
+    *("cache_position", "attention_mask", "position_ids"),
     *("use_cache", "logits_to_keep"),
     "tokenizer",  # of stop strings, which are among the criteria already
 )
@@ -43,6 +45,7 @@ class DraftingGenerate:
         limit: tokens that a sequence may have.
         slots: of the KV cache that a tree may take beside them.
         keep: tokens of a prompt whose keys and values are kept; None for all.
+        required: a call that cannot be drafted for is refused; else it is decoded plainly, counted and told once.
         show: whether notes may be printed.
     """
 
@@ -55,12 +58,13 @@ class DraftingGenerate:
         slots: int,
         *,
         keep: int | None = None,
+        required: bool = False,
         show: bool = True,
     ) -> None:
         self._model, self._team, self._rule, self._limit, self._slots = model, team, rule, limit, slots
-        self._keep, self._show, self._said = keep, show, set[str]()
+        self._keep, self._required, self._show = keep, required, show
         self._support = support(model)
-        self._class = cast(Any, model.__class__)
+        self.transformers_class = cast(Any, model.__class__)
         drafting = self
 
         def _sample(
@@ -76,20 +80,21 @@ class DraftingGenerate:
             given = (input_ids, logits_processor, stopping_criteria, generation_config)
             reason = drafting.refusal(input_ids, generation_config, synced_gpus, model_kwargs)
             if reason is not None:
-                drafting.say(reason)
+                drafting.do_without(reason)
                 return drafting.plain(self, *given, synced_gpus, streamer, **model_kwargs)
             return drafting.run(*given, streamer, model_kwargs)
 
-        self.plain = self._class._sample
-        body = {"_sample": _sample, "__module__": self._class.__module__, "__doc__": self._class.__doc__}
-        self.subclass = cast(Any, type(self._class.__name__, (self._class,), body))
+        loops = {name: _undrafted(self, name) for name in compat.other_loops(model)}
+        self.subclass = cast(Any, compat.sampling_class(model, {"_sample": _sample, **loops}))
+        self.plain = self.transformers_class._sample
         model.__class__ = self.subclass
 
     def close(self) -> None:
         """The model has its own class again; harmless when done twice."""
         if self._model.__class__ is self.subclass:
-            self._model.__class__ = self._class
-            del self.subclass._sample  # a class dies with the next collection of garbage alone, a drafter now
+            self._model.__class__ = self.transformers_class
+            for loop in ("_sample", *compat.other_loops(self._model)):
+                delattr(self.subclass, loop)  # a class dies with the next collection of garbage alone, a drafter now
 
     def refusal(
         self,
@@ -107,11 +112,9 @@ class DraftingGenerate:
             return "use_cache=False"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions and output_hidden_states"
-        for cache in (model_kwargs.get(name) for name in ("past_key_values", "cache_params")):
-            if cache is None:
-                continue
-            if getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0:
-                return "a KV cache of the caller's own"
+        given = (model_kwargs.get(name) for name in compat.CACHE_NAMES)
+        if any(cache is not None and compat.is_callers_own(cache) for cache in given):
+            return "a KV cache of the caller's own"
         if config.cache_implementation not in (None, "dynamic"):
             return f"cache_implementation={config.cache_implementation!r}"
         others = sorted(name for name, value in model_kwargs.items() if name not in _OURS and value is not None)
@@ -124,12 +127,21 @@ class DraftingGenerate:
             return "a padded prompt with speckv="
         return None
 
-    def say(self, reason: str) -> None:
-        """Once for each reason: drafting is off."""
-        self._team.stats.plain_calls += 1
-        if reason not in self._said:
-            self._said.add(reason)
+    def do_without(self, reason: str) -> None:
+        """Count a call that cannot be drafted for, and say so once for each reason.
+
+        Raises:
+            UsageError: the drafter was asked for by name.
+        """
+        if self._required:
+            raise UsageError(
+                f"this call cannot be drafted for, because of {reason}; leave that out, or open the model with "
+                "drafter='auto', which then decodes plainly, or without a drafter"
+            )
+        reasons = self._team.stats.plain_reasons
+        if reason not in reasons:
             note(f"decoding without drafting, which this call does not take: {reason}", show=self._show)
+        reasons[reason] = reasons.get(reason, 0) + 1
 
     def run(
         self,
@@ -164,7 +176,16 @@ class DraftingGenerate:
         if not config.return_dict_in_generate:
             return request.text.clone()
         parts: dict[str, Any] = {"sequences": request.text.clone()}
-        parts |= {} if run.thinned else {"past_key_values": run.cache}
         parts |= {"scores": tuple(request.scores)} if request.keep_scores else {}
         parts |= {"logits": tuple(request.logits)} if request.keep_logits else {}
-        return GenerateDecoderOnlyOutput(**parts)
+        return compat.generation_output(None if run.thinned else run.cache, **parts)
+
+
+def _undrafted(drafting: DraftingGenerate, name: str) -> Callable[..., Any]:
+    """A decoding loop of transformers that nobody drafts for: beam search, an assistant model of the caller's."""
+
+    def loop(self: Any, *arguments: Any, **named: Any) -> Any:
+        drafting.do_without(name.strip("_").replace("_", " "))
+        return getattr(drafting.transformers_class, name)(self, *arguments, **named)
+
+    return loop

@@ -14,14 +14,17 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import (
+
+from tiercache.compat import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    attention_of,
+    cache_argument,
+    is_stateful,
 )
-
 from tiercache.errors import ContextExceededError, UsageError
 
 # Recurrent and hybrid models of transformers of which a pass of several tokens was seen to go on from their state.
@@ -192,10 +195,10 @@ def support(model: transformers.PreTrainedModel) -> Support:
     """What a causal language model can verify in one pass, from its configuration and forward alone."""
     config = model.config.get_text_config(decoder=True)
     accepts = inspect.signature(model.forward).parameters
-    if model.config.is_encoder_decoder or not {"past_key_values", "cache_params"} & accepts.keys():
+    if model.config.is_encoder_decoder or cache_argument(model) is None:
         return Support("nothing", f"{type(model).__name__} is no decoder with a KV cache")
     special = [layer for layer in DynamicCache(config=config).layers if _is_special(layer)]
-    if special or getattr(model, "_is_stateful", False) or hasattr(config, "layers_block_type"):
+    if special or is_stateful(model) or hasattr(config, "layers_block_type"):
         # `record_past` came to transformers' layers along with passes of several tokens that go on from a state.
         if config.model_type in _CONTINUING and all(hasattr(layer, "record_past") for layer in special):
             return Support("chains", "it keeps a state that holds no single tokens", recurrent=True)
@@ -225,8 +228,8 @@ def _against_trees(config: transformers.PretrainedConfig, positions: bool) -> st
         return "its local attention goes by the slots of the KV cache"
     if kinds:
         return f"it has layers of kind {', '.join(sorted(kinds))}, whose masks go by slot"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention by {config._attn_implementation} takes no masks of trees; load it with sdpa"
+    if attention_of(config) not in ("sdpa", "eager"):
+        return f"attention by {attention_of(config)} takes no masks of trees; load it with sdpa"
     return ""
 
 

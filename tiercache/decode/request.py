@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import logits_process
+
+from tiercache.compat import logits_process
 
 # Processors that look at each row's own tokens and logits and nothing else, so that a drafter may ask them of any
 # node; the others (guidance by a second pass, prefix functions, the user's own) are the verifier's alone.

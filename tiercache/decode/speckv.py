@@ -17,10 +17,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.functional import max_pool1d
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 
+from tiercache.compat import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    attention_by,
+    attention_of,
+    sdpa_attention_forward,
+    sdpa_mask,
+    supports_attention_functions,
+)
 from tiercache.decode.kv import support
 
 WINDOW = 32  # newest tokens, which are kept and look at the others
@@ -75,9 +81,9 @@ def refusal(model: transformers.PreTrainedModel) -> str | None:
     if takes.takes != "trees":
         return takes.reason
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != "sdpa":
-        return f"attention by {config._attn_implementation} cannot be looked at, only by sdpa"
-    if not getattr(model, "_supports_attention_backend", False):
+    if attention_of(config) != "sdpa":
+        return f"attention by {attention_of(config)} cannot be looked at, only by sdpa"
+    if not supports_attention_functions(model):
         return f"{type(model).__name__} does not attend by transformers' interface of functions"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or (getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None)):
@@ -89,13 +95,11 @@ def refusal(model: transformers.PreTrainedModel) -> str | None:
 def observing(model: transformers.PreTrainedModel, prefix: int) -> Iterator[Observed]:
     """Passes of `model` in this thread are looked at within."""
     seen = Observed(prefix)
-    config = model.config.get_text_config(decoder=True)
-    before, token = config._attn_implementation, _looking.set(seen)
-    config._attn_implementation = _NAME
+    token = _looking.set(seen)
     try:
-        yield seen
+        with attention_by(model.config.get_text_config(decoder=True), _NAME):
+            yield seen
     finally:
-        config._attn_implementation = before
         _looking.reset(token)
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from tiercache import skeleton
+from tiercache.compat import DynamicCache, attention_of, cache_kwargs
 from tiercache.decode import speckv
 from tiercache.decode.kv import Rewind, TreeCache, support
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
@@ -58,7 +58,6 @@ class TreeRun:
         config = model.config.get_text_config(decoder=True)
         accepts = inspect.signature(model.forward).parameters
         self._model = model
-        self._cache_name = "past_key_values" if "past_key_values" in accepts else "cache_params"
         self._with_positions = "position_ids" in accepts
         self._cache: Any = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
         self._masks = _Masks(config, model.dtype, model.device, _hidden(padding, model.device))
@@ -281,7 +280,7 @@ class TreeRun:
         wanted: int | Tensor = keep
         if rows is not None:
             wanted = torch.tensor(rows, device=ids.device) + (ids.shape[1] - keep)
-        named: dict[str, Any] = {self._cache_name: self._cache}
+        named = cache_kwargs(self._model, self._cache)
         if self._with_positions:
             named["position_ids"] = positions
         with torch.no_grad():
@@ -311,7 +310,7 @@ class _Masks:
         self._hidden, self._dtype = hidden, dtype
         self._window: int | None = window if "sliding_attention" in kinds else None
         self._mixed = len(kinds) > 1
-        self._additive = config._attn_implementation == "eager"
+        self._additive = attention_of(config) == "eager"
 
     def causal(self, start: int, end: int) -> tuple[Tensor | None, Tensor]:
         """For the slots from `start` to `end`: the model's own 2-D mask [1, end], and positions [1, end - start]."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch.utils.hooks import RemovableHandle
 
+from tiercache.compat import cache_in
 from tiercache.errors import ClosedError, ContextExceededError, UsageError
 from tiercache.stats import Stats
 
@@ -171,8 +172,8 @@ def _shape(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, i
         ids = named.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor):
         return 0, 0, 0  # the model will say what it lacks
-    cache = named.get("past_key_values", arguments[3] if len(arguments) > 3 else None)
-    past = int(cache.get_seq_length()) if isinstance(cache, transformers.Cache) else 0
+    cache = cache_in(arguments, named)
+    past = 0 if cache is None else int(cache.get_seq_length())
     return ids.shape[0], ids.shape[1], past
 
 

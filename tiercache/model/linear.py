@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from tiercache.compat import Conv1D
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.planes import Planes

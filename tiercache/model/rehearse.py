@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import UnsupportedModelError
 
 
@@ -90,10 +91,12 @@ def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, 
     mask = torch.ones(1, held + tokens, dtype=torch.long, device="meta")
     counter = _LiveBytes(model, _cached(cache))
     with torch.no_grad(), _PlainAttention(), counter:
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=logits)
-    if output.past_key_values is None:
+        given = cache_kwargs(model, cache)
+        output = model(input_ids=ids, attention_mask=mask, **given, use_cache=True, logits_to_keep=logits)
+    kept = cache_out(output)
+    if kept is None:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no KV cache; use a decoder-only model")
-    return output.past_key_values, counter.peak
+    return kept, counter.peak
 
 
 def cache_bytes(cache: Any) -> int:

@@ -16,10 +16,9 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from tiercache import skeleton
+from tiercache.compat import WeightRenaming, get_model_conversion_mapping
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
 from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
 

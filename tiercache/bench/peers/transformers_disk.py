@@ -22,6 +22,7 @@ import transformers
 from torch import nn
 
 from tiercache.bench.peers import PeerReport, Step, time_decode
+from tiercache.compat import cache_kwargs
 
 
 def main() -> None:
@@ -123,7 +124,7 @@ def greedy_step(model: transformers.PreTrainedModel) -> Step:
     cache = transformers.DynamicCache(config=model.config)
 
     def step(token_ids: Sequence[int]) -> int:
-        logits = model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(torch.tensor([token_ids]), **cache_kwargs(model, cache), use_cache=True, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
 
     return step
