@@ -322,7 +322,7 @@ def test_sums_do_not_depend_on_how_many_tokens_are_worked_on_at_a_time(llama: Si
         shutil.copytree(llama.folder, folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collect, "_SLICE", size)
-            patch.setattr(collect, "_ORDERED", 1024)  # every other token, or so
+            patch.setattr(collect, "_ORDERED", 16)  # every other token
             found.append(collected(folder))
     assert found[0]["ordered"][0] < found[0]["tokens"][0]
     for name, values in found[0].items():
@@ -356,17 +356,41 @@ def breaking(broken: Callable[[Measurer, Any], bool]) -> Iterator[None]:
     """Whose logits are NaN from here on."""
     true = Measurer.mixed
 
-    def mixed(measurer: Measurer, recipes: Any, kept: Any) -> Any:
+    def mixed(measurer: Measurer, recipes: Any, kept: Any, windows: int | None) -> Any:
         if not broken(measurer, recipes):
-            return true(measurer, recipes, kept)
+            return true(measurer, recipes, kept, windows)
         with pytest.MonkeyPatch.context() as patch:
             run = Measurer._run
             patch.setattr(Measurer, "_run", lambda self, window: run(self, window) * math.nan)
-            return true(measurer, recipes, kept)
+            return true(measurer, recipes, kept, windows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Measurer, "mixed", mixed)
         yield
+
+
+def test_halving_measures_much_on_little_text_and_little_on_much(
+    llama: SimpleNamespace, tmp_path: Path, few: None
+) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(llama.folder, folder)
+    asked: list[tuple[int | None, Any]] = []
+    true = Measurer.mixed
+
+    def mixed(measurer: Measurer, recipes: Any, kept: Any, windows: int | None) -> Any:
+        asked.append((windows, recipes))
+        return true(measurer, recipes, kept, windows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measurer, "mixed", mixed)
+        patch.setattr(running, "_PIECE", 8)
+        calibrate(folder, TEXT, **{**SMALL, "measure_tokens": 96})
+    settings = Calibration.load(PlaneStore.open(folder)).settings
+    exact = [uniform(rung, 2, 3) for rung in (1, 2, 3)]
+    by_round = {pieces: [r for p, r in asked if p == pieces and r not in exact] for pieces in (1, 3, 9, 12)}
+    assert len(by_round[1]) > 2 * len(by_round[3]) >= 2 * len(by_round[9])
+    assert {one.recipes for one in settings} <= set(by_round[12]) | set(exact)
+    assert len(by_round[12]) <= len(settings), "the whole text is for the winners alone"
 
 
 def test_a_setting_that_breaks_the_model_is_never_chosen(llama: SimpleNamespace, tmp_path: Path, few: None) -> None:

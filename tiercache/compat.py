@@ -67,6 +67,7 @@ __all__ = [
     "check_version",
     "generation_output",
     "get_model_conversion_mapping",
+    "gguf_options",
     "is_callers_own",
     "is_stateful",
     "logits_process",
@@ -81,6 +82,12 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Every name that the KV cache has had as an argument, the newest first."""
 
 _LOOPS = ("_sample", "_beam_search", "_assisted_decoding")  # the decoding loops that `generate` looks up on the class
+
+
+def gguf_options() -> dict[str, Any]:
+    """What `from_pretrained(gguf_file=...)` needs to make plain weights; newer transformers keep the file's blocks."""
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def check_version(version: str = transformers.__version__) -> None:

@@ -74,11 +74,11 @@ class Measurer:
         with self._model.tiercache.passes("exact"):
             return self._pass(kept.put, None)
 
-    def mixed(self, recipes: Sequence[Recipe], kept: KeptLogits) -> Measured:
-        """Each token's neurons chosen."""
+    def mixed(self, recipes: Sequence[Recipe], kept: KeptLogits, windows: int | None = None) -> Measured:
+        """Each token's neurons chosen, in the first `windows` windows; in all of them where it is None."""
         self._set(recipes)
         with self._model.tiercache.every_token():
-            return self._pass(None, kept)
+            return self._pass(None, kept, windows)
 
     def trace(self, recipes: Sequence[Recipe], tokens: int, most_bytes: int) -> dict[str, np.ndarray]:
         """The neurons that tokens from the middle of windows want of planes above the ranking's, by block.
@@ -140,11 +140,13 @@ class Measurer:
         logits: Tensor = self._model(input_ids=window[None].to(self._model.device), use_cache=False).logits[0]
         return logits
 
-    def _pass(self, put: Callable[[Tensor], None] | None, kept: KeptLogits | None) -> Measured:
+    def _pass(
+        self, put: Callable[[Tensor], None] | None, kept: KeptLogits | None, windows: int | None = None
+    ) -> Measured:
         total = Score()
         if kept is not None:
             kept.rewind()
-        for window in self._windows:
+        for window in self._windows[:windows]:
             logits = self._run(window)[:-1]
             for rows, targets in zip(logits.split(_ROWS), window[1:].split(_ROWS), strict=True):
                 here = rows.cpu()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 _WIDTH = 118
+_OF_70B = 80 * 3 * 28672 * 8192  # weights of a 70B's feed-forward blocks
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -104,5 +105,16 @@ def _last(result: Mapping[str, Any]) -> str:
     text = result["text"]
     return (
         f"{result['store']} is calibrated on {text['tokens']} tokens of {text['name']} in {result['seconds']:.0f} s; "
-        f"its exact perplexity there is {result['exact_perplexity']:.4f}"
+        f"its exact perplexity there is {result['exact_perplexity']:.4f}\n{_cost(result)}"
+    )
+
+
+def _cost(result: Mapping[str, Any]) -> str:
+    """What a layer took, and by that what well-known shapes would take on this machine, at as many tokens."""
+    weights = result["neurons"] * result["neuron_weights"]
+    each = result["seconds"] / (result["blocks"] * weights)
+    hours = [f"{name} {each * of / 3600:.1f} h" for name, of in (("7B", 32 * 3 * 11008 * 4096), ("70B", _OF_70B))]
+    return (
+        f"{result['seconds'] / result['blocks']:.1f} s a layer of {weights / 1e6:.2f}M weights; by its weights "
+        f"{' and '.join(hours)}, less where layers are larger"
     )

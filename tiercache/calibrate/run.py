@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
-from policies import precision
 from policies.precision import RUNGS, TOP, Recipe
 from tiercache import mixing
 from tiercache.calibrate import predictors, replays
@@ -36,6 +36,8 @@ Rest = Literal["int8", "int4"]
 _TRACED = 64
 _TRACE_BYTES, _TRACES_BYTES = 16 << 20, 256 << 20  # of one setting, of all together
 _PREDICTOR_BYTES = 384 << 20
+_PIECE = 64  # tokens of a pass in which settings are measured
+_BETTER = 3  # each further round has so many times more pieces, and so many times fewer settings
 _UNIFORM = {RUNGS[rung]: rung for rung in range(TOP, 0, -1)}
 
 
@@ -69,10 +71,7 @@ class Run:
     def __init__(self, store: PlaneStore, text: Text, options: Options, journal: Journal) -> None:
         self._store, self._text, self._options, self._journal = store, text, options, journal
         self._windows = text.windows(options.window)
-        whole = [window for window in self._windows if len(window) == len(self._windows[0])]
-        count = max(1, options.measure_tokens // options.window)
-        at = np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int)
-        self._measured = [whole[place] for place in at]
+        self._measured = _spread(text.windows(min(_PIECE, options.window)), options.measure_tokens)
         records = store.blocks()
         self._inward = records[0].parts - 1 if records else 1
         self._layers, self._neurons = len(records), records[0].rows if records else 0
@@ -154,15 +153,12 @@ class Run:
     def _settings(self, forecast: Forecast) -> list[Setting]:
         """Measure what is worth it and keep the best of each share and rank, with a trace of each."""
         tries = forecast.tried()
-        ways = {f"measured/{one.key}": one.recipes for one in tries}
-        for name, rung in _UNIFORM.items():
-            ways[f"uniform/{name}"] = uniform(rung, self._inward, self._layers)
-        missing = {key: recipes for key, recipes in ways.items() if self._journal.plain(key) is None}
-        if missing:
-            self._measure(missing, len(ways))
+        if self._journal.plain("kept") is None:
+            self._measure(tries)
         self._keep_uniform(forecast)
-        kept = self._best(tries)
-        exact = self._journal.plain("exact")
+        keys = set(self._journal.plain("kept"))
+        kept = list({(one.share, one.rank): one for one in tries if one.key in keys}.values())
+        exact, last = self._journal.plain("exact"), len(self._measured)
         self._trace(kept)
         return [
             Setting(
@@ -171,45 +167,23 @@ class Run:
                 recipes=one.recipes,
                 read_bytes=forecast.read_bytes(one.recipes),
                 exact_perplexity=exact["perplexity"],
-                **self._journal.plain(f"measured/{one.key}"),
+                **self._journal.plain(f"measured/{last}/{one.key}"),
             )
             for one in kept
         ]
 
-    def _best(self, tries: list[Try]) -> list[Try]:
-        """Of each share and rank the one that the objective prefers; what is not finite is nobody's preference.
-
-        Raises:
-            StoreError: nothing is finite.
-        """
-        found = {one.key: Measured(**self._journal.plain(f"measured/{one.key}")) for one in tries}
-        ways: dict[tuple[float, int], list[Try]] = {}
-        for one in tries:
-            if found[one.key].finite:
-                ways.setdefault((one.share, one.rank), []).append(one)
-        if not ways:
-            raise StoreError(
-                f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
-                f"tiercache quality {self._store.folder}"
-            )
-        by_loss = self._options.objective == "loss"
-        return [
-            precision.search(each, lambda one: found[one.key].kl if by_loss else found[one.key].entropy)[0]
-            for each in ways.values()
-        ]
-
-    def _measure(self, missing: dict[str, Recipes], total: int) -> None:
-        """Every way that is missing; the exact model's logits first, for they are not kept beyond a run."""
+    def _measure(self, tries: list[Try]) -> None:
+        """Find the best of each share and rank; the exact model's logits first, for they are not kept beyond a run."""
         config = self._store.config.get_text_config()
         rest = self._options.precision
-        with room(self._store.folder, self._measured, config.vocab_size, self._store.dtype.itemsize) as kept:
+        with room(self._store.folder, self._measured, config.vocab_size, self._store.dtype.itemsize) as logits:
             with self._open("int8", self._sums()) as model:
-                self._keep_exact(model, kept)
+                self._keep_exact(model, logits)
                 if rest == "int8":
-                    self._measure_with(model, kept, missing, total)
+                    self._halve(model, logits, tries)
             if rest != "int8":
                 with self._open(rest, self._sums()) as model:
-                    self._measure_with(model, kept, missing, total)
+                    self._halve(model, logits, tries)
 
     def _keep_exact(self, model: Any, kept: KeptLogits) -> None:
         with self._bar("the exact model on the text", model.tiercache, len(self._measured), 0) as after:
@@ -222,14 +196,61 @@ class Run:
         if self._journal.plain("exact") is None:
             self._journal.put(plain={"exact": asdict(exact)})
 
-    def _measure_with(self, model: Any, kept: KeptLogits, missing: dict[str, Recipes], total: int) -> None:
-        done, passes = total - len(missing), len(self._measured)
-        with self._bar(f"measuring {total} settings", model.tiercache, total * passes, done * passes) as after:
+    def _halve(self, model: Any, logits: KeptLogits, tries: list[Try]) -> None:
+        """Successive halving: every try on a little text, the better ones of each share and rank on more of it.
+
+        Raises:
+            StoreError: nothing is finite.
+        """
+        groups: dict[tuple[float, int], list[Try]] = {}
+        for one in tries:
+            groups.setdefault((one.share, one.rank), []).append(one)
+        rounds = _rounds(len(self._measured))
+        counts = [sum(len(_left(group, place)) for group in groups.values()) for place in range(len(rounds))]
+        passes = len(_UNIFORM) * rounds[-1] + sum(n * pieces for n, pieces in zip(counts, rounds, strict=True))
+        with self._bar(f"measuring {len(tries)} settings", model.tiercache, passes, 0) as after:
             measurer = Measurer(model, model.tiercache.mixed.blocks, self._measured, after)
-            for key, recipes in missing.items():
-                found: Measured = measurer.mixed(recipes, kept)
-                self._journal.put(plain={key: asdict(found)})
-                note(f"{described(recipes)}: KL {found.kl:.5f} nats a token", show=self._options.show_progress)
+            for name, rung in _UNIFORM.items():
+                recipes = uniform(rung, self._inward, self._layers)
+                self._measured_with(measurer, logits, f"uniform/{name}", recipes, rounds[-1])
+            for place, pieces in enumerate(rounds):
+                for group in groups.values():
+                    if len(group) == 1 and place + 1 < len(rounds):
+                        continue  # it is the best already
+                    found: dict[str, Measured] = {}
+                    for one in group:
+                        key = f"measured/{pieces}/{one.key}"
+                        found[one.key] = self._measured_with(measurer, logits, key, one.recipes, pieces)
+                    group.sort(key=lambda one, found=found: self._objective(found[one.key]))  # type: ignore[misc]
+                    finite = [one for one in group if found[one.key].finite]
+                    group[:] = _left(finite, 1) if place + 1 < len(rounds) else finite[:1]
+        kept = [one.key for group in groups.values() for one in group]
+        if not kept:
+            raise StoreError(
+                f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
+                f"tiercache quality {self._store.folder}"
+            )
+        self._journal.put(plain={"kept": kept})
+
+    def _objective(self, found: Measured) -> float:
+        """What is to be small; what is not finite is nobody's preference."""
+        value = found.kl if self._options.objective == "loss" else found.entropy
+        return value if found.finite else math.inf
+
+    def _measured_with(
+        self, measurer: Measurer, logits: KeptLogits, key: str, recipes: Recipes, pieces: int
+    ) -> Measured:
+        """What some recipes lose on the first `pieces` pieces of the text, from the journal or now."""
+        known = self._journal.plain(key)
+        if known is not None:
+            return Measured(**known)
+        found = measurer.mixed(recipes, logits, pieces)
+        self._journal.put(plain={key: asdict(found)})
+        note(
+            f"{described(recipes)}: KL {found.kl:.5f} nats a token, on {pieces} of {len(self._measured)} pieces",
+            show=self._options.show_progress,
+        )
+        return found
 
     def _keep_uniform(self, forecast: Forecast) -> None:
         each = {
@@ -333,6 +354,7 @@ class Run:
             **{name: meta[name] for name in ("model", "precision", "objective", "text", "seconds", "uniform")},
             "blocks": self._layers,
             "neurons": self._neurons,
+            "neuron_weights": (self._inward + 1) * self._store.blocks()[0].columns,
             "measured_tokens": sum(len(window) - 1 for window in self._measured),
             "exact_perplexity": self._journal.plain("exact")["perplexity"],
             **summing.means(sums, self._inward),
@@ -357,3 +379,29 @@ class Run:
 def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
     """None for what is not finite, which JSON cannot say."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def _spread(pieces: list[Tensor], tokens: int) -> list[Tensor]:
+    """Whole pieces of about so many tokens from all over the text, in an order whose beginning is from all over it."""
+    whole = [piece for piece in pieces if len(piece) == len(pieces[0])]
+    count = min(max(1, tokens // len(pieces[0])), len(whole))
+    at = np.linspace(0, len(whole) - 1, count).round().astype(int)
+    order = np.random.default_rng(0).permutation(count)
+    return [whole[at[place]] for place in order]
+
+
+def _rounds(pieces: int) -> list[int]:
+    """How many pieces each round of the halving has; all of them in the last."""
+    found, some = [], 1
+    while some < pieces:
+        found.append(some)
+        some *= _BETTER
+    return [*found, pieces]
+
+
+def _left(group: list[Try], rounds: int) -> list[Try]:
+    """Those of a group that are left after so many rounds but the last, the best first."""
+    count = len(group)
+    for _ in range(rounds):
+        count = -(-count // _BETTER)
+    return group[:count]

@@ -41,15 +41,15 @@ def measure(model_file: Path, num_tokens: int, threads: int, *, repack: bool, ba
 
     started_s = time.perf_counter()
     llama_cpp.llama_backend_init()
-    model = _load(llama_cpp, model_file, repack)
+    model = load(llama_cpp, model_file, repack=repack)
     widest = len(BATCH_IDS) if batch else len(PROMPT_IDS)
-    context = _context(llama_cpp, model, len(PROMPT_IDS) + num_tokens + 2 * widest, threads, widest)
+    context = context_of(llama_cpp, model, len(PROMPT_IDS) + num_tokens + 2 * widest, threads, widest)
     load_s = time.perf_counter() - started_s
     try:
         return time_decode(
             "llama.cpp",
             llama_cpp.__version__,
-            _greedy_step(llama_cpp, model, context),
+            greedy_step(llama_cpp, model, context),
             num_tokens=num_tokens,
             load_s=load_s,
             settings=f"mmap, {'repacked' if repack else 'not repacked'}, {threads} threads",
@@ -60,7 +60,8 @@ def measure(model_file: Path, num_tokens: int, threads: int, *, repack: bool, ba
         llama_cpp.llama_model_free(model)
 
 
-def _load(llama_cpp: Any, model_file: Path, repack: bool) -> int:
+def load(llama_cpp: Any, model_file: Path, *, repack: bool) -> int:
+    """Map a model; `repack` lets llama.cpp copy its weights into a layout of its own."""
     params = llama_cpp.llama_model_default_params()
     _set(params, n_gpu_layers=0, load_mode=llama_cpp.LLAMA_LOAD_MODE_MMAP, use_extra_bufts=repack)
     model = llama_cpp.llama_model_load_from_file(str(model_file).encode(), params)
@@ -69,7 +70,7 @@ def _load(llama_cpp: Any, model_file: Path, repack: bool) -> int:
     return int(model)
 
 
-def _context(llama_cpp: Any, model: int, num_positions: int, threads: int, batch: int) -> int:
+def context_of(llama_cpp: Any, model: int, num_positions: int, threads: int, batch: int) -> int:
     """A context for passes of at most `batch` tokens: the buffers for logits and activations grow with it."""
     params = llama_cpp.llama_context_default_params()
     _set(params, n_ctx=num_positions, n_batch=batch, n_ubatch=batch, n_threads=threads, n_threads_batch=threads)
@@ -93,7 +94,7 @@ def _set(params: ctypes.Structure, **values: int) -> None:
         setattr(params, name, value)
 
 
-def _greedy_step(llama_cpp: Any, model: int, context: int) -> Step:
+def greedy_step(llama_cpp: Any, model: int, context: int) -> Step:
     """A step over llama.cpp's own KV cache; positions count on by themselves."""
     vocabulary_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 

@@ -1,0 +1,1 @@
+"""`make real`: a real model, real text and real prompts, in one table."""

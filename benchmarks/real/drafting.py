@@ -1,0 +1,116 @@
+"""Each drafter over the instructions, turn about with plain decoding: tokens a pass, acceptance, tokens a second.
+
+Every way of decoding is open at once and writes each answer in its turn, since a shared machine's speed changes within
+minutes. Greedy answers are compared token by token with plain decoding's; in bf16 ties may fall either way.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiercache.bench.drafting_lane import PLAIN, Cell, Entry, Lane, Sample, Setting, lane
+from tiercache.errors import DoesNotFitError
+from tiercache.progress import note
+
+DRAFTERS = ("ngram", "resident", "auto")
+TEMPERATURES = (0.0, 0.8)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weights lie.
+
+    Attributes:
+        name: as the table has it.
+        hbm: budget of the HBM tier; None for none.
+        link_gbps: of the emulated link to it.
+    """
+
+    name: str
+    hbm: str | None = None
+    link_gbps: float | None = None
+
+
+PLACES = (
+    Place("all in DRAM"),
+    # about half of int8's bytes stream; 0.4 GB/s is to this processor's products what PCIe 4 is to a 3090's memory
+    Place("over a link of 0.4 GB/s (emulated), hbm=110MiB", "110MiB", 0.4),
+)
+
+
+def contest(store: Path, prompts: Sequence[Sequence[int]], tokens: int, *, threads: int) -> list[dict[str, Any]]:
+    """Rows of every place, temperature and drafter.
+
+    Args:
+        store: plane store of the model; its int8 is the target.
+        prompts: token ids.
+        tokens: of an answer at most.
+        threads: of torch, for the log alone.
+    """
+    rows = []
+    for place in PLACES:
+        for temperature in TEMPERATURES:
+            cells = [Cell(prompt=tuple(ids), temperature=temperature, seed=n) for n, ids in enumerate(prompts)]
+            rows += _rows(store, place, cells, tokens)
+            note(f"drafters, {place.name}, T={temperature:g}: done on {threads} threads", show=True)
+    return rows
+
+
+def _rows(store: Path, place: Place, cells: Sequence[Cell], tokens: int) -> list[dict[str, Any]]:
+    context = max(len(cell.prompt) for cell in cells) + tokens
+    places: dict[str, Any] = {"hbm": place.hbm, "dram": "2GiB", "link_gbps": place.link_gbps, "context": context}
+    setting = Setting(name=store.name, store=str(store), **places)
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        lanes: dict[str, Lane] = {}
+        for name in (PLAIN, *DRAFTERS):
+            try:
+                lanes[name] = stack.enter_context(lane(setting, Entry(drafter=name)))
+            except DoesNotFitError as error:
+                rows.append(_left_out(place, cells[0].temperature, name, str(error)))
+        samples: dict[str, list[Sample]] = {name: [] for name in lanes}
+        for each in lanes.values():
+            each.warm(cells[0], tokens)
+        for cell in cells:
+            for name, each in lanes.items():
+                samples[name].append(each.run(cell, tokens))
+        accounts = {name: each.account()["drafting"] for name, each in lanes.items()}
+    plain = _rate(samples[PLAIN])
+    return rows + [_row(place, cells[0].temperature, name, samples, accounts[name], plain) for name in lanes]
+
+
+def _row(
+    place: Place,
+    temperature: float,
+    name: str,
+    samples: dict[str, list[Sample]],
+    account: dict[str, Any] | None,
+    plain: float,
+) -> dict[str, Any]:
+    own = samples[name]
+    written, passes = sum(each.tokens for each in own), sum(each.passes for each in own)
+    same = [a.text == b.text for a, b in zip(own, samples[PLAIN], strict=True)]
+    return {
+        "place": place.name,
+        "temperature": temperature,
+        "drafter": name,
+        "tokens": written,
+        "tokens_per_pass": written / max(1, passes),
+        "tokens_per_s": _rate(own),
+        "speed_up": _rate(own) / plain,
+        "acceptance_by_depth": [] if account is None else account["acceptance_by_depth"],
+        "plain_rounds": None if account is None else account["plain_rounds"] / max(1, account["rounds"]),
+        "same_texts": f"{sum(same)}/{len(same)}" if temperature == 0 else None,
+    }
+
+
+def _left_out(place: Place, temperature: float, name: str, reason: str) -> dict[str, Any]:
+    return {"place": place.name, "temperature": temperature, "drafter": name, "refused": reason}
+
+
+def _rate(samples: Sequence[Sample]) -> float:
+    """Tokens a second behind the first of each text."""
+    seconds = sum(each.seconds for each in samples)
+    return sum(each.tokens for each in samples) / seconds if seconds else 0.0
