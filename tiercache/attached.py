@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import get_args
 
+from policies.types import Key
 from profiler.replay import Row
 from profiler.trace import Trace
 from tiercache.errors import UsageError
@@ -54,6 +55,11 @@ class Attached:
         self.plan, self.rehearsal, self.mixed, self.resident = made, asked.rehearsal, mixed, resident
         self._asked, self._stats, self._refresh = asked, stats, refresh
 
+    @property
+    def payload(self) -> dict[Key, int]:
+        """Bytes of each unit's weights, without padding."""
+        return dict(self._asked.payload)
+
     def stats(self) -> Stats:
         """The account so far."""
         self._refresh(self._stats)
@@ -64,7 +70,7 @@ class Attached:
 
         Where there are resident passes of a model that is run exactly, also what one of them reads, as "resident".
         """
-        payload = self._asked.payload
+        payload = self.payload
         neurons = set() if self.mixed is None else self.mixed.units
         needed = sum(payload[key] for key in self._asked.needs.order if key not in neurons)
         found = {

@@ -39,24 +39,21 @@ def drafters(rows: Sequence[dict[str, Any]], peer: dict[str, Any]) -> str:
     for row in rows:
         lead = (row["place"], f"{row['temperature']:g}", row["drafter"])
         if "refused" in row:
-            told.append((*lead, "refused: " + row["refused"].partition(":")[0], "", "", "", ""))
+            told.append((*lead, "refused: " + row["refused"].partition(":")[0], "", "", "", "", ""))
             continue
         depths = " ".join(f"{rate:.2f}" for rate in row["acceptance_by_depth"][:_DEPTHS]) or "-"
         rates = (f"{row['tokens_per_s']:.1f}", f"{row['speed_up']:.2f} x")
-        told.append((*lead, f"{row['tokens_per_pass']:.2f}", depths, *rates, row["same_texts"] or "-"))
+        streamed = f"{row['streamed_bytes'] / 1e6:.0f} MB"
+        same = (
+            row["same_texts"] if row["temperature"] == 0 else "-"
+        )  # sampled texts are others: another stream of noise
+        told.append((*lead, streamed, f"{row['tokens_per_pass']:.2f}", depths, *rates, same))
     if "tokens_per_s" in peer:
-        told.append(("llama.cpp, Q4_1, all in DRAM", "0", "-", "1.00", "-", f"{peer['tokens_per_s']:.1f}", "-", "-"))
-    heads = (
-        "int8 target",
-        "T",
-        "drafter",
-        "tokens a pass",
-        "accepted by depth",
-        "tokens/s",
-        "against plain",
-        "same texts",
-    )
-    return _table("Drafters over the instructions", heads, told)
+        told.append(
+            ("llama.cpp, Q4_1, all in DRAM", "0", "-", "-", "1.00", "-", f"{peer['tokens_per_s']:.1f}", "-", "-")
+        )
+    heads = ("int8 target", "T", "drafter", "streamed a pass", "tokens a pass", "accepted by depth")
+    return _table("Drafters over the instructions", (*heads, "tokens/s", "against plain", "same texts"), told)
 
 
 def _number(value: float | None, how: str) -> str:

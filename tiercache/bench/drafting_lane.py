@@ -152,6 +152,14 @@ class Lane:
         found: torch.dtype = self._model.dtype
         return found
 
+    @property
+    def streamed_bytes(self) -> int:
+        """What an exact pass brings to the fastest tier, or from the SSD where that is DRAM."""
+        plan = self._model.tiercache.plan
+        tier = plan.hbm or plan.dram
+        payload: dict[int, int] = self._model.tiercache.payload
+        return sum(payload[key] for key in tier.order if key not in set(tier.placement.pinned))
+
     def account(self) -> dict[str, Any]:
         """The statistics, as plain data; those of the warm-up are among them."""
         plain: dict[str, Any] = self._model.tiercache.stats().to_dict()
