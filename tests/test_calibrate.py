@@ -23,7 +23,7 @@ import tiercache
 from policies.precision import Recipe
 from profiler import replay
 from profiler.trace import Trace
-from tiercache.calibrate import collect, command
+from tiercache.calibrate import collect, command, halving
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate import run as running
 from tiercache.calibrate import settings as trying
@@ -383,7 +383,7 @@ def test_halving_measures_much_on_little_text_and_little_on_much(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Measurer, "mixed", mixed)
-        patch.setattr(running, "_PIECE", 8)
+        patch.setattr(halving, "PIECE", 8)
         calibrate(folder, TEXT, **{**SMALL, "measure_tokens": 96})
     settings = Calibration.load(PlaneStore.open(folder)).settings
     exact = [uniform(rung, 2, 3) for rung in (1, 2, 3)]

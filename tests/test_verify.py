@@ -239,7 +239,7 @@ def same_chance(draw: Branching) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "runs"), [(no_renormalisation, 300), (resorted, 300), (greedy_drafts, 300), (same_chance, 600)]
+    ("wrong", "runs"), [(no_renormalisation, 900), (resorted, 300), (greedy_drafts, 300), (same_chance, 1800)]
 )
 def test_a_wrong_rule_is_found_out(wrong: Callable[[Branching], Decoder], runs: int) -> None:
     decoder = wrong(grower("rsd-c", seed=5, branching=(3, 2)))

@@ -68,7 +68,6 @@ __all__ = [
     "generation_output",
     "get_model_conversion_mapping",
     "gguf_options",
-    "is_callers_own",
     "is_stateful",
     "logits_process",
     "other_loops",
@@ -163,15 +162,10 @@ def generation_output(cache: transformers.Cache | None, **parts: Any) -> Any:
     return made(**parts, **({} if cache is None else {name: cache}))
 
 
-def is_callers_own(cache: Any) -> bool:
-    """Whether a KV cache among the arguments of a decoding loop is the caller's, and not made by `generate`."""
-    return bool(getattr(cache, "_is_user_defined", False)) or cache.get_seq_length() > 0
-
-
 def sampling_class(model: transformers.PreTrainedModel, loops: Mapping[str, Callable[..., Any]]) -> type:
-    """A subclass of the model's class, of the same name, whose decoding loops are `loops`, by transformers' names.
+    """A subclass of the model's class, of the same name, whose methods are `loops`: `generate`, and what it looks up.
 
-    `generate` looks its loops up on the class, so a model that is given this class decodes by them.
+    `generate` looks its decoding loops up on the class, so a model that is given this class decodes by them.
 
     Raises:
         EnvironmentUnsupportedError: this transformers has no such loop.

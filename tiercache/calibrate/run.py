@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from policies.precision import RUNGS, TOP, Recipe
 from tiercache import mixing
-from tiercache.calibrate import predictors, replays
+from tiercache.calibrate import halving, predictors, replays
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.collect import Collector
 from tiercache.calibrate.journal import Journal, clear_errors
@@ -36,8 +35,6 @@ Rest = Literal["int8", "int4"]
 _TRACED = 64
 _TRACE_BYTES, _TRACES_BYTES = 16 << 20, 256 << 20  # of one setting, of all together
 _PREDICTOR_BYTES = 384 << 20
-_PIECE = 64  # tokens of a pass in which settings are measured
-_BETTER = 3  # each further round has so many times more pieces, and so many times fewer settings
 _UNIFORM = {RUNGS[rung]: rung for rung in range(TOP, 0, -1)}
 
 
@@ -71,7 +68,7 @@ class Run:
     def __init__(self, store: PlaneStore, text: Text, options: Options, journal: Journal) -> None:
         self._store, self._text, self._options, self._journal = store, text, options, journal
         self._windows = text.windows(options.window)
-        self._measured = _spread(text.windows(min(_PIECE, options.window)), options.measure_tokens)
+        self._measured = halving.spread(text.windows(min(halving.PIECE, options.window)), options.measure_tokens)
         records = store.blocks()
         self._inward = records[0].parts - 1 if records else 1
         self._layers, self._neurons = len(records), records[0].rows if records else 0
@@ -197,7 +194,7 @@ class Run:
             self._journal.put(plain={"exact": asdict(exact)})
 
     def _halve(self, model: Any, logits: KeptLogits, tries: list[Try]) -> None:
-        """Successive halving: every try on a little text, the better ones of each share and rank on more of it.
+        """Keep the best of each share and rank, and what uniform precisions lose.
 
         Raises:
             StoreError: nothing is finite.
@@ -205,37 +202,27 @@ class Run:
         groups: dict[tuple[float, int], list[Try]] = {}
         for one in tries:
             groups.setdefault((one.share, one.rank), []).append(one)
-        rounds = _rounds(len(self._measured))
-        counts = [sum(len(_left(group, place)) for group in groups.values()) for place in range(len(rounds))]
-        passes = len(_UNIFORM) * rounds[-1] + sum(n * pieces for n, pieces in zip(counts, rounds, strict=True))
+        pieces = len(self._measured)
+        passes = len(_UNIFORM) * pieces + halving.passes(list(groups.values()), pieces)
         with self._bar(f"measuring {len(tries)} settings", model.tiercache, passes, 0) as after:
             measurer = Measurer(model, model.tiercache.mixed.blocks, self._measured, after)
             for name, rung in _UNIFORM.items():
                 recipes = uniform(rung, self._inward, self._layers)
-                self._measured_with(measurer, logits, f"uniform/{name}", recipes, rounds[-1])
-            for place, pieces in enumerate(rounds):
-                for group in groups.values():
-                    if len(group) == 1 and place + 1 < len(rounds):
-                        continue  # it is the best already
-                    found: dict[str, Measured] = {}
-                    for one in group:
-                        key = f"measured/{pieces}/{one.key}"
-                        found[one.key] = self._measured_with(measurer, logits, key, one.recipes, pieces)
-                    group.sort(key=lambda one, found=found: self._objective(found[one.key]))  # type: ignore[misc]
-                    finite = [one for one in group if found[one.key].finite]
-                    group[:] = _left(finite, 1) if place + 1 < len(rounds) else finite[:1]
-        kept = [one.key for group in groups.values() for one in group]
+                self._measured_with(measurer, logits, f"uniform/{name}", recipes, pieces)
+
+            def measure(one: Try, some: int) -> Measured:
+                return self._measured_with(measurer, logits, f"measured/{some}/{one.key}", one.recipes, some)
+
+            by_loss = self._options.objective == "loss"
+            kept = halving.best(
+                list(groups.values()), pieces, measure, lambda found: found.kl if by_loss else found.entropy
+            )
         if not kept:
             raise StoreError(
                 f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
                 f"tiercache quality {self._store.folder}"
             )
-        self._journal.put(plain={"kept": kept})
-
-    def _objective(self, found: Measured) -> float:
-        """What is to be small; what is not finite is nobody's preference."""
-        value = found.kl if self._options.objective == "loss" else found.entropy
-        return value if found.finite else math.inf
+        self._journal.put(plain={"kept": [one.key for one in kept]})
 
     def _measured_with(
         self, measurer: Measurer, logits: KeptLogits, key: str, recipes: Recipes, pieces: int
@@ -379,29 +366,3 @@ class Run:
 def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
     """None for what is not finite, which JSON cannot say."""
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
-
-
-def _spread(pieces: list[Tensor], tokens: int) -> list[Tensor]:
-    """Whole pieces of about so many tokens from all over the text, in an order whose beginning is from all over it."""
-    whole = [piece for piece in pieces if len(piece) == len(pieces[0])]
-    count = min(max(1, tokens // len(pieces[0])), len(whole))
-    at = np.linspace(0, len(whole) - 1, count).round().astype(int)
-    order = np.random.default_rng(0).permutation(count)
-    return [whole[at[place]] for place in order]
-
-
-def _rounds(pieces: int) -> list[int]:
-    """How many pieces each round of the halving has; all of them in the last."""
-    found, some = [], 1
-    while some < pieces:
-        found.append(some)
-        some *= _BETTER
-    return [*found, pieces]
-
-
-def _left(group: list[Try], rounds: int) -> list[Try]:
-    """Those of a group that are left after so many rounds but the last, the best first."""
-    count = len(group)
-    for _ in range(rounds):
-        count = -(-count // _BETTER)
-    return group[:count]

@@ -84,8 +84,15 @@ class DraftingGenerate:
                 return drafting.plain(self, *given, synced_gpus, streamer, **model_kwargs)
             return drafting.run(*given, streamer, model_kwargs)
 
-        loops = {name: _undrafted(self, name) for name in compat.other_loops(model)}
-        self.subclass = cast(Any, compat.sampling_class(model, {"_sample": _sample, **loops}))
+        def generate(self: Any, *arguments: Any, **named: Any) -> Any:
+            # `_sample` is given a cache either way, and only newer transformers note whose it is
+            drafting.given_cache = any(named.get(name) is not None for name in compat.CACHE_NAMES)
+            return drafting.transformers_class.generate(self, *arguments, **named)
+
+        self.given_cache = False
+        self._methods: dict[str, Callable[..., Any]] = {"generate": generate, "_sample": _sample}
+        self._methods |= {name: _undrafted(self, name) for name in compat.other_loops(model)}
+        self.subclass = cast(Any, compat.sampling_class(model, self._methods))
         self.plain = self.transformers_class._sample
         model.__class__ = self.subclass
 
@@ -93,8 +100,9 @@ class DraftingGenerate:
         """The model has its own class again; harmless when done twice."""
         if self._model.__class__ is self.subclass:
             self._model.__class__ = self.transformers_class
-            for loop in ("_sample", *compat.other_loops(self._model)):
-                delattr(self.subclass, loop)  # a class dies with the next collection of garbage alone, a drafter now
+            for name in self._methods:
+                delattr(self.subclass, name)  # a class dies with the next collection of garbage alone, a drafter now
+            self._methods.clear()
 
     def refusal(
         self,
@@ -112,8 +120,7 @@ class DraftingGenerate:
             return "use_cache=False"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions and output_hidden_states"
-        given = (model_kwargs.get(name) for name in compat.CACHE_NAMES)
-        if any(cache is not None and compat.is_callers_own(cache) for cache in given):
+        if self.given_cache:
             return "a KV cache of the caller's own"
         if config.cache_implementation not in (None, "dynamic"):
             return f"cache_implementation={config.cache_implementation!r}"
