@@ -54,14 +54,15 @@ def main() -> int:
     tokenizer = transformers.AutoTokenizer.from_pretrained(PICO)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids.cuda()
     checks = Checks()
-    with opened(PICO, "source", PLENTY) as model:  # the context, cuBLAS and its kernels, which stay
-        logits_of(model, ids)
-    del model
-    gc.collect()
-    free_before = torch.cuda.mem_get_info()[0]
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         tiercache.convert(PICO, store, show_progress=False)
+        for precision, place in (("source", PICO), ("int8", store), ("int4", store)):
+            with opened(place, precision, PLENTY) as model:  # the context and modules of kernels, which stay
+                logits_of(model, ids)
+            del model
+        gc.collect()
+        free_before = torch.cuda.mem_get_info()[0]
         for precision, place in (("source", PICO), ("int8", store), ("int4", store)):
             reference = placements(checks, place, precision, ids)
             if precision == "source":

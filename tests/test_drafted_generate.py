@@ -174,17 +174,20 @@ def test_chunked_prefill(drafted: Any, text: list[int], ids: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "reason"),
     [
-        {"num_return_sequences": 2, "do_sample": True},
-        {"use_cache": False},
-        {"output_hidden_states": True, "return_dict_in_generate": True},
-        {"cache": "own"},
-        {"cache_implementation": "static"},
+        ({"num_return_sequences": 2, "do_sample": True}, "a batch of 2 sequences"),
+        ({"use_cache": False}, "use_cache=False"),
+        (
+            {"output_hidden_states": True, "return_dict_in_generate": True},
+            "output_attentions and output_hidden_states",
+        ),
+        ({"cache": "own"}, "a KV cache of the caller's own"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
     ],
 )
 def test_what_cannot_be_drafted_for_runs_plainly_and_says_so(
-    options: dict[str, Any], model: Any, text: list[int], ids: torch.Tensor, capsys: Any
+    options: dict[str, Any], reason: str, model: Any, text: list[int], ids: torch.Tensor, capsys: Any
 ) -> None:
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "eos_token_id": None} | options
     own = options.pop("cache", None) is not None
@@ -197,6 +200,7 @@ def test_what_cannot_be_drafted_for_runs_plainly_and_says_so(
             if own:
                 break
     assert stats.rounds == 0
+    assert list(stats.plain_reasons) == [reason]
     assert stats.plain_calls >= 1
     assert capsys.readouterr().err.count("without drafting") == 1
     if "do_sample" not in options:

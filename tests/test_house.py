@@ -1,6 +1,7 @@
 """The house rules that a machine can check: one-way imports, small files and functions, no globals, docstrings."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -194,3 +195,12 @@ def test_habits(name: str) -> None:
 def test_everything_public_is_documented(name: str) -> None:
     bare = [what for what, node in public(name) if ast.get_docstring(node) is None]
     assert not bare
+
+
+def test_one_file_knows_transformers_moving_parts() -> None:
+    private = re.compile(r"_attn_implementation|_is_stateful|_supports_attention|past_key_values|_is_user_defined")
+    for name, path in FILES.items():
+        if name == "tiercache.compat":
+            continue
+        assert not {module for module in imports(name) if module.startswith("transformers.")}, name
+        assert not private.search(path.read_text(encoding="utf-8")), name

@@ -122,7 +122,7 @@ def real_store(real_model: real.RealModel, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def test_the_marked_tests_skip_with_a_sentence(pytestconfig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_marked_tests_skip_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import conftest
 
     def unreachable(home: Path) -> None:
@@ -131,4 +131,4 @@ def test_the_marked_tests_skip_with_a_sentence(pytestconfig: Any, monkeypatch: p
     monkeypatch.setattr(real, "get", unreachable)
     fixture: Callable[..., Any] = conftest.real_model.__wrapped__
     with pytest.raises(pytest.skip.Exception, match="the real model cannot be fetched"):
-        fixture(pytestconfig)
+        fixture()

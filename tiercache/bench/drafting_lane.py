@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from tiercache.compat import BaseStreamer
 from tiercache.config import Budget, DraftConfig, OffloadConfig, Precision, human
 from tiercache.draft.base import BaseDrafter
 from tiercache.draft.ngram.lookup import PromptLookup

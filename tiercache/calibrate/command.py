@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from tiercache.calibrate import journal as journals
+from tiercache.calibrate.halving import METHOD
 from tiercache.calibrate.run import Objective, Options, Rest, Run
 from tiercache.config import Budget, SizeLike
 from tiercache.engine import resolve_device
@@ -47,7 +48,7 @@ def calibrate(
         text: a UTF-8 file.
         tokens: of it to learn from, at most.
         window: tokens of a pass.
-        measure_tokens: on which settings are measured, in whole windows spread over the text.
+        measure_tokens: on which settings are measured at last, in pieces of 64 tokens spread over the text.
         precision: rung of what is no neuron, in the settings.
         objective: keep of each share the recipe of least KL from the exact model ("loss"), or of least predictive
             entropy ("entropy": M2Cache, arXiv 2410.14740, Algorithm 1).
@@ -144,7 +145,7 @@ def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
 def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, Any]:
     """What decides the contents of the result: an unfinished run is gone on with by the same alone."""
     names = ("window", "measure_tokens", "precision", "objective", "predictor_rank")
-    own = {"schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}
+    own = {"method": METHOD, "schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}
     return {
         **own,
         "text": text.sha256,

@@ -3,6 +3,7 @@
 Knows settings and what a measurement says; neither models nor text.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from tiercache.calibrate.measure import Measured
 from tiercache.calibrate.settings import Try
+
+METHOD = "halving/1"
+"""Goes into the journal: another way to measure does not go on from this one's measurements."""
 
 PIECE = 64
 """Tokens of a piece of text: as few as leave a token some context."""
@@ -39,7 +43,7 @@ def passes(groups: Sequence[Sequence[Try]], pieces: int) -> int:
     for group in groups:
         count = len(group)
         for some in rounds(pieces):
-            total += some * count
+            total += some * count if count > 1 or some == pieces else 0
             count = -(-count // _FACTOR)
     return total
 
@@ -50,7 +54,7 @@ def best(
     measure: Callable[[Try, int], Measured],
     objective: Callable[[Measured], float],
 ) -> list[Try]:
-    """The best setting of each group; none of a group in which nothing is finite.
+    """The best setting of each group; none of a group in which nothing is finite on the whole text.
 
     Args:
         groups: settings that compete.
@@ -58,18 +62,27 @@ def best(
         measure: what a setting loses on the first so many pieces.
         objective: of it, what is to be small.
     """
-    left = [list(group) for group in groups]
-    *early, last = rounds(pieces)
-    for some in early:
-        left = [_better(group, some, measure, objective) if len(group) > 1 else group for group in left]
-    return [one for group in left for one in _better(group, last, measure, objective)[:1]]
+    found = []
+    for group in groups:
+        ranked = _ranked(group, pieces, measure, objective)
+        winner = next((one for one in ranked if measure(one, pieces).finite), None)
+        found += [] if winner is None else [winner]
+    return found
 
 
-def _better(
+def _ranked(
     group: Sequence[Try], pieces: int, measure: Callable[[Try, int], Measured], objective: Callable[[Measured], float]
 ) -> list[Try]:
-    """The better ones of a group, the best first."""
-    found = [(measure(one, pieces), one) for one in group]
-    finite = [(objective(measured), one) for measured, one in found if measured.finite]
-    finite.sort(key=lambda pair: pair[0])  # equal ones stay in their order: the forecast's
-    return [one for _, one in finite[: -(-len(group) // _FACTOR)]]
+    """A group, the best first: those that were in a later round before all others."""
+    left, behind = list(group), list[Try]()
+    for some in rounds(pieces)[:-1]:
+        if len(left) == 1:
+            break
+        measured = {one.key: measure(one, some) for one in left}
+        # equal ones stay in their order: the forecast's
+        left.sort(key=lambda one, of=measured: objective(of[one.key]) if of[one.key].finite else math.inf)  # type: ignore[misc]
+        count = -(-len(left) // _FACTOR)
+        left, behind = left[:count], left[count:] + behind
+    if len(left) > 1:  # one round alone, or more than one left for the last
+        left.sort(key=lambda one: objective(found) if (found := measure(one, pieces)).finite else math.inf)
+    return left + behind

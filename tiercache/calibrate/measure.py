@@ -84,7 +84,7 @@ class Measurer:
         """The neurons that tokens from the middle of windows want of planes above the ranking's, by block.
 
         Most important first: [tokens, most], uint16 where that counts all neurons of a block, else int32. The windows
-        lie evenly in the text, and from each come tokens that follow one another, behind all that is before them.
+        come from all over the text, and from each tokens that follow one another, behind all that is before them in it.
 
         Args:
             recipes: of each block.

@@ -105,11 +105,12 @@ def _last(result: Mapping[str, Any]) -> str:
     text = result["text"]
     return (
         f"{result['store']} is calibrated on {text['tokens']} tokens of {text['name']} in {result['seconds']:.0f} s; "
-        f"its exact perplexity there is {result['exact_perplexity']:.4f}\n{_cost(result)}"
+        f"the exact perplexity of the pieces that settings were measured on is {result['exact_perplexity']:.4f}\n"
+        f"{cost(result)}"
     )
 
 
-def _cost(result: Mapping[str, Any]) -> str:
+def cost(result: Mapping[str, Any]) -> str:
     """What a layer took, and by that what well-known shapes would take on this machine, at as many tokens."""
     weights = result["neurons"] * result["neuron_weights"]
     each = result["seconds"] / (result["blocks"] * weights)

@@ -153,8 +153,7 @@ class Run:
         if self._journal.plain("kept") is None:
             self._measure(tries)
         self._keep_uniform(forecast)
-        keys = set(self._journal.plain("kept"))
-        kept = list({(one.share, one.rank): one for one in tries if one.key in keys}.values())
+        kept = [one for one in tries if [one.share, one.rank, one.key] in self._journal.plain("kept")]
         exact, last = self._journal.plain("exact"), len(self._measured)
         self._trace(kept)
         return [
@@ -222,7 +221,7 @@ class Run:
                 f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
                 f"tiercache quality {self._store.folder}"
             )
-        self._journal.put(plain={"kept": [one.key for one in kept]})
+        self._journal.put(plain={"kept": [[one.share, one.rank, one.key] for one in kept]})
 
     def _measured_with(
         self, measurer: Measurer, logits: KeptLogits, key: str, recipes: Recipes, pieces: int
@@ -230,7 +229,7 @@ class Run:
         """What some recipes lose on the first `pieces` pieces of the text, from the journal or now."""
         known = self._journal.plain(key)
         if known is not None:
-            return Measured(**known)
+            return Measured(**known)  # in an earlier round, or by a process that was killed
         found = measurer.mixed(recipes, logits, pieces)
         self._journal.put(plain={key: asdict(found)})
         note(

@@ -7,6 +7,7 @@ Knows the arguments of `generate`; nothing of weights or tiers.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,10 @@ _OURS = (
     *("use_cache", "logits_to_keep"),
     "tokenizer",  # of stop strings, which are among the criteria already
 )
+
+# Whether the call of `generate` under way was given a KV cache: `_sample` gets one either way, and only newer
+# transformers note whose it is.
+_given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
 
 # Makes the rule of one request from its noise, which is None in greedy decoding.
 RuleMaker = Callable[[GumbelNoise | None], Rule]
@@ -85,11 +90,14 @@ class DraftingGenerate:
             return drafting.run(*given, streamer, model_kwargs)
 
         def generate(self: Any, *arguments: Any, **named: Any) -> Any:
-            # `_sample` is given a cache either way, and only newer transformers note whose it is
-            drafting.given_cache = any(named.get(name) is not None for name in compat.CACHE_NAMES)
-            return drafting.transformers_class.generate(self, *arguments, **named)
+            if named.get("custom_generate") is not None:  # a decoding loop of the caller's, which asks none of ours
+                drafting.do_without("custom_generate=")
+            token = _given_cache.set(any(named.get(name) is not None for name in compat.CACHE_NAMES))
+            try:
+                return drafting.transformers_class.generate(self, *arguments, **named)
+            finally:
+                _given_cache.reset(token)
 
-        self.given_cache = False
         self._methods: dict[str, Callable[..., Any]] = {"generate": generate, "_sample": _sample}
         self._methods |= {name: _undrafted(self, name) for name in compat.other_loops(model)}
         self.subclass = cast(Any, compat.sampling_class(model, self._methods))
@@ -120,7 +128,7 @@ class DraftingGenerate:
             return "use_cache=False"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions and output_hidden_states"
-        if self.given_cache:
+        if _given_cache.get():
             return "a KV cache of the caller's own"
         if config.cache_implementation not in (None, "dynamic"):
             return f"cache_implementation={config.cache_implementation!r}"
