@@ -17,7 +17,7 @@ import transformers
 from tiercache import compat, drafting
 from tiercache.attached import Attached, Resident
 from tiercache.budgeting import choose, divide
-from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
+from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, human, read_options
 from tiercache.drafting import Recruits
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
@@ -193,7 +193,8 @@ def _fit(
     except DoesNotFitError as error:
         if not config.resident or config.draft is None or config.draft.drafter != "auto":
             raise
-        note(f"drafting by n-grams alone, for planes to draft by do not fit: {error}", show=show_progress is not False)
+        missing = f"{human(error.missing_bytes)} more of {error.tier or 'memory'}"
+        note(f"drafting by n-grams alone: to draft by its own planes takes {missing}", show=show_progress is not False)
     config = replace(config, resident=False)
     again = open_model(named, config, show_progress=show_progress)
     return _fit(again, named, config, device, kernels, show_progress)
