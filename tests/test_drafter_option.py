@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models
 import tiercache
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
+from tiercache.decode.kv import support
 from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.combine import Cascade, Union
 from tiercache.draft.grow import grower
@@ -262,7 +263,10 @@ def test_a_small_model_that_takes_chains_alone(plane_store: Folders, texts: Text
     sizes = {"vocab_size": 131, "hidden_size": 56, "intermediate_size": 104, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
     config = tf.Lfm2Config(**sizes, **heads, bos_token_id=1, eos_token_id=2)
-    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+    small = tf.AutoModelForCausalLM.from_config(config)
+    if support(small).takes == "nothing":
+        pytest.skip("this transformers' recurrent models take one token a pass")
+    small.save_pretrained(tmp_path / "small")
     with opened(plane_store("llama"), drafter=tmp_path / "small", draft_fixed=True, draft_width=4) as model:
         assert {seed: generate(model, seed, NEW) for seed in SEEDS} == texts("llama")
         assert model.tiercache.stats().drafting.nodes > 0
@@ -396,7 +400,7 @@ def test_auto_without_room_for_planes_drafts_by_tables_and_says_so(
         assert generate(model, None, NEW) == texts("llama")[None]
     said = capsys.readouterr().err
     assert said.count("drafting by n-grams alone") == 1
-    assert "too small by 1 B" in said
+    assert "1 B more of dram" in said
     with opened(store, show_progress=None, **options, **asked(store, **options).streaming(0)) as model:
         assert model.tiercache.stats().drafting.drafters != ("ngram",)
         assert model.tiercache.resident is not None
@@ -469,6 +473,7 @@ def test_a_call_that_is_cut_off_leaves_the_model_usable(
     assert surroundings() == around
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # of older transformers, for a closed model
 def test_leaving_by_an_exception(plane_store: Folders, tmp_path: Path) -> None:
     around, tables = surroundings(), tmp_path / "tables"
     kept = type(architectures.build("llama"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tiercache.errors import StoreError, UsageError, permissions_named
 from tiercache.progress import note
 
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 _CHARACTERS_PER_TOKEN = 64  # far more than any tokenizer's mean: what lies behind need not be tokenized
 
 
@@ -107,10 +108,13 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         StoreError: there is none.
     """
+    if not any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        # older transformers make an empty tokenizer then, which answers with nothing
+        raise StoreError(f"no tokenizer lies in {folder}; put its files there")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a kind that needs a package that is not here
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise StoreError(f"no tokenizer can be read from {folder}; put its files there ({reason})") from error
 
 
