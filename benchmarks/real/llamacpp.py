@@ -37,7 +37,8 @@ def main() -> None:
         written, decode_s = written + len(answer) - 1, decode_s + end - first
     llama_cpp.llama_model_free(model)
     found = {"version": llama_cpp.__version__, "threads": asked["threads"]}
-    print(json.dumps({**found, "tokens_per_s": written / decode_s, "prefill_tokens_per_s": prefill / prefill_s}))
+    rates = {"tokens_per_s": written / max(decode_s, 1e-9), "prefill_tokens_per_s": prefill / prefill_s}
+    print(json.dumps(found | rates))
 
 
 if __name__ == "__main__":

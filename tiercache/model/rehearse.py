@@ -90,16 +90,19 @@ def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, 
     held = cache.get_seq_length() if cache is not None else 0
     mask = torch.ones(1, held + tokens, dtype=torch.long, device="meta")
     counter = _LiveBytes(model, _cached(cache))
-    none = UnsupportedModelError(f"{type(model).__name__} keeps no KV cache; use a decoder-only model")
     if cache_argument(model) is None:
-        raise none
+        raise _no_cache(model)
     with torch.no_grad(), _PlainAttention(), counter:
         given = cache_kwargs(model, cache)
         output = model(input_ids=ids, attention_mask=mask, **given, use_cache=True, logits_to_keep=logits)
     kept = cache_out(output)
     if kept is None:
-        raise none
+        raise _no_cache(model)
     return kept, counter.peak
+
+
+def _no_cache(model: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(model).__name__} keeps no KV cache; use a decoder-only model")
 
 
 def cache_bytes(cache: Any) -> int:
