@@ -1,6 +1,6 @@
 """How many neurons get how many bits: recipes, the bytes they read, and the choice among them under a budget.
 
-A *rung* is a number of planes: 0 skips a neuron, 1 is int2, 2 is int4, 3 is int8. A *recipe* says how a layer's neurons
+A *rung* is a number of planes: 0 skips a neuron, 1 is int3, 2 is int4, 3 is int8. A *recipe* says how a layer's neurons
 are ranked for each token and which share of them, most important first, gets which rung (M2Cache, arXiv 2410.14740,
 section 5.2, with rungs that are nested planes). Knows shares, bytes and measured losses; neither neurons nor tensors.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-RUNGS = ("skip", "int2", "int4", "int8")
+RUNGS = ("skip", "int3", "int4", "int8")
 TOP = len(RUNGS) - 1
-# Shares at int8, int4 and int2 to try; the last that is not 0 is then set to what the budget leaves for it.
+# Shares at int8, int4 and int3 to try; the last that is not 0 is then set to what the budget leaves for it.
 _HIGHS = (0.03, 0.06, 0.1, 0.2, 0.3, 0.45, 0.6)
 _TEMPLATES = (
     *((0.4, 0.0, 0.0), (0.0, 0.4, 0.0), (0.0, 0.0, 0.4), (0.0, 0.1, 0.3), (0.0, 0.3, 0.3)),
@@ -56,7 +56,7 @@ class Recipe:
         scorer: which of `tiercache.model.importance` ranks the neurons.
         rank: planes that ranking reads of the rows it needs, of every neuron; 0 if it reads none.
         ranked: how many of a neuron's inward rows it reads.
-        shares: of the neurons, at int8, int4 and int2, most important first; the rest is skipped.
+        shares: of the neurons, at int8, int4 and int3, most important first; the rest is skipped.
     """
 
     scorer: str
@@ -71,7 +71,7 @@ class Recipe:
             raise ValueError(f"ranking reads {self.rank} planes of {self.ranked} rows")
 
     def counts(self, neurons: int) -> tuple[int, int, int]:
-        """Neurons at int8, int4 and int2; each token has the same."""
+        """Neurons at int8, int4 and int3; each token has the same."""
         high = round(self.shares[0] * neurons)
         middle = round((self.shares[0] + self.shares[1]) * neurons) - high
         low = round(sum(self.shares) * neurons) - high - middle

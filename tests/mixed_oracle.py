@@ -22,7 +22,7 @@ from tiercache.store.calibration import FILE, SCHEMA, Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
 CONTEXT = 64
-RUNGS = ("int2", "int4", "int8")
+RUNGS = ("int3", "int4", "int8")
 PARTS = {"product": (0, 1), "gate": (0,), "up": (1,)}
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -108,7 +108,7 @@ class Block:
                 self.weights.append(_rungs(rows[own]))
                 self.biases.append(None if module.bias is None else module.bias.data[own])
         down = outward.weight.data if ffn[-1].transposed else outward.weight.data.T  # [neurons, features]
-        self.down, self.out_bias = _rungs(down), outward.bias
+        self.down, self.out_bias = _rungs(down, down.abs().amax(dim=0).float()), outward.bias
         first = 0
         for module in inward:
             count = module.weight.numel() // self.weights[0][0].shape[1] // self.neurons
@@ -206,8 +206,8 @@ class Oracle:
         return max(block.worst for block in self.blocks)
 
 
-def _rungs(rows: Tensor) -> list[Tensor]:
-    coded = planes.encode(rows.contiguous())
+def _rungs(rows: Tensor, column_scale: Tensor | None = None) -> list[Tensor]:
+    coded = planes.encode(rows.contiguous(), column_scale=column_scale)
     return [planes.decode(coded.at(rung), torch.float32) for rung in RUNGS]
 
 

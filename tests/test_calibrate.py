@@ -129,7 +129,7 @@ class Direct:
             with model.tiercache.passes("exact"):
                 for window in windows(folder):
                     model(input_ids=window[None], use_cache=False)
-            self.weights = {rung: matrices(block, rung) for rung in ("int2", "int4", "int8")}
+            self.weights = {rung: matrices(block, rung) for rung in ("int3", "int4", "int8")}
         self.windows, self.x, self.stream = len(x), torch.cat(x), torch.cat(stream)
         self.norms = self.weights["int8"][2].norm(dim=1)
         self.truth = self.hidden("int8").abs() * self.norms
@@ -155,7 +155,7 @@ def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace,
     true = direct.sets(direct.truth, 0.5)
     counts = np.bincount([n for some in true for n in some], minlength=direct.truth.shape[1])
     assert np.abs(kept.frequency[place] * len(true) - counts).max() <= 1  # one tie at the border
-    for name, rung, share in itertools.product(("product", "gate", "up"), ("int2", "int4"), (0.25, 0.5)):
+    for name, rung, share in itertools.product(("product", "gate", "up"), ("int3", "int4"), (0.25, 0.5)):
         gate, up = direct.inward(rung)
         guess = {"product": functional.silu(gate) * up, "gate": functional.silu(gate), "up": up}[name]
         found = direct.sets(guess.abs() * direct.norms, share)
@@ -172,7 +172,7 @@ def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace,
     unions = [len(set.union(*run[at : at + 4])) for run in runs for at in range(len(run) - 3)]
     assert result["unions"]["50%"]["4"][place] == pytest.approx(np.mean(unions) / len(counts), abs=2e-3)
     assert "64" not in result["unions"]["50%"]  # windows have 32 tokens
-    for at, rung in enumerate(("int2", "int4")):
+    for at, rung in enumerate(("int3", "int4")):
         error = (direct.output(rung) - direct.output("int8")).square().sum(dim=1)
         expected = (error / direct.stream.square().sum(dim=1)).mean()
         assert kept.losses[place, at] == pytest.approx(float(expected), rel=1e-3)
@@ -200,10 +200,10 @@ def test_forecasts_add_up_the_errors_of_single_neurons(llama: SimpleNamespace, t
     recipe = Recipe("gate", 1, 1, (0.25, 0.25, 0.25))
     neurons = direct.truth.shape[1]
     high, middle, low = recipe.counts(neurons)
-    order = (functional.silu(direct.inward("int2")[0]).abs() * direct.norms).argsort(dim=1, descending=True)
+    order = (functional.silu(direct.inward("int3")[0]).abs() * direct.norms).argsort(dim=1, descending=True)
     lost = torch.zeros(len(order))
     for at in range(high, neurons):
-        rung = "int4" if at < high + middle else "int2" if at < high + middle + low else "skip"
+        rung = "int4" if at < high + middle else "int3" if at < high + middle + low else "skip"
         n = order[:, at]
         made = torch.zeros(len(n), direct.x.shape[1])
         if rung != "skip":
@@ -404,9 +404,9 @@ def test_a_setting_that_breaks_the_model_is_never_chosen(llama: SimpleNamespace,
     assert kept.settings
     assert not chosen & {one.recipes for one in kept.settings}
     assert all(math.isfinite(one.kl) for one in kept.settings)
-    assert result["uniform"]["int2"]["kl"] is None
+    assert result["uniform"]["int3"]["kl"] is None
     json.dumps(result, allow_nan=False)
-    assert "all at int2" in report(result)
+    assert "all at int3" in report(result)
 
 
 def test_a_model_that_breaks_whatever_is_done_is_named(llama: SimpleNamespace, tmp_path: Path, few: None) -> None:
@@ -430,7 +430,7 @@ def test_the_report_is_json_and_tables(llama: SimpleNamespace) -> None:
     text = report(result)
     assert "the token before" in text
     assert "all at int4" in text
-    assert result["uniform"]["int8"]["kl"] < 1e-6 < result["uniform"]["int4"]["kl"] < result["uniform"]["int2"]["kl"]
+    assert result["uniform"]["int8"]["kl"] < 1e-6 < result["uniform"]["int4"]["kl"] < result["uniform"]["int3"]["kl"]
     assert llama.kept.arrays["predictor/0/own/inward.weight"].shape == (4, 56)
 
 
@@ -511,15 +511,15 @@ def test_pico_ranks_well_and_loses_little(tmp_path: Path) -> None:
         )
     recall = result["recall"]["product"]
     assert np.mean(recall["int4"]["50%"]) >= 0.95
-    assert np.mean(recall["int2"]["50%"]) >= 0.85
-    assert np.mean(recall["int4"]["50%"]) > np.mean(recall["inputs" if "inputs" in recall else "int2"]["50%"])
+    assert np.mean(recall["int3"]["50%"]) >= 0.85
+    assert np.mean(recall["int4"]["50%"]) > np.mean(recall["inputs" if "inputs" in recall else "int3"]["50%"])
     least = {(row["share"], row["rank"]): row["kl"] for row in result["settings"]}
     sizes = sizes_of(PlaneStore.open(store).blocks()[0], PlaneStore.open(store))
     at_int4 = min(kl for (share, _), kl in least.items() if share <= sizes.neuron(2) / sizes.neuron(3))
     assert at_int4 <= 0.75 * result["uniform"]["int4"]["kl"]
     for rank in (1, 2):
         share = (sizes.neuron(1) + 2 * sizes.row(rank)) / sizes.neuron(3)
-        assert least[share, rank] <= 0.3 * result["uniform"]["int2"]["kl"]
+        assert least[share, rank] <= 0.3 * result["uniform"]["int3"]["kl"]
 
 
 # ---------------------------------------------------------------- refusals
@@ -571,7 +571,7 @@ def test_texts_that_teach_nothing_are_refused(
         ({"context": 31}, "--context 31 is too few; give 32 or more"),
         ({"predictor_rank": 0}, "--predictor-rank 0"),
         ({"predictor_rank": 10**6}, "takes .* of weights; give .* or less"),
-        ({"precision": "int2"}, "'int2'.*int8 or int4"),
+        ({"precision": "int3"}, "'int3'.*int8 or int4"),
         ({"objective": "luck"}, "choose one of loss, entropy"),
     ],
 )

@@ -107,7 +107,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:17"])
-@pytest.mark.parametrize("precision", ["source", "int8", "int4", "int2"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "int3"])
 def test_good_options(device: str, precision: str) -> None:
     made = config(device=device, precision=precision, context=1, logits=1, store=Path("a b"), checks=True)
     assert (made.device, made.precision) == (device, precision)
@@ -116,7 +116,7 @@ def test_good_options(device: str, precision: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"precision": "int3"}, "'int3'; choose one of source, int8, int4, int2"),
+        ({"precision": "int3"}, "'int3'; choose one of source, int8, int4, int3"),
         ({"precision": None}, "None"),
         ({"context": 0}, "context=0"),
         ({"context": 1.5}, "context=1.5"),

@@ -33,6 +33,8 @@ from tiercache.store.format import FILES, align
 from tiercache.store.planestore import PlaneStore
 
 KILLS = 20
+TOKENS = 1024  # of a calibration text
+PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 LAYERS = 12
 StartChild = Callable[..., Any]
 
@@ -58,7 +60,10 @@ def unbroken(model: Path, compress: str) -> Path:
     """A conversion that ran through, beside the model; made once."""
     store = model.with_name(f"unbroken-{compress}")
     if not store.exists():
-        convert(model, store, compress=compress)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the children: sums of products depend on it
+        convert(model, store, compress=compress, tokens=TOKENS)
+        torch.set_num_threads(threads)
     return store
 
 
@@ -94,11 +99,20 @@ def check_between(store: Path) -> None:
 def _convert_and_tell(pipe: Connection, model: Path, store: Path, compress: str) -> None:
     torch.set_num_threads(1)
     pipe.send("begin")
-    pipe.send(convert(model, store, compress=compress).resumed_bytes)
+    pipe.send(convert(model, store, compress=compress, tokens=TOKENS).resumed_bytes)
 
 
-@pytest.mark.parametrize("compress", ["off", "on"])
-def test_killed_at_twenty_random_moments(deep: Path, tmp_path: Path, start_child: StartChild, compress: str) -> None:
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, so that codes are calibrated."""
+    return shutil.copytree(PICO, tmp_path_factory.mktemp("pico") / "model")
+
+
+@pytest.mark.parametrize(("name", "compress"), [("deep", "off"), ("deep", "on"), ("pico", "off")])
+def test_killed_at_twenty_random_moments(
+    request: pytest.FixtureRequest, tmp_path: Path, start_child: StartChild, name: str, compress: str
+) -> None:
+    deep = request.getfixturevalue(name)
     reference = fingerprint(unbroken(deep, compress))
     rng = random.Random(compress)
     process, pipe = start_child(_convert_and_tell, deep, tmp_path / "timed", compress)

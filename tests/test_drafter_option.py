@@ -330,7 +330,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"drafter": Path("no/such/folder")}, "'no/such/folder' is neither"),
     ({"drafter": 7}, r"drafter=7 is no drafter; give 'auto'"),
     ({"drafter": SuffixAutomaton}, "SuffixAutomaton.* is no drafter"),
-    ({"drafter": "resident", "precision": "int2"}, "than precision='int2'.* ask for 'int8'"),
+    ({"drafter": "resident", "precision": "int3"}, "than precision='int3'.* ask for 'int8'"),
     ({"drafter": "resident", "kernels": "decode"}, "no kernels"),
     ({"drafter": "ngram", "mode": "mixed", "bytes_per_token": 1.0}, r"mode='mixed'.*leave one"),
     ({"drafter": "resident", "mode": "mixed", "bytes_per_token": 1.0}, r"mode='mixed'.*leave one"),
@@ -408,9 +408,9 @@ def test_auto_without_room_for_planes_drafts_by_tables_and_says_so(
 
 
 def test_auto_where_there_are_no_planes_says_so(plane_store: Folders, capsys: pytest.CaptureFixture[str]) -> None:
-    with opened(plane_store("llama"), show_progress=None, drafter="auto", precision="int2") as model:
+    with opened(plane_store("llama"), show_progress=None, drafter="auto", precision="int3") as model:
         assert model.tiercache.stats().drafting.drafters == ("ngram",)
-    assert capsys.readouterr().err.count("n-grams alone at precision='int2'") == 1
+    assert capsys.readouterr().err.count("n-grams alone at precision='int3'") == 1
 
 
 def test_resident_says_how_much_is_missing(plane_store: Folders) -> None:

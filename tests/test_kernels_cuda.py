@@ -2,12 +2,14 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, selection, spans, strided
+from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, scaled, selection, spans, strided
+from cuda_on_cpu.edge import at_the_edge
 from cuda_on_cpu.emulate import Emulation, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +82,7 @@ def test_product_down_is_the_reference(
 ) -> None:
     high = data.draw(st.sampled_from((1, 10)))  # several slices of the rows
     weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
+    weight = scaled(weight) if data.draw(st.booleans()) else weight
     rows = selection(data.draw, weight.rows)
     x = activations(shape["tokens"], weight.rows if rows is None else len(rows), kind, shape["seed"])
     out = torch.ones(x.shape[0], weight.columns + 2)[:, 1:-1]
@@ -95,6 +98,7 @@ def test_ffn_is_the_reference(
 ) -> None:
     given_rungs = [shape["rung"], "int8" if mixed else shape["rung"], shape["rung"]]
     parts = [matrix(shape["rows"], shape["columns"], shape["group"], rung, i) for i, rung in enumerate(given_rungs)]
+    parts[2] = scaled(parts[2]) if shape["seed"] % 2 else parts[2]
     rows = selection(data.draw, shape["rows"])
     x = torch.randn(shape["tokens"], shape["columns"], generator=torch.Generator().manual_seed(shape["seed"]))
     out, wanted = torch.ones(2, *x.shape)
@@ -113,6 +117,7 @@ def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, rung: str, grou
     rows = torch.tensor([4, 0, 0], dtype=torch.int32)
     assert torch.equal(kernels._decoded(strided(weight, 1), (rows,)), dense(weight, rows))
     assert torch.equal(kernels._decoded(weight, ()), dense(weight))
+    assert torch.equal(kernels._decoded(scaled(weight), (rows,)), dense(scaled(weight), rows))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -130,7 +135,7 @@ def test_one_row_of_everything(kernels: CudaKernels, rung: str, group: int) -> N
 @pytest.mark.parametrize("rung", RUNGS)
 def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, rung: str) -> None:
     monkeypatch.setattr(cuda, "SCRATCH_BYTES", 100_000)  # several tiles
-    up, down = matrix(150, 1100, 64, rung), matrix(150, 200, 64, rung, 1)
+    up, down = matrix(150, 1100, 64, rung), scaled(matrix(150, 200, 64, rung, 1))
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
     for far, gap in ((False, 0), (True, 0), (False, 3), (True, 8)):
@@ -146,6 +151,51 @@ def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int
     assert_close(results[0][:, :130], x @ dense(up, rows).T, x.abs() @ spans(up, rows).T)
     for other in results[1:]:
         assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize(("group", "columns"), [(32, 1056), (64, 1100), (128, 1200)])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_no_alignment_changes_a_bit(kernels: CudaKernels, rung: str, group: int, columns: int) -> None:
+    weight, x = matrix(30, columns, group, rung), torch.randn(2, 1200)
+    results, found = [], []
+    for gap in (None, 8, 4, 1):
+        placed = weight if gap is None else strided(weight, gap)
+        found.append(cuda_calls.matrix(placed, Tensor.data_ptr).aligned)
+        out, down = torch.zeros(2, 30), torch.zeros(2, columns)
+        kernels.product(kernels.prepare(x[:, :columns], group), placed, out)
+        kernels.product_down(x[:, :30], placed, down)
+        results.append(torch.cat([out, down], 1))
+    assert found[0] == (4 if group == 32 else 8)  # 33 groups of 32: an odd number of 12 bytes
+    assert found[2:] == [4, 0]
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 11, 25])
+@pytest.mark.parametrize("rung", RUNGS)
+def test_column_scales_multiply_sums_and_change_no_other_bit(kernels: CudaKernels, rung: str, tokens: int) -> None:
+    weight, x = matrix(150, 200, 64, rung), torch.randn(tokens, 150)
+    plain, found = torch.zeros(2, tokens, 200)
+    kernels.product_down(x, weight, plain)
+    kernels.product_down(x, scaled(weight), found)
+    assert torch.equal(found, plain * scaled(weight).column_scale)
+
+
+def test_a_matrix_with_column_scales_is_for_down_alone(kernels: CudaKernels) -> None:
+    weight = scaled(matrix(20, 100, 64, "int4"))
+    x, out = kernels.prepare(torch.randn(2, 100), 64), torch.zeros(2, 20)
+    for call in (
+        lambda: kernels.product(x, weight, out),
+        lambda: kernels.products(x, [weight], [out]),
+        lambda: kernels.ffn(x, [weight], weight, "silu", torch.zeros(2, 100)),
+    ):
+        with pytest.raises(UsageError, match="column scales"):
+            call()
+    assert not out.any()
+    odd = torch.frombuffer(bytearray(402), dtype=torch.float32, count=100, offset=2)
+    for column_scale in (torch.ones(200)[::2], odd):
+        with pytest.raises(UsageError, match="side by side, at a multiple of 4"):
+            kernels.product_down(torch.randn(2, 20), replace(weight, column_scale=column_scale), torch.zeros(2, 100))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -215,39 +265,10 @@ def test_gather_is_the_reference(
     assert torch.equal(found, wanted)
 
 
-def _at_the_edge(library: str, rung: str, group: int) -> bool:
-    """All kernels on planes and scales that end where readable memory ends; the address space behind is refused."""
-    libc, page = ctypes.CDLL(None, use_errno=True), 4096
-    libc.mmap.restype, libc.mmap.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
-    )
-    kernels = CudaKernels(CPU, Emulation(Path(library)), switch=24)
-
-    def edged(tensor: Tensor) -> Tensor:
-        pages = -(-tensor.nbytes // page)
-        start = libc.mmap(None, (pages + 1) * page, 3, 0x22, -1, 0)
-        assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
-        raw = (ctypes.c_ubyte * tensor.nbytes).from_address(start + pages * page - tensor.nbytes)
-        return torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
-
-    weight = matrix(7, 300, group, rung)
-    guarded = Planes(tuple(edged(p) for p in weight.planes), edged(weight.scales), 300, group)
-    for tokens in (1, 3, 8, 9, 25):
-        x, out, down = torch.randn(tokens, 300), torch.zeros(tokens, 7), torch.zeros(tokens, 300)
-        prepared = kernels.prepare(edged(x), group)
-        kernels.product(prepared, guarded, out)
-        kernels.product_down(edged(out), guarded, down)
-        kernels.ffn(prepared, [guarded, guarded], guarded, "silu", down)
-    block = edged(torch.zeros(7 * weight.planes[0].shape[1], dtype=torch.uint8))
-    kernels.gather([guarded.planes[0]], torch.arange(7, dtype=torch.int32), block)
-    return torch.equal(block, weight.planes[0].flatten())
-
-
 @pytest.mark.parametrize("rung", RUNGS)
 def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Path, rung: str) -> None:
     for group in (32, 64, 128):
-        assert in_child(_at_the_edge, str(library), rung, group)
+        assert in_child(at_the_edge, str(library), rung, group)
 
 
 def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) -> None:
@@ -325,7 +346,10 @@ def on_gpu() -> CudaKernels:
 
 
 def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
-    return Planes(tuple(to(plane) for plane in weight.planes), to(weight.scales), weight.columns, weight.group)
+    factors = None if weight.column_scale is None else to(weight.column_scale)
+    return replace(
+        weight, planes=tuple(to(plane) for plane in weight.planes), scales=to(weight.scales), column_scale=factors
+    )
 
 
 @pytest.mark.gpu
@@ -335,7 +359,7 @@ def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, rung: str, tokens: int, pinned: bool) -> None:
     for columns, gap in ((3000, 0), (3001, 3)):
-        up, down = matrix(700, columns, group, rung), matrix(700, columns, group, rung, 1)
+        up, down = matrix(700, columns, group, rung), scaled(matrix(700, columns, group, rung, 1))
         there = [
             _moved(strided(each, gap) if gap else each, lambda t: t.pin_memory() if pinned else t.to(on_gpu.device))
             for each in (up, down)

@@ -34,13 +34,16 @@ class Counting(CpuKernels):
 
 def bundle() -> tuple[torch.Tensor, list[PlaneWeight], list[Planes]]:
     """A slot with gate, up and down of 70 neurons, and each as a weight."""
-    parts = [encode(torch.randn(NEURONS, HIDDEN) * 0.05, GROUP).at("int4") for _ in range(3)]
+    factors = torch.rand(HIDDEN) + 0.5  # of the down columns
+    made = [torch.randn(NEURONS, HIDDEN) * 0.05 for _ in range(3)]
+    parts = [encode(m, GROUP, column_scale=factors if m is made[2] else None).at("int4") for m in made]
     at, pieces, places = 0, [], []
     for plane in range(2):
         pieces.append(torch.stack([part.planes[plane] for part in parts], 1).flatten())
         assert pieces[-1].numel() == NEURONS * 3 * plane_row_bytes(HIDDEN, GROUP, plane)
     pieces.append(torch.stack([part.scales for part in parts], 1).flatten().view(torch.uint8))
     assert pieces[-1].numel() == NEURONS * 3 * scale_row_bytes(HIDDEN, GROUP)
+    pieces.append(factors.view(torch.uint8))
     for piece in pieces:
         places.append(at)
         at += piece.numel()

@@ -98,9 +98,11 @@ def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
     for matrix in found:
         module = model.get_submodule(matrix.module)
         # rows as stored: a feed-forward block's outward matrix by neuron, all others by output
-        flip = matrix.transposed != (matrix.module in bundled)
-        rows = module.weight.data.T if flip else module.weight.data
-        coded = planes.encode(rows.contiguous()).at(rung if matrix.layer is not None else "int8")
+        outward = matrix.module in bundled
+        flip = matrix.transposed != outward
+        rows = (module.weight.data.T if flip else module.weight.data).contiguous()
+        factors = rows.abs().amax(dim=0).float() if outward else None
+        coded = planes.encode(rows, column_scale=factors).at(rung if matrix.layer is not None else "int8")
         decoded = planes.decode(coded, module.weight.dtype)
         module.weight = torch.nn.Parameter(decoded.T.contiguous() if flip else decoded)
     return model

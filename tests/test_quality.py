@@ -16,9 +16,9 @@ import transformers
 from torch.nn import functional
 
 import tiercache
+from tiercache import text as texts
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
 from tiercache.quality import command, measure, modes, report
-from tiercache.quality import text as texts
 from tiercache.quality.command import quality
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
@@ -37,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(store, tmp_path_factory.mktemp("scratch"), modes=["int8,int4", "int2"], decode=4)
+    return run(store, tmp_path_factory.mktemp("scratch"), modes=["int8,int4", "int3"], decode=4)
 
 
 def run(model: Path, scratch: Path, **options: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_shape_of_the_result(result: dict[str, Any]) -> None:
     assert result["reference"] == "int8"
     assert result["text"]["tokens"] == TOKENS == result["predicted"]  # pico's tokenizer begins with a bos
     assert len(result["text"]["sha256"]) == 64
-    assert [row["mode"] for row in result["rows"]] == ["int8", "int4", "int2"]
+    assert [row["mode"] for row in result["rows"]] == ["int8", "int4", "int3"]
     keys = {"mode", "bytes_per_token", "perplexity", "kl", "top1", "tokens_per_s", "hit_rate", "chance", "belady"}
     for row in result["rows"]:
         assert keys <= row.keys()
@@ -116,7 +116,7 @@ def test_the_same_mode_again_is_no_distance_away(store: Path, tmp_path: Path) ->
     assert [tuple(batch.shape) for batch in inputs] == [(2, WINDOW), (1, 47)]
     with measure.kept_logits(tmp_path, 1 << 20) as kept:
         for first in (True, False):
-            with tiercache.offload(store, precision="int2", context=512, logits=512) as model:
+            with tiercache.offload(store, precision="int3", context=512, logits=512) as model:
                 compared = {"keep": kept} if first else {"reference": kept}
                 score = measure.score(model, inputs, **compared)
     assert (score.kl, score.same, score.tokens) == (0, TOKENS, TOKENS)
@@ -146,11 +146,11 @@ def test_nothing_is_left_behind(store: Path, tmp_path: Path, monkeypatch: pytest
         return 1.0
 
     monkeypatch.setattr(measure, "decoding_speed", look)
-    run(store, tmp_path, modes=["int2"])
+    run(store, tmp_path, modes=["int3"])
     assert seen == [1, 1]  # the logits, without a name
     assert held_files(tmp_path) == []
     with pytest.raises(KeyboardInterrupt):
-        run(store, tmp_path, modes=["int2"])
+        run(store, tmp_path, modes=["int3"])
     assert held_files(tmp_path) == []
 
 
@@ -158,14 +158,14 @@ def test_too_little_disk(store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(measure.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     missing = TOKENS * 2048 * 2 - 1000  # pico is bf16
     with pytest.raises(EnvironmentUnsupportedError, match=f"{missing} bytes are missing"):
-        run(store, tmp_path, modes=["int2"])
+        run(store, tmp_path, modes=["int3"])
     run(store, tmp_path, modes=["int8"])  # nothing to compare, nothing to keep
 
 
 def test_scratch_that_cannot_be_used(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentUnsupportedError, match="--scratch"):
-        run(store, tmp_path / "file", modes=["int2"])
+        run(store, tmp_path / "file", modes=["int3"])
 
 
 @dataclass
@@ -212,11 +212,11 @@ def test_mixed_modes_are_asked_of_the_engine(store: Path, tmp_path: Path, monkey
     ("text", "options"),
     [
         ("source", {"precision": "source"}),
-        (" int2 ", {"precision": "int2"}),
+        (" int3 ", {"precision": "int3"}),
         ("mixed:0.5", {"mode": "mixed", "bytes_per_token": 0.5, "max_loss": None, "precision": "int8"}),
         ("mixed:50%/int4", {"mode": "mixed", "bytes_per_token": 0.5, "max_loss": None, "precision": "int4"}),
         ("mixed:1.2GB", {"mode": "mixed", "bytes_per_token": "1.2GB", "max_loss": None, "precision": "int8"}),
-        ("mixed:<= 0.01/int2", {"mode": "mixed", "bytes_per_token": None, "max_loss": 0.01, "precision": "int2"}),
+        ("mixed:<= 0.01/int3", {"mode": "mixed", "bytes_per_token": None, "max_loss": 0.01, "precision": "int3"}),
     ],
 )
 def test_modes(text: str, options: dict[str, Any]) -> None:

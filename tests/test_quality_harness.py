@@ -19,7 +19,7 @@ from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.quality.command import quality
 from tiercache.quality.harness import Harness
 from tiercache.quality.report import report
-from tiercache.quality.text import load_tokenizer
+from tiercache.text import load_tokenizer
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 ITEMS, LENGTH = 20, 64
@@ -145,7 +145,7 @@ def test_the_harness_by_hand(tasks: Path) -> None:
 def test_tasks_of_each_mode(tasks: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"tokens": 64, "window": 64, "decode": 0, "tasks": tasks, "limit": 3, "length": LENGTH}
     found = quality(
-        PICO, Path(__file__), modes=["int2"], store=tmp_path / "store", scratch=tmp_path, show_progress=False, **options
+        PICO, Path(__file__), modes=["int3"], store=tmp_path / "store", scratch=tmp_path, show_progress=False, **options
     )
     assert [set(row["tasks"]) for row in found["rows"]] == [{"choice", "rolling", "writing"}] * 2
     eight, two = (row["tasks"]["rolling"]["bits_per_byte"] for row in found["rows"])

@@ -230,7 +230,7 @@ def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
 
 
 @pytest.mark.parametrize("kind", [{}, {"hbm": "64MiB"}], ids=str)
-@pytest.mark.parametrize(("rung", "lower"), [("int8", "int4"), ("int4", "int2")])
+@pytest.mark.parametrize(("rung", "lower"), [("int8", "int4"), ("int4", "int3")])
 def test_with_everything_near_drafting_is_the_rung_below(
     rung: str, lower: str, kind: dict, plane_store: Folders
 ) -> None:
@@ -441,7 +441,7 @@ def test_a_cut_manifest_has_every_plane_once(compress: str, plane_store: Folders
 
 WRONG = [
     ({"precision": "source"}, "source"),
-    ({"precision": "int2"}, "int2"),
+    ({"precision": "int3"}, "int3"),
     ({"precision": "int8", "kernels": "decode"}, "decode"),
     ({"precision": "int8", "mode": "mixed", "bytes_per_token": Budget(fraction=0.5)}, "mixed"),
 ]

@@ -80,8 +80,10 @@ def as_outputs_by_inputs(name: str, parameter: torch.Tensor) -> torch.Tensor:
 def expected(module: str, parameter: torch.Tensor, rung: str, group: int) -> torch.Tensor:
     """A parameter as it comes back from the codes: quantised by rows, or along its neurons if it is outward."""
     matrix = as_outputs_by_inputs(module, parameter)
-    stored = matrix.T if module.endswith(OUTWARD) else matrix
-    back = planes.decode(planes.encode(stored.contiguous(), group).at(rung), parameter.dtype)
+    outward = module.endswith(OUTWARD)
+    stored = (matrix.T if outward else matrix).contiguous()
+    factors = stored.abs().amax(dim=0).float() if outward else None
+    back = planes.decode(planes.encode(stored, group, column_scale=factors).at(rung), parameter.dtype)
     return as_outputs_by_inputs(module, back.T if module.endswith(OUTWARD) else back)
 
 
@@ -151,7 +153,9 @@ def test_files_lie_as_the_format_says(plane_store: Checkpoint, checkpoint: Check
     for layer, record in enumerate(ffns):
         parts = _ffn_parts(name, original, layer)  # each [neurons, hidden]
         assert (record.rows, record.columns, record.parts) == (*parts[0].shape, len(parts))
-        coded = [planes.encode(part.detach().contiguous()) for part in parts]
+        factors = parts[-1].detach().abs().amax(dim=0).float()
+        coded = [planes.encode(part.detach().contiguous()) for part in parts[:-1]]
+        coded.append(planes.encode(parts[-1].detach().contiguous(), column_scale=factors))
         for place, file in enumerate(PLANE_FILES):
             extent = record.extents[file]
             assert extent.offset % BLOCK_BYTES == 0
@@ -164,7 +168,8 @@ def test_files_lie_as_the_format_says(plane_store: Checkpoint, checkpoint: Check
             record.extents[SCALE_FILE].nbytes // 2,
             offset=record.extents[SCALE_FILE].offset,
         )
-        assert scales.tobytes() == torch.stack([code.scales for code in coded], dim=1).numpy().tobytes()
+        pairs = torch.stack([code.scales for code in coded], dim=1).numpy().tobytes()
+        assert scales.tobytes() == pairs + factors.numpy().tobytes()
 
 
 def _ffn_parts(name: str, original: dict[str, torch.nn.Parameter], layer: int) -> list[torch.Tensor]:
@@ -241,7 +246,7 @@ def test_a_store_knows_its_model(plane_store: Checkpoint, checkpoint: Checkpoint
     assert type(store.model()).__name__ == "LlamaForCausalLM"
     told = store.describe()
     assert (told["group"], told["version"], told["neurons"]) == (64, VERSION, 3 * 104)
-    assert told["pass_bytes"]["int2"] < told["pass_bytes"]["int4"] < told["pass_bytes"]["int8"]
+    assert told["pass_bytes"]["int3"] < told["pass_bytes"]["int4"] < told["pass_bytes"]["int8"]
     json.dumps(told)
 
 

@@ -74,7 +74,7 @@ class Attached:
         neurons = set() if self.mixed is None else self.mixed.units
         needed = sum(payload[key] for key in self._asked.needs.order if key not in neurons)
         found = {
-            "needed": needed + (0 if self.mixed is None else self.mixed.read_bytes),
+            "needed": needed + (0 if self.mixed is None else self.mixed.needed_bytes),
             "ssd": sum(payload[key] for key in self.plan.streamed),
         }
         return found if self.resident is None else {**found, "resident": self.resident.read_bytes}

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from tiercache.errors import UsageError
 
-Precision = Literal["source", "int8", "int4", "int2"]
+Precision = Literal["source", "int8", "int4", "int3"]
 SizeLike = int | float | str
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]

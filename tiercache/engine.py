@@ -73,7 +73,7 @@ def offload(
             has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
             that the CPU computes straight from DRAM.
         dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
-        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int2". By default
+        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int3". By default
             "source"; with mode="mixed" "int8".
         context: tokens, over the batch, for which KV cache and activations are reserved.
         logits: rows of logits that one pass may return (generation needs one per sequence).

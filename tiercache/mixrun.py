@@ -16,9 +16,10 @@ from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
 from tiercache.model.mixed import Choosing, MixedBlock
-from tiercache.model.neurons import Deltas
+from tiercache.model.neurons import Deltas, Scales
 from tiercache.opening import Opened
 from tiercache.plan import Plan
+from tiercache.planes import column_scale_bytes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
@@ -124,6 +125,11 @@ class MixedRun:
         """Bytes of neurons that a token's products read, ranking included."""
         return sum(block.recipe.read_bytes(block.planes.block.neurons, block.sizes) for block in self.blocks)
 
+    @property
+    def needed_bytes(self) -> int:
+        """What a token reads of the blocks: neurons, and the scales of the down columns."""
+        return self.read_bytes + sum(column_scale_bytes(block.planes.block.columns) for block in self.blocks)
+
     def replay(self, trace: Trace) -> list[replay.Row]:
         """What every policy would have done with a recorded trace in these slots, from the start that this run had.
 
@@ -184,7 +190,7 @@ def _deltas(tiers: TierStack, block: NeuronBlock) -> Deltas | None:
     """What the planes of a block in DRAM add to those that are in HBM."""
     if block.low == len(block.units):
         return None
-    scales = block.scales(tiers.top.acquire(block.units[0]))
+    scales = Scales.of(block, tiers.top.acquire(block.units[0]))
     try:
         return Deltas(block, scales, [_above(tiers, block, plane) for plane in range(block.low, len(block.units))])
     finally:

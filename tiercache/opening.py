@@ -16,7 +16,7 @@ from tiercache.config import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.store import memory
 from tiercache.store.convert import convert
-from tiercache.store.format import CATALOG_FILE
+from tiercache.store.format import CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest, of_source
 from tiercache.store.planestore import DECIDING, PlaneStore
 from tiercache.store.source import Source, resolve
@@ -72,7 +72,7 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
 def default_store(source: Source, group: int = 64) -> Path:
     """Where the plane store of a checkpoint is kept when none is named."""
     digest = hashlib.sha256(source.identity().encode() + (source.folder / "config.json").read_bytes()).hexdigest()
-    return home_folder() / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}"
+    return home_folder() / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}-v{VERSION}"
 
 
 def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
@@ -94,7 +94,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
     if config.precision == "source":
         raise UsageError(
             f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
-            "'int2', or name the checkpoint"
+            "'int3', or name the checkpoint"
         )
     if config.checks:
         store.verify(show_progress=show_progress)
@@ -133,4 +133,4 @@ def _refuse_checks(config: OffloadConfig) -> None:
             "checks=True needs checksums, which original weights have none of; convert, and name the store"
         )
     if config.store is not None:
-        raise UsageError("store= is for precision 'int8', 'int4' or 'int2'; at 'source' the original weights are read")
+        raise UsageError("store= is for precision 'int8', 'int4' or 'int3'; at 'source' the original weights are read")

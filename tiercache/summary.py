@@ -13,8 +13,16 @@ def of_dry_run(report: dict[str, Any]) -> str:
     return (
         f"{human(report['source_bytes'])} of weights would make a store of {human(report['store_bytes'])} "
         f"({report['store_bytes']} bytes; less where zstd pays); {human(report['free_bytes'])} are free on its disk"
-        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}"
+        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}{_calibrating(report)}"
     )
+
+
+def _calibrating(report: dict[str, Any]) -> str:
+    """What calibrating takes, if codes are calibrated."""
+    if not report["calibrating_s"]:
+        return ""
+    minutes, memory = max(1, round(report["calibrating_s"] / 60)), human(report["calibrating_bytes"])
+    return f"; calibrating on {report['calibration']['tokens']} tokens takes some {minutes} min and up to {memory}"
 
 
 def of_conversion(report: dict[str, Any]) -> str:

@@ -1,21 +1,32 @@
 """What the tests of the CUDA kernels are made of: matrices, bundles, activations, and what noise they may show."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiercache.planes import Planes, decode, encode
+from tiercache.planes import CELL, Planes, decode, encode
+from tiercache.planes import RUNGS as RUNG_PLANES
 
-RUNGS = ("int2", "int4", "int8")
+RUNGS = tuple(RUNG_PLANES)
 # Of the sum of the magnitudes of what is added up; the contract's own bound is 1e-4.
 NOISE = 3e-6
+REACH = 16 * CELL + 3  # steps that codes reach over
 
 
 def matrix(rows: int, columns: int, group: int, rung: str, seed: int = 0) -> Planes:
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return encode(values * 0.05 + 0.01, group).at(rung)
+
+
+def scaled(weight: Planes, seed: int = 0) -> Planes:
+    """The same codes with column scales: mostly ones, some of up to 2**6, some small."""
+    random = torch.Generator().manual_seed(seed)
+    powers = torch.randint(-3, 7, (weight.columns,), generator=random).float()
+    powers[torch.rand(weight.columns, generator=random) < 0.5] = 0
+    return replace(weight, column_scale=powers.exp2())
 
 
 def strided(weight: Planes, gap: int) -> Planes:
@@ -30,7 +41,7 @@ def strided(weight: Planes, gap: int) -> Planes:
     block = torch.full((weight.rows, pitch), 0xA5, dtype=torch.uint8)
     views = [block[:, at : at + part.shape[1]].copy_(part) for at, part in zip(starts, parts, strict=True)]
     scales = views[-1].view(torch.float16).unflatten(1, (-1, 2))
-    return Planes(tuple(views[:-1]), scales, weight.columns, weight.group)
+    return replace(weight, planes=tuple(views[:-1]), scales=scales)
 
 
 def dense(weight: Planes, rows: Tensor | None = None) -> Tensor:
@@ -41,7 +52,9 @@ def dense(weight: Planes, rows: Tensor | None = None) -> Tensor:
 def spans(weight: Planes, rows: Tensor | None = None) -> Tensor:
     """A bound of what is added up for each weight: the group's |lo| and its range, [rows, columns]."""
     lo, step = weight.scales.float().unbind(-1)
-    values = (lo.abs() + 256 * step).repeat_interleave(weight.group, 1)[:, : weight.columns]
+    values = (lo.abs() + REACH * step).repeat_interleave(weight.group, 1)[:, : weight.columns]
+    if weight.column_scale is not None:
+        values = values * weight.column_scale
     return values if rows is None else values[rows.long()]
 
 

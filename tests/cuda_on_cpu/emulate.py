@@ -24,7 +24,9 @@ FLAGS = (
     "-Wno-unknown-pragmas",
     "-ffp-contract=off",
     "-U_FORTIFY_SOURCE",
+    "-fsanitize=alignment",  # its handler is the shim's own
 )
+FAULTS = ("", "a barrier not all reach", "a write past shared memory", "an access that its width does not allow there")
 
 
 def build(folder: Path) -> Path:
@@ -97,7 +99,7 @@ class Emulation:
         grid = (ctypes.c_uint * 3)(*call.grid)
         arguments = ctypes.addressof(call.arguments)
         code = self.library.shim_launch(kernel, grid, call.threads, call.shared_bytes, arguments)
-        assert code == 0, f"{call.kernel}: {('', 'a barrier not all reach', 'a write past shared memory')[code]}"
+        assert code == 0, f"{call.kernel}: {FAULTS[code]}"
 
     def argument_bytes(self, kernel: str) -> int:
         """Size of the kernel's argument as the C++ compiler lays it out."""

@@ -10,6 +10,8 @@ unsigned char *shim_shared;
 
 namespace {
 
+bool misaligned; /* since the launch */
+
 enum State { RUNS, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
 enum { STACK_BYTES = 64 << 10, MOST_THREADS = 1024, CANARIES = 256 };
 
@@ -92,7 +94,10 @@ float shim_shuffle_xor(float value, int far) {
     return slot[threadIdx.x ^ far];
 }
 
-/* 0; 1: a barrier that not all threads reach; 2: a write past the shared memory asked for. */
+/* Called before an access whose address its width does not allow: a host forgives it, a card does not. */
+extern "C" void __ubsan_handle_type_mismatch_v1(void *, unsigned long) { misaligned = true; }
+
+/* 0; 1: a barrier not all threads reach; 2: a write past the shared memory asked for; 3: an access not aligned. */
 extern "C" int shim_launch(void (*what)(const void *), const unsigned *grid, unsigned threads, unsigned shared_bytes,
                            const void *with) {
     kernel = what, arguments = with;
@@ -100,6 +105,7 @@ extern "C" int shim_launch(void (*what)(const void *), const unsigned *grid, uns
     static std::vector<unsigned char> stacks((size_t)MOST_THREADS * STACK_BYTES);
     shim_shared = (unsigned char *)aligned_alloc(256, (shared_bytes + CANARIES + 255) / 256 * 256);
     int result = 0;
+    misaligned = false;
     for (unsigned z = 0; z < grid[2] && !result; ++z)
         for (unsigned y = 0; y < grid[1] && !result; ++y)
             for (unsigned x = 0; x < grid[0] && !result; ++x) {
@@ -110,5 +116,5 @@ extern "C" int shim_launch(void (*what)(const void *), const unsigned *grid, uns
                     if (shim_shared[shared_bytes + i] != 0xff) result = 2;
             }
     free(shim_shared);
-    return result;
+    return result ? result : misaligned ? 3 : 0;
 }

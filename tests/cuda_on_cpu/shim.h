@@ -1,7 +1,8 @@
 /* CUDA's words for a host compiler: a block is a set of fibers, one a thread; blocks run one after another.
  *
  * Shared memory starts as NaN for every block and ends in canaries; fibers take turns in an order that is reversed
- * after each round, so that a missing barrier shows; a barrier that not all reach is an error, not a hang.
+ * after each round, so that a missing barrier shows; a barrier that not all reach is an error, not a hang, and so is an
+ * address that a card would refuse.
  */
 #ifndef SHIM_H
 #define SHIM_H
@@ -33,6 +34,7 @@ float shim_shuffle_xor(float value, int far);
 static inline void __syncthreads() { shim_block_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 

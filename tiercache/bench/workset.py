@@ -79,11 +79,16 @@ def some_rows(weight: Planes, rows: Tensor) -> Planes:
 
 def one_group(weight: Planes, group: int) -> Planes:
     """The columns of one group, in main memory."""
-    widths = [plane_row_bytes(weight.group, weight.group, plane) for plane in range(len(weight.planes))]
-    planes = tuple(
-        plane[:, width * group : width * (group + 1)].cpu() for plane, width in zip(weight.planes, widths, strict=True)
-    )
-    return Planes(planes, weight.scales[:, group : group + 1].cpu(), weight.group, weight.group)
+    size, groups = weight.group, weight.scales.shape[1]
+
+    def cut(plane: Tensor, width: int, begin: int = 0) -> Tensor:  # `width` bytes a group
+        return plane[:, begin + width * group : begin + width * (group + 1)].cpu()
+
+    first, *others = weight.planes  # the first has two bits of every group, then one bit of every group
+    halves = torch.cat([cut(first, size // 4), cut(first, size // 8, groups * size // 4)], dim=1)
+    widths = [plane_row_bytes(size, size, plane) for plane in range(1, len(weight.planes))]
+    planes = (halves, *(cut(plane, width) for plane, width in zip(others, widths, strict=True)))
+    return Planes(planes, weight.scales[:, group : group + 1].cpu(), size, size)
 
 
 def _offsets(widths: list[int], rows: int) -> list[int]:

@@ -6,7 +6,7 @@ may have a stream thousands of times as large as all others. Knows blocks and te
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +54,7 @@ class _Pending:
     """Squared errors of a block, token by token, until the residual stream behind it is known.
 
     Attributes:
-        losses: [2, tokens], of the whole block at int2 and int4.
+        losses: [2, tokens], of the whole block at int3 and int4.
         output: [tokens], of the block itself.
         curves: [scorers, ranks, rungs, ordered tokens, points].
         some: which tokens have curves.
@@ -251,7 +251,7 @@ def _pieces(planes: Planes) -> Iterator[Planes]:
     step = max(1, _DECODED_BYTES // (4 * planes.columns))
     for at in range(0, planes.rows, step):
         some = slice(at, at + step)
-        yield Planes(tuple(plane[some] for plane in planes.planes), planes.scales[some], planes.columns, planes.group)
+        yield replace(planes, planes=tuple(plane[some] for plane in planes.planes), scales=planes.scales[some])
 
 
 def _slices(tokens: int) -> Iterator[slice]:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from tiercache import text as texts
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate.halving import METHOD
 from tiercache.calibrate.run import Objective, Options, Rest, Run
@@ -15,7 +16,6 @@ from tiercache.config import Budget, SizeLike
 from tiercache.engine import resolve_device
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import note
-from tiercache.quality import text as texts
 from tiercache.store.calibration import PARTIAL_FILE, SCHEMA, Calibration
 from tiercache.store.format import CATALOG_FILE
 from tiercache.store.planestore import PlaneStore

@@ -41,6 +41,6 @@ def policies(calibration: Calibration, store: PlaneStore) -> dict[str, Any] | No
 
 
 def _candidates(calibration: Calibration) -> list[Setting]:
-    """Those within the share, the one that would be run first: int2 ranks where there are slots."""
+    """Those within the share, the one that would be run first: int3 ranks where there are slots."""
     within = [setting for setting in calibration.settings if setting.share <= SHARE + 1e-9]
     return sorted(within, key=lambda setting: (setting.rank, setting.kl, setting.read_bytes))

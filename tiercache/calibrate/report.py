@@ -61,7 +61,7 @@ def _alike(result: Mapping[str, Any]) -> Table:
         for window, values in windows.items():
             table.add_row(f"wanted by any of {window} tokens", half, *_with_mean(values))
     table.add_row("exactly zero", "-", *_with_mean(result["zeros"]))
-    for place, rung in enumerate(("int2", "int4")):
+    for place, rung in enumerate(("int3", "int4")):
         table.add_row(
             f"loss at {rung}, of the stream", "-", *_with_mean([row[place] for row in result["losses"]], ".1e")
         )

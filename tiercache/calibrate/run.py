@@ -25,9 +25,9 @@ from tiercache.engine import lend
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import bar, note
 from tiercache.quality.measure import KeptLogits
-from tiercache.quality.text import Text
 from tiercache.store.calibration import FILE, SCHEMA, Calibration, Setting
 from tiercache.store.planestore import PlaneStore
+from tiercache.text import Text
 
 REPORT_SCHEMA = "tiercache.calibration/1"
 Objective = Literal["loss", "entropy"]

@@ -37,7 +37,7 @@ def empty(layers: int, neurons: int, inward: int) -> Sums:
         "tokens": (layers,),
         "ordered": (layers,),  # tokens whose neurons were put in order: in large models not all
         "norms": (layers, neurons),
-        "squares": (layers, len(RANKS), neurons),  # of the down columns at int2 and int4
+        "squares": (layers, len(RANKS), neurons),  # of the down columns at int3 and int4
         "dots": (layers, len(RANKS), neurons),  # of them with those at int8
         "frequency": (layers, neurons),
         "thresholds": (layers, named, ranks, len(QUANTILES)),
@@ -53,7 +53,7 @@ def empty(layers: int, neurons: int, inward: int) -> Sums:
         "zeros": (layers,),
         "losses": (layers, 3),
         "own_losses": (layers, 3),
-        "curves": (layers, named, ranks, 3, POINTS),  # at skip, int2 and int4
+        "curves": (layers, named, ranks, 3, POINTS),  # at skip, int3 and int4
     }
     return {name: np.zeros(shape) for name, shape in shapes.items()}
 

@@ -27,7 +27,7 @@ _ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary; errors only.")]
-Precision = Annotated[str, typer.Option(help="source (the original weights), int8, int4 or int2.")]
+Precision = Annotated[str, typer.Option(help="source (the original weights), int8, int4 or int3.")]
 Mode = Annotated[str, typer.Option(help="exact, or mixed: planes per neuron and token; lossy.")]
 BytesPerToken = Annotated[
     str | None, typer.Option(help="mixed: what a token may read of the neurons: a share of int8's, 0.5, or 1.2GB.")

@@ -41,7 +41,7 @@ _Cap = Annotated[str | None, typer.Option(help="drafters: RAM of each process, p
 _Widen = Annotated[str | None, typer.Option(help="drafters: make the model HIDDENxNEURONSxLAYERS in --folder first.")]
 _Kernels = Annotated[bool, typer.Option("--kernels", help="Time the products of planes instead of a model.")]
 _KernelShapes = Annotated[str | None, typer.Option(help="kernels: 7b by default; also 70b and others.")]
-_Precisions = Annotated[str | None, typer.Option(help="kernels: int2,int4,int8 by default.")]
+_Precisions = Annotated[str | None, typer.Option(help="kernels: int3,int4,int8 by default.")]
 _TokenCounts = Annotated[str | None, typer.Option(help="kernels: 1,4,16,32,64 by default.")]
 _Share = Annotated[float | None, typer.Option(help="Mixed mode, with this share of int8's bytes of neurons; lossy.")]
 
@@ -200,8 +200,8 @@ def quality_command(
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file to measure on.", show_default=False)],
     modes: Annotated[
         list[str],
-        typer.Option("--mode", help="source, int8, int4, int2, mixed:0.5, mixed:1.2GB/int4, 'mixed:<=0.01'; several."),
-    ] = ["int8", "int4", "int2"],  # noqa: B006 - typer copies it
+        typer.Option("--mode", help="source, int8, int4, int3, mixed:0.5, mixed:1.2GB/int4, 'mixed:<=0.01'; several."),
+    ] = ["int8", "int4", "int3"],  # noqa: B006 - typer copies it
     reference: Annotated[str, typer.Option(help="What the others are held against: int8 or source.")] = "int8",
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,

@@ -130,7 +130,7 @@ def _drafting(drafter: str, nodes: int | None, depth: int | None) -> dict[str, A
 
 
 def _tokenizer(folder: Path) -> Any:
-    from tiercache.quality.text import load_tokenizer
+    from tiercache.text import load_tokenizer
 
     if not (folder / "config.json").is_file():
         raise StoreError(f"{folder} has no config.json, so it is neither checkpoint nor plane store; name one's folder")

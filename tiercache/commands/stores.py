@@ -9,6 +9,7 @@ import typer
 from tiercache import summary
 from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
 from tiercache.config import human
+from tiercache.quant.corpus import TOKENS
 
 
 @app.command("convert")
@@ -17,6 +18,11 @@ def convert_command(
     store: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     group: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     compress: Annotated[str, typer.Option(help="zstd: on, off, or auto where it saves more than it costs.")] = "auto",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Text that codes are calibrated on; the package's own by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = TOKENS,
+    plain: Annotated[bool, typer.Option("--plain", help="Round each weight by itself: fast, less exact.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
     as_json: Json = False,
@@ -28,6 +34,7 @@ def convert_command(
     partial = store.expanduser().with_name(store.name + ".partial")
     try:
         options: dict[str, Any] = {"group": group, "compress": compress, "dry_run": dry_run, "restart": restart}
+        options |= {"calibrate": calibrate, "tokens": tokens, "plain": plain}
         report = convert(checkpoint, store, **options, show_progress=progress(as_json, quiet))
     except KeyboardInterrupt:
         if partial.exists():

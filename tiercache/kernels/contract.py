@@ -99,6 +99,9 @@ class Kernels(Protocol):
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
 
+        The weight's column scales, if it has some, multiply the finished sums, rounded, before these are added to out.
+        `product` takes no weight that has some.
+
         The neuron-major layout of down matrices: a neuron's column lies as a row, grouped along its own length. A token
         that holds NaN or infinity in x gets NaN or infinity in every result.
         """
@@ -137,6 +140,12 @@ def checked_rows(rows: Selection, *weights: Planes) -> int:
     if any(weight.slabs for weight in weights):
         raise UsageError("slabs have no rows of their own: give SlotRows, which say where each row's planes lie")
     return weights[0].rows if rows is None else checked_index(rows, min(weight.rows for weight in weights))
+
+
+def check_unscaled(*weights: Planes) -> None:
+    """Refuse matrices with column scales where the columns are inputs; see `Kernels.product_down`."""
+    if any(weight.column_scale is not None for weight in weights):
+        raise UsageError("a matrix with column scales cannot be multiplied along its columns; only down has some")
 
 
 def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:

@@ -24,6 +24,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
+    check_unscaled,
     checked_index,
     checked_rows,
 )
@@ -48,6 +49,7 @@ class _Matrix(Structure):
         ("parts", c_int32),
         ("plane_part", c_int64 * 3),
         ("scale_part", c_int64),
+        ("column_scale", c_void_p),
     )
 
 
@@ -105,6 +107,7 @@ class CpuKernels:
 
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
+        check_unscaled(weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
         lists = _lists(rows)
@@ -115,6 +118,7 @@ class CpuKernels:
         """See `contract.Kernels`."""
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
+        check_unscaled(*weights)
         count = checked_rows(rows, *weights)
         for weight, out in zip(weights, outs, strict=True):
             check_output(out, x.tokens, weight.rows if rows is None else count, self.device)
@@ -155,6 +159,7 @@ class CpuKernels:
         """See `contract.Kernels`."""
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        check_unscaled(*inward)
         count = checked_rows(rows, down, *inward)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
@@ -288,6 +293,11 @@ def _matrix(weight: Planes) -> _Matrix:
     if within != 1 or (apart != 2 and weight.scales.shape[1] > 1):
         raise UsageError(f"scales have strides {weight.scales.stride()}; those of a row must lie together")
     matrix.scale, matrix.scale_stride = weight.scales.data_ptr(), 2 * weight.scales.stride(0)
+    if weight.column_scale is not None:
+        _check_host("the column scales", weight.column_scale)
+        if not weight.column_scale.is_contiguous():
+            raise UsageError(f"column scales have stride {weight.column_scale.stride()}; they must lie together")
+        matrix.column_scale = weight.column_scale.data_ptr()
     return matrix
 
 

@@ -5,7 +5,8 @@ above `switch` tokens by way of fp32 weights in a bounded scratch tile and torch
 weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums
 are made, depends on shapes alone, never on where planes lie or how they are aligned: no placement changes a bit.
 
-Planes may lie on the device or in page-locked host memory; kernels read the latter over the link, once per call.
+Planes and scales may lie on the device or in page-locked host memory; kernels read the latter over the link, planes
+once per call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
+    check_unscaled,
     checked_rows,
 )
 from tiercache.kernels.cuda_calls import (
@@ -35,6 +38,7 @@ from tiercache.kernels.cuda_calls import (
     Blocks,
     Slices,
     chunks_of,
+    column_scale,
     decode_call,
     down_call,
     gather_call,
@@ -236,7 +240,7 @@ class CudaKernels:
                 self.gather([piece], some, part)
         planes = tuple(part.view(count, p.shape[1]) for part, p in zip(parts, weight.planes, strict=False))
         scales = parts[-1].view(torch.float16).view(count, -1, 2)
-        return Planes(planes, scales, weight.columns, weight.group)
+        return replace(weight, planes=planes, scales=scales, slabs=False)
 
     def _product(self, x: Prepared, weight: Planes, out: Tensor, rows: _Lists) -> None:
         if x.tokens > self._switch:
@@ -291,14 +295,15 @@ class CudaKernels:
         planes = len(weight.planes)
         given = (x.data_ptr(), _pointers(rows, planes), partial.data_ptr())
         self._launcher.launch(down_call(found, planes, *given, count, blocks, slices))
-        into = (out.data_ptr(), out.stride(0))
-        self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
+        into, scale = (out.data_ptr(), out.stride(0)), column_scale(weight, self._at)
+        self._launcher.launch(sum_call(partial.data_ptr(), scale, into, tokens, weight.columns, padded, slices.count))
 
     def _decoded(self, weight: Planes, rows: _Lists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
         found, count, planes = matrix(weight, self._at), _count(weight, rows), len(weight.planes)
         values = self._empty(count, found.groups * found.group)
-        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), count, values.data_ptr()))
+        scale, shape = column_scale(weight, self._at), (count, weight.columns)
+        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), scale, shape, values.data_ptr()))
         return values[:, : weight.columns]
 
     def _at(self, tensor: Tensor) -> int:
@@ -320,7 +325,7 @@ class CudaKernels:
 
 
 def _rows_of(weight: Planes, some: slice) -> Planes:
-    return Planes(tuple(plane[some] for plane in weight.planes), weight.scales[some], weight.columns, weight.group)
+    return replace(weight, planes=tuple(plane[some] for plane in weight.planes), scales=weight.scales[some])
 
 
 def _count(weight: Planes, rows: _Lists) -> int:
@@ -341,6 +346,7 @@ def _pointers(rows: _Lists, planes: int) -> list[int]:
 
 
 def _check_prepared(x: Prepared, weight: Planes) -> None:
+    check_unscaled(weight)
     if (x.columns, x.group) != (weight.columns, weight.group):
         raise UsageError(
             f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"

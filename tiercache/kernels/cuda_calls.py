@@ -91,8 +91,8 @@ class DecodeArguments(ctypes.Structure):
     _fields_ = (
         ("matrix", MatrixArguments),
         ("rows", _RowLists),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("first", "count")),
+        *((name, ctypes.c_void_p) for name in ("column_scale", "out")),
+        *((name, ctypes.c_int) for name in ("columns", "count")),
     )
 
 
@@ -111,7 +111,7 @@ class SumArguments(ctypes.Structure):
     """Of common.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("partial", "out")),
+        *((name, ctypes.c_void_p) for name in ("partial", "column_scale", "out")),
         ("out_pitch", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("slices", "padded_tokens", "padded_columns", "columns")),
     )
@@ -183,8 +183,21 @@ def matrix(planes: Planes, address: Address) -> MatrixArguments:
         found.plane[p], found.pitch[p] = at, pitch = address(plane), plane.stride(0)
         bits |= at | pitch
     found.scales, found.scales_pitch = address(planes.scales), 2 * planes.scales.stride(0)
-    found.aligned = int(bits % 8 == 0 and (found.scales | found.scales_pitch) % 4 == 0)
+    # Rows of whole groups keep what they begin with: a group of 32 has 12 bytes of the first plane and 4 of the second
+    # (so an odd number of them is aligned to 4), a group of 64 has 24 and 8. Places within a row are then aligned, too.
+    if (found.scales | found.scales_pitch) % 4 == 0:
+        found.aligned = 8 if bits % 8 == 0 else 4 if bits % 4 == 0 else 0
     return found
+
+
+def column_scale(planes: Planes, address: Address) -> int:
+    """Where a matrix has its column scales; 0 for none."""
+    if planes.column_scale is None:
+        return 0
+    at = address(planes.column_scale)
+    if at % 4 or not planes.column_scale.is_contiguous():
+        raise UsageError("the column scales do not lie side by side, at a multiple of 4 bytes; give a copy of them")
+    return at
 
 
 def rows_call(
@@ -236,9 +249,11 @@ def down_call(
     return Call(f"down_{planes}_{blocks.size}_1", (strips, slices.count, blocks.count), shared_bytes, arguments)
 
 
-def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int) -> Call:
+def sum_call(
+    partial: int, scale: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int
+) -> Call:
     """Of common.cu: adds `parts` slices for padded tokens; out is (address, pitch in elements)."""
-    arguments = SumArguments(partial, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
+    arguments = SumArguments(partial, scale, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
     return Call("sum", (-(-columns // THREADS), tokens, 1), 0, arguments)
 
 
@@ -251,10 +266,13 @@ def prepare_call(
     return Call("prepare", (chunks, blocks.padded, 1), 4 * THREADS, arguments)
 
 
-def decode_call(found: MatrixArguments, planes: int, rows: Sequence[int], count: int, out: int) -> Call:
-    """Of decode.cu: `count` rows into fp32 [count, padded columns]."""
+def decode_call(
+    found: MatrixArguments, planes: int, rows: Sequence[int], scale: int, shape: tuple[int, int], out: int
+) -> Call:
+    """Of decode.cu: `shape` (rows, columns) into fp32 [rows, padded columns]."""
+    count, columns = shape
     words = found.groups * found.group // 16
-    arguments = DecodeArguments(found, _RowLists(*rows), out, 0, count)
+    arguments = DecodeArguments(found, _RowLists(*rows), scale, out, columns, count)
     return Call(f"decode_{planes}_0_0", (count, -(-words // THREADS), 1), 0, arguments)
 
 

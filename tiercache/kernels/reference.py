@@ -1,6 +1,7 @@
 """The dialect that says what is right: plain torch over decoded weights, in fp32 or fp64, on any device. Slow."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -15,6 +16,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
+    check_unscaled,
     checked_rows,
 )
 from tiercache.planes import Planes, decode
@@ -67,6 +69,7 @@ class ReferenceKernels:
 
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
+        check_unscaled(weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
@@ -91,6 +94,7 @@ class ReferenceKernels:
         rows: Selection = None,
     ) -> None:
         """See `contract.Kernels`."""
+        check_unscaled(*inward)
         checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
         for more in inward[1:]:
@@ -111,5 +115,6 @@ class ReferenceKernels:
             rows = SlotRows((rows,) * len(weight.planes), rows)
         if rows is not None:
             planes = tuple(plane[some.long()] for plane, some in zip(weight.planes, rows.planes, strict=False))
-            weight = Planes(planes, weight.scales[rows.scales.long()], weight.columns, weight.group)
+            scales = weight.scales[rows.scales.long()]
+            weight = replace(weight, planes=planes, scales=scales, slabs=False)
         return decode(weight, torch.float32).to(self._dtype)

@@ -4,7 +4,7 @@ Knows slots and slabs, not modules: what they are multiplied with, and how neuro
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from policies.neurons import IntArray
 from tiercache.kernels.contract import Selection, SlotRows
-from tiercache.planes import PLANE_BITS, Planes
+from tiercache.planes import MIDDLES, Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.tier import Source
 
 Parts = Sequence[Planes]
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,46 @@ class BlockPlanes(Protocol):
         """All neurons' `some` of the parts at the top rung, as many at a time as there is room for, until the next."""
 
 
-def cut(block: NeuronBlock, planes: Sequence[Tensor], scales: Tensor, *, slabs: bool = False) -> list[Planes]:
-    """Matrices of the block from planes [rows, parts, bytes] and scales [rows, parts, bytes], all or some parts."""
+@dataclass(frozen=True)
+class Scales:
+    """What the codes of a block's neurons are scaled by.
+
+    Attributes:
+        rows: lo and step of each group, as bytes [neurons, parts, bytes of a row's scales].
+        columns: of the down matrix, fp32 [columns].
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, block: NeuronBlock, slot: Tensor) -> "Scales":
+        """Those in the slot of the block's first unit."""
+        return cls(block.scales(slot), block.column_scale(slot))
+
+
+def cut(
+    block: NeuronBlock,
+    planes: Sequence[Tensor],
+    scales: Scales,
+    some: slice = _ALL,
+    *,
+    neurons: slice = _ALL,
+    slabs: bool = False,
+) -> list[Planes]:
+    """Matrices of the block's parts `some`, from planes [neurons, those parts, bytes]."""
+    parts = range(block.parts)[some]
+    rows = scales.rows[neurons]
     return [
         Planes(
-            tuple(plane[:, part] for plane in planes),
-            scales[:, part].view(torch.float16).view(scales.shape[0], -1, 2),
+            tuple(plane[:, place] for plane in planes),
+            rows[:, part].view(torch.float16).view(rows.shape[0], -1, 2),
             block.columns,
             block.group,
             slabs=slabs,
+            column_scale=scales.columns if part == block.parts - 1 else None,
         )
-        for part in range(scales.shape[1])
+        for place, part in enumerate(parts)
     ]
 
 
@@ -135,7 +165,7 @@ class DirectPlanes(_UnitPlanes):
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         planes = [self.block.plane(slot, plane) for plane in range(self.top)]
-        scales = self.block.scales(slot)
+        scales = Scales.of(self.block, slot)
         return {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
@@ -163,21 +193,20 @@ class Deltas:
 
     The product is linear in the planes: with the first ones left out (zero), and with each group's `lo` replaced by
     minus what the first ones alone take for the middle of the unknown bits, what remains is W at the higher rung less
-    W at the lower. Both are exact in fp16.
+    W at the lower. Rounding that `lo` to fp16 is off by at most a 256th of a step.
 
     Args:
         block: which.
-        scales: of the block, as in its first unit: bytes [neurons, parts, bytes of a row's scales].
+        scales: of the block.
         above: the planes above, in main memory: [neurons, parts, bytes of a row].
     """
 
-    def __init__(self, block: NeuronBlock, scales: Tensor, above: Sequence[Tensor]) -> None:
-        halves = scales.cpu().contiguous().view(torch.float16).view(block.neurons, block.parts, -1, 2).clone()
-        missing_bits = 8 - sum(PLANE_BITS[: block.low])
-        halves[..., 0] = halves[..., 1] * -float(1 << (missing_bits - 1))
+    def __init__(self, block: NeuronBlock, scales: Scales, above: Sequence[Tensor]) -> None:
+        halves = scales.rows.cpu().contiguous().view(torch.float16).view(block.neurons, block.parts, -1, 2).clone()
+        halves[..., 0] = halves[..., 1] * -MIDDLES[block.low - 1]
         zeros = [torch.zeros(1, 1, width, dtype=torch.uint8) for width in block.widths[: block.low]]
         first = [zero.expand(block.neurons, block.parts, -1) for zero in zeros]
-        flat = halves.view(block.neurons, block.parts, -1).view(torch.uint8)
+        flat = Scales(halves.view(block.neurons, block.parts, -1).view(torch.uint8), scales.columns.cpu().clone())
         self._parts = {block.low + count: cut(block, [*first, *above[:count]], flat) for count in _counts(above)}
 
     def group(self, rung: int, neurons: IntArray) -> Group:
@@ -211,11 +240,11 @@ class SlottedPlanes(_UnitPlanes):
     ) -> None:
         super().__init__(block, supply, device)
         self._slots, self._deltas = slots, deltas
-        self._low: tuple[list[Tensor], Tensor] | None = None
+        self._low: tuple[list[Tensor], Scales] | None = None
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         block = self.block
-        planes, scales = [block.plane(slot, plane) for plane in range(block.low)], block.scales(slot)
+        planes, scales = [block.plane(slot, plane) for plane in range(block.low)], Scales.of(block, slot)
         self._low = planes, scales
         made = {rung: cut(block, planes[:rung], scales) for rung in range(1, block.low + 1)}
         slabs = [slab.view(len(slab), block.parts, -1) for slab in self._slots.slabs]
@@ -267,7 +296,7 @@ class SlottedPlanes(_UnitPlanes):
         low, down = self.block.low, group.parts[-1]
         slabs = zip(down.planes[low:], group.rows.planes[low:], strict=False)
         copies = [plane.index_select(0, rows) for plane, rows in slabs]
-        kept = Planes((*down.planes[:low], *copies), down.scales, down.columns, down.group, slabs=True)
+        kept = replace(down, planes=(*down.planes[:low], *copies), slabs=True)
         here = torch.arange(len(group.neurons), device=self.device)
         rows = SlotRows((*([group.neurons] * low), *([here] * len(copies))), group.neurons)
         return Group(group.rung, group.neurons, rows, (kept,))
@@ -289,4 +318,4 @@ class SlottedPlanes(_UnitPlanes):
                 )
                 for plane, width in enumerate(widths)
             ]
-            yield here, cut(block, [*(plane[here, some] for plane in planes), *above], scales[here, some])
+            yield here, cut(block, [*(plane[here, some] for plane in planes), *above], scales, some, neurons=here)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import tiercache
 from tiercache import skeleton
+from tiercache import text as texts
 from tiercache.config import SizeLike, home_folder
 from tiercache.errors import UsageError
 from tiercache.opening import default_store
 from tiercache.progress import bar, note
 from tiercache.quality import measure, report
-from tiercache.quality import text as texts
 from tiercache.quality.harness import Harness
 from tiercache.quality.modes import Mode, parse, parse_all
 from tiercache.store.calibration import Calibration
@@ -66,7 +66,7 @@ def quality(
     model: str | Path,
     text: Path,
     *,
-    modes: Sequence[str] = ("int8", "int4", "int2"),
+    modes: Sequence[str] = ("int8", "int4", "int3"),
     reference: str = "int8",
     tokens: int = 8192,
     window: int = 512,

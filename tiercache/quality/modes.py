@@ -10,7 +10,7 @@ from tiercache.config import Budget, Precision
 from tiercache.errors import UsageError
 
 FORMS = (
-    "write source, int8, int4 or int2 for exact weights of that precision; mixed:0.5 (a share), mixed:1.2GB (bytes a "
+    "write source, int8, int4 or int3 for exact weights of that precision; mixed:0.5 (a share), mixed:1.2GB (bytes a "
     "token) or 'mixed:<=0.01' (nats a token that may be lost) for a mixed mode, with /int4 behind it for the precision "
     "of its other matrices"
 )
@@ -61,7 +61,7 @@ def parse(text: str) -> Mode:
         raise UsageError(f"unknown mode {text!r}: {FORMS}")
     precision = precision if slash else _MIXED_PRECISION
     if precision not in precisions or precision == "source":
-        raise UsageError(f"a mixed mode's other matrices are int8, int4 or int2, not {precision!r}: {FORMS}")
+        raise UsageError(f"a mixed mode's other matrices are int8, int4 or int3, not {precision!r}: {FORMS}")
     if budget.startswith("<="):
         return Mode(name, precision, max_loss=_loss(budget[2:], text))
     try:

@@ -68,7 +68,7 @@ class Calibration:
         meta: store's digest and model, text's name, digest and tokens, precision of the other matrices.
         norms: of the down columns, fp32 [blocks, neurons].
         frequency: in which share of the tokens each neuron was among the more important half, fp32 [blocks, neurons].
-        losses: squared error of each block's output at int2, int4 and int8 relative to the residual stream's, fp64
+        losses: squared error of each block's output at int3, int4 and int8 relative to the residual stream's, fp64
             [blocks, 3].
         settings: by share, then by rank.
         arrays: what else was measured (thresholds, co-activation, unions, traces), by name.

@@ -1,5 +1,9 @@
 """Makes a plane store from a checkpoint: streaming, resumable, published at once when complete.
 
+Codes are calibrated where the checkpoint brings a tokenizer: a text goes through the model layer by layer, as the
+layers are converted (`store.activations`, `quant.gptq`). Otherwise, or where it is asked for, each weight is rounded by
+itself.
+
 The store grows in `<store>.partial`, layer by layer: a layer's bytes are on disk before the journal (LMDB, one
 transaction per layer) says so, so that a conversion killed at any moment goes on behind the last whole layer and
 ends with the same bytes as one that ran through. The finished folder is renamed into place.
@@ -8,6 +12,7 @@ ends with the same bytes as one that ran through. The finished folder is renamed
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import time
@@ -18,19 +23,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from profiler import probe
 from tiercache import planes as codes
 from tiercache.config import human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
-from tiercache.progress import Advance, bar
-from tiercache.store import catalog, encode, layout
+from tiercache.progress import Advance, bar, note
+from tiercache.quant.corpus import TOKENS, Corpus
+from tiercache.quant.gptq import LayerMoments
+from tiercache.store import activations, catalog, encode, estimate, layout
+from tiercache.store.activations import Walk
 from tiercache.store.catalog import Extent, Record
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
+from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
 from tiercache.store.writer import Weighed, Writer, record_of, sync, weigh
 
 Compress = Literal["auto", "on", "off"]
+ROUNDING = {"method": "rounding"}
 _JOURNAL = "journal.mdb"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -47,6 +59,9 @@ class Report:
         free_bytes: free on the store's disk before the start.
         resumed_bytes: bytes of the checkpoint that an earlier run had done.
         seconds: how long it took; 0 for a dry run.
+        calibrating_s: how long calibrating will take, as samples on this machine say; 0 where codes are rounded.
+        calibrating_bytes: the memory that it will take.
+        calibration: how codes were chosen: "gptq" with the text's hash and tokens, or "rounding".
         compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
     """
 
@@ -56,6 +71,9 @@ class Report:
     free_bytes: int
     resumed_bytes: int = 0
     seconds: float = 0.0
+    calibrating_s: float = 0.0
+    calibrating_bytes: int = 0
+    calibration: dict[str, Any] | None = None
     compression: Weighed | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +87,9 @@ def convert(
     *,
     group: int = 64,
     compress: Compress = "auto",
+    calibrate: str | Path | None = None,
+    tokens: int = TOKENS,
+    plain: bool = False,
     dry_run: bool = False,
     restart: bool = False,
     show_progress: bool | None = None,
@@ -80,6 +101,10 @@ def convert(
         store: folder to make.
         group: weights that share a scale: 32, 64 or 128.
         compress: zstd "on", "off", or "auto" where it saves more time than it costs on the store's disk.
+        calibrate: a text file whose tokens are taken through the model, so that weights make up for one another's
+            rounding errors; None for the package's own text, if the checkpoint brings a tokenizer.
+        tokens: how many of it, at most.
+        plain: round each weight by itself instead.
         dry_run: only say what it would take.
         restart: throw away what an interrupted conversion left.
         show_progress: draw a bar on standard error; None means where that is a terminal.
@@ -93,8 +118,11 @@ def convert(
         raise UsageError(f"compress={compress!r} is not known; choose 'auto', 'on' or 'off'")
     if group not in codes.GROUPS:
         raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, codes.GROUPS))}")
+    if plain and calibrate is not None:
+        raise UsageError("a calibration text and plain rounding exclude each other; leave one of the two out")
     source = Source.open(checkpoint)
-    job = _Conversion(source, Path(store).expanduser(), group, compress)
+    corpus = None if plain else _corpus(source, calibrate, tokens, show_progress)
+    job = _Conversion(source, Path(store).expanduser(), group, compress, corpus)
     if dry_run:
         return job.estimate()
     if job.already_done():
@@ -103,8 +131,9 @@ def convert(
 
 
 class _Conversion:
-    def __init__(self, source: Source, store: Path, group: int, compress: Compress) -> None:
+    def __init__(self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None) -> None:
         self.source, self.store, self.group, self.compress = source, store, group, compress
+        self.corpus = corpus
         self.partial = store.with_name(store.name + ".partial")
         self.units = layout.plan(source, group)
         self.meta: dict[str, Any] = {
@@ -115,6 +144,7 @@ class _Conversion:
             "group": group,
             "plane_bits": list(codes.PLANE_BITS),
             "compress": compress,
+            "calibration": ROUNDING if corpus is None else corpus.describe(),
             "units": len(self.units),
             "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._copied()},
         }
@@ -142,12 +172,24 @@ class _Conversion:
             sum(encode.weight_bytes(unit, self.source) for unit in self.units),
             data + copied + self._catalog_bytes(),
             shutil.disk_usage(_existing(self.store)).free,
+            **self._calibrating(),
+            calibration=self.meta["calibration"],
         )
+
+    def _calibrating(self) -> dict[str, Any]:
+        """Seconds and memory of calibrating, for the report."""
+        if self.corpus is None:
+            return {}
+        tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
+        return {
+            "calibrating_s": estimate.seconds(self.units, tokens, estimate.Rates.measure()),
+            "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window),
+        }
 
     def run(self, *, restart: bool, show_progress: bool | None) -> Report:
         """Convert what is left, and publish."""
         begin = time.perf_counter()
-        estimate = self.estimate()
+        expected = self.estimate()
         with _clear_io_errors(self.partial), ExitStack() as stack:
             self.partial.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.partial))
@@ -156,31 +198,36 @@ class _Conversion:
                 return self.estimate()
             for path in self.partial.iterdir() if restart else self.partial.glob(probe.LEFTOVERS):
                 path.unlink()
+            _discard_unborn(self.partial / _JOURNAL)
             journal = stack.enter_context(catalog.environment(self.partial / _JOURNAL, readonly=False))
             with journal.begin() as transaction:
                 known = catalog.contents(transaction, self.partial / _JOURNAL)
             if known.meta:
                 self._refuse_other(known.meta, self.partial)
             records = list(known.records)
-            self._check_space(estimate)
+            self._check_space(expected)
+            self._announce(expected, show=show_progress)
             compression = known.meta.get("compression") or self._choose_compression()
             with journal.begin(write=True) as transaction:
                 catalog.put_meta(transaction, {**self.meta, "compression": compression})
             done = sum(encode.weight_bytes(unit, self.source) for unit in self.units[: len(records)])
             reader = stack.enter_context(Reader())
             advance = stack.enter_context(
-                bar(f"converting {self.store.name}", estimate.source_bytes, done_bytes=done, show=show_progress)
+                bar(f"converting {self.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
             )
             writer = stack.enter_context(Writer(self.partial, records, compression))
             self._write_layers(writer, records, reader, journal, advance)
             self._finish(records, compression)
         return Report(
             str(self.store),
-            estimate.source_bytes,
+            expected.source_bytes,
             sum(path.stat().st_size for path in self.store.iterdir()),
-            estimate.free_bytes,
+            expected.free_bytes,
+            calibrating_s=expected.calibrating_s,
+            calibrating_bytes=expected.calibrating_bytes,
             resumed_bytes=done,
             seconds=time.perf_counter() - begin,
+            calibration=self.meta["calibration"],
             compression=compression,
         )
 
@@ -188,19 +235,37 @@ class _Conversion:
         self, writer: Writer, records: list[Record], reader: Reader, journal: Any, advance: Advance
     ) -> None:
         todo = self.units[len(records) :]
-        for _, layer in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
-            first = len(records)
-            for unit in layer:
-                blocks = encode.blocks(unit, self.source, reader, self.group)
+        walk = self._walk(todo, reader)
+        for (layer, dense), units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
+            first, some = len(records), list(units)
+            moments = None
+            if walk is not None and not dense:
+                moments = LayerMoments(walk.layer() if layer is not None else _of_head(walk, some))
+            for unit in some:
+                blocks = encode.blocks(unit, self.source, reader, self.group, moments)
                 records.append(writer.write(unit, self.source.tensors, blocks))
                 advance(encode.weight_bytes(unit, self.source))
             writer.sync()
+            if walk is not None and layer is not None:
+                walk.keep()
             with journal.begin(write=True) as transaction:
                 for index in range(first, len(records)):
                     catalog.put_record(transaction, index, records[index])
+            if walk is not None:
+                walk.forget(upto=walk.at)
+
+    def _walk(self, todo: list[UnitPlan], reader: Reader) -> Walk | None:
+        """The calibration text on its way, before the first layer that is left; None where none is needed any more."""
+        if self.corpus is None or todo[:1] == [] or todo[0].dense:
+            return None
+        walk = Walk(self.source, self.corpus.windows, reader, self.partial)
+        walk.resume(walk.layers if todo[0].layer is None else todo[0].layer)
+        return walk
 
     def _finish(self, records: list[Record], compression: dict[str, Any]) -> None:
         """Everything but the rename is repeated harmlessly when interrupted."""
+        for path in self.partial.glob(activations.FILES):
+            path.unlink()
         for path in self._copied():
             shutil.copyfile(path, self.partial / path.name)
         ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
@@ -222,12 +287,22 @@ class _Conversion:
                     "name another folder, or remove that one"
                 )
 
-    def _check_space(self, estimate: Report) -> None:
+    def _announce(self, expected: Report, *, show: bool | None) -> None:
+        """Say what calibrating will take, before it begins."""
+        if self.corpus is not None:
+            minutes = max(1, round(expected.calibrating_s / 60))
+            note(
+                f"calibrating on {self.corpus.windows.numel()} tokens: some {minutes} min and up to "
+                f"{human(expected.calibrating_bytes)} of memory (--plain does without)",
+                show=show,
+            )
+
+    def _check_space(self, expected: Report) -> None:
         have = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
-        missing = estimate.store_bytes - have - shutil.disk_usage(self.partial).free
+        missing = expected.store_bytes - have - shutil.disk_usage(self.partial).free
         if missing > 0:
             raise EnvironmentUnsupportedError(
-                f"{self.store} will take {human(estimate.store_bytes)}, its disk lacks {human(missing)} ({missing} "
+                f"{self.store} will take {human(expected.store_bytes)}, its disk lacks {human(missing)} ({missing} "
                 "bytes); free some space or name a folder on another disk"
             )
 
@@ -259,6 +334,29 @@ class _Conversion:
     def _copied(self) -> list[Path]:
         found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
         return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
+
+
+def _corpus(source: Source, text: str | Path | None, tokens: int, show: bool | None) -> Corpus | None:
+    """The calibration text; None, with a note, where no text was named and there is no tokenizer for the own one."""
+    try:
+        return Corpus.read(None if text is None else Path(text).expanduser(), source.folder, source.config, tokens)
+    except StoreError as error:
+        if text is not None:
+            raise
+        note(f"codes are rounded and not calibrated: {error}", show=show)
+        return None
+
+
+def _of_head(walk: Walk, units: list[UnitPlan]) -> dict[str, Tensor]:
+    """The moments of the head's inputs, by the name of its module."""
+    hessian = walk.head()
+    return {member.module: hessian for unit in units for member in unit.members}
+
+
+def _discard_unborn(journal: Path) -> None:
+    """Remove a journal whose making was cut short by a full disk, before anything could be entered."""
+    if journal.exists() and journal.stat().st_size < 2 * mmap.PAGESIZE:
+        journal.unlink()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ and the plane store, so that tiers and readers need not know which of the two th
 The plane store is a folder:
 
     plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.planes`)
-    scales.bin                            fp16 pairs (lo, step) of every group
+    scales.bin                            fp16 pairs (lo, step) of every group, and column scales
     dense.bin                             everything that is not quantised, in its original dtype
     catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
     config.json, tokenizer files, ...     copied from the checkpoint
@@ -16,7 +16,8 @@ Within a plane file the layers follow one another, so that one layer's plane is 
 come the attention matrices in the model's order, then the feed-forward block. A matrix lies row by row, a row
 being one output feature. A feed-forward block lies neuron by neuron: the neuron's gate row, up row and down column
 side by side (for blocks without a gate: its two parts), each as one row of codes; the down matrix is therefore
-stored transposed and its groups run along the neuron's column. `scales.bin` is laid out in the same way.
+stored transposed and its groups run along the neuron's column. `scales.bin` is laid out in the same way; behind a
+block's pairs lie the column scales of its down matrix, fp32, one for each output.
 
 Every matrix or block in a file is an *extent*: it MUST start at a multiple of 4096 bytes, and MUST be followed by
 zero bytes up to the next extent, so that it can be read with direct I/O. The catalogue holds a SHA-256 of each
@@ -27,7 +28,7 @@ frames, each of at most 4 MiB of plain bytes, whose lengths the catalogue lists.
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 4096  # the unit of direct I/O, and the alignment of slots
 FRAME_BYTES = 4 << 20  # plain bytes of one zstd frame
 PLANE_FILES = ("plane-0.bin", "plane-1.bin", "plane-2.bin")

@@ -103,6 +103,7 @@ def _bundle(block: Ffn, group: int) -> UnitPlan:
     parts.append(Part(outward.name, 0, not outward.transposed))
     name = outward.module.rpartition(".")[0]
     sizes = _sizes(neurons, columns, len(parts), group)
+    sizes[SCALE_FILE] += codes.column_scale_bytes(columns)
     return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
 
 

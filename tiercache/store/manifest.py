@@ -53,7 +53,8 @@ class PlaneWeight:
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
         plane_at: first byte of each plane in its unit's slot; as many as the rung has.
-        scale_at: first byte of the scales, which lie in the slot of `unit`.
+        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the column scales of a
+            bundle's last part.
         transposed: the parameter is the transpose of what is stored.
         above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
             one unit.
@@ -102,8 +103,12 @@ class PlaneWeight:
         for plane, (where, at) in enumerate(zip(slots, self.plane_at, strict=False)):
             width = codes.plane_row_bytes(self.columns, self.group, plane)
             cut.append(self._rows(where, at, width)[:, part])
-        scales = self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))[:, part]
-        return codes.Planes(tuple(cut), scales.view(torch.float16).reshape(self.rows, -1, 2), self.columns, self.group)
+        width = codes.scale_row_bytes(self.columns, self.group)
+        scales = self._rows(slot, self.scale_at, width)[:, part].view(torch.float16).reshape(self.rows, -1, 2)
+        factors = None
+        if 1 < self.parts == part + 1:
+            factors = _column_scale(slot, self.scale_at + self.rows * self.parts * width, self.columns)
+        return codes.Planes(tuple(cut), scales, self.columns, self.group, column_scale=factors)
 
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
         nbytes = self.rows * self.parts * width
@@ -122,7 +127,7 @@ class NeuronBlock:
         parts: rows of a neuron, side by side.
         units: the unit in which each plane lies; the scales lie with the first.
         plane_at: first byte of each plane in its unit's slot.
-        scale_at: first byte of the scales.
+        scale_at: first byte of the scales; the down columns' own scales lie behind them.
     """
 
     layer: int
@@ -154,6 +159,11 @@ class NeuronBlock:
         """The scales in the first unit's slot: bytes [neurons, parts, bytes of a row's scales]."""
         return self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))
 
+    def column_scale(self, slot: torch.Tensor) -> torch.Tensor:
+        """What the outputs of the outward matrix are multiplied by, in the first unit's slot: fp32 [columns]."""
+        scales = self.neurons * self.parts * codes.scale_row_bytes(self.columns, self.group)
+        return _column_scale(slot, self.scale_at + scales, self.columns)
+
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
         return slot[at : at + self.neurons * self.parts * width].view(self.neurons, self.parts, width)
 
@@ -176,6 +186,10 @@ class NeuronWeight:
     def units(self) -> tuple[int, ...]:
         """The first unit alone."""
         return (self.unit,)
+
+
+def _column_scale(slot: torch.Tensor, at: int, columns: int) -> torch.Tensor:
+    return slot[at : at + codes.column_scale_bytes(columns)].view(torch.float32)
 
 
 Weight = PlainWeight | PlaneWeight | NeuronWeight

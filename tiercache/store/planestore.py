@@ -72,8 +72,8 @@ class PlaneStore:
             raise StoreError(f"{path / CATALOG_FILE} lacks records; convert the checkpoint again")
         if contents.meta.get("version") != VERSION:
             raise StoreError(
-                f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert it "
-                "again"
+                f"{path} has format version {contents.meta.get('version')}, this tiercache reads {VERSION}; convert "
+                f"the checkpoint again: tiercache convert CHECKPOINT {path}-v{VERSION}"
             )
         _check_lengths(path, contents)
         for name in DECIDING:

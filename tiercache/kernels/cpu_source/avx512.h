@@ -1,55 +1,17 @@
 /* AVX-512 with VNNI: one byte product instruction for 64 codes, activations as two signed bytes.
  *
- * For groups of 64 and 128, where 16 bytes of a 2-bit plane belong to one group: a vector of 64 bytes holds four parts,
- * and the 16 sums of a byte product hold four numbers of each. Nibbles of several planes are merged before they are
- * taken apart: X holds the codes j = 0 (low) and j = 2 (high), Y those of j = 1 and j = 3.
+ * A vector of 64 bytes of a 2-bit plane holds four parts, and the 16 sums of a byte product hold four numbers of each.
  */
 #ifndef TIERCACHE_AVX512_H
 #define TIERCACHE_AVX512_H
 
-#include <immintrin.h>
-
-#include "generic.h"
+#include "avx512_codes.h"
 
 #define AHEAD 4 /* rows: fetched while as many are multiplied; further ahead and nearer were slower */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef struct {
-    const uint8_t *a, *b, *c, *scale;
-} Row;
-
-INLINE Row row_at(const Matrix *m, int64_t i) {
-    Row r = {row_of(m, 0, i), m->planes > 1 ? row_of(m, 1, i) : NULL, m->planes > 2 ? row_of(m, 2, i) : NULL,
-             row_of(m, 3, i)};
-    return r;
-}
-
-INLINE __m512i pick(uint8_t where, __m512i one, __m512i other) { /* bits of `one` where `where` has ones */
-    return _mm512_ternarylogic_epi32(one, _mm512_set1_epi8((char)where), other, 0xE2);
-}
 
 /* sum += products of unsigned codes and signed bytes; gcc copies the sums around its own intrinsic, half of the loop. */
 INLINE void accumulate(__m512i *sum, __m512i code, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(code), "v"(x));
-}
-
-/* Two nibbles a byte: X (pass 0: codes j = 0, 2) or Y (pass 1: j = 1, 3) of the two-bit planes. */
-INLINE __m512i merge(int planes, int pass, __m512i a, __m512i b) {
-    if (planes == 1) return pass ? _mm512_srli_epi16(a, 2) : a;
-    return pass ? pick(0xCC, a, _mm512_srli_epi16(b, 2)) : pick(0xCC, _mm512_slli_epi16(a, 2), b);
-}
-
-/* Codes of the low (high = 0) or high nibbles; `e` holds the four-bit plane's nibbles of the same codes. */
-INLINE __m512i codes(int planes, int high, __m512i x, __m512i e) {
-    if (planes == 3)
-        return high ? pick(0xF0, x, _mm512_srli_epi16(e, 4)) : pick(0xF0, _mm512_slli_epi16(x, 4), e);
-    return _mm512_and_si512(high ? _mm512_srli_epi16(x, 4) : x, _mm512_set1_epi8(planes == 1 ? 3 : 15));
-}
-
-/* Of the 128 bytes of the four-bit plane beside 64 bytes of a two-bit plane: those of pass 0 or 1, lane beside lane. */
-INLINE __m512i nibbles(int group, int pass, __m512i c0, __m512i c1) {
-    if (group == 64) return pass ? _mm512_shuffle_i32x4(c0, c1, 0xDD) : _mm512_shuffle_i32x4(c0, c1, 0x88);
-    return pass ? _mm512_shuffle_i32x4(c0, c1, 0xEE) : _mm512_shuffle_i32x4(c0, c1, 0x44);
 }
 
 INLINE __m512 halves_low(__m512i pairs) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)); }
@@ -57,10 +19,11 @@ INLINE __m512 halves_high(__m512i pairs) { return halves_low(_mm512_srli_epi32(p
 INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
 INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 
-/* s and c of 16 (lo, step) pairs. */
-INLINE void scales16(__m512i pairs, float power, __m512 *s, __m512 *c) {
-    *s = times(halves_high(pairs), _mm512_set1_ps(power));
-    *c = plus(halves_low(pairs), times(*s, _mm512_set1_ps(0.5f)));
+/* s and m of 16 (lo, step) pairs. */
+INLINE void scales16(__m512i pairs, int planes, __m512 *s, __m512 *m) {
+    const __m512 step = halves_high(pairs);
+    *s = times(step, _mm512_set1_ps(unit_of(planes)));
+    *m = plus(halves_low(pairs), times(step, _mm512_set1_ps(middle_of(planes))));
 }
 
 /* Four vectors of 16 sums -> in each 16-byte lane the four vectors' totals of that lane. */
@@ -126,21 +89,6 @@ INLINE __m512i four_scales(const Row r[4], int64_t at, __mmask8 some) {
     return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_maskz_loadu_epi32(some, r[3].scale + at));
 }
 
-/* Which bytes of a chunk are there: of a two-bit plane, and of both halves of the four-bit plane. */
-typedef struct {
-    __mmask64 two, low, high;
-} Present;
-
-INLINE Present present(int64_t left) {
-    Present here = {~0ull, ~0ull, ~0ull};
-    if (left < 64) {
-        here.two = (1ull << left) - 1;
-        here.low = left >= 32 ? ~0ull : (1ull << (2 * left)) - 1;
-        here.high = left > 32 ? (1ull << (2 * left - 64)) - 1 : 0;
-    }
-    return here;
-}
-
 /* What one chunk adds to four rows' results for one token. [lane][row] */
 INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, int64_t left, const int8_t *high,
                         const int8_t *low, const float *scale, const float *sum) {
@@ -152,7 +100,7 @@ INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, in
     __m512i a[4], b[4], c0[4], c1[4], upper[4], lower[4];
     for (int i = 0; i < 4; i++) {
         a[i] = _mm512_maskz_loadu_epi8(here.two, r[i].a + at);
-        b[i] = planes > 1 ? _mm512_maskz_loadu_epi8(here.two, r[i].b + at) : a[i];
+        b[i] = lower_two(r + i, planes, group, at, here);
         c0[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.low, r[i].c + 2 * at) : a[i];
         c1[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.high, r[i].c + 2 * at + 64) : a[i];
         upper[i] = lower[i] = _mm512_setzero_si512();
@@ -162,7 +110,7 @@ INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, in
         const __m512i h0 = _mm512_loadu_si512(h), l0 = _mm512_loadu_si512(l);
         const __m512i h2 = _mm512_loadu_si512(h + 128), l2 = _mm512_loadu_si512(l + 128);
         for (int i = 0; i < 4; i++) {
-            const __m512i v = merge(planes, pass, a[i], b[i]);
+            const __m512i v = merge(pass, a[i], b[i]);
             const __m512i e = planes > 2 ? nibbles(group, pass, c0[i], c1[i]) : v;
             const __m512i u0 = codes(planes, 0, v, e), u2 = codes(planes, 1, v, e);
             accumulate(&upper[i], u0, h0), accumulate(&lower[i], u0, l0);
@@ -174,7 +122,7 @@ INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, in
     const int whole = 256 / group, count = left >= 64 ? whole : (int)left * 4 / group;
     __m512 step, offset;
     const __m512i pairs = four_scales(r, (int64_t)chunk * 4 * whole, (__mmask8)((1u << count) - 1));
-    scales16(_mm512_permutexvar_epi32(order, pairs), power_of(planes), &step, &offset);
+    scales16(_mm512_permutexvar_epi32(order, pairs), planes, &step, &offset);
     const __m512 xs = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * 4)));
     const __m512 xt = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(sum + chunk * 4)));
     return plus(times(dot, times(step, xs)), times(offset, xt));
@@ -195,14 +143,11 @@ INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
     const Row *r = fetch->row;
     if (r == fetch->end) return;
     const int64_t at = fetch->at;
-    for (int64_t i = at; i < at + 128; i += 64) {
-        _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
-        if (planes > 1) _mm_prefetch((const char *)r->b + i, _MM_HINT_T1);
-        if (planes > 2) {
-            _mm_prefetch((const char *)r->c + 2 * i, _MM_HINT_T1);
-            _mm_prefetch((const char *)r->c + 2 * i + 64, _MM_HINT_T1);
-        }
-    }
+    for (int64_t i = at; i < at + 128; i += 64) _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
+    _mm_prefetch((const char *)r->a1 + at / 2, _MM_HINT_T1);
+    if (planes > 1) _mm_prefetch((const char *)r->b + at / 2, _MM_HINT_T1);
+    if (planes > 2)
+        for (int64_t i = 2 * at; i < 2 * at + 256; i += 64) _mm_prefetch((const char *)r->c + i, _MM_HINT_T1);
     _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
     fetch->at += 128;
     if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
@@ -233,8 +178,8 @@ INLINE void few_rows(const Matrix *m, int planes, int group, const Prepared *x, 
     for (int64_t row = first; row < last; row += 4) {
         const int64_t ahead = row + AHEAD < last ? row + AHEAD : row + AHEAD + skip;
         for (int i = 0; i < 4; i++) {
-            r[i] = row_at(m, row + i < last ? row + i : last - 1);
-            next[i] = row_at(m, ahead + i < m->rows ? ahead + i : m->rows - 1);
+            r[i] = row_at(m, s, row + i < last ? row + i : last - 1);
+            next[i] = row_at(m, s, ahead + i < m->rows ? ahead + i : m->rows - 1);
         }
         const int count = last - row < 4 ? (int)(last - row) : 4;
         const __mmask8 some = (__mmask8)((1u << count) - 1);
@@ -290,6 +235,28 @@ INLINE __m512i four_rows(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2
     return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_loadu_si128((const __m128i *)p3));
 }
 
+INLINE __m256i four_halves(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) { /* 8 bytes each */
+    int64_t v[4];
+    memcpy(v, p0, 8), memcpy(v + 1, p1, 8), memcpy(v + 2, p2, 8), memcpy(v + 3, p3, 8);
+    return _mm256_set_epi64x(v[3], v[2], v[1], v[0]);
+}
+
+/* The lower two bits of h in part `p` of four rows, four rows apart: the 16 bytes beside those of the two-bit plane. */
+INLINE __m512i lower_of_rows(const Row *r, int planes, int group, int32_t p) {
+    if (group == 64) {
+        const int64_t at = (int64_t)p * 8;
+        const __m256i a1 = four_halves(r[0].a1 + at, r[4].a1 + at, r[8].a1 + at, r[12].a1 + at);
+        return spread_bits(planes, group, a1,
+                           planes > 1 ? four_halves(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at) : a1);
+    }
+    const int64_t at = (int64_t)(p >> 1) * 16; /* the first half of a group has the even bits, the second the odd */
+    __m512i a1 = four_rows(r[0].a1 + at, r[4].a1 + at, r[8].a1 + at, r[12].a1 + at), b = _mm512_setzero_si512();
+    if (planes > 1) b = four_rows(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at);
+    if (p & 1) b = _mm512_srli_epi16(b, 1);
+    else a1 = _mm512_add_epi8(a1, a1);
+    return pick(0xAA, a1, b);
+}
+
 /* Part `p` of 32 rows as two tiles; row 4 r + i of a tile lies in lane r of vector i before the transposition. */
 INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t *tile) {
     const int64_t at = (int64_t)p * 16, c = group == 64 ? (int64_t)p * 32 : (p >> 1) * 64 + (p & 1) * 16;
@@ -300,8 +267,7 @@ INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t
             for (int i = 0; i < 4; i++) {
                 const Row *r = rows + i;
                 const __m512i a = four_rows(r[0].a + at, r[4].a + at, r[8].a + at, r[12].a + at);
-                const __m512i b = planes > 1 ? four_rows(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at) : a;
-                const __m512i v = merge(planes, pass, a, b);
+                const __m512i v = merge(pass, a, lower_of_rows(r, planes, group, p));
                 const __m512i e =
                     planes > 2 ? four_rows(r[0].c + c_at, r[4].c + c_at, r[8].c + c_at, r[12].c + c_at) : v;
                 low[i] = codes(planes, 0, v, e), high[i] = codes(planes, 1, v, e);
@@ -339,19 +305,18 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
     Row rows[32], ahead[32];
     const int64_t then = first + 32 + skip, more = m->rows - then;
     const int coming = more <= 0 ? 0 : more < 32 ? (int)more : 32;
-    for (int i = 0; i < coming; i++) ahead[i] = row_at(m, then + i);
+    for (int i = 0; i < coming; i++) ahead[i] = row_at(m, s, then + i);
     Fetch fetch = fetch_from(ahead, coming, 0, s->chunks);
     const int count = m->rows - first < 32 ? (int)(m->rows - first) : 32;
-    for (int i = 0; i < 32; i++) rows[i] = row_at(m, first + (i < count ? i : count - 1));
+    for (int i = 0; i < 32; i++) rows[i] = row_at(m, s, first + (i < count ? i : count - 1));
     for (int k = 0; k < 4; k++) memset(sums[k], 0, sizeof(float) * 32 * (size_t)tokens);
-    const float power = power_of(planes);
     for (int32_t p = 0; p < s->real_parts; p++) {
         _Alignas(64) uint32_t pairs[32];
         __m512 step[2], offset[2];
         for (int i = 0; i < 4; i++) fetch_ahead(&fetch, planes, group); /* 32 rows, 128 of 16 bytes a part */
         tile_rows(rows, planes, group, p, tile);
         for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
-        for (int i = 0; i < 2; i++) scales16(_mm512_load_si512(pairs + 16 * i), power, &step[i], &offset[i]);
+        for (int i = 0; i < 2; i++) scales16(_mm512_load_si512(pairs + 16 * i), planes, &step[i], &offset[i]);
         for (int t = 0; t < tokens; t += TOKENS) {
             const int n = tokens - t < TOKENS ? tokens - t : TOKENS;
             BY_COUNT(n, add_tile(tile, x, s, p, token + t, N, step, offset, sums[p & 3][t]))

@@ -19,7 +19,7 @@ typedef struct {
     int32_t count, coming;           /* how many of them there are */
     _Alignas(64) float pairs[BLOCK][32]; /* lo, step by group of the strip */
     _Alignas(64) float b[BLOCK][16];     /* step * 32639 / Z; zero beyond the last neuron */
-    _Alignas(64) float largest[16];      /* Z * 2^k / 32639 */
+    _Alignas(64) float largest[16];      /* Z * unit / 32639 */
 } Block;
 
 typedef struct {
@@ -63,7 +63,7 @@ INLINE void read_scales(Block *block, const Strip *strip, int planes) {
     const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(FULL), top);
     for (int n = 0; n < BLOCK; n++)
         _mm512_store_ps(block->b[n], n < block->count ? times(steps_of(block->pairs[n]), inverse) : _mm512_setzero_ps());
-    _mm512_store_ps(block->largest, times(times(top, _mm512_set1_ps(power_of(planes))), _mm512_set1_ps(1.0f / FULL)));
+    _mm512_store_ps(block->largest, times(times(top, _mm512_set1_ps(unit_of(planes))), _mm512_set1_ps(1.0f / FULL)));
 }
 
 /* a[64] = x / X of the block's neurons (see `normalise`), sums = the offsets' sums by group of the strip; returns X. */
@@ -77,8 +77,8 @@ INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Blo
             sum[i] = plus(sum[i], times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->pairs[n] + 16 * i)));
     for (int i = 0; i < 2; i++) _mm512_store_ps(both + 16 * i, sum[i]);
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512 half = _mm512_set1_ps(power_of(planes) * 0.5f);
-    _mm512_store_ps(sums, plus(_mm512_permutex2var_ps(sum[0], even, sum[1]), times(steps_of(both), half)));
+    const __m512 middle = _mm512_set1_ps(middle_of(planes));
+    _mm512_store_ps(sums, plus(_mm512_permutex2var_ps(sum[0], even, sum[1]), times(steps_of(both), middle)));
     __m512 v[4], largest = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int i = 0; i < 4; i++) {
@@ -119,7 +119,7 @@ INLINE void four_neurons(const Row *r, int planes, int group, int pass, int64_t 
                          __m512i e[4]) {
     for (int n = 0; n < 4; n++) {
         const __m512i a = _mm512_maskz_loadu_epi8(here.two, r[n].a + at);
-        v[n] = merge(planes, pass, a, planes > 1 ? _mm512_maskz_loadu_epi8(here.two, r[n].b + at) : a);
+        v[n] = merge(pass, a, lower_two(r + n, planes, group, at, here));
         if (planes > 2)
             e[n] = nibbles(group, pass, _mm512_maskz_loadu_epi8(here.low, r[n].c + 2 * at),
                            _mm512_maskz_loadu_epi8(here.high, r[n].c + 2 * at + 64));
@@ -171,12 +171,12 @@ INLINE int32_t column_in_order(const Shape *s, int32_t chunk, int32_t i) {
 }
 
 /* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next. */
-INLINE void next_block(const Matrix *m, int64_t first, int64_t end, int64_t then, Block *block) {
+INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, Block *block) {
     block->count = end - first < BLOCK ? (int32_t)(end - first) : BLOCK;
     const int64_t more = m->rows - then;
     block->coming = more <= 0 ? 0 : more < BLOCK ? (int32_t)more : BLOCK;
-    for (int n = 0; n < BLOCK; n++) block->row[n] = row_at(m, first + (n < block->count ? n : block->count - 1));
-    for (int n = 0; n < block->coming; n++) block->ahead[n] = row_at(m, then + n);
+    for (int n = 0; n < BLOCK; n++) block->row[n] = row_at(m, s, first + (n < block->count ? n : block->count - 1));
+    for (int n = 0; n < block->coming; n++) block->ahead[n] = row_at(m, s, then + n);
 }
 
 INLINE Strip strip_at(const Shape *s, int32_t chunk, int32_t end) {
@@ -215,7 +215,7 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
     const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
     memset(sums, 0, sizeof sums[0] * (size_t)x->tokens);
     for (int64_t first = slice; first < stop; first += BLOCK) {
-        next_block(m, first, stop, first + BLOCK < stop ? first + BLOCK : then, &block);
+        next_block(m, s, first, stop, first + BLOCK < stop ? first + BLOCK : then, &block);
         Fetch fetch = fetch_from(block.ahead, block.coming, begin, end);
         for (int32_t chunk = begin; chunk < end; chunk += WIDE) {
             const Strip strip = strip_at(s, chunk, end);
@@ -350,14 +350,17 @@ INLINE void many_down(const Matrix *m, int planes, int group, const Input *x, co
         const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
         memset(sums, 0, sizeof sums[0] * (size_t)tokens);
         for (int64_t first = slice; first < stop; first += BLOCK) {
-            next_block(m, first, stop, first + BLOCK, &block);
+            next_block(m, s, first, stop, first + BLOCK, &block);
             Fetch fetch = fetch_from(block.ahead, block.coming, strip.chunk, strip.chunk + strip.chunks);
             read_scales(&block, &strip, planes);
             read_block(&block, planes, x, first, token, tokens, &folded);
             many_block(&block, &strip, planes, group, s, &folded, tokens, m->columns, &fetch, sums[0]);
         }
         for (int t = 0; t < tokens; t++)
-            for (int32_t i = 0; i < width; i++) out[(token + t) * stride + begin + i] += sums[t][i];
+            for (int32_t i = 0; i < width; i++) {
+                const int64_t column = begin + i;
+                out[(token + t) * stride + column] += sums[t][i] * scale_of(m, column);
+            }
     }
 }
 

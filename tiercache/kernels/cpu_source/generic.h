@@ -23,23 +23,26 @@ static inline float quantise(const float *x, int32_t count, int16_t *q, int32_t 
     return poison != poison ? NAN : largest < TINY ? 0.0f : largest * (1.0f / FULL);
 }
 
-/* Codes of part `p` as numbers, in the order (j, t): bits 2j of byte t. */
+/* Codes of part `p` as numbers, in the order (j, t): bits 2j of byte t of a 2-bit plane. */
 static inline void unpack_part(const uint8_t *const plane[3], int32_t planes, const Shape *s, int32_t p, int16_t *code) {
-    const int32_t width = s->part / 4;
-    const uint8_t *a = plane[0] + p * width, *b = planes > 1 ? plane[1] + p * width : 0;
+    const int32_t width = s->part / 4, wide = s->group == 128; /* a part has all bytes of a group, or half of them */
+    const uint8_t *a = plane[0] + p * width;
+    const int32_t bits = wide ? (p >> 1) * 16 : p * (width / 2); /* the first byte of the single bits */
+    const uint8_t *a1 = plane[0] + s->bytes + bits, *b = planes > 1 ? plane[1] + bits : 0;
+    const int32_t repeat = wide ? 16 : width / 2; /* of so many bytes: each has an even bit first, then an odd one */
     for (int32_t j = 0; j < 4; j++)
         for (int32_t t = 0; t < width; t++) {
-            const int32_t top = (a[t] >> (2 * j)) & 3;
-            code[j * width + t] = (int16_t)(b ? 4 * top + ((b[t] >> (2 * j)) & 3) : top);
+            const int32_t at = t % repeat, shift = 2 * j + (wide ? p & 1 : t / repeat);
+            const int32_t last = b ? (b[at] >> shift) & 1 : 0;
+            code[j * width + t] = (int16_t)(4 * ((a[t] >> (2 * j)) & 3) + 2 * ((a1[at] >> shift) & 1) + last);
         }
     if (planes < 3) return;
-    const int32_t half = s->group == 128;
-    const uint8_t *c = plane[2] + (half ? (p >> 1) * 64 + (p & 1) * 16 : p * (s->part / 2));
-    const int32_t step = half ? 32 : width; /* from the bytes of j = 0 to those of j = 1 */
+    const uint8_t *c = plane[2] + (wide ? (p >> 1) * 64 + (p & 1) * 16 : p * (s->part / 2));
+    const int32_t step = wide ? 32 : width; /* from the bytes of j = 0 to those of j = 1 */
     for (int32_t j = 0; j < 4; j++)
         for (int32_t t = 0; t < width; t++) {
-            const int32_t bits = (c[(j & 1) * step + t] >> (4 * (j >> 1))) & 15;
-            code[j * width + t] = (int16_t)(16 * code[j * width + t] + bits);
+            const int32_t low = (c[(j & 1) * step + t] >> (4 * (j >> 1))) & 15;
+            code[j * width + t] = (int16_t)(CELL * code[j * width + t] + low);
         }
 }
 
@@ -50,7 +53,8 @@ static inline void scales_of(const uint8_t *row, int32_t group, float *lo, float
     *lo = half_to_float(halves[0]), *step = half_to_float(halves[1]);
 }
 
-static inline float power_of(int32_t planes) { return planes == 1 ? 64.0f : planes == 2 ? 16.0f : 1.0f; }
+static inline float unit_of(int32_t planes) { return planes == 3 ? 1.0f : CELL; }
+static inline float middle_of(int32_t planes) { return planes == 1 ? 7.5f + CELL / 2 : planes == 2 ? 7.5f : 0.0f; }
 
 static void generic_row(const Matrix *m, const Prepared *x, const Shape *s, int64_t row, float *out, int64_t stride) {
     float sums[MAX_TOKENS][4];
@@ -58,14 +62,14 @@ static void generic_row(const Matrix *m, const Prepared *x, const Shape *s, int6
     const uint8_t *plane[3] = {0};
     for (int32_t p = 0; p < m->planes; p++) plane[p] = row_of(m, p, row);
     const uint8_t *scale = row_of(m, 3, row);
-    const float power = power_of(m->planes);
+    const float unit = unit_of(m->planes), middle = middle_of(m->planes);
     const int64_t width = (int64_t)s->parts * s->part;
     for (int32_t p = 0; p < s->real_parts; p++) {
         int16_t code[64];
         float step, offset;
         unpack_part(plane, m->planes, s, p, code);
         scales_of(scale, p * s->part / s->group, &offset, &step);
-        step *= power, offset += step * 0.5f;
+        offset += step * middle, step *= unit;
         for (int32_t t = 0; t < x->tokens; t++) {
             const int16_t *q = x->whole + t * width + p * s->part;
             int32_t dot = 0;
@@ -96,7 +100,7 @@ static inline float normalise(const float *x, int32_t count, float *a) {
 /* Adds a block of neurons' products with one part of 32 or 64 columns to sums[tokens][64]. */
 static void generic_block(const Matrix *m, const Input *x, const Shape *s, int32_t p, int64_t first, int32_t count,
                           float (*sums)[64]) {
-    const float power = power_of(m->planes);
+    const float unit = unit_of(m->planes), middle = middle_of(m->planes);
     int16_t codes[BLOCK][64];
     float lo[BLOCK], step[BLOCK], b[BLOCK], largest = 0.0f;
     for (int32_t n = 0; n < count; n++) {
@@ -112,13 +116,13 @@ static void generic_block(const Matrix *m, const Input *x, const Shape *s, int32
         float values[BLOCK], a[BLOCK], low = 0.0f, steps = 0.0f;
         int32_t dot[64] = {0};
         load_row(x, t, first, count, values);
-        const float scale = normalise(values, count, a) * (largest * power * (1.0f / FULL));
+        const float scale = normalise(values, count, a) * (largest * unit * (1.0f / FULL));
         for (int32_t n = 0; n < count; n++) {
             const int32_t q = (int32_t)rintf(a[n] * b[n]);
             for (int32_t i = 0; i < s->part; i++) dot[i] += codes[n][i] * q;
             low += values[n] * lo[n], steps += values[n] * step[n];
         }
-        const float sum = low + steps * (power * 0.5f);
+        const float sum = low + steps * middle;
         for (int32_t i = 0; i < s->part; i++) sums[t][i] += (float)dot[i] * scale + sum;
     }
 }
@@ -134,7 +138,7 @@ static void generic_down(const Matrix *m, const Input *x, const Shape *s, int32_
         for (int32_t t = 0; t < x->tokens; t++)
             for (int32_t i = 0; i < s->part; i++) {
                 const int32_t column = column_of(s, p, i);
-                if (column < m->columns) out[t * stride + column] += sums[t][i];
+                if (column < m->columns) out[t * stride + column] += sums[t][i] * scale_of(m, column);
             }
     }
 }

@@ -182,7 +182,7 @@ static void add_slices(void *context, int64_t item) {
         float *out = job->out + t * job->stride;
         for (int64_t slice = 0; slice * SLICE < job->matrix->rows; slice++) {
             const float *from = job->slices + slice * size + t * columns;
-            for (int64_t i = first; i < last; i++) out[i] += from[i];
+            for (int64_t i = first; i < last; i++) out[i] += from[i] * scale_of(job->matrix, i);
         }
     }
 }
@@ -216,7 +216,7 @@ EXPORT int64_t tc_down_scratch(int64_t rows, int32_t columns, int32_t tokens) {
     return tokens > FEW ? 0 : (rows + SLICE - 1) / SLICE * tokens * columns;
 }
 
-/* out[t * stride + c] += sum over rows i of x[t][i] * matrix[i][c]. */
+/* out[t * stride + c] += (sum over rows i of x[t][i] * matrix[i][c]) * the column's scale. */
 EXPORT void tc_product_down(const Matrix *m, const Input *x, float *scratch, float *out, int64_t stride,
                             const Team *team) {
     Job job = job_of(m, x->tokens, 0, NULL, out, stride);

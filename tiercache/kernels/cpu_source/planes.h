@@ -1,20 +1,27 @@
 /* Products of bit planes with activations on a CPU: what all instruction sets share.
  *
- * The packing is that of tiercache/planes.py. Results are the same bits whatever the instruction set, the number of
+ * The packing is that of tiercache/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first two
+ * planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or one it
+ * is h (its last bit 0 with one), the unit is 12 and the middle 7.5 or 13.5: w = lo + step * (unit * code + middle).
+ * The single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
+ *
+ * Results are the same bits whatever the instruction set, the number of
  * threads, the number of tokens in the call and the place of a plane: dot products are integers, hence exact, and the
  * few floating-point operations around them are written once per group in a fixed order, without fused multiply-add.
  *
  * product: a *part* is 64 codes of a group that lie in 16 bytes of the 2-bit planes (the whole group of 64, half a
  * group of 128; for groups of 32 a part is the group). Activations are held per part as 16-bit fixed point:
  * x ~ scale * q, |q| <= 32639 = 127 * 256 + 127, so that q splits into two signed bytes. Then, part after part,
- *     sum[lane] += S * (s * scale) + c * (scale * Q),   S = sum of code * q, Q = sum of q, s = step * 2^k, c = lo + s/2
- * with lane = (first byte of the part / 16) % 4, and the result is (sum[0] + sum[1]) + (sum[2] + sum[3]).
+ *     sum[lane] += S * (s * scale) + m * (scale * Q),
+ * where S = sum of code * q, Q = sum of q, s = step * unit, m = lo + step * middle,
+ * and lane = (first byte of the part / 16) % 4; the result is (sum[0] + sum[1]) + (sum[2] + sum[3]).
  *
  * product_down: steps differ along the sum, so they are folded into the activations. For 64 neurons at a time, with
  * X = largest |x| of the block and Z = its largest step in the group,
  *     q = round((x / X) * (step * 32639 / Z)),
- *     sum += S * (X * (Z * 2^k / 32639)) + (sum of x * lo + (sum of x * step) * (2^k / 2))
- * Neurons are summed in slices of 512, each from zero, and the slices' sums are added to the output in their order.
+ *     sum += S * (X * (Z * unit / 32639)) + (sum of x * lo + (sum of x * step) * middle)
+ * Neurons are summed in slices of 512, each from zero. The slices' sums, times their column's scale where the matrix has
+ * such scales, are added to the output in their order.
  */
 #ifndef TIERCACHE_PLANES_H
 #define TIERCACHE_PLANES_H
@@ -26,8 +33,9 @@
 #include <string.h>
 
 #define MAX_TOKENS 512
+#define CELL 12  /* steps that a unit of h counts */
 #define FEW 3    /* up to so many tokens a matrix is walked once for each; measured on Zen 4: 3 even, 4 slower */
-#define BLOCK 64 /* neurons whose products are summed as integers; 64 * 255 * 32639 < 2^31 */
+#define BLOCK 64 /* neurons whose products are summed as integers; 64 * 195 * 32639 < 2^31 */
 #define SLICE 512 /* neurons whose products are summed before they are added to the output */
 #define FULL 32639.0f
 #define TINY 1e-30f /* below it activations count as zero: their reciprocal would overflow */
@@ -41,6 +49,7 @@ typedef struct {
     int32_t columns, group, planes;
     int32_t parts;                        /* 2: row i is part i % 2 of stored row i / 2; else 1 */
     int64_t plane_part[3], scale_part;    /* bytes from a part to the next */
+    const float *column_scale;            /* what the columns are multiplied by, or NULL; for product_down only */
 } Matrix;
 
 typedef struct {
@@ -110,8 +119,8 @@ static inline void load_row(const Input *x, int64_t token, int64_t first, int64_
 /* Layout of one matrix's rows. */
 typedef struct {
     int32_t group, part, parts, lanes; /* parts: of a row, whole lanes of 16 bytes x 4 */
-    int32_t real_parts, chunks;        /* parts that a row has; pieces of 64 bytes of plane 0 */
-    int32_t groups, bytes;             /* bytes of plane 0 in a row */
+    int32_t real_parts, chunks;        /* parts that a row has; pieces of 64 bytes of a 2-bit plane */
+    int32_t groups, bytes;             /* bytes of a 2-bit plane in a row: plane 0 has its single bits after so many */
 } Shape;
 
 static inline Shape shape_of(int32_t columns, int32_t group) {
@@ -140,6 +149,9 @@ static inline const uint8_t *row_of(const Matrix *m, int32_t plane, int64_t i) {
     if (plane == 3) return m->scale + at * m->scale_stride + part * m->scale_part;
     return m->plane[plane] + at * m->plane_stride[plane] + part * m->plane_part[plane];
 }
+
+/* What the sums of a column are multiplied by. */
+static inline float scale_of(const Matrix *m, int64_t column) { return m->column_scale ? m->column_scale[column] : 1.0f; }
 
 /* What `prepare` leaves: q as two bytes or one 16-bit number (the same size), scales and offsets. */
 typedef struct {

@@ -43,8 +43,9 @@ static __device__ __forceinline__ void prepare_kernel(const PrepareArguments &a)
 KERNEL(prepare, PrepareArguments) { prepare_kernel(a); }
 
 struct SumArguments {
-    const float *partial; /* [slices, padded tokens, padded columns] */
-    float *out;           /* [tokens, columns] */
+    const float *partial;      /* [slices, padded tokens, padded columns] */
+    const float *column_scale; /* [columns], powers of two, or null for ones */
+    float *out;                /* [tokens, columns] */
     long long out_pitch;
     int slices, padded_tokens, padded_columns, columns;
 };
@@ -55,6 +56,7 @@ KERNEL(sum, SumArguments) {
     float total = 0.0f;
     for (int s = 0; s < a.slices; ++s)
         total += a.partial[((long long)s * a.padded_tokens + token) * a.padded_columns + column];
+    if (a.column_scale) total = __fmul_rn(total, a.column_scale[column]); /* not fused with the sum */
     a.out[token * a.out_pitch + column] += total;
 }
 

@@ -1,9 +1,10 @@
 /* Products across the rows, for up to 8 tokens a pass: out[t, c] += sum over i of x[t, i] W[rows[i], c].
  *
  * A block owns a strip of columns and a slice of the rows; its warps take the slice's rows in turn, each lane the
- * columns of one word (for 8 tokens: of half a word, or the sums would not fit the registers). Strips of a warp are 128
- * bytes of a 2-bit plane, one full request over a link (64 for 8 tokens). Warps are added up in shared memory, slices
- * by `sum`, both in a fixed order: no atomics, the same bits each time. fp32 for the reason given in rows.cu.
+ * columns of one word (for 8 tokens: of half a word, or the sums would not fit the registers). Of a row a warp loads
+ * 128 bytes of 2-bit codes, one full request over a link, 64 of each plane of single bits, whose words two lanes share,
+ * and 256 of the 4-bit plane (for 8 tokens half of each). Warps are added up in shared memory, slices by `sum`, both in
+ * a fixed order: no atomics, the same bits each time. fp32 for the reason given in rows.cu.
  */
 #include "planes.cuh"
 
@@ -15,10 +16,8 @@ struct DownArguments {
     int count, per_slice;
 };
 
-template <int T, int Q, int INDEX, int QUARTERS>
-static __device__ __forceinline__ void spread(unsigned a, unsigned b, unsigned low, Line line, const float *x,
-                                              float (*sum)[QUARTERS][4]) {
-    const unsigned codes = merged<Q>(a, b, low);
+template <int T, int INDEX, int QUARTERS>
+static __device__ __forceinline__ void spread(unsigned codes, Line line, const float *x, float (*sum)[QUARTERS][4]) {
     const float w[4] = {
         fmaf(line.slope, code_float<0>(codes), line.base), fmaf(line.slope, code_float<1>(codes), line.base),
         fmaf(line.slope, code_float<2>(codes), line.base), fmaf(line.slope, code_float<3>(codes), line.base)};
@@ -30,30 +29,24 @@ static __device__ __forceinline__ void spread(unsigned a, unsigned b, unsigned l
 
 /* Adds row `item` of the selection, times x, to a lane's sums. `half` picks the quarters half, half + SPLIT, ... */
 template <int T, int SPLIT>
-static __device__ __forceinline__ void add_row(const DownArguments &given, int item, int word, int half,
+static __device__ __forceinline__ void add_row(const DownArguments &given, int item, const Place &place, int half,
                                                const float *from, float (*sum)[4 / SPLIT][4]) {
-    const Matrix &m = given.matrix;
-    const int words = m.group >> 4, group = word / words;
-    const byte *tops = m.plane[0] + row_of(given.rows, 0, item) * m.pitch[0] + 4 * word;
-    const byte *mids = PLANES > 1 ? m.plane[1] + row_of(given.rows, 1, item) * m.pitch[1] + 4 * word : 0;
-    const byte *lows = PLANES > 2 ? m.plane[2] + row_of(given.rows, 2, item) * m.pitch[2] : 0;
-    if (PLANES > 2) lows += group * (m.group >> 1) + 4 * (word % words);
-    const unsigned a = load_word(tops, m.aligned) >> (2 * half);
-    const unsigned b = PLANES > 1 ? load_word(mids, m.aligned) >> (2 * half) : 0;
-    const unsigned low = PLANES > 2 ? load_word(lows + half * (m.group >> 2), m.aligned) : 0;
-    const Line line = line_of(m.scales + row_of(given.rows, 3, item) * m.scales_pitch, group, m.aligned);
+    const Word word = word_of(given.matrix, given.rows, item, place);
+    const Line line = line_of(word.scales);
+    const unsigned pairs = lower_pairs(word.mid, word.bit, place.second);
     float x[T];
 #pragma unroll
     for (int t = 0; t < T; ++t) x[t] = from[t];
     if (SPLIT == 1) {
-        const unsigned odd = PLANES > 2 ? load_word(lows + (m.group >> 2), m.aligned) : 0;
-        spread<T, 0, 0, 4 / SPLIT>(a, b, low, line, x, sum);
-        spread<T, 1, 1, 4 / SPLIT>(a, b, odd, line, x, sum);
-        spread<T, 2, 4 / SPLIT - 2, 4 / SPLIT>(a, b, low, line, x, sum);
-        spread<T, 3, 4 / SPLIT - 1, 4 / SPLIT>(a, b, odd, line, x, sum);
-    } else { /* the pair of bits of quarter half + 2 i now stands at 4 i, where quarter 2 i's does */
-        spread<T, 0, 0, 4 / SPLIT>(a, b, low, line, x, sum);
-        spread<T, 2, 1, 4 / SPLIT>(a, b, low, line, x, sum);
+        const unsigned even = upper_codes(word.top, pairs, 0), odd = upper_codes(word.top, pairs, 1);
+        spread<T, 0, 4 / SPLIT>(merged<false>(even, word.even), line, x, sum);
+        spread<T, 1, 4 / SPLIT>(merged<false>(odd, word.odd), line, x, sum);
+        spread<T, 4 / SPLIT - 2, 4 / SPLIT>(merged<true>(even, word.even), line, x, sum);
+        spread<T, 4 / SPLIT - 1, 4 / SPLIT>(merged<true>(odd, word.odd), line, x, sum);
+    } else {
+        const unsigned h = upper_codes(word.top, pairs, half), c = half ? word.odd : word.even;
+        spread<T, 0, 4 / SPLIT>(merged<false>(h, c), line, x, sum);
+        spread<T, 1, 4 / SPLIT>(merged<true>(h, c), line, x, sum);
     }
 }
 
@@ -67,9 +60,10 @@ template <int T> static __device__ __forceinline__ void down_kernel(const DownAr
     const float *const x = a.x + (long long)blockIdx.z * a.count * T;
     float sum[T][QUARTERS][4] = {};
     if (word < words) {
+        const Place place = place_of(m, word);
 #pragma unroll 2
         for (int i = start + warp; i < end; i += WARPS)
-            add_row<T, SPLIT>(a, i, word, half, x + (long long)i * T, sum);
+            add_row<T, SPLIT>(a, i, place, half, x + (long long)i * T, sum);
     }
     float *const flat = &sum[0][0][0];
     for (int left = WARPS / 2; left; left /= 2) { /* the upper half of the warps hands over to the lower */

@@ -3,9 +3,14 @@
  * No header of CUDA's is needed at run time, and inline assembly stands only where __CUDACC_RTC__ is defined: without
  * it the same text is compiled for the host and run thread by thread, which is how machines without a GPU test it.
  *
- * A row is cut into words: 4 bytes of a 2-bit plane, 16 codes of one group. Word w of group g holds the codes
+ * A weight is lo + step * (12 h + c). Planes: the upper 2 bits of h (`top`) and, behind those of the whole row, its
+ * next bit (`mid`); its last bit (`bit`); the 4 bits of c (`low`).
+ *
+ * A row is cut into words: 4 bytes of 2-bit codes, 16 codes of one group. Word w of group g holds the codes
  * q * group/4 + 4 * (w % (group/16)) + k for q, k in 0..3, as 2 bits at 2q of byte k; the 4-bit plane holds the codes
- * of q = 0 (low nibble) and q = 2 (high) in one word, and those of q = 1 and q = 3 in the word group/4 bytes on.
+ * of q = 0 (low nibble) and q = 2 (high) in one word, and those of q = 1 and q = 3 in the word group/4 bytes on. Single
+ * bits stand where 2-bit codes have theirs, those of two words in one: of the group's group/32 words of single bits,
+ * number i serves word i with its even bits and word i + group/32 with its odd ones.
  */
 #ifndef TIERCACHE_PLANES_CUH
 #define TIERCACHE_PLANES_CUH
@@ -29,6 +34,7 @@ typedef unsigned short half_bits;
 
 enum { WARPS = 8, THREADS = 32 * WARPS };
 enum { CHUNK_COLUMNS = 1024 }; /* 32 lanes of two words */
+enum { CELL = 12 };            /* what h counts, in steps */
 
 struct Matrix {
     const byte *plane[3];
@@ -36,7 +42,7 @@ struct Matrix {
     const byte *scales;
     long long scales_pitch;
     int groups, group; /* groups in a row, columns in a group */
-    int aligned;       /* planes and pitches to 8 bytes, scales to 4 */
+    int aligned;       /* to 8 or 4 bytes, planes and pitches; scales to 4; else 0 */
     int padding;
 };
 
@@ -64,48 +70,101 @@ static __device__ __forceinline__ unsigned word_of_bytes(const byte *at) {
     return at[0] | at[1] << 8 | at[2] << 16 | (unsigned)at[3] << 24;
 }
 
-/* Four bytes; bundles may start anywhere, and a word that straddles is taken byte by byte. */
-static __device__ __forceinline__ unsigned load_word(const byte *at, int aligned) {
-    return aligned ? *(const unsigned *)at : word_of_bytes(at);
+/* Four bytes; bundles may start anywhere, and a word that straddles is taken byte by byte. ALIGNED is known when this
+ * is compiled: kernels branch on it once for all loads of a step, so that none waits for the one before. */
+template <int ALIGNED> static __device__ __forceinline__ unsigned load_word(const byte *at) {
+    return ALIGNED ? *(const unsigned *)at : word_of_bytes(at);
 }
 
-static __device__ __forceinline__ uint2 load_two(const byte *at, int aligned) {
-    if (aligned) return *(const uint2 *)at;
-    return make_uint2(word_of_bytes(at), word_of_bytes(at + 4));
+template <int ALIGNED> static __device__ __forceinline__ uint2 load_two(const byte *at) {
+    if (ALIGNED == 8) return *(const uint2 *)at;
+    return make_uint2(load_word<ALIGNED>(at), load_word<ALIGNED>(at + 4));
 }
 
-template <int BITS> static __device__ __forceinline__ unsigned shifted(unsigned word) {
-    return BITS >= 0 ? word << (BITS & 31) : word >> (-BITS & 31);
+/* The lower 2 bits of h, as a 2-bit plane's word: `mid` above `bit`. `second` (0 or 1) says which bits of both are this
+ * word's. At one plane the last bit of h is unknown and comes as 0. */
+static __device__ __forceinline__ unsigned lower_pairs(unsigned mid, unsigned bit, int second) {
+    const unsigned upper = mid << (1 - second) & 0xaaaaaaaau;
+    return PLANES > 1 ? upper | (bit >> second & 0x55555555u) : upper;
 }
 
-/* Codes of quarter Q as four bytes, unknown bits at their middle; `low` is the 4-bit plane's word for this Q.
- * With fewer than three planes the code is even: it comes halved, below a bit 7 that is set (see `code_float`). */
-template <int Q> static __device__ __forceinline__ unsigned merged(unsigned a, unsigned b, unsigned low) {
-    if (PLANES == 1) return (shifted<5 - 2 * Q>(a) & 0x60606060u) | 0x90909090u;
-    if (PLANES == 2) return (shifted<5 - 2 * Q>(a) & 0x60606060u) | (shifted<3 - 2 * Q>(b) & 0x18181818u) | 0x84848484u;
-    return (shifted<6 - 2 * Q>(a) & 0xc0c0c0c0u) | (shifted<4 - 2 * Q>(b) & 0x30303030u) |
-           (shifted<Q < 2 ? 0 : -4>(low) & 0x0f0f0f0fu);
+/* h of quarters `odd` (0 or 1) and odd + 2, as the 4-bit plane has c: in the low and in the high nibbles of a word. */
+static __device__ __forceinline__ unsigned upper_codes(unsigned top, unsigned pairs, int odd) {
+    return (top << (2 - 2 * odd) & 0xccccccccu) | (pairs >> (2 * odd) & 0x33333333u);
+}
+
+/* Codes of a quarter as four bytes, from the low or HIGH nibbles of words of h and c. Three planes: 12 h + c, one
+ * multiply-add for all four, for no byte exceeds 195. Fewer: 8 h, as `code_float` wants it. */
+template <bool HIGH> static __device__ __forceinline__ unsigned merged(unsigned h, unsigned c) {
+    if (PLANES < 3) return (HIGH ? h >> 1 : h << 3) & 0x78787878u;
+    return CELL * ((HIGH ? h >> 4 : h) & 0x0f0f0f0fu) + ((HIGH ? c >> 4 : c) & 0x0f0f0f0fu);
 }
 
 /* Byte K of `merged` as a float, by byte permutation instead of the slow integer conversion.
- * Three planes: code + 1/2 exactly, 2^23 + code less 2^23 - 1/2. Fewer: 1 + code / 256 with no subtraction at all, the
- * halved code being the top of a mantissa and bit 7 the last of the exponent; one instruction less for each weight. */
+ * Three planes: the code exactly, 2^23 + code less 2^23. Fewer: 1/2 + h / 32 with no subtraction at all, h being the
+ * top of a mantissa; one instruction less for each weight. */
 template <int K> static __device__ __forceinline__ float code_float(unsigned codes) {
     if (PLANES < 3) return __int_as_float((int)__byte_perm(codes, 0x3f000000u, 0x7044u | K << 8));
-    return __int_as_float((int)__byte_perm(codes, 0x4b000000u, 0x7440u | K)) - 8388607.5f;
+    return __int_as_float((int)__byte_perm(codes, 0x4b000000u, 0x7440u | K)) - 8388608.0f;
 }
+
+/* Steps above lo = UNIT * code_float + OFFSET, where unknown bits count as their middle: 13.5, 7.5 or 0. Both products
+ * with a step (11 significant bits) are exact in fp32, so fusing their sums changes no bit. */
+static constexpr float UNIT = PLANES < 3 ? 32.0f * CELL : 1.0f;
+static constexpr float OFFSET = PLANES == 1 ? 13.5f - UNIT / 2 : PLANES == 2 ? 7.5f - UNIT / 2 : 0.0f;
 
 struct Line { /* weight = base + slope * code_float */
     float base, slope;
 };
 
-static __device__ __forceinline__ Line line_of(const byte *scales, int group, int aligned) {
-    const unsigned both = load_word(scales + 4 * group, aligned);
-    const float lo = half_to_float((half_bits)(both & 0xffffu)), step = half_to_float((half_bits)(both >> 16));
+/* Of a group's lo and step, fp16 both. */
+static __device__ __forceinline__ Line line_of(unsigned scales) {
+    const float lo = half_to_float((half_bits)(scales & 0xffffu)), step = half_to_float((half_bits)(scales >> 16));
     Line line;
-    line.base = PLANES < 3 ? lo - 256.0f * step : lo; /* code = 256 * (code_float - 1) */
-    line.slope = PLANES < 3 ? 256.0f * step : step;
+    line.base = lo + OFFSET * step;
+    line.slope = UNIT * step;
     return line;
+}
+
+struct Place { /* of a word in any row: in bytes from the beginnings of planes and scales */
+    int top, mid, bit, low, scales;
+    int second; /* whether it shares its single bits with a word before it */
+};
+
+static __device__ __forceinline__ Place place_of(const Matrix &m, int word) {
+    const int words = m.group >> 4, half = words >> 1, group = word / words, within = word % words;
+    Place place;
+    place.top = 4 * word;
+    place.bit = 4 * (group * half + within % half);
+    place.mid = 4 * m.groups * words + place.bit; /* behind the row's 2-bit codes */
+    place.low = group * (m.group >> 1) + 4 * within;
+    place.scales = 4 * group;
+    place.second = within >= half;
+    return place;
+}
+
+struct Word { /* all that is known of 16 weights of a row */
+    unsigned top, mid, bit, even, odd, scales; /* even, odd: the 4-bit plane's of quarters 0 and 2, 1 and 3 */
+};
+
+template <int ALIGNED>
+static __device__ __forceinline__ Word word_at(const Matrix &m, const RowLists &rows, int item, const Place &place) {
+    const byte *const top = m.plane[0] + row_of(rows, 0, item) * m.pitch[0];
+    const byte *const bit = PLANES > 1 ? m.plane[1] + row_of(rows, 1, item) * m.pitch[1] : 0;
+    const byte *const low = PLANES > 2 ? m.plane[2] + row_of(rows, 2, item) * m.pitch[2] + place.low : 0;
+    const byte *const scales = m.scales + row_of(rows, 3, item) * m.scales_pitch;
+    Word word;
+    word.top = load_word<ALIGNED>(top + place.top);
+    word.mid = load_word<ALIGNED>(top + place.mid);
+    word.bit = PLANES > 1 ? load_word<ALIGNED>(bit + place.bit) : 0;
+    word.even = PLANES > 2 ? load_word<ALIGNED>(low) : 0;
+    word.odd = PLANES > 2 ? load_word<ALIGNED>(low + (m.group >> 2)) : 0;
+    word.scales = load_word<ALIGNED>(scales + place.scales);
+    return word;
+}
+
+static __device__ __forceinline__ Word word_of(const Matrix &m, const RowLists &rows, int item, const Place &place) {
+    return m.aligned ? word_at<4>(m, rows, item, place) : word_at<0>(m, rows, item, place);
 }
 
 #endif

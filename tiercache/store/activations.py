@@ -1,0 +1,282 @@
+"""What a checkpoint's linear modules multiply by: a text's way through the model, one decoder layer at a time.
+
+Knows the checkpoint and transformers' own layers; not how weights are quantised or where they are kept. At no time
+is more of the model in memory than one layer, in fp32, and what lies outside of the layers. The hidden states of the
+text between two layers are a file, so that an interrupted walk goes on where it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tiercache import skeleton
+from tiercache.errors import StoreError, UnsupportedModelError
+from tiercache.store.encode import load
+from tiercache.store.reader import Reader
+from tiercache.store.source import Source
+from tiercache.store.writer import sync
+
+FILES = "hidden-*.npy"
+"""Names of the files that hidden states are kept in."""
+
+Hessians = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the model calls a decoder layer with, beside the hidden states.
+
+    Attributes:
+        arguments, keywords: the same for every window, for all windows are as long and none is padded.
+        in_tuple: the layer returns its hidden states in a tuple.
+    """
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    in_tuple: bool
+
+
+class Walk:
+    """A text on its way through a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        windows: token ids, int64 [windows, tokens].
+        reader: reads weights.
+        folder: where hidden states are kept between two layers.
+
+    Raises:
+        UnsupportedModelError: the model has no list of decoder layers, or calls them in a way that cannot be repeated.
+    """
+
+    def __init__(self, source: Source, windows: Tensor, reader: Reader, folder: Path) -> None:
+        self._source, self._windows, self._reader, self._folder = source, windows, reader, folder
+        self._model = skeleton.build(source.config, torch.float32)
+        found = skeleton.matrices(self._model)
+        self._layers = _layers(self._model, [matrix.module for matrix in found if matrix.layer is not None])
+        self._modules = {matrix.module for matrix in found}
+        self._calls: list[_Call] = []
+        self._hidden: Tensor | None = None  # [windows, tokens, features], of the layer that comes next
+        self._at = 0
+
+    def resume(self, layer: int) -> None:
+        """Take up the walk before decoder layer `layer`: 0, or one whose hidden states were kept.
+
+        Raises:
+            StoreError: they are not there.
+        """
+        first = self._record()
+        self._at = layer
+        if layer == 0:
+            self._hidden = first
+            return
+        path = self._file(layer)
+        try:
+            self._hidden = torch.from_numpy(np.load(path))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); convert from the start, with --restart") from error
+
+    def layer(self) -> Hessians:
+        """Take the text through the next layer.
+
+        Returns:
+            sum of x x^T over the text, fp32 [inputs, inputs], by name of each linear module that x goes into; modules
+            that are given the same x share one.
+        """
+        name, module = self._layers[self._at]
+        call, hidden = self._calls[self._at], self._hidden
+        assert hidden is not None
+        sums: Hessians = {}
+        with self._weights(name), _listening(self._model, name, self._modules, sums):
+            for place, window in enumerate(hidden):
+                made = module(window[None], *call.arguments, **call.keywords)
+                hidden[place] = (made[0] if call.in_tuple else made)[0]
+        self._at += 1
+        return sums
+
+    def head(self) -> Tensor:
+        """After the last layer: sum of x x^T of what goes into the head."""
+        assert self._hidden is not None
+        total: Tensor | None = None
+        with self._outside():
+            for window in self._hidden:
+                x = self._through(partial(_instead, window[None]), self._windows[:1])[0]
+                total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None
+        return total
+
+    def keep(self) -> None:
+        """Put the hidden states before the next layer on disk; those before it may go once this is vouched for."""
+        assert self._hidden is not None
+        path = self._file(self._at)
+        np.save(path, self._hidden.numpy())
+        sync(path)
+        sync(self._folder)
+
+    def forget(self, upto: int) -> None:
+        """Remove the hidden states of earlier layers than `upto`."""
+        for path in self._folder.glob(FILES):
+            if int(path.stem.rpartition("-")[2]) < upto:
+                path.unlink()
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
+
+    @property
+    def at(self) -> int:
+        """The layer that comes next."""
+        return self._at
+
+    def _file(self, layer: int) -> Path:
+        return self._folder / f"hidden-{layer:05d}.npy"
+
+    def _record(self) -> Tensor:
+        """Find out what each layer is called with, and the hidden states before the first."""
+        kinds: dict[type, bool] = {}
+        calls: list[_Call] = []
+        first: list[Tensor] = []
+
+        def record(place: int, hidden: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            name, module = self._layers[place]
+            kind = type(module)
+            if kind not in kinds:
+                with self._weights(name):
+                    kinds[kind] = isinstance(kind.forward(module, hidden, *arguments, **keywords), tuple)
+            calls.append(_Call(arguments, keywords, kinds[kind]))
+            return (hidden,) if kinds[kind] else hidden
+
+        def begin(place: int, hidden: Tensor) -> Tensor:
+            if place == 0:
+                first.append(hidden[0].clone())
+            return hidden
+
+        with self._outside(), _embedding_in_fp32(self._model):
+            self._run(record, self._windows[:1])
+            if len(calls) != len(self._layers):
+                raise UnsupportedModelError(
+                    f"{self._source.config.model_type} calls {len(calls)} of its {len(self._layers)} layers, so that a "
+                    "text cannot be taken through them one by one; convert with --plain"
+                )
+            self._calls = calls
+            for window in self._windows:
+                self._through(begin, window[None])
+        return torch.stack(first)
+
+    def _through(self, replace: Callable[[int, Tensor], Tensor], ids: Tensor) -> Tensor:
+        """The model without its head, whose layers return what `replace` makes of their hidden states."""
+
+        def stand_in(place: int, hidden: Tensor, _arguments: tuple[Any, ...], _keywords: dict[str, Any]) -> Any:
+            made = replace(place, hidden)
+            return (made,) if self._calls[place].in_tuple else made
+
+        return self._run(stand_in, ids)
+
+    def _run(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
+        """Run the model without its head on one window, with other forwards for its layers."""
+
+        def called(place: int, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            return forward(place, hidden, arguments, keywords)
+
+        for place, (_, module) in enumerate(self._layers):
+            module.__dict__["forward"] = partial(called, place)
+        try:
+            result: Tensor = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        finally:
+            for _, module in self._layers:
+                del module.__dict__["forward"]
+        return result
+
+    def _outside(self) -> Any:
+        """The parameters outside of the layers, the head's left out, for as long as they are needed."""
+        prefixes = tuple(name + "." for name, _ in self._layers)
+        base = {id(parameter) for parameter in self._model.base_model.parameters()}
+        names = [name for name, p in self._model.named_parameters() if not name.startswith(prefixes) and id(p) in base]
+        return self._materialised(names)
+
+    def _weights(self, layer: str) -> Any:
+        """The parameters of a layer, for as long as it runs."""
+        return self._materialised([n for n, _ in self._model.named_parameters() if n.startswith(layer + ".")])
+
+    @contextmanager
+    def _materialised(self, names: list[str]) -> Iterator[None]:
+        before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        _, table = skeleton.embedding(self._model)
+        try:
+            for name in names:
+                parent, _, leaf = name.rpartition(".")
+                module = self._model.get_submodule(parent)
+                value = load(self._reader, self._source.tensors[name])
+                if name != table:  # the largest of all stays as it is: its rows become fp32
+                    value = value.float()
+                before.append((module, leaf, module._parameters[leaf]))
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            yield
+        finally:
+            for module, leaf, parameter in before:
+                module._parameters[leaf] = parameter
+
+
+def _instead(last: Tensor, _place: int, _hidden: Tensor) -> Tensor:
+    """What the layers have made, whatever a stand-in is given."""
+    return last
+
+
+def _layers(model: nn.Module, modules: list[str]) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the decoder layers, in their order."""
+    found: dict[int, str] = {}
+    for name in modules:
+        parts = name.split(".")
+        for place in range(1, len(parts)):
+            prefix = ".".join(parts[:place])
+            if isinstance(model.get_submodule(prefix), nn.ModuleList):
+                found[int(parts[place])] = f"{prefix}.{parts[place]}"
+                break
+    if sorted(found) != list(range(len(found))) or not found:
+        raise UnsupportedModelError("the model's linear modules stand in no list of layers; convert with --plain")
+    return [(found[place], model.get_submodule(found[place])) for place in range(len(found))]
+
+
+@contextmanager
+def _embedding_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Rows of the embedding table are cast as they are looked up."""
+    module, _ = skeleton.embedding(model)  # type: ignore[arg-type]
+    hook = model.get_submodule(module).register_forward_hook(lambda _module, _given, made: made.float())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _listening(model: nn.Module, layer: str, modules: set[str], sums: Hessians) -> Iterator[None]:
+    """Add up x x^T of what goes into the linear modules of a layer."""
+    newest: list[tuple[Tensor, str]] = []
+    shared: dict[str, str] = {}
+
+    def listen(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
+        if newest and newest[0][0] is x and shared.setdefault(name, newest[0][1]) == newest[0][1]:
+            sums[name] = sums[newest[0][1]]  # the same tensor: q, k and v
+            return
+        newest[:] = [(x, name)]
+        flat = x.reshape(-1, x.shape[-1])
+        if name not in sums:
+            sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
+        sums[name].addmm_(flat.T, flat)
+
+    named = [(name, module) for name, module in model.get_submodule(layer).named_modules(prefix=layer)]
+    hooks = [m.register_forward_pre_hook(partial(listen, name)) for name, m in named if name in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,104 @@
+"""What calibrating a checkpoint will take: seconds, from what this machine does in a second, and memory.
+
+Knows planned units and arithmetic; runs a few small samples and none of the model.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tiercache.planes import choose
+from tiercache.quant.gptq import CHUNK_WEIGHTS, STATES
+from tiercache.store.layout import UnitPlan
+
+_FP32 = 4
+_SAMPLE = 768  # rows and columns of the matrices, and codes, of a sample: tens of milliseconds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second.
+
+    Attributes:
+        flops: floating-point operations of a matrix product, fp32.
+        codes: codes chosen.
+    """
+
+    flops: float
+    codes: float
+
+    @classmethod
+    def measure(cls) -> "Rates":
+        """Run two small samples, each three times; the fastest counts."""
+        a = torch.rand(_SAMPLE, _SAMPLE)
+        w, zero, one = torch.rand(4 * _SAMPLE) * 190, torch.zeros(()), torch.ones(())
+        return cls(2 * _SAMPLE**3 / _fastest(lambda: a @ a), len(w) / _fastest(lambda: choose(w, w, w, zero, one)))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(4):  # the first one warms up
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
+
+
+def seconds(units: Iterable[UnitPlan], tokens: int, rates: Rates) -> float:
+    """How long taking `tokens` through the units and choosing their codes takes; reading and writing left out."""
+    flops = codes = 0.0
+    seen: set[tuple[int | None, int]] = set()
+    for unit in units:
+        for outputs, inputs in _matrices(unit):
+            weights = outputs * inputs
+            flops += 2 * weights * tokens  # the layer's own product
+            flops += STATES * weights * inputs  # errors taken back by half of the inputs on average
+            codes += weights
+            if (unit.layer, inputs) not in seen:  # q, k and v have one Hessian, gate and up another
+                seen.add((unit.layer, inputs))
+                flops += 2 * inputs**2 * tokens + 4 / 3 * inputs**3
+    return flops / rates.flops + codes / rates.codes
+
+
+def memory_bytes(units: Iterable[UnitPlan], tokens: int, window: int) -> int:
+    """The most memory that a calibrated conversion takes: the larger of a layer's pass and of one of its matrices.
+
+    Args:
+        units: of the model.
+        tokens: of the calibration text.
+        window: tokens of a pass.
+    """
+    layers: dict[int | None, list[UnitPlan]] = {}
+    for unit in units:
+        if not unit.dense:
+            layers.setdefault(unit.layer, []).append(unit)
+    return max((_layer_bytes(some, tokens, window) for some in layers.values()), default=0)
+
+
+def _layer_bytes(units: list[UnitPlan], tokens: int, window: int) -> int:
+    matrices = [shape for unit in units for shape in _matrices(unit)]
+    width = min(inputs for _, inputs in matrices)  # of the hidden states
+    hessians = _FP32 * sum(inputs**2 for inputs in {inputs for _, inputs in matrices})
+    hidden = _FP32 * tokens * width
+    activations = 2 * _FP32 * window * sum({outputs for outputs, _ in matrices} | {inputs for _, inputs in matrices})
+    passing = _FP32 * sum(outputs * inputs for outputs, inputs in matrices) + activations
+    quantising = max(_matrix_bytes(unit, outputs, inputs) for unit in units for outputs, inputs in _matrices(unit))
+    return hidden + hessians + max(passing, quantising)
+
+
+def _matrix_bytes(unit: UnitPlan, outputs: int, inputs: int) -> int:
+    """The unit's weights and planes, one matrix's codes, its states, and what the inverse Hessian takes in passing."""
+    weights = outputs * inputs
+    states = (STATES + 2) * _FP32 * min(weights, CHUNK_WEIGHTS)
+    return 4 * unit.rows * unit.columns * len(unit.parts) + 2 * weights + states + 3 * _FP32 * inputs**2
+
+
+def _matrices(unit: UnitPlan) -> Iterator[tuple[int, int]]:
+    """Outputs and inputs of each matrix of a unit; a block's last one lies transposed."""
+    if unit.dense:
+        return
+    for place in range(len(unit.parts)):
+        outward = place > 0 and place == len(unit.parts) - 1
+        yield (unit.columns, unit.rows) if outward else (unit.rows, unit.columns)
