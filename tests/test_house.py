@@ -45,6 +45,7 @@ LADDER = (
         "mixrun",
         "budgeting",
         "drafting",
+        "placing",
         "attached",
         "engine",
         "tiercache",
