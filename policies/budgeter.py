@@ -15,8 +15,8 @@ from policies.pace import Pace
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
 _LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafting that is slower than plain passes
-_START = 3.0  # plain passes' seconds that these purses hold at first
-_BANK, _WON = 7.0, 16.0  # likewise at most: the purse for looks, and that for drafting
+_START = 2.0  # plain passes' seconds that these purses hold at first
+_BANK, _WON = 7.0, 16.0  # likewise at most (and at least, below zero): the purse for looks, and that for drafting
 _CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
 _REPLAN, _LONGEST = 16, 128  # rounds between plans (twice that of plain ones), and between looks
@@ -279,8 +279,8 @@ class Budgeter:
         if choice.arm is not None:
             drafts -= seconds - emitted / choice.plain_tokens_per_s
         plain_s = 1 / choice.plain_tokens_per_s
-        self._looks_s = min(max(looks, -_START * plain_s), _BANK * plain_s)
-        self._drafts_s = min(max(drafts, -_START * plain_s), _WON * plain_s)
+        self._looks_s = min(max(looks, -_BANK * plain_s), _BANK * plain_s)
+        self._drafts_s = min(max(drafts, -_BANK * plain_s), _WON * plain_s)
 
     def _settle(self, choice: Choice, lost_s: float) -> None:
         """When to look at the same again: sooner where it was faster than what is thought best."""
