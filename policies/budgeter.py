@@ -15,13 +15,12 @@ from policies.pace import Pace
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
 _LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafting that is slower than plain passes
-_START = 5.0  # plain passes' seconds that these purses hold at first
-_BANK, _WON = 7.0, 16.0  # likewise at most: the purse for looks, and that for drafting
+_START = 2.0  # plain passes' seconds that these purses hold at first
+_BANK, _WON = 7.0, 16.0  # likewise at most (and at least, below zero): the purse for looks, and that for drafting
 _CHARGED = 2.0  # of what a round was thought to take, at most, is charged: a disturbance is nobody's fault
 _FIRST_NODES, _FIRST_DEPTH, _GROWTH = 4, 2, 4  # a tree is at most so much larger than any before
 _REPLAN, _LONGEST = 16, 128  # rounds between plans (twice that of plain ones), and between looks
-_NEAR, _KNOWN = 0.9, 8  # looks come oftener at what is as fast as this share of the best, or had fewer rounds
-_CHEAP, _CHEAPLY = 0.5, 24  # or, of trees that end by themselves, fewer than the latter and lost less of a plain pass
+_NEAR = 0.9  # looks come oftener at what is as fast as this share of the best
 _ANEW = 8  # rounds between looks at a drafter when a text begins, at most
 _PLAN_S = 0.4  # at least between plans while passes are plain: a plan takes about a millisecond
 _MEASURED = 2  # rounds, with passes if it takes any, after which an open-ended drafter's costs are known
@@ -152,7 +151,7 @@ class Budgeter:
             self._paces[choice.arm].observe(emitted, seconds, nodes, passes, draft_s, whole=whole)
             if choice.gain > 0:
                 record.compare(*size, (emitted - 1, choice.gain), (seconds, choice.seconds))
-            if record.rounds > 3 or self._arms[choice.arm].pass_share:  # else nothing was to be expected
+            if record.rounds > 3:  # else nothing was to be expected
                 charged = min(seconds, _CHARGED * usual)
         self._pay(choice, charged, emitted)
         if choice.look:
@@ -178,9 +177,7 @@ class Budgeter:
 
     def _costs(self, place: int) -> tuple[float, float, float]:
         """Seconds of a proposal, of a drafting pass and of a node: measured, or what to think before."""
-        start, each, node = self._records[place].costs.estimate()
-        share = 0.0 if self._tried(place) else self._arms[place].pass_share
-        return start, each or share * float(self._verify.at(1)), node
+        return self._records[place].costs.estimate()
 
     def _plan(self) -> Offers:
         """Finds what is best now."""
@@ -226,10 +223,10 @@ class Budgeter:
         return tops
 
     def _measured(self, place: int, pass_s: float) -> bool:
-        """Whether an open-ended drafter's costs are known, or what to think of them; `pass_s` as estimated."""
+        """Whether an open-ended drafter's costs are known; `pass_s` as estimated."""
         if not self._arms[place].passes:
             return self._records[place].rounds >= _MEASURED
-        return pass_s > 0 and (self._tried(place) or self._arms[place].pass_share > 0)
+        return pass_s > 0 and self._tried(place)
 
     def _tried(self, place: int) -> bool:
         """Whether a drafter's passes were measured."""
@@ -240,32 +237,22 @@ class Budgeter:
         if self._best.arm is not None and self._plain_due <= self._round:  # whatever is in the purses
             return replace(offers.plain, look=True)
         due = [place for place, due in enumerate(self._dues) if place != self._best.arm and due <= self._round]
-        wanted = sorted((self._other(place, offers) for place in due), key=lambda choice: -choice.tokens_per_s)
+        wanted = sorted((self._other(place) for place in due), key=lambda choice: -choice.tokens_per_s)
         if self._best.arm is not None and self._size_due <= self._round:
             wanted += self._beside(self._best, offers)
         found = next((choice for choice in wanted if self._affords(choice)), None)
         return None if found is None else replace(found, look=True)
 
-    def _other(self, place: int, offers: Offers) -> Choice:
+    def _other(self, place: int) -> Choice:
         """What to look at of a drafter that is not the best one; every other time what its passes bring."""
-        top, rounds = self._tops[place], self._records[place].rounds
-        if top.enough is None or rounds % 2:
-            return top
-        if self._tried(place):
-            return replace(top, enough=np.inf)
-        trial = self._trial(place, offers)
-        return trial if rounds and not rounds % _KNOWN and self._affords(trial) else top  # cheaper guesses first
-
-    def _trial(self, place: int, offers: Offers) -> Choice:
-        """A small tree of passes that are thought too dear, to measure them."""
-        return replace(offers.best(place), grow_floor=0.0, enough=np.inf)
+        top = self._tops[place]
+        passes = top.enough is not None and self._tried(place) and self._records[place].rounds % 2 == 0
+        return replace(top, enough=np.inf) if passes else top
 
     def _beside(self, best: Choice, offers: Offers) -> list[Choice]:
         """Another size of the best drafter's tree; or if its size is its own, passes where guesses would do."""
         assert best.arm is not None
         if best.enough is not None:
-            if not self._tried(best.arm) and self._arms[best.arm].passes:
-                return [self._trial(best.arm, offers)] if self._records[best.arm].rounds >= _KNOWN else []
             return [replace(best, enough=np.inf)] if best.enough < np.inf else []
         sizes = [best.nodes * 2 // 3, max(best.nodes + 1, best.nodes * 3 // 2)]
         if not 1 <= sizes[self._wider] <= offers.largest(best.arm):
@@ -292,8 +279,8 @@ class Budgeter:
         if choice.arm is not None:
             drafts -= seconds - emitted / choice.plain_tokens_per_s
         plain_s = 1 / choice.plain_tokens_per_s
-        self._looks_s = min(max(looks, -_START * plain_s), _BANK * plain_s)
-        self._drafts_s = min(max(drafts, -_START * plain_s), _WON * plain_s)
+        self._looks_s = min(max(looks, -_BANK * plain_s), _BANK * plain_s)
+        self._drafts_s = min(max(drafts, -_BANK * plain_s), _WON * plain_s)
 
     def _settle(self, choice: Choice, lost_s: float) -> None:
         """When to look at the same again: sooner where it was faster than what is thought best."""
@@ -310,11 +297,7 @@ class Budgeter:
             self._size_due, self._wider = self._round + self._size_gap, self._wider == won
         else:
             place = choice.arm
-            ended = choice.enough is not None  # the tree ended by itself
-            cheap = ended and lost_s * choice.plain_tokens_per_s < _CHEAP
-            longest = longest if self._records[place].rounds > (_CHEAPLY if cheap else _KNOWN) else 2
-            if not ended or choice.grow_floor or not self._arms[place].passes:  # no trial, which is blind to guesses
-                self._gaps[place] = _gap(self._gaps[place], won, longest)
+            self._gaps[place] = _gap(self._gaps[place], won, longest)
             self._dues[place] = self._round + (0 if won else self._gaps[place])
 
 

@@ -35,7 +35,6 @@ class Arm:
         max_depth, max_nodes: of its trees.
         open_ended: its trees end by themselves where the floors say so; it may be asked for the largest.
         passes: drafting takes passes of a model.
-        pass_share: seconds of a drafting pass over a plain one's, to think before any was measured; 0 where unknown.
 
     Raises:
         ValueError: something is negative, not finite, or of a shape that does not fit.
@@ -52,12 +51,11 @@ class Arm:
     max_nodes: int = 64
     open_ended: bool = False
     passes: bool = True
-    pass_share: float = 0.0
 
     def __post_init__(self) -> None:
-        costs = np.array([self.start_s, self.pass_s, self.node_s, self.pass_share])
+        costs = np.array([self.start_s, self.pass_s, self.node_s])
         if not (np.isfinite(costs) & (costs >= 0)).all():
-            raise ValueError(f"{self.name}: costs of {costs.tolist()}; give seconds, and a share of them, of 0 or more")
+            raise ValueError(f"{self.name}: costs of {costs.tolist()}; give seconds of 0 or more")
         if self.max_depth < 1 or self.max_nodes < 1:
             raise ValueError(f"{self.name}: trees of {self.max_nodes} nodes and depth {self.max_depth}; leave it out")
         for name in ("correction", "stretch"):

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer  # noqa: F401 - imported by whoever drafts, which is not what is measured
 
 import tiercache
+from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.bench.shapes import Shape, make_store
@@ -47,6 +48,8 @@ def grown(folder: Path, small: Path, nodes: int, options: dict[str, Any]) -> dic
     """In a fresh process: by how much it grows, after a smaller model of the same shapes has warmed everything up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Budgeter, "decide", in_turn)
+        patch.setattr(room, "pays", lambda *_: True)
+        patch.setattr(room.Traffic, "waits", lambda *_: 1.0)
         with opened(small, nodes) as model:
             write(model)
         del model

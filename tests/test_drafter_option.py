@@ -1,6 +1,7 @@
 """`offload(..., drafter=...)`: the same tokens whoever drafts and wherever the weights lie; else clear words."""
 
 import gc
+import re
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from test_resident_planes import Folders, Least, lent, rehearsed_once  # noqa: F
 from tokenizers import Tokenizer, models
 
 import tiercache
+from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.decode.kv import support
@@ -85,7 +87,14 @@ def who(plane_store: Folders, checkpoint: Folders) -> Callable[[str, str], Any]:
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for drafting always pays, and every pass waits for a slower tier."""
+    monkeypatch.setattr(room, "pays", lambda *_: True)
+    monkeypatch.setattr(room.Traffic, "waits", lambda *_: 1.0)
+
+
+@pytest.fixture
+def turns(at_any_price: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drafter of a team has its turn, and a plain pass, with trees of all sizes."""
     rounds: dict[int, int] = {}
 
@@ -388,6 +397,7 @@ def asked(store: Path, **options: Any) -> Least:
         return Least(model.tiercache._asked.needs)
 
 
+@pytest.mark.usefixtures("at_any_price")
 @pytest.mark.parametrize("learned", [False, True])
 def test_auto_without_room_for_planes_drafts_by_tables_and_says_so(
     learned: bool, plane_store: Folders, texts: Texts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -405,6 +415,66 @@ def test_auto_without_room_for_planes_drafts_by_tables_and_says_so(
         assert model.tiercache.stats().drafting.drafters != ("ngram",)
         assert model.tiercache.resident is not None
     assert "n-grams alone" not in capsys.readouterr().err
+
+
+def decoded_plainly(store: Path, want: dict[int | None, list[int]], sizes: dict[str, int], said: str) -> Any:
+    """Opens with "auto", which is to take plain decoding's placement for what `said` matches; the statistics."""
+    with opened(store, **sizes) as model:
+        plan = model.tiercache.plan
+    with opened(store, drafter="auto", **sizes) as model:
+        assert model.tiercache.plan == plan
+        assert {seed: generate(model, seed, NEW) for seed in SEEDS} == want, "room to draft changes no text"
+        torch.manual_seed(3)
+        both = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        out = model.generate(IDS, do_sample=True, temperature=0.5, top_k=0, max_new_tokens=4, pad_token_id=0, **both)
+        for scores, logits in zip(out.scores, out.logits, strict=True):
+            torch.testing.assert_close(scores, logits / 0.5)
+        stats = model.tiercache.stats().drafting
+    ((reason, calls),) = stats.plain_reasons.items()
+    assert re.search(said, reason)
+    assert (calls, stats.rounds, stats.drafters) == (3, 0, ())
+    return stats
+
+
+def test_auto_decodes_plainly_where_drafting_has_no_room(plane_store: Folders, texts: Texts) -> None:
+    store = plane_store("llama")
+    for sizes in (asked(store).streaming(0), asked(store).two(0)):
+        stats = decoded_plainly(store, texts("llama"), sizes, r"^to draft at all takes \d.* more of (hbm|dram)$")
+        assert stats.room_price is None
+
+
+def test_auto_decodes_plainly_where_its_room_costs_more_than_it_can_win(
+    plane_store: Folders, texts: Texts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = plane_store("llama")
+    sizes = {"hbm": asked(store, drafter="resident").two(66_000)["hbm"]}  # copies there are as fast as products
+    assert decoded_plainly(store, texts("llama"), sizes, "^its room would make a pass take 1").room_price > 1
+    with opened(store, show_progress=None, drafter="auto", **sizes):
+        assert "decoding without drafting, for its room would make" in capsys.readouterr().err
+
+
+def test_auto_drafts_by_tables_where_its_room_costs_nothing(
+    plane_store: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(plane_store("llama"), show_progress=None, drafter="auto") as model:
+        stats = model.tiercache.stats().drafting
+        assert (stats.drafters, stats.room_price) == (("ngram",), 1.0)
+    assert "n-grams alone: no pass waits for a slower tier" in capsys.readouterr().err
+
+
+def test_auto_drafts_by_its_own_planes_where_passes_wait_for_a_link(
+    plane_store: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = plane_store("llama")
+    monkeypatch.setattr(room, "TOKENS", 3.0)  # beside weights of a toy any room is large
+    small = {"draft_nodes": 1, "draft_depth": 1}
+    sizes = {"hbm": asked(store, drafter="resident", **small).two(20_000)["hbm"]}
+    with opened(store, drafter="auto", link_gbps=0.05, **small, **sizes) as model:
+        stats = model.tiercache.stats().drafting
+    assert stats.drafters == ("cascade",)
+    assert 1 < stats.room_price < 3
+    stats.tokens, stats.verify_s, stats.plain_passes_s = 30, 10.0, [0.5]
+    assert stats.speed_up == pytest.approx(1.5 / stats.room_price)
 
 
 def test_auto_where_there_are_no_planes_says_so(plane_store: Folders, capsys: pytest.CaptureFixture[str]) -> None:

@@ -474,7 +474,7 @@ WORLDS: dict[str, dict[str, Any]] = {
 def test_it_finds_the_best_fixed_choice(name: str, seed: int) -> None:
     world = World(**WORLDS[name], seed=seed)
     choices = live(world, 2000, of(world))
-    assert speed(world, choices[len(choices) // 2 :]) > 0.95 * world.best(256)
+    assert speed(world, choices[len(choices) // 2 :]) > 0.94 * world.best(256)
     assert speed(world, choices) > 0.9 * world.best(256)
     used = [choice.nodes for choice in choices[len(choices) // 2 :] if not choice.look]
     if name.startswith("computed"):

@@ -46,6 +46,7 @@ LADDER = (
         "mixrun",
         "budgeting",
         "drafting",
+        "placing",
         "attached",
         "engine",
         "tiercache",

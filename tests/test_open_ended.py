@@ -178,24 +178,6 @@ def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
     assert speed > 0.98 / world.base
 
 
-@pytest.mark.parametrize(("pass_s", "least"), [(0.0065, 0.95), (0.0006, 0.85)])
-def test_passes_thought_dear_beforehand_are_measured_late_and_believed_then(pass_s: float, least: float) -> None:
-    world = World(0.006, 0.0002, pass_s, 1.0, tables=0.3, seed=3)
-    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True, pass_share=1.1)
-    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
-    passes: list[float] = []
-    for turn in range(1500):
-        choice = budgeter.decide()
-        told = world.round(choice)
-        budgeter.observe(choice, **told)  # type: ignore[arg-type]
-        passes.append(told["passes"])
-        if turn == 500:
-            middle = world.tokens, world.seconds
-    assert sum(passes[:8]) == 0, "guesses come first"
-    assert sum(passes) > 0, "what was thought is tried"
-    assert (world.tokens - middle[0]) / (world.seconds - middle[1]) > least * world.best()
-
-
 def test_another_text_is_another_chance() -> None:
     waits = []
     for renewed in (False, True):

@@ -44,7 +44,6 @@ _PIECE = 256  # tokens of a small model's pass that are rehearsed
 _NOISES = 64  # rows of noise that are kept, see `draft.noise`
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
 _MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
-_STILL = 1.1  # of an exact pass's seconds, a resident one's where nothing moves, as it was on the project's own toy
 # Acceptance by rank, as it was on the project's own toy: of a model that is much like the target, and of n-grams.
 _SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
 _MODELS, _TABLES = [0.85, 0.06, 0.02], [0.35, 0.08, 0.04]
@@ -63,6 +62,7 @@ class Recruits:
         ngrams: makes the tables; their files stay closed until the model is attached, for it may be refused before.
         small: a small model's folder, to be loaded once its bytes are reserved.
         thin_bytes: what choosing a part of the prompt takes.
+        reason: why nobody drafts; empty where somebody does.
     """
 
     config: DraftConfig
@@ -73,6 +73,7 @@ class Recruits:
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
     thin_bytes: int = 0
+    reason: str = ""
 
     @property
     def compute_bytes(self) -> int:
@@ -142,6 +143,12 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     return replace(found, thin_bytes=speckv.scratch_bytes(opened.model.config, config.context))
 
 
+def nobody(opened: Opened, draft: DraftConfig, reason: str) -> Recruits:
+    """Nobody, for what `reason` says: of "auto", where drafting has no room or would not pay for it."""
+    vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
+    return Recruits(draft, vocabulary, False, Needs(), reason=reason)
+
+
 def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruits:
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
@@ -201,30 +208,28 @@ def attach(
     stats: Stats,
     *,
     show: bool,
+    room_price: float | None = None,
 ) -> None:
     """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
     attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
-    share = _STILL if attached.plan.still else 0.0
-    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device, share)
+    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device)
     stack.callback(drafters.close)
     stats.drafting = drafters.stats
+    stats.drafting.room_price = room_price
     stats.lossy = stats.lossy or bool(drafters.stats.lossy)
     slots = recruits.config.slots
     keep = recruits.config.speckv
     rule = rule_of(recruits.config)
-    required, takes = recruits.config.drafter != "auto", support(model)
-    if takes.takes == "nothing":
-        note(f"decoding without drafting, for {takes.reason}", show=show)
-        drafters.stats.plain_reasons[takes.reason] = 0
+    required, reason = recruits.config.drafter != "auto", recruits.reason
+    if reason:
+        drafters.stats.plain_reasons[reason] = 0
     drafting = DraftingGenerate(
-        model, drafters, rule, config.context + 1, slots, keep=keep, required=required, show=show
+        model, drafters, rule, config.context + 1, slots, keep=keep, required=required, reason=reason, show=show
     )
     stack.callback(drafting.close)
 
 
-def team(
-    recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device, share: float = 0.0
-) -> Team:
+def team(recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device) -> Team:
     """The team of an attached model.
 
     Args:
@@ -233,7 +238,6 @@ def team(
         context: tokens that a sequence may have.
         logits: rows that a pass may return; a tree has one less.
         device: where the model computes.
-        share: seconds of a resident pass over an exact one's, as far as is known; 0 where it is not.
     """
     config = recruits.config
     arms: list[Drafter] = list(recruits.made)
@@ -250,7 +254,7 @@ def team(
     fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
     budgeter = None
-    if not config.fixed:
+    if arms and not config.fixed:
         known = [
             Arm(
                 arm.name,
@@ -259,13 +263,12 @@ def team(
                 max_nodes=nodes,
                 open_ended=arm.open_ended,
                 passes=not arm.tables,
-                pass_share=share if recruits.resident and recruits.ngrams is not None else 0.0,  # guesses come first
             )
             for arm in arms
         ]
         budgeter = Budgeter(known, **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
-    stats.lossy = config.lossy
+    stats.lossy = config.lossy if arms else ""
     return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
 
 

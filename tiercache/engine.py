@@ -16,10 +16,9 @@ import transformers
 
 from tiercache import compat, drafting
 from tiercache.attached import Attached, Resident
-from tiercache.budgeting import choose, divide
-from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, human, read_options
-from tiercache.drafting import Recruits
-from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
+from tiercache.budgeting import choose
+from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
+from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
@@ -29,8 +28,9 @@ from tiercache.model.attach import Attachment
 from tiercache.model.binding import Use, weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
 from tiercache.model.guard import Guard, Passes, refuse_closed
-from tiercache.needs import Demand, demand
+from tiercache.needs import Demand
 from tiercache.opening import Opened, open_model
+from tiercache.placing import Placed, place
 from tiercache.plan import Plan
 from tiercache.planes import RUNGS
 from tiercache.progress import note
@@ -144,12 +144,12 @@ def _open(
         )
     opened = open_model(model_or_path, config, show_progress=show_progress)
     way: Mixing | None = None
-    recruits: Recruits | None = None
+    placed: Placed | None = None
     if config.mode == "mixed":
         way, opened, asked, made = choose(opened, config, target, calibration)
     else:
-        fitted = _fit(opened, model_or_path, config, target, bool(kernels), show_progress)
-        config, opened, recruits, asked, made = fitted
+        placed = place(opened, config, target, kernels=bool(kernels), show=show_progress is not False)
+        config, opened, asked, made = placed.config, placed.opened, placed.asked, placed.plan
     reader = stack.enter_context(Reader())
     if config.link_gbps is not None and made.hbm is None:
         raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
@@ -171,33 +171,10 @@ def _open(
         if calibration is None:  # one that was made up for the occasion knows of no loss
             note(run.loss_line, show=show_progress is not False)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
-    if recruits is not None:
-        drafting.attach(stack, opened.model, recruits, config, target, stats, show=show_progress is not False)
+    if placed is not None and placed.recruits is not None:
+        told: dict[str, Any] = {"show": show_progress is not False, "room_price": placed.room_price}
+        drafting.attach(stack, opened.model, placed.recruits, config, target, stats, **told)
     return opened.model
-
-
-def _fit(
-    opened: Opened,
-    named: transformers.PreTrainedModel | str | Path,
-    config: OffloadConfig,
-    device: torch.device,
-    kernels: bool,
-    show_progress: bool | None,
-) -> tuple[OffloadConfig, Opened, Recruits | None, Demand, Plan]:
-    """The plan of an exact run, with room for whoever drafts; "auto" does without planes that do not fit."""
-    try:
-        recruits = drafting.recruit(config, opened)
-        asked = demand(opened, drafting.widened(config), device, kernels=kernels)
-        asked = drafting.reserve(asked, recruits, config)
-        return config, opened, recruits, asked, divide(opened, asked, config, device)
-    except DoesNotFitError as error:
-        if not config.resident or config.draft is None or config.draft.drafter != "auto":
-            raise
-        missing = f"{human(error.missing_bytes)} more of {error.tier or 'memory'}"
-        note(f"drafting by n-grams alone: to draft by its own planes takes {missing}", show=show_progress is not False)
-    config = replace(config, resident=False)
-    again = open_model(named, config, show_progress=show_progress)
-    return _fit(again, named, config, device, kernels, show_progress)
 
 
 def _kernels(config: OffloadConfig, device: torch.device, show_progress: bool | None) -> dict[str, Kernels]:

@@ -126,6 +126,9 @@ class DraftStats:
         arm_rounds, arm_tokens: rounds of each drafter, and the tokens that they emitted.
         draft_s, verify_s: seconds of drafting and learning, and of the target's passes.
         plain_passes_s: seconds of the newest passes without a tree.
+        room_price: with drafter="auto", what a pass was thought to take beside the room that drafting reserves, over
+            one in plain decoding's own placement: so much must drafting win to pay for its room. None where the two
+            were not compared.
     """
 
     drafters: tuple[str, ...] = ()
@@ -145,6 +148,7 @@ class DraftStats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_passes_s: list[float] = field(default_factory=list)
+    room_price: float | None = None
 
     def add(self, arm: int | None, depths: Sequence[int], accepted: Sequence[int], emitted: int) -> None:
         """A round: whose tree, the depth of each of its nodes and of the accepted ones, and the tokens it emitted."""
@@ -205,9 +209,9 @@ class DraftStats:
 
     @property
     def speed_up(self) -> float | None:
-        """Over plain decoding in the same run."""
+        """Over plain decoding, in the placement that this would have had without a drafter's room."""
         plain, own = self.plain_tokens_per_s, self.tokens_per_s
-        return own / plain if own and plain else None
+        return own / (plain * (self.room_price or 1.0)) if own and plain else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

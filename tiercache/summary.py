@@ -100,12 +100,13 @@ def _neuron_summary(neurons: dict[str, Any]) -> str:
 
 
 def _draft_summary(drafting: dict[str, Any]) -> str:
-    who = " or ".join(drafting["drafters"])
+    who, price = " or ".join(drafting["drafters"]) or "nobody", drafting["room_price"]
     if not drafting["rounds"]:
         reasons = ", ".join(drafting["plain_reasons"]) or "nothing was decoded after the first token"
         return f"drafts by {who}: none, for {reasons}"
     rates = " ".join(f"{rate:.2f}" for rate in drafting["acceptance_by_depth"][:_DEPTHS])
-    faster = "" if drafting["speed_up"] is None else f"; {drafting['speed_up']:.2f} x the passes without a tree"
+    room = f", whose room costs {price:.2f} of them" if price is not None and price > 1 else ""
+    faster = "" if drafting["speed_up"] is None else f"; {drafting['speed_up']:.2f} x plain passes{room}"
     return (
         f"drafts by {who}: {drafting['tokens_per_pass']:.2f} tokens a pass of {drafting['rounds']} "
         f"({drafting['plain_rounds']} without a tree), {drafting['accepted']} of {drafting['nodes']} nodes accepted, "

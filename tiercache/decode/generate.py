@@ -6,6 +6,7 @@ same name, whose `_sample` is ours; everything around it (options, processors, s
 Knows the arguments of `generate`; nothing of weights or tiers.
 """
 
+import copy
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, cast
@@ -51,6 +52,7 @@ class DraftingGenerate:
         slots: of the KV cache that a tree may take beside them.
         keep: tokens of a prompt whose keys and values are kept; None for all.
         required: a call that cannot be drafted for is refused; else it is decoded plainly, counted and told once.
+        reason: why no call is drafted for; empty where some are.
         show: whether notes may be printed.
     """
 
@@ -64,10 +66,11 @@ class DraftingGenerate:
         *,
         keep: int | None = None,
         required: bool = False,
+        reason: str = "",
         show: bool = True,
     ) -> None:
         self._model, self._team, self._rule, self._limit, self._slots = model, team, rule, limit, slots
-        self._keep, self._required, self._show = keep, required, show
+        self._keep, self._required, self._reason, self._show = keep, required, reason, show
         self._support = support(model)
         self.transformers_class = cast(Any, model.__class__)
         drafting = self
@@ -86,6 +89,8 @@ class DraftingGenerate:
             reason = drafting.refusal(input_ids, generation_config, synced_gpus, model_kwargs)
             if reason is not None:
                 drafting.do_without(reason)
+                if reason == drafting._reason and generation_config.do_sample:
+                    return drafting.sampled(self, *given, streamer, model_kwargs)
                 return drafting.plain(self, *given, synced_gpus, streamer, **model_kwargs)
             return drafting.run(*given, streamer, model_kwargs)
 
@@ -140,7 +145,7 @@ class DraftingGenerate:
             return "an attention mask that is no left padding"
         if mask is not None and self._keep is not None and self._keep < input_ids.shape[1] and not bool(mask.all()):
             return "a padded prompt with speckv="
-        return None
+        return self._reason or None
 
     def do_without(self, reason: str) -> None:
         """Count a call that cannot be drafted for, and say so once for each reason.
@@ -157,6 +162,32 @@ class DraftingGenerate:
         if reason not in reasons:
             note(f"decoding without drafting, which this call does not take: {reason}", show=self._show)
         reasons[reason] = reasons.get(reason, 0) + 1
+
+    def sampled(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        processors: Any,
+        criteria: Any,
+        config: transformers.GenerationConfig,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """What plain sampling returns, with the noise of drafted sampling: whether there was room changes no text."""
+        mask = model_kwargs.get("attention_mask")
+        kept: list[torch.Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
+        noisy = _Noisy(self._noise(input_ids), 0 if mask is None else int((mask[0] == 0).sum()), kept)
+        shaped, likeliest = type(processors)([*processors, noisy]), copy.copy(config)
+        likeliest.do_sample = False
+        out = self.plain(model, input_ids, shaped, criteria, likeliest, False, streamer, **model_kwargs)
+        if kept is not None:
+            out.scores = tuple(kept[: len(out.scores)])
+        return out
+
+    def _noise(self, input_ids: torch.Tensor) -> GumbelNoise:
+        """Of one request; torch.manual_seed decides what is sampled."""
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        return GumbelNoise(int(torch.randint(1 << 62, ())), vocabulary, input_ids.device)
 
     def run(
         self,
@@ -177,10 +208,7 @@ class DraftingGenerate:
         if config.return_dict_in_generate:
             request.keep_scores, request.keep_logits = bool(config.output_scores), bool(config.output_logits)
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
-        noise = None
-        if config.do_sample:
-            seed = int(torch.randint(1 << 62, ()))  # torch.manual_seed decides what is sampled
-            noise = GumbelNoise(seed, vocabulary, input_ids.device)
+        noise = self._noise(input_ids) if config.do_sample else None
         run = TreeRun(
             self._model, None if mask is None else mask[0], limit - 1 + self._slots
         )  # the last token needs no slot
@@ -194,6 +222,19 @@ class DraftingGenerate:
         parts |= {"scores": tuple(request.scores)} if request.keep_scores else {}
         parts |= {"logits": tuple(request.logits)} if request.keep_logits else {}
         return compat.generation_output(None if run.thinned else run.cache, **parts)
+
+
+class _Noisy(transformers.LogitsProcessor):
+    """Adds noise to scores, so that the likeliest token is a sampled one; `kept` gets the scores as they were."""
+
+    def __init__(self, noise: GumbelNoise, padding: int, kept: list[torch.Tensor] | None) -> None:
+        self._noise, self._padding, self._kept = noise, padding, kept
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [1, vocabulary] of the token after `input_ids` [1, length]."""
+        if self._kept is not None:
+            self._kept.append(scores)
+        return scores + self._noise(input_ids.shape[1] - self._padding)
 
 
 def _undrafted(drafting: DraftingGenerate, name: str) -> Callable[..., Any]:

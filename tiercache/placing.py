@@ -1,0 +1,139 @@
+"""Where the weights of an exact run lie: plain decoding's placement or drafting's, compared before any is reserved.
+
+Knows demands, plans and who may draft; allocates nothing. Which placement is better is `policies.room`'s to say.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from policies import room
+from policies.room import Rates, Traffic
+from tiercache import drafting
+from tiercache.budgeting import divide
+from tiercache.config import DraftConfig, OffloadConfig, human
+from tiercache.decode.kv import Support, support
+from tiercache.drafting import Recruits
+from tiercache.errors import DoesNotFitError
+from tiercache.needs import Demand, demand
+from tiercache.opening import Opened
+from tiercache.plan import Plan
+from tiercache.progress import note
+
+# Bytes a second where nobody measured them; of the machines that this is for, and only their proportions matter.
+_DRAM, _CARD, _LINK, _SSD = 35e9, 900e9, 25e9, 3e9
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement of an exact run.
+
+    Attributes:
+        config: the options that it was made for.
+        opened: the model, its units cut as these options say.
+        recruits: who drafts; None where no drafter was asked for.
+        asked: what was asked of memory.
+        plan: what lies where.
+        room_price: see `policies.room.price`; None where nothing was compared.
+    """
+
+    config: OffloadConfig
+    opened: Opened
+    recruits: Recruits | None
+    asked: Demand
+    plan: Plan
+    room_price: float | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What a pass moves."""
+        order, payload = self.asked.needs.order, self.asked.payload
+        needed = sum(payload[key] for key in order)
+        staying = set(order if self.plan.hbm is None else self.plan.hbm.placement.pinned)
+        up = sum(payload[key] for key in order if key not in staying)
+        return Traffic(needed, up, sum(payload[key] for key in self.plan.streamed))
+
+
+def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool, show: bool) -> Placed:
+    """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
+
+    Args:
+        opened: the model.
+        config: the options, with `resident` where the model's own planes may draft.
+        device: where it computes.
+        kernels: planes are multiplied as they are.
+        show: whether notes may be printed.
+
+    Raises:
+        DoesNotFitError: a budget is too small, with "auto" even for plain decoding.
+        UsageError, StoreError, UnsupportedModelError: as `drafting.recruit` and `demand` say.
+    """
+    cut = config.resident
+
+    def planned(way: OffloadConfig) -> Placed:
+        own = opened
+        if way.resident != cut and opened.store is not None:
+            own = replace(opened, manifest=opened.store.manifest(config.precision, cut=way.resident))
+        return _planned(own, way, device, kernels)
+
+    if config.draft is None or config.draft.drafter != "auto":
+        return planned(config)
+    return _compared(config, config.draft, planned, support(opened.skeleton), _rates(config, device), show)
+
+
+def _compared(
+    config: OffloadConfig,
+    draft: DraftConfig,
+    planned: Callable[[OffloadConfig], Placed],
+    takes: Support,
+    rates: Rates,
+    show: bool,
+) -> Placed:
+    """The first of three that is likely to pay: with the model's own planes and n-grams, these alone, or nobody."""
+    plain, price, reason = _fitted(planned, replace(config, resident=False, draft=None)), None, takes.reason
+    wanted = draft.fixed or draft.speckv is not None  # a drafter, at any price
+    own_planes = [True, False] if config.resident else [False]
+    for own in own_planes if takes.takes != "nothing" else ():
+        found = _fitted(planned, replace(config, resident=own))
+        if isinstance(found, DoesNotFitError):
+            who = "by its own planes" if own else "at all"
+            reason = f"to draft {who} takes {human(found.missing_bytes)} more of {found.tier or 'memory'}"
+            continue
+        if isinstance(plain, Placed) and not wanted:
+            price = room.price(plain.traffic, found.traffic, rates)
+            if not room.pays(plain.traffic, found.traffic, rates):
+                reason = f"its room would make a pass take {price:.2f} times as long, more than it is likely to win"
+                continue
+            if own and not found.traffic.waits(rates):
+                reason = "no pass waits for a slower tier, so passes of its own planes would save nothing"
+                continue
+        if reason:
+            note(f"drafting by n-grams alone: {reason}", show=show)
+        return replace(found, room_price=price)
+    if isinstance(plain, DoesNotFitError):
+        raise plain
+    note(f"decoding without drafting, for {reason}", show=show)
+    return replace(plain, recruits=drafting.nobody(plain.opened, draft, reason), room_price=price)
+
+
+def _fitted(planned: Callable[[OffloadConfig], Placed], way: OffloadConfig) -> Placed | DoesNotFitError:
+    """The placement, or why there is none."""
+    try:
+        return planned(way)
+    except DoesNotFitError as error:
+        return error
+
+
+def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernels: bool) -> Placed:
+    """What these options ask for, and the plan for it."""
+    recruits = drafting.recruit(config, opened)
+    asked = demand(opened, drafting.widened(config), device, kernels=kernels)
+    asked = drafting.reserve(asked, recruits, config)
+    return Placed(config, opened, recruits, asked, divide(opened, asked, config, device))
+
+
+def _rates(config: OffloadConfig, device: torch.device) -> Rates:
+    """A region of main memory that stands in for a card is as fast as its link, unless that is throttled."""
+    memory, link = (_DRAM, _DRAM) if device.type == "cpu" else (_CARD, _LINK)
+    return Rates(memory, link if config.link_gbps is None else config.link_gbps * 1e9, _SSD)
