@@ -214,7 +214,7 @@ def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
             seen, each, mix = run(model, (1, 0, 2, 1)), model.tiercache.pass_bytes(), counts(model, manifest)
             if len(kinds) == 1:
                 smallest = Least(model.tiercache._asked.needs)
-                kinds += [smallest.streaming(66_000), smallest.two(66_000)]
+                kinds += [smallest.streaming(80_000), smallest.two(80_000)]
             mixes.add(tuple(sorted(set(mix.values()))))
             assert equal(seen.exact, want), kind
             lowest = oracle(name).logits(mix)
@@ -332,7 +332,7 @@ def test_the_missing_bytes_are_right(name: str, rung: str, plane_store: Folders,
             assert equal(run(model, (1, 1)).exact, want)
             plan, units = model.tiercache.plan, model.tiercache._asked.needs
             assert units.levels[0] <= set((plan.hbm or plan.dram).placement.pinned)
-            assert not units.levels[-1] <= set((plan.hbm or plan.dram).placement.pinned)
+            assert not set().union(*units.levels) <= set((plan.hbm or plan.dram).placement.pinned)
 
 
 def test_every_plan_has_a_ring_for_the_planes_of_a_matrix(least: Callable[..., Least]) -> None:

@@ -28,7 +28,7 @@ from tiercache.draft.base import Drafter, Needs
 from tiercache.draft.combine import Cascade, Ngrams
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
-from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.noise import KEPT, GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.model.rehearse import rehearse
@@ -41,7 +41,6 @@ from tiercache.store.source import Source, resolve
 Passes = Callable[[], AbstractContextManager[None]]
 
 _PIECE = 256  # tokens of a small model's pass that are rehearsed
-_NOISES = 64  # rows of noise that are kept, see `draft.noise`
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
 _MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
 # Acceptance by rank, as it was on the project's own toy: of a model that is much like the target, and of n-grams.
@@ -79,7 +78,7 @@ class Recruits:
     def compute_bytes(self) -> int:
         """What is reserved where the model computes, weights of a small model included."""
         config = self.config
-        rows = _NOISES + _ROWS * (1 + config.width)
+        rows = KEPT + _ROWS * (1 + config.width)
         if config.grower.startswith("rsd"):  # whoever was drawn from stays until the tree is verified
             rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
         return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes

@@ -115,12 +115,13 @@ def _compute_reserve(
     kernels: bool,
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
+    # The allocator: measured, the C library's heap keeps about as much again as the tensors that come and go in a pass.
     scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
         "workspace": workspace + scratch,
-        "allocator": _allocator_bytes(opened, rehearsal.workspace_bytes),
+        "allocator": rehearsal.workspace_bytes + (0 if kernels else _packed_bytes(opened)),
     }
     if opened.memory is None or device.type != "cpu":
         own = dict(opened.skeleton.named_parameters())
@@ -161,16 +162,15 @@ def _dram_reserve(opened: Opened, config: OffloadConfig, *, below: bool) -> dict
     return reserve
 
 
-def _allocator_bytes(opened: Opened, passing_bytes: int) -> int:
-    """What allocators and matrix kernels hold beyond the tensors that are asked of them.
+def _packed_bytes(opened: Opened) -> int:
+    """What torch's matrix products hold beyond the tensors that are asked of them; products with planes hold nothing.
 
-    Measured on the CPU: the C library's heap keeps about as much again as the tensors that come and go in a pass, and
-    the matrix kernels pack blocks of the weights they multiply by, up to some 30 MB in all for large ones.
+    Measured on the CPU: they pack blocks of the weights that they multiply by, up to some 30 MB in all for large ones.
     """
     units = opened.manifest.units
     cut = (sum(units[key].slot_bytes for key in weight.units) for weight in opened.manifest.weights.values())
     largest = max(*(unit.slot_bytes for unit in units), *cut)
-    return passing_bytes + min(2 * largest, _PACKED_BYTES)
+    return min(2 * largest, _PACKED_BYTES)
 
 
 def _row_bytes(opened: Opened) -> int:

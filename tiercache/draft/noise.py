@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 # Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), all modulo 2**64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = 1 << 64
-_KEPT = 64
+KEPT = 18
+"""Positions whose noise is kept: those of one round, from the root to a leaf 16 tokens deep, and the token after it."""
+
 _AT_ONCE, _NUMBERS = 8, 1 << 14  # positions made together: no more, and no more numbers; small arrays cost by the call
 
 
@@ -41,7 +43,7 @@ class GumbelNoise:
         if position not in self._kept:
             last = position + max(1, min(_AT_ONCE, _NUMBERS // len(self._tokens)))
             self._kept.update(zip(range(position, last), self._make(range(position, last)), strict=True))
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return self._kept[position]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tiercache.planes import choose
-from tiercache.quant.gptq import CHUNK_WEIGHTS, STATES
+from tiercache.quant.gptq import CHUNK_WEIGHTS, REFINEMENTS, STATES
 from tiercache.store.layout import UnitPlan
 
 _FP32 = 4
@@ -54,8 +54,9 @@ def seconds(units: Iterable[UnitPlan], tokens: int, rates: Rates) -> float:
         for outputs, inputs in _matrices(unit):
             weights = outputs * inputs
             flops += 2 * weights * tokens  # the layer's own product
-            flops += STATES * weights * inputs  # errors taken back by half of the inputs on average
-            codes += weights
+            passes = 1 + 2 * (1 + REFINEMENTS)  # GPTQ's errors reach half of the inputs, a refinement's all of them
+            flops += passes * STATES * weights * inputs
+            codes += (1 + REFINEMENTS) * weights
             if (unit.layer, inputs) not in seen:  # q, k and v have one Hessian, gate and up another
                 seen.add((unit.layer, inputs))
                 flops += 2 * inputs**2 * tokens + 4 / 3 * inputs**3
@@ -91,8 +92,8 @@ def _layer_bytes(units: list[UnitPlan], tokens: int, window: int) -> int:
 def _matrix_bytes(unit: UnitPlan, outputs: int, inputs: int) -> int:
     """The unit's weights and planes, one matrix's codes, its states, and what the inverse Hessian takes in passing."""
     weights = outputs * inputs
-    states = (STATES + 2) * _FP32 * min(weights, CHUNK_WEIGHTS)
-    return 4 * unit.rows * unit.columns * len(unit.parts) + 2 * weights + states + 3 * _FP32 * inputs**2
+    states = 3 * STATES * _FP32 * min(weights, CHUNK_WEIGHTS)  # what is made, its slopes, and how far off it is
+    return 4 * unit.rows * unit.columns * len(unit.parts) + 2 * weights + states + 4 * _FP32 * inputs**2
 
 
 def _matrices(unit: UnitPlan) -> Iterator[tuple[int, int]]:
