@@ -20,7 +20,7 @@ from tiercache.kernels.reference import ReferenceKernels
 from tiercache.planes import Planes, decode
 
 BRIEF = Effort(least_s=0, least_samples=1, caches=0, least_bytes=1 << 20, roof_bytes=8 << 20)
-TINY = Options(("tiny",), ("int2", "int8"), (1, 3), effort=BRIEF, show_progress=False)
+TINY = Options(("tiny",), ("int3", "int8"), (1, 3), effort=BRIEF, show_progress=False)
 ROW = {
     *("kernel", "device", "shape", "precision", "tokens", "rows", "columns", "gbps", "roof_gbps", "ratio", "seconds"),
     *("gflops", "max_error", "peers", "peer_seconds"),
@@ -84,7 +84,7 @@ def test_every_case_has_its_row(result: dict[str, Any]) -> None:
 
 def test_gbps_counts_codes_and_scales(result: dict[str, Any]) -> None:
     weights = 704 * 256
-    bytes_each = {"int2": 2 / 8 + 4 / 64, "int8": 1 + 4 / 64}
+    bytes_each = {"int3": 3 / 8 + 4 / 64, "int8": 1 + 4 / 64}
     for row in result["results"]:
         if row["rows"] >= 704:
             parts = {"ffn": 3, "products": 2}.get(row["kernel"], 1)
@@ -123,7 +123,7 @@ def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
 def test_samples_are_the_whole_results() -> None:
     place, pool = CpuStand(ReferenceKernels()), workset.Pool.make(1)
     for case in kernel_cases.cases("tiny"):
-        units = workset.make(place, BRIEF, pool, (case.rows, case.columns, case.parts), "int2")
+        units = workset.make(place, BRIEF, pool, (case.rows, case.columns, case.parts), "int3")
         x = torch.randn(2, case.inputs).bfloat16()
         weights = kernel_cases.work(case, units)
         out = torch.zeros(2, case.outputs)
@@ -143,7 +143,7 @@ def test_a_peer_that_is_missing_is_told_once() -> None:
 
     place = CpuStand(ReferenceKernels())
     place.peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
-    result = kernels.bench(dataclasses.replace(TINY, precisions=("int2",)), [place])
+    result = kernels.bench(dataclasses.replace(TINY, precisions=("int3",)), [place])
     assert result["stands"][0]["peers_left_out"] == {"torch int3": "no such operator"}
     assert all(row["peers"].keys() == {"torch bf16"} for row in result["results"])
     assert kernels_report.report(result).count("torch int3 is left out: no such operator") == 1
@@ -174,7 +174,7 @@ def test_the_cache_of_this_machine() -> None:
     [
         (("--kernel-shapes", "7c"), "70b"),
         (("--kernel-shapes", ""), "70b"),
-        (("--precisions", "int4,int3"), "int2, int4, int8"),
+        (("--precisions", "int4,int2"), "int3, int4, int8"),
         (("--token-counts", "1,many"), "1,16"),
         (("--token-counts", "0"), "512"),
         (("--token-counts", "513"), "512"),

@@ -21,7 +21,7 @@ from tiercache.planes import Planes, encode
 LARGE = (
     Case(530, 4200, 2),
     Case(600, 1100, 9, group=128, rung="int8"),
-    Case(70, 200, 131, rung="int2"),
+    Case(70, 200, 131, rung="int3"),
     Case(1, 65, 5),
     Case(65, 1, 5, rung="int8"),
     Case(70, 130, MAX_TOKENS, rung="int8"),
@@ -222,11 +222,11 @@ def test_only_the_results_are_written(kernels: CpuKernels, operation: str, token
 def test_matrices_of_unlike_layout_are_multiplied_as_well(kernels: CpuKernels, unlike: str) -> None:
     case = Case(70, 90, 3)
     gate, up, down = case.matrices()
-    weights = [gate, up.at("int2") if unlike == "rung" else kernel_bounds.bundle([up, down])[0], down]
+    weights = [gate, up.at("int3") if unlike == "rung" else kernel_bounds.bundle([up, down])[0], down]
     one, other = case.start("products"), case.start("products")
     run(kernels, "products", case, case.x("products"), weights, one, None)
     run(REFERENCE, "products", case, case.x("products"), weights, other, None)
-    wide = replace(case, rung="int2") if unlike == "rung" else case
+    wide = replace(case, rung="int3") if unlike == "rung" else case
     bound = torch.maximum(allowed("products", case, other), allowed("products", wide, other))
     assert ((one - other).abs() <= bound).all()
 
@@ -281,7 +281,7 @@ def _bad_calls() -> dict[str, Callable[[CpuKernels], object]]:
         "an activation": lambda k: k.ffn(k.prepare(x, 64), [gate, up], down, "swish", back),
         "another number of neurons": lambda k: k.ffn(k.prepare(x, 64), [_first(gate)], down, "silu", back),
         "three inward matrices": lambda k: k.ffn(k.prepare(x, 64), [gate, up, down], down, "silu", back),
-        "gate and up unlike": lambda k: k.ffn(k.prepare(x, 64), [gate, up.at("int2")], down, "silu", back),
+        "gate and up unlike": lambda k: k.ffn(k.prepare(x, 64), [gate, up.at("int3")], down, "silu", back),
         "a row of a block beyond": lambda k: k.ffn(k.prepare(x, 64), [gate, up], down, "silu", back, 10 + zero),
         "planes by columns": lambda k: k.product(k.prepare(x, 64), columnwise, out),
         "to gather into too little": lambda k: k.gather([piece], torch.arange(3), packed),

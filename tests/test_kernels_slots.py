@@ -285,9 +285,9 @@ def test_lists_elsewhere_are_refused() -> None:
 def test_slabs_are_planes_with_rows_of_their_own() -> None:
     gate = FOUND.matrices[0]
     assert gate.slabs
-    assert gate.at("int2").slabs
+    assert gate.at("int3").slabs
     assert gate.rows == len(gate.scales) == 8
-    assert not encode(torch.zeros(2, 70)).at("int2").slabs
+    assert not encode(torch.zeros(2, 70)).at("int3").slabs
     with pytest.raises(UsageError, match="plane 0"):  # not without saying so
         Planes(gate.planes, gate.scales, 70, 64)
     with pytest.raises(UsageError, match="plane 1 is"):  # widths count as ever

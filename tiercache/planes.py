@@ -268,6 +268,7 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
         if planes.column_scale is not None:
             values *= planes.column_scale[columns]
         out[r, columns].copy_(values)
+        del values  # before the next block is made
     return out
 
 
@@ -285,7 +286,7 @@ def product(x: Tensor, planes: Planes) -> Tensor:
     result: Tensor = grouped.sum(-1) @ (lo + step * planes.middle).T  # [tokens, rows]
     whole = slice(0, planes.rows), slice(0, groups)
     for packed, bits, weight in _fields(planes, *whole):
-        codes = _unpack(packed, bits).view(planes.rows, groups, -1).to(x.dtype)
+        codes = _unpack(packed, bits).view(planes.rows, groups, planes.group).to(x.dtype)
         result += grouped.flatten(1) @ (codes * (step * weight)[..., None]).flatten(1).T
     return result.reshape(*x.shape[:-1], planes.rows)
 
@@ -363,7 +364,9 @@ def _merged_codes(planes: Planes, r: slice, g: slice) -> Tensor:
     merged = torch.zeros((planes.group // 8, cells), dtype=torch.int64, device=planes.scales.device)
     part = torch.empty_like(merged)
     for packed, bits, weight in _fields(planes, r, g):
-        lanes = packed.contiguous().view(torch.int64).T.contiguous()  # [words, cells]: long loops
+        lanes = (
+            packed.clone(memory_format=torch.contiguous_format).view(torch.int64).T.contiguous()
+        )  # [words, cells]: long loops
         for i, piece in enumerate(part.chunk(8 // bits)):
             torch.bitwise_right_shift(lanes, bits * i, out=piece)
         part.bitwise_and_(((1 << bits) - 1) * _EACH_BYTE)

@@ -14,16 +14,32 @@ INLINE void accumulate(__m512i *sum, __m512i code, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(code), "v"(x));
 }
 
-INLINE __m512 halves_low(__m512i pairs) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs)); }
-INLINE __m512 halves_high(__m512i pairs) { return halves_low(_mm512_srli_epi32(pairs, 16)); }
+INLINE void accumulate_from(__m512i *sum, __m512i code, const int8_t *x) { /* the bytes straight from memory */
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(code), "m"(*(const __m512i_u *)x));
+}
+
 INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
 INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 
-/* s and m of 16 (lo, step) pairs. */
-INLINE void scales16(__m512i pairs, int planes, __m512 *s, __m512 *m) {
-    const __m512 step = halves_high(pairs);
-    *s = times(step, _mm512_set1_ps(unit_of(planes)));
-    *m = plus(halves_low(pairs), times(step, _mm512_set1_ps(middle_of(planes))));
+/* Order of 16 (lo, step) pairs of fp16, four of each of four rows: all lo, then all steps; a group of 128 counts twice. */
+INLINE __m512i halves_apart(int group) {
+    _Alignas(64) int16_t order[32];
+    for (int i = 0; i < 16; i++) {
+        order[i] = (int16_t)(2 * (group == 64 ? i : i / 4 * 4 + i % 4 / 2));
+        order[16 + i] = (int16_t)(order[i] + 1);
+    }
+    return _mm512_load_si512(order);
+}
+
+INLINE __m512 lows_of(__m512i apart) { return _mm512_cvtph_ps(_mm512_castsi512_si256(apart)); }
+INLINE __m512 steps_of(__m512i apart) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(apart, 1)); }
+
+/* s and m, of pairs that were taken apart. */
+INLINE void scales16(__m512i apart, int planes, __m512 *s, __m512 *m) {
+    *s = steps_of(apart), *m = lows_of(apart);
+    if (planes > 2) return; /* unit 1, middle 0 */
+    *m = plus(*m, times(*s, _mm512_set1_ps(middle_of(planes))));
+    *s = times(*s, _mm512_set1_ps(unit_of(planes)));
 }
 
 /* Four vectors of 16 sums -> in each 16-byte lane the four vectors' totals of that lane. */
@@ -82,49 +98,55 @@ INLINE void prepare_part(const float *x, const Shape *s, int32_t p, int64_t toke
 
 /* --- product, few tokens: four rows at a time --------------------------------------------------------------------- */
 
-INLINE __m512i four_scales(const Row r[4], int64_t at, __mmask8 some) {
-    __m512i v = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi32(some, r[0].scale + at));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_maskz_loadu_epi32(some, r[1].scale + at));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_maskz_loadu_epi32(some, r[2].scale + at));
-    return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_maskz_loadu_epi32(some, r[3].scale + at));
+INLINE __m128i row_scales(const Row *r, int group, int64_t at, int64_t left) { /* of a chunk */
+    const uint8_t *from = r->scale + at;
+    if (left < 64) return _mm_maskz_loadu_epi32((__mmask8)((1u << (left * 4 / group)) - 1), from);
+    return group == 64 ? _mm_loadu_si128((const __m128i *)from) : _mm_loadl_epi64((const __m128i *)from);
 }
 
-/* What one chunk adds to four rows' results for one token. [lane][row] */
-INLINE __m512 dot_chunk(const Row r[4], int planes, int group, int32_t chunk, int64_t left, const int8_t *high,
-                        const int8_t *low, const float *scale, const float *sum) {
-    const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512i order = group == 64 ? _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)
-                                      : _mm512_set_epi32(13, 9, 5, 1, 13, 9, 5, 1, 12, 8, 4, 0, 12, 8, 4, 0);
+INLINE __m256i two_scales(const Row r[2], int group, int64_t at, int64_t left) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(row_scales(r, group, at, left)),
+                                   row_scales(r + 1, group, at, left), 1);
+}
+
+/* S of a row in one chunk: four numbers of each part. */
+INLINE __m512i dot_row(const Row *r, int planes, int group, const Fixed *k, int64_t at, int64_t left,
+                       const __m512i high[4], const int8_t *low) {
     const Present here = present(left);
-    const int64_t at = (int64_t)chunk * 64;
-    __m512i a[4], b[4], c0[4], c1[4], upper[4], lower[4];
-    for (int i = 0; i < 4; i++) {
-        a[i] = _mm512_maskz_loadu_epi8(here.two, r[i].a + at);
-        b[i] = lower_two(r + i, planes, group, at, here);
-        c0[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.low, r[i].c + 2 * at) : a[i];
-        c1[i] = planes > 2 ? _mm512_maskz_loadu_epi8(here.high, r[i].c + 2 * at + 64) : a[i];
-        upper[i] = lower[i] = _mm512_setzero_si512();
-    }
+    __m512i a = load64(here.two, r->a + at), b = lower_two(r, planes, k, at, here);
+    __asm__("" : "+v"(a), "+v"(b)); /* or they are kept on the stack, which takes longer than the rest of their use */
+    const __m512i c0 = planes > 2 ? load64(here.low, r->c + 2 * at) : a;
+    const __m512i c1 = planes > 2 ? load64(here.high, r->c + 2 * at + 64) : a;
+    __m512i upper = _mm512_setzero_si512(), lower = _mm512_setzero_si512();
     for (int pass = 0; pass < 2; pass++) {
-        const int8_t *h = high + chunk * 256 + pass * 64, *l = low + chunk * 256 + pass * 64;
-        const __m512i h0 = _mm512_loadu_si512(h), l0 = _mm512_loadu_si512(l);
-        const __m512i h2 = _mm512_loadu_si512(h + 128), l2 = _mm512_loadu_si512(l + 128);
-        for (int i = 0; i < 4; i++) {
-            const __m512i v = merge(pass, a[i], b[i]);
-            const __m512i e = planes > 2 ? nibbles(group, pass, c0[i], c1[i]) : v;
-            const __m512i u0 = codes(planes, 0, v, e), u2 = codes(planes, 1, v, e);
-            accumulate(&upper[i], u0, h0), accumulate(&lower[i], u0, l0);
-            accumulate(&upper[i], u2, h2), accumulate(&lower[i], u2, l2);
-        }
+        const __m512i v = merge(pass, k, a, b), e = planes > 2 ? nibbles(group, pass, c0, c1) : v;
+        const __m512i u0 = codes(planes, 0, k, v, e), u2 = codes(planes, 1, k, v, e);
+        accumulate(&upper, u0, high[pass]), accumulate_from(&lower, u0, low + 64 * pass);
+        accumulate(&upper, u2, high[pass + 2]), accumulate_from(&lower, u2, low + 64 * pass + 128);
     }
-    for (int i = 0; i < 4; i++) upper[i] = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
-    const __m512 dot = _mm512_cvtepi32_ps(totals(upper[0], upper[1], upper[2], upper[3]));
-    const int whole = 256 / group, count = left >= 64 ? whole : (int)left * 4 / group;
+    return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
+}
+
+INLINE void dot_two(const Row r[2], int planes, int group, const Fixed *k, int32_t chunk, int64_t left,
+                    const int8_t *high, const int8_t *low, __m512i sums[2]) {
+    __m512i h[4];
+    for (int j = 0; j < 4; j++) h[j] = _mm512_loadu_si512(high + chunk * 256 + 64 * j);
+    for (int i = 0; i < 2; i++)
+        sums[i] = dot_row(r + i, planes, group, k, (int64_t)chunk * 64, left, h, low + chunk * 256);
+}
+
+/* What one chunk, with the sums [part][row], adds to four rows' results for one token. [row][part] */
+INLINE __m512 scaled(__m512i sums, const Row r[4], int planes, int group, __m512i apart, int32_t chunk, int64_t left,
+                     const float *scale, const float *sum) {
+    const __m512i by_row = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512 dot = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(by_row, sums));
+    const int64_t at = (int64_t)chunk * (1024 / group);
+    const __m512i pairs = _mm512_inserti64x4(_mm512_castsi256_si512(two_scales(r, group, at, left)),
+                                             two_scales(r + 2, group, at, left), 1);
     __m512 step, offset;
-    const __m512i pairs = four_scales(r, (int64_t)chunk * 4 * whole, (__mmask8)((1u << count) - 1));
-    scales16(_mm512_permutexvar_epi32(order, pairs), planes, &step, &offset);
-    const __m512 xs = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(scale + chunk * 4)));
-    const __m512 xt = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(sum + chunk * 4)));
+    scales16(_mm512_permutexvar_epi16(apart, pairs), planes, &step, &offset);
+    const __m512 xs = _mm512_broadcast_f32x4(_mm_loadu_ps(scale + chunk * 4));
+    const __m512 xt = _mm512_broadcast_f32x4(_mm_loadu_ps(sum + chunk * 4));
     return plus(times(dot, times(step, xs)), times(offset, xt));
 }
 
@@ -139,16 +161,19 @@ INLINE Fetch fetch_from(const Row *rows, int count, int32_t begin, int32_t end) 
     return fetch;
 }
 
+INLINE void fetch_lines(const uint8_t *from, const int count) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) _mm_prefetch((const char *)from + 64 * i, _MM_HINT_T1);
+}
+
 INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
     const Row *r = fetch->row;
     if (r == fetch->end) return;
     const int64_t at = fetch->at;
-    for (int64_t i = at; i < at + 128; i += 64) _mm_prefetch((const char *)r->a + i, _MM_HINT_T1);
-    _mm_prefetch((const char *)r->a1 + at / 2, _MM_HINT_T1);
-    if (planes > 1) _mm_prefetch((const char *)r->b + at / 2, _MM_HINT_T1);
-    if (planes > 2)
-        for (int64_t i = 2 * at; i < 2 * at + 256; i += 64) _mm_prefetch((const char *)r->c + i, _MM_HINT_T1);
-    _mm_prefetch((const char *)r->scale + at * 16 / group, _MM_HINT_T1);
+    fetch_lines(r->a + at, 2), fetch_lines(r->a1 + (at >> 1), 1);
+    if (planes > 1) fetch_lines(r->b + (at >> 1), 1);
+    if (planes > 2) fetch_lines(r->c + 2 * at, 4);
+    fetch_lines(r->scale + (at >> (group == 64 ? 2 : 3)), 1);
     fetch->at += 128;
     if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
 }
@@ -158,17 +183,32 @@ INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, c
                        int64_t token) {
     const int8_t *high = x->high + token * s->parts * 64, *low = x->low + token * s->parts * 64;
     const float *scale = x->scale + token * s->parts, *sum = x->sum + token * s->parts;
-    __m512 result = _mm512_setzero_ps();
-    const int32_t whole = s->bytes / 64;
+    const Fixed k = fixed(group);
+    const __m512i apart = halves_apart(group);
     Fetch fetch = fetch_from(next, next ? 4 : 0, 0, s->chunks);
-    for (int32_t chunk = 0; chunk < whole; chunk++) {
-        fetch_ahead(&fetch, planes, group), fetch_ahead(&fetch, planes, group); /* four rows while four are multiplied */
-        result = plus(result, dot_chunk(r, planes, group, chunk, 64, high, low, scale, sum));
+    __m512 result = _mm512_setzero_ps();
+    __m512i sums[4], dots = _mm512_setzero_si512();
+    const int32_t whole = s->bytes / 64;
+    for (int32_t chunk = 0; chunk < whole; chunk++) { /* four rows are fetched while four are multiplied */
+        fetch_ahead(&fetch, planes, group);
+        dot_two(r, planes, group, &k, chunk, 64, high, low, sums);
+        fetch_ahead(&fetch, planes, group);
+        if (chunk) /* here its long chain of operations holds up none */
+            result = plus(result, scaled(dots, r, planes, group, apart, chunk - 1, 64, scale, sum));
+        dot_two(r + 2, planes, group, &k, chunk, 64, high, low, sums + 2);
+        dots = totals(sums[0], sums[1], sums[2], sums[3]);
     }
-    if (whole < s->chunks)
-        result = plus(result, dot_chunk(r, planes, group, whole, s->bytes - whole * 64, high, low, scale, sum));
-    return _mm_add_ps(_mm_add_ps(_mm512_castps512_ps128(result), _mm512_extractf32x4_ps(result, 1)),
-                      _mm_add_ps(_mm512_extractf32x4_ps(result, 2), _mm512_extractf32x4_ps(result, 3)));
+    if (whole) result = plus(result, scaled(dots, r, planes, group, apart, whole - 1, 64, scale, sum));
+    if (whole < s->chunks) {
+        const int64_t left = s->bytes - whole * 64;
+        for (int i = 0; i < 4; i += 2) dot_two(r + i, planes, group, &k, whole, left, high, low, sums + i);
+        dots = totals(sums[0], sums[1], sums[2], sums[3]);
+        result = plus(result, scaled(dots, r, planes, group, apart, whole, left, scale, sum));
+    }
+    result = plus(result, _mm512_permute_ps(result, 0xB1)); /* parts 0 and 1, 2 and 3 */
+    result = plus(result, _mm512_permute_ps(result, 0x4E));
+    const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, result));
 }
 
 /* Rows [first, last) for all tokens; `skip` rows after them are expected to be another thread's. */
@@ -242,11 +282,11 @@ INLINE __m256i four_halves(const uint8_t *p0, const uint8_t *p1, const uint8_t *
 }
 
 /* The lower two bits of h in part `p` of four rows, four rows apart: the 16 bytes beside those of the two-bit plane. */
-INLINE __m512i lower_of_rows(const Row *r, int planes, int group, int32_t p) {
+INLINE __m512i lower_of_rows(const Row *r, int planes, int group, const Fixed *k, int32_t p) {
     if (group == 64) {
         const int64_t at = (int64_t)p * 8;
         const __m256i a1 = four_halves(r[0].a1 + at, r[4].a1 + at, r[8].a1 + at, r[12].a1 + at);
-        return spread_bits(planes, group, a1,
+        return spread_bits(planes, k, a1,
                            planes > 1 ? four_halves(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at) : a1);
     }
     const int64_t at = (int64_t)(p >> 1) * 16; /* the first half of a group has the even bits, the second the odd */
@@ -254,11 +294,11 @@ INLINE __m512i lower_of_rows(const Row *r, int planes, int group, int32_t p) {
     if (planes > 1) b = four_rows(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at);
     if (p & 1) b = _mm512_srli_epi16(b, 1);
     else a1 = _mm512_add_epi8(a1, a1);
-    return pick(0xAA, a1, b);
+    return pick(_mm512_set1_epi8((char)0xAA), a1, b);
 }
 
 /* Part `p` of 32 rows as two tiles; row 4 r + i of a tile lies in lane r of vector i before the transposition. */
-INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t *tile) {
+INLINE void tile_rows(const Row *rows, int planes, int group, const Fixed *k, int32_t p, uint8_t *tile) {
     const int64_t at = (int64_t)p * 16, c = group == 64 ? (int64_t)p * 32 : (p >> 1) * 64 + (p & 1) * 16;
     for (int half = 0; half < 2; half++, rows += 16, tile += 1024)
         for (int pass = 0; pass < 2; pass++) {
@@ -267,10 +307,10 @@ INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t
             for (int i = 0; i < 4; i++) {
                 const Row *r = rows + i;
                 const __m512i a = four_rows(r[0].a + at, r[4].a + at, r[8].a + at, r[12].a + at);
-                const __m512i v = merge(pass, a, lower_of_rows(r, planes, group, p));
+                const __m512i v = merge(pass, k, a, lower_of_rows(r, planes, group, k, p));
                 const __m512i e =
                     planes > 2 ? four_rows(r[0].c + c_at, r[4].c + c_at, r[8].c + c_at, r[12].c + c_at) : v;
-                low[i] = codes(planes, 0, v, e), high[i] = codes(planes, 1, v, e);
+                low[i] = codes(planes, 0, k, v, e), high[i] = codes(planes, 1, k, v, e);
             }
             transpose4(low), transpose4(high);
             for (int d = 0; d < 4; d++) {
@@ -303,20 +343,22 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
     _Alignas(64) float sums[4][STRIP][32];
     _Alignas(64) uint8_t tile[2048];
     Row rows[32], ahead[32];
+    const __m512i apart = halves_apart(64);
+    const Fixed k = fixed(group);
     const int64_t then = first + 32 + skip, more = m->rows - then;
     const int coming = more <= 0 ? 0 : more < 32 ? (int)more : 32;
     for (int i = 0; i < coming; i++) ahead[i] = row_at(m, s, then + i);
     Fetch fetch = fetch_from(ahead, coming, 0, s->chunks);
     const int count = m->rows - first < 32 ? (int)(m->rows - first) : 32;
     for (int i = 0; i < 32; i++) rows[i] = row_at(m, s, first + (i < count ? i : count - 1));
-    for (int k = 0; k < 4; k++) memset(sums[k], 0, sizeof(float) * 32 * (size_t)tokens);
+    for (int i = 0; i < 4; i++) memset(sums[i], 0, sizeof(float) * 32 * (size_t)tokens);
     for (int32_t p = 0; p < s->real_parts; p++) {
         _Alignas(64) uint32_t pairs[32];
         __m512 step[2], offset[2];
         for (int i = 0; i < 4; i++) fetch_ahead(&fetch, planes, group); /* 32 rows, 128 of 16 bytes a part */
-        tile_rows(rows, planes, group, p, tile);
+        tile_rows(rows, planes, group, &k, p, tile);
         for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
-        for (int i = 0; i < 2; i++) scales16(_mm512_load_si512(pairs + 16 * i), planes, &step[i], &offset[i]);
+        for (int i = 0; i < 2; i++) scales16(_mm512_permutexvar_epi16(apart, _mm512_load_si512(pairs + 16 * i)), planes, &step[i], &offset[i]);
         for (int t = 0; t < tokens; t += TOKENS) {
             const int n = tokens - t < TOKENS ? tokens - t : TOKENS;
             BY_COUNT(n, add_tile(tile, x, s, p, token + t, N, step, offset, sums[p & 3][t]))

@@ -23,8 +23,24 @@ INLINE Row row_at(const Matrix *m, const Shape *s, int64_t i) {
     return r;
 }
 
-INLINE __m512i pick(uint8_t where, __m512i one, __m512i other) { /* bits of `one` where `where` has ones */
-    return _mm512_ternarylogic_epi32(one, _mm512_set1_epi8((char)where), other, 0xE2);
+/* Constants that stay in registers: a compiler that sees their values makes them anew wherever it lacks registers, and
+ * turns a product by 12 into shifts and sums. */
+typedef struct {
+    __m512i upper, nibble, cell, high_cell, order;
+    __m256i odd;
+} Fixed;
+
+INLINE Fixed fixed(int group) {
+    Fixed k = {_mm512_set1_epi8((char)0xCC), _mm512_set1_epi8(15), _mm512_set1_epi16(CELL),
+               _mm512_set1_epi16((short)(CELL << 12)),
+               group == 64 ? _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0) : _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0),
+               _mm256_set1_epi8((char)0xAA)};
+    __asm__("" : "+v"(k.upper), "+v"(k.nibble), "+v"(k.cell), "+v"(k.high_cell), "+v"(k.order), "+v"(k.odd));
+    return k;
+}
+
+INLINE __m512i pick(__m512i where, __m512i one, __m512i other) { /* bits of `one` where `where` has ones */
+    return _mm512_ternarylogic_epi32(one, where, other, 0xE2);
 }
 
 /* Which bytes of a chunk are there: of a two-bit plane, of single bits, and of both halves of the four-bit plane. */
@@ -44,44 +60,44 @@ INLINE Present present(int64_t left) {
     return here;
 }
 
-/* Where single bits have an even place: these of plane 0 at odd places, and of plane 1, at even ones. */
-INLINE __m256i even_bits(int planes, __m256i a1, __m256i b) {
-    const __m256i odd = _mm256_set1_epi8((char)0xAA), raised = _mm256_add_epi8(a1, a1);
-    return planes > 1 ? _mm256_ternarylogic_epi32(raised, odd, b, 0xE2) : _mm256_and_si256(raised, odd);
+/* Bytes that may end within: a compiler keeps what it knows to be whole where it lies, and what is masked on the stack. */
+INLINE __m512i load64(__mmask64 some, const uint8_t *from) {
+    if (__builtin_constant_p(some) && some == ~0ull) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi8(some, from);
 }
 
-INLINE __m256i odd_bits(int planes, __m256i a1, __m256i b) { /* the same of bits that have an odd place */
-    const __m256i odd = _mm256_set1_epi8((char)0xAA);
-    return planes > 1 ? _mm256_ternarylogic_epi32(a1, odd, _mm256_srli_epi16(b, 1), 0xE2) : _mm256_and_si256(a1, odd);
+INLINE __m256i load32(__mmask32 some, const uint8_t *from) {
+    if (__builtin_constant_p(some) && some == ~0u) return _mm256_loadu_si256((const __m256i *)from);
+    return _mm256_maskz_loadu_epi8(some, from);
 }
 
-/* The lower two bits of h as 64 bytes of a two-bit plane, from 32 bytes of single bits of either plane. */
-INLINE __m512i spread_bits(int planes, int group, __m256i a1, __m256i b) {
-    const __m512i order = group == 64 ? _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0) : _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
-    return _mm512_permutex2var_epi64(_mm512_castsi256_si512(even_bits(planes, a1, b)), order,
-                                     _mm512_castsi256_si512(odd_bits(planes, a1, b)));
+/* The lower two bits of h as 64 bytes of a two-bit plane, from 32 bytes of single bits of plane 0 and of plane 1. */
+INLINE __m512i spread_bits(int planes, const Fixed *k, __m256i a1, __m256i b) {
+    const __m256i raised = _mm256_add_epi8(a1, a1); /* plane 0's belong to odd places, plane 1's to even ones */
+    const __m256i even = planes > 1 ? _mm256_ternarylogic_epi32(raised, k->odd, b, 0xE2) : _mm256_and_si256(raised, k->odd);
+    const __m256i odd = planes > 1 ? _mm256_ternarylogic_epi32(a1, k->odd, _mm256_srli_epi16(b, 1), 0xE2)
+                                   : _mm256_and_si256(a1, k->odd);
+    return _mm512_permutex2var_epi64(_mm512_castsi256_si512(even), k->order, _mm512_castsi256_si512(odd));
 }
 
 /* The same, beside the 64 bytes that begin at byte `at` of the two-bit plane. */
-INLINE __m512i lower_two(const Row *r, int planes, int group, int64_t at, Present here) {
-    const __m256i a1 = _mm256_maskz_loadu_epi8(here.one, r->a1 + at / 2);
-    return spread_bits(planes, group, a1, planes > 1 ? _mm256_maskz_loadu_epi8(here.one, r->b + at / 2) : a1);
+INLINE __m512i lower_two(const Row *r, int planes, const Fixed *k, int64_t at, Present here) {
+    const __m256i a1 = load32(here.one, r->a1 + at / 2);
+    return spread_bits(planes, k, a1, planes > 1 ? load32(here.one, r->b + at / 2) : a1);
 }
 
 /* Two nibbles a byte: h of j = 0, 2 (pass 0) or j = 1, 3 (pass 1), from their upper and lower two bits. */
-INLINE __m512i merge(int pass, __m512i a, __m512i lower) {
-    return pass ? pick(0xCC, a, _mm512_srli_epi16(lower, 2)) : pick(0xCC, _mm512_slli_epi16(a, 2), lower);
+INLINE __m512i merge(int pass, const Fixed *k, __m512i a, __m512i lower) {
+    return pass ? pick(k->upper, a, _mm512_srli_epi16(lower, 2)) : pick(k->upper, _mm512_slli_epi16(a, 2), lower);
 }
 
 /* Codes of the low (high = 0) or high nibbles; `e` holds the four-bit plane's nibbles of the same codes. A 16-bit product
  * multiplies both its bytes by 12, for neither carries into the other; of high nibbles its upper half, by 12 / 16. */
-INLINE __m512i codes(int planes, int high, __m512i x, __m512i e) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i own = _mm512_and_si512(high ? _mm512_srli_epi16(planes > 2 ? e : x, 4) : planes > 2 ? e : x, nibble);
-    if (planes < 3) return own;
-    const __m512i upper = high ? _mm512_mulhi_epu16(_mm512_andnot_si512(nibble, x), _mm512_set1_epi16((short)(CELL << 12)))
-                               : _mm512_mullo_epi16(_mm512_and_si512(nibble, x), _mm512_set1_epi16(CELL));
-    return _mm512_add_epi8(upper, own);
+INLINE __m512i codes(int planes, int high, const Fixed *k, __m512i x, __m512i e) {
+    const __m512i own = planes > 2 ? e : x, c = _mm512_and_si512(high ? _mm512_srli_epi16(own, 4) : own, k->nibble);
+    if (planes < 3) return c;
+    return _mm512_add_epi8(c, high ? _mm512_mulhi_epu16(_mm512_andnot_si512(k->nibble, x), k->high_cell)
+                                   : _mm512_mullo_epi16(_mm512_and_si512(k->nibble, x), k->cell));
 }
 
 /* Of the 128 bytes of the four-bit plane beside 64 bytes of a two-bit plane: those of pass 0 or 1, lane beside lane. */

@@ -17,9 +17,8 @@
 typedef struct {
     Row row[BLOCK], ahead[BLOCK];    /* the block's neurons, and the next block's */
     int32_t count, coming;           /* how many of them there are */
-    _Alignas(64) float pairs[BLOCK][32]; /* lo, step by group of the strip */
-    _Alignas(64) float b[BLOCK][16];     /* step * 32639 / Z; zero beyond the last neuron */
-    _Alignas(64) float largest[16];      /* Z * unit / 32639 */
+    _Alignas(64) float lo[BLOCK][16], step[BLOCK][16]; /* by group of the strip; steps are zero beyond the last neuron */
+    _Alignas(64) float inverse[16], largest[16];       /* 32639 / Z, Z * unit / 32639 */
 } Block;
 
 typedef struct {
@@ -40,45 +39,34 @@ INLINE void transpose16(__m512i v[16]) {
     }
 }
 
-INLINE __m512 steps_of(const float *pairs) {
-    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_ps(_mm512_load_ps(pairs), odd, _mm512_load_ps(pairs + 16));
-}
-
 INLINE void read_scales(Block *block, const Strip *strip, int planes) {
     const uint32_t some = strip->groups == 16 ? ~0u : (1u << (2 * strip->groups)) - 1;
-    _Alignas(64) float largest[32];
-    __m512 most[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    const __m512i apart = halves_apart(64);
+    __m512 top = _mm512_setzero_ps();
     for (int n = 0; n < block->count; n++) {
-        const __m512i halves = _mm512_maskz_loadu_epi16(some, block->row[n].scale + strip->scale_at);
-        for (int i = 0; i < 2; i++) {
-            const __m512 v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, i));
-            _mm512_store_ps(block->pairs[n] + 16 * i, v);
-            most[i] = _mm512_max_ps(most[i], v);
-        }
+        const __m512i halves =
+            _mm512_permutexvar_epi16(apart, _mm512_maskz_loadu_epi16(some, block->row[n].scale + strip->scale_at));
+        const __m512 step = steps_of(halves);
+        _mm512_store_ps(block->lo[n], lows_of(halves)), _mm512_store_ps(block->step[n], step);
+        top = _mm512_max_ps(top, step);
     }
-    for (int i = 0; i < 2; i++) _mm512_store_ps(largest + 16 * i, most[i]);
-    const __m512 top = steps_of(largest);
-    const __mmask16 any = _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_GT_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(FULL), top);
-    for (int n = 0; n < BLOCK; n++)
-        _mm512_store_ps(block->b[n], n < block->count ? times(steps_of(block->pairs[n]), inverse) : _mm512_setzero_ps());
+    for (int n = block->count; n < BLOCK; n++) _mm512_store_ps(block->step[n], _mm512_setzero_ps());
+    const __mmask16 some_step = _mm512_cmp_ps_mask(top, _mm512_setzero_ps(), _CMP_GT_OQ);
+    _mm512_store_ps(block->inverse, _mm512_maskz_div_ps(some_step, _mm512_set1_ps(FULL), top));
     _mm512_store_ps(block->largest, times(times(top, _mm512_set1_ps(unit_of(planes))), _mm512_set1_ps(1.0f / FULL)));
 }
 
 /* a[64] = x / X of the block's neurons (see `normalise`), sums = the offsets' sums by group of the strip; returns X. */
 INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Block *block, int planes, float *a,
                          float *sums) {
-    _Alignas(64) float values[BLOCK] = {0}, both[32];
+    _Alignas(64) float values[BLOCK] = {0};
     load_row(x, token, first, block->count, values);
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int n = 0; n < block->count; n++)
-        for (int i = 0; i < 2; i++)
-            sum[i] = plus(sum[i], times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->pairs[n] + 16 * i)));
-    for (int i = 0; i < 2; i++) _mm512_store_ps(both + 16 * i, sum[i]);
-    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512 middle = _mm512_set1_ps(middle_of(planes));
-    _mm512_store_ps(sums, plus(_mm512_permutex2var_ps(sum[0], even, sum[1]), times(steps_of(both), middle)));
+    __m512 lo = _mm512_setzero_ps(), step = _mm512_setzero_ps();
+    for (int n = 0; n < block->count; n++) {
+        lo = plus(lo, times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->lo[n])));
+        step = plus(step, times(_mm512_set1_ps(values[n]), _mm512_load_ps(block->step[n])));
+    }
+    _mm512_store_ps(sums, plus(lo, times(step, _mm512_set1_ps(middle_of(planes)))));
     __m512 v[4], largest = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int i = 0; i < 4; i++) {
@@ -96,9 +84,10 @@ INLINE float read_inputs(const Input *x, int64_t token, int64_t first, const Blo
 /* q of a quad of neurons (in the order 0, 2, 1, 3) in 16 groups, split into bytes. [group][neuron] */
 INLINE void fold_quad(const Block *block, const float *a, int quad, __m512i *high, __m512i *low) {
     const __m512i half = _mm512_set1_epi16(128), even = _mm512_set1_epi16(255);
+    const __m512 inverse = _mm512_load_ps(block->inverse);
     __m512i q[4];
     for (int i = 0; i < 4; i++)
-        q[i] = _mm512_cvtps_epi32(times(_mm512_set1_ps(a[4 * quad + i]), _mm512_load_ps(block->b[4 * quad + i])));
+        q[i] = _mm512_cvtps_epi32(times(_mm512_set1_ps(a[4 * quad + i]), times(_mm512_load_ps(block->step[4 * quad + i]), inverse)));
     const __m512i first = _mm512_mask_blend_epi16(0xAAAAAAAA, q[0], _mm512_slli_epi32(q[1], 16));
     const __m512i second = _mm512_mask_blend_epi16(0xAAAAAAAA, q[2], _mm512_slli_epi32(q[3], 16));
     *low = _mm512_ternarylogic_epi32(even, first, _mm512_slli_epi16(second, 8), 0xCA);
@@ -114,18 +103,21 @@ INLINE void interleave(__m512i v[4]) {
     v[2] = _mm512_unpacklo_epi16(p1, r1), v[3] = _mm512_unpackhi_epi16(p1, r1);
 }
 
-/* v[i], lane k: codes of columns 4 i .. 4 i + 3 of part k, four neurons each, still two to a byte; e likewise. */
-INLINE void four_neurons(const Row *r, int planes, int group, int pass, int64_t at, Present here, __m512i v[4],
-                         __m512i e[4]) {
+/* v[pass][i], lane k: h of columns 4 i .. 4 i + 3 of part k, four neurons each, still two to a byte; e: c likewise. */
+INLINE void four_neurons(const Row *r, int planes, int group, const Fixed *k, int64_t at, Present here, __m512i v[2][4],
+                         __m512i e[2][4]) {
     for (int n = 0; n < 4; n++) {
-        const __m512i a = _mm512_maskz_loadu_epi8(here.two, r[n].a + at);
-        v[n] = merge(pass, a, lower_two(r + n, planes, group, at, here));
-        if (planes > 2)
-            e[n] = nibbles(group, pass, _mm512_maskz_loadu_epi8(here.low, r[n].c + 2 * at),
-                           _mm512_maskz_loadu_epi8(here.high, r[n].c + 2 * at + 64));
+        const __m512i a = load64(here.two, r[n].a + at), lower = lower_two(r + n, planes, k, at, here);
+        for (int pass = 0; pass < 2; pass++) v[pass][n] = merge(pass, k, a, lower);
+        if (planes > 2) {
+            const __m512i c0 = load64(here.low, r[n].c + 2 * at), c1 = load64(here.high, r[n].c + 2 * at + 64);
+            for (int pass = 0; pass < 2; pass++) e[pass][n] = nibbles(group, pass, c0, c1);
+        }
     }
-    interleave(v);
-    if (planes > 2) interleave(e);
+    for (int pass = 0; pass < 2; pass++) {
+        interleave(v[pass]);
+        if (planes > 2) interleave(e[pass]);
+    }
 }
 
 INLINE __m512i groups_of_lanes(int group, int chunk) {
@@ -135,24 +127,35 @@ INLINE __m512i groups_of_lanes(int group, int chunk) {
 }
 
 /* One token's products with one chunk of a block; out [pass][high nibble][4][16] in the order of `four_neurons`. */
-INLINE void few_chunk(const Block *block, int planes, int group, int64_t at, Present here, __m512i lanes,
+INLINE void few_chunk(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here, __m512i lanes,
                       const __m512i (*bytes)[2], __m512 scale, __m512 sum, Fetch *fetch, float *out) {
     scale = _mm512_permutexvar_ps(lanes, scale), sum = _mm512_permutexvar_ps(lanes, sum);
+    _Alignas(64) uint8_t nibble[2][16][8][64]; /* of the chunk, so that the sums have the registers to themselves */
+    for (int quad = 0; quad < 16; quad++) {
+        __m512i v[2][4], e[2][4];
+        if (fetch) fetch_ahead(fetch, planes, group), fetch_ahead(fetch, planes, group);
+        four_neurons(block->row + 4 * quad, planes, group, k, at, here, v, e);
+        for (int pass = 0; pass < 2; pass++)
+            for (int i = 0; i < 4; i++) {
+                _mm512_store_si512(nibble[pass][quad][i], v[pass][i]);
+                if (planes > 2) _mm512_store_si512(nibble[pass][quad][4 + i], e[pass][i]);
+            }
+    }
     for (int pass = 0; pass < 2; pass++) {
         __m512i upper[8], lower[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) upper[i] = lower[i] = _mm512_setzero_si512();
         for (int quad = 0; quad < 16; quad++) {
-            __m512i v[4], e[4] = {0};
-            four_neurons(block->row + 4 * quad, planes, group, pass, at, here, v, e);
             const __m512i xh = _mm512_permutexvar_epi32(lanes, bytes[quad][0]);
             const __m512i xl = _mm512_permutexvar_epi32(lanes, bytes[quad][1]);
-            for (int i = 0; i < 4; i++)
-                for (int nibble = 0; nibble < 2; nibble++) {
-                    const __m512i u = codes(planes, nibble, v[i], e[i]);
-                    accumulate(&upper[4 * nibble + i], u, xh), accumulate(&lower[4 * nibble + i], u, xl);
-                }
-            if (fetch) fetch_ahead(fetch, planes, group);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m512i v = _mm512_load_si512(nibble[pass][quad][i]);
+                const __m512i e = planes > 2 ? _mm512_load_si512(nibble[pass][quad][4 + i]) : v;
+                const __m512i low = codes(planes, 0, k, v, e), high = codes(planes, 1, k, v, e);
+                accumulate(&upper[i], low, xh), accumulate(&lower[i], low, xl);
+                accumulate(&upper[4 + i], high, xh), accumulate(&lower[4 + i], high, xl);
+            }
         }
 #pragma GCC unroll 8 /* or the sums live in memory throughout */
         for (int i = 0; i < 8; i++) {
@@ -170,12 +173,13 @@ INLINE int32_t column_in_order(const Shape *s, int32_t chunk, int32_t i) {
     return column_of(s, chunk * 4 + lane, 16 * j + 4 * four + (i & 3));
 }
 
-/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next. */
-INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, Block *block) {
+/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next; `known`: they were `then`. */
+INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, int known, Block *block) {
     block->count = end - first < BLOCK ? (int32_t)(end - first) : BLOCK;
+    for (int n = 0; n < block->count; n++) block->row[n] = known ? block->ahead[n] : row_at(m, s, first + n);
+    for (int n = block->count; n < BLOCK; n++) block->row[n] = block->row[block->count - 1];
     const int64_t more = m->rows - then;
     block->coming = more <= 0 ? 0 : more < BLOCK ? (int32_t)more : BLOCK;
-    for (int n = 0; n < BLOCK; n++) block->row[n] = row_at(m, s, first + (n < block->count ? n : block->count - 1));
     for (int n = 0; n < block->coming; n++) block->ahead[n] = row_at(m, s, then + n);
 }
 
@@ -192,6 +196,7 @@ INLINE Strip strip_at(const Shape *s, int32_t chunk, int32_t end) {
 /* One strip of a block for all tokens; sums [token][chunk of the span][256]. */
 INLINE void few_strip(Block *block, const Strip *strip, int planes, int group, const Input *x, const Shape *s,
                       int64_t first, Fetch *fetch, float (*sums)[REACH][256], int32_t chunk) {
+    const Fixed k = fixed(group);
     read_scales(block, strip, planes);
     for (int32_t t = 0; t < x->tokens; t++) {
         _Alignas(64) float a[BLOCK], offsets[16];
@@ -201,7 +206,7 @@ INLINE void few_strip(Block *block, const Strip *strip, int planes, int group, c
         for (int quad = 0; quad < 16; quad++) fold_quad(block, a, quad, &bytes[quad][0], &bytes[quad][1]);
         for (int c = 0; c < strip->chunks; c++) {
             const int64_t at = (int64_t)(strip->chunk + c) * 64;
-            few_chunk(block, planes, group, at, present(s->bytes - at), groups_of_lanes(group, c), bytes, scale, offset,
+            few_chunk(block, planes, group, &k, at, present(s->bytes - at), groups_of_lanes(group, c), bytes, scale, offset,
                       t ? NULL : fetch, sums[t][chunk + c]);
         }
     }
@@ -215,7 +220,7 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
     const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
     memset(sums, 0, sizeof sums[0] * (size_t)x->tokens);
     for (int64_t first = slice; first < stop; first += BLOCK) {
-        next_block(m, s, first, stop, first + BLOCK < stop ? first + BLOCK : then, &block);
+        next_block(m, s, first, stop, first + BLOCK < stop ? first + BLOCK : then, first > slice, &block);
         Fetch fetch = fetch_from(block.ahead, block.coming, begin, end);
         for (int32_t chunk = begin; chunk < end; chunk += WIDE) {
             const Strip strip = strip_at(s, chunk, end);
@@ -235,21 +240,19 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
 #define SPAN 64 /* tokens of one item */
 
 /* Tiles [part][j][quad, in the order of `Folded`][16 columns][4 neurons] of one chunk of a block. */
-INLINE void tile_neurons(const Block *block, int planes, int group, int64_t at, Present here, uint8_t *tile) {
-    for (int quad = 0; quad < 16; quad++)
-        for (int pass = 0; pass < 2; pass++) {
-            const Row *r = block->row + 4 * quad, ordered[4] = {r[0], r[2], r[1], r[3]}; /* `interleave` swaps back */
-            __m512i v[4], e[4] = {0};
-            four_neurons(ordered, planes, group, pass, at, here, v, e);
-            for (int nibble = 0; nibble < 2; nibble++) {
-                __m512i u[4];
-                for (int i = 0; i < 4; i++) u[i] = codes(planes, nibble, v[i], e[i]);
-                transpose_lanes(u);
-                for (int k = 0; k < 4; k++)
-                    _mm512_store_si512(tile + ((k * 4 + pass + 2 * nibble) * 16 + 4 * (quad & 3) + (quad >> 2)) * 64,
-                                       u[k]);
-            }
+INLINE void tile_neurons(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here, uint8_t *tile) {
+    for (int quad = 0; quad < 16; quad++) {
+        const Row *r = block->row + 4 * quad, ordered[4] = {r[0], r[2], r[1], r[3]}; /* `interleave` swaps back */
+        __m512i v[2][4], e[2][4];
+        four_neurons(ordered, planes, group, k, at, here, v, e);
+        for (int j = 0; j < 4; j++) {
+            __m512i u[4];
+            for (int i = 0; i < 4; i++) u[i] = codes(planes, j >> 1, k, v[j & 1][i], e[j & 1][i]);
+            transpose_lanes(u);
+            for (int p = 0; p < 4; p++)
+                _mm512_store_si512(tile + ((p * 4 + j) * 16 + 4 * (quad & 3) + (quad >> 2)) * 64, u[p]);
         }
+    }
 }
 
 INLINE void add_columns(const uint8_t *tile, const int8_t *high, const int8_t *low, const float *scale,
@@ -275,9 +278,10 @@ typedef struct {
 } Folded;
 
 INLINE void read_block(Block *block, int planes, const Input *x, int64_t first, int64_t token, int tokens, Folded *to) {
+    const __m512 inverse = _mm512_load_ps(block->inverse);
     for (int n = 0; n < BLOCK; n += 16) {
         __m512i v[16];
-        for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(block->b[n + i]);
+        for (int i = 0; i < 16; i++) v[i] = _mm512_castps_si512(times(_mm512_load_ps(block->step[n + i]), inverse));
         transpose16(v);
         for (int g = 0; g < 16; g++) _mm512_store_si512(to->b[g] + n, v[g]);
     }
@@ -326,15 +330,16 @@ INLINE void many_part(const uint8_t *tile, int planes, int group, const Shape *s
 INLINE void many_block(Block *block, const Strip *strip, int planes, int group, const Shape *s, Folded *x, int tokens,
                        int32_t columns, Fetch *fetch, float *sums) {
     _Alignas(64) uint8_t tile[16 * 16 * 64];
+    const Fixed k = fixed(group);
     for (int c = 0; c < strip->chunks; c++) {
         const int64_t at = (int64_t)(strip->chunk + c) * 64;
-        tile_neurons(block, planes, group, at, present(s->bytes - at), tile);
-        for (int k = 0; k < 4; k++) {
-            const int32_t p = (strip->chunk + c) * 4 + k;
+        tile_neurons(block, planes, group, &k, at, present(s->bytes - at), tile);
+        for (int i = 0; i < 4; i++) {
+            const int32_t p = (strip->chunk + c) * 4 + i;
             if (p >= s->real_parts) break;
             const int g = p * 64 / group - (int)(strip->scale_at / 4);
             fold_group(x, block, g, tokens);
-            many_part(tile + k * 4096, planes, group, s, p, columns, x, &x->offset[0][g], tokens, fetch,
+            many_part(tile + i * 4096, planes, group, s, p, columns, x, &x->offset[0][g], tokens, fetch,
                       sums - (int64_t)strip->chunk * 256, WIDE * 256);
         }
     }
@@ -350,7 +355,7 @@ INLINE void many_down(const Matrix *m, int planes, int group, const Input *x, co
         const int64_t stop = slice + SLICE < m->rows ? slice + SLICE : m->rows;
         memset(sums, 0, sizeof sums[0] * (size_t)tokens);
         for (int64_t first = slice; first < stop; first += BLOCK) {
-            next_block(m, s, first, stop, first + BLOCK, &block);
+            next_block(m, s, first, stop, first + BLOCK, first > 0, &block);
             Fetch fetch = fetch_from(block.ahead, block.coming, strip.chunk, strip.chunk + strip.chunks);
             read_scales(&block, &strip, planes);
             read_block(&block, planes, x, first, token, tokens, &folded);

@@ -69,7 +69,7 @@ static void generic_row(const Matrix *m, const Prepared *x, const Shape *s, int6
         float step, offset;
         unpack_part(plane, m->planes, s, p, code);
         scales_of(scale, p * s->part / s->group, &offset, &step);
-        offset += step * middle, step *= unit;
+        if (m->planes < 3) offset += step * middle, step *= unit;
         for (int32_t t = 0; t < x->tokens; t++) {
             const int16_t *q = x->whole + t * width + p * s->part;
             int32_t dot = 0;
