@@ -8,8 +8,11 @@ import architectures
 import pytest
 import torch
 import transformers
+from mixed_oracle import mixed
 from torch import Tensor
 
+import tiercache
+from policies.precision import Recipe
 from tiercache import planes, skeleton
 from tiercache.errors import QuantizationError, StoreError, UsageError
 from tiercache.planes import RUNGS, Planes, decode, encode
@@ -117,6 +120,16 @@ def test_a_large_matrix_is_cut_into_chunks_with_the_same_codes(monkeypatch: pyte
         assert torch.equal(one.scales, other.scales)
 
 
+def test_scales_of_inputs_give_large_ones_finer_steps() -> None:
+    x = correlated(1500, 192)
+    x[:, ::13] *= 30  # as after a norm whose weight has outliers
+    weight = torch.randn(64, 192) * 0.1
+    made = [quantize_rows(weight, Moments.of(x[:1000].T @ x[:1000], 64, scaled=some), 64) for some in (False, True)]
+    for rung in RUNGS:
+        losses = [loss(planes, rung, weight, x[1000:]) for planes in made]
+        assert losses[1] < 0.8 * losses[0], (rung, losses)
+
+
 def test_inputs_that_never_come_and_activations_that_are_not_finite() -> None:
     x, weight = correlated(100, 64), torch.randn(8, 64)
     x[:, 10:20] = 0
@@ -207,6 +220,35 @@ def test_a_calibrated_model_is_nearer_to_its_source(stores: tuple[Path, Path]) -
                 made = model(ids).logits.log_softmax(-1)
                 losses.append(float((wanted.exp() * (wanted - made)).sum(-1).mean()))
             assert losses[0] < most * losses[1], (rung, losses)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_products_with_scaled_inputs_are_those_of_the_decoded_weights(stores: tuple[Path, Path], rung: str) -> None:
+    ids = torch.arange(3, 40)[None]
+    made = []
+    for kernels in ("auto", "decode"):
+        options: dict[str, Any] = {"precision": rung, "dram": "256MiB", "context": 64, "logits": 64}
+        with tiercache.offload(stores[0], kernels=kernels, show_progress=False, **options) as model, torch.no_grad():
+            assert all(weight.inputs for name, weight in _weights(model).items() if name != "lm_head")
+            made.append(model(ids, logits_to_keep=37).logits.float())
+    apart = (made[0] - made[1]).square().mean().sqrt()  # decoded weights are rounded to the model's bf16 once more
+    assert float(apart) < 0.02 * float(made[1].std())
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    return dict(PlaneStore.open(model.name_or_path).manifest("int8").weights)
+
+
+@pytest.mark.parametrize("hbm", [None, "64MiB"])
+def test_mixed_mode_with_every_neuron_at_int8_is_int8(stores: tuple[Path, Path], hbm: str | None) -> None:
+    ids = torch.arange(3, 40)[None]
+    options: dict[str, Any] = {"precision": "int8", "context": 64, "logits": 64}
+    with tiercache.offload(stores[0], dram="256MiB", show_progress=False, **options) as model, torch.no_grad():
+        want = model(ids).logits.float()
+    recipe = Recipe("product", 1, 2, (1.0, 0.0, 0.0))
+    with mixed(stores[0], recipe, hbm=hbm, context=64, logits=64) as model, torch.no_grad():
+        found = model(ids).logits.float()
+    assert float((found - want).abs().max()) < 0.01 * float(want.std())
 
 
 def _load(model: transformers.PreTrainedModel, store: PlaneStore, rung: str) -> None:

@@ -76,19 +76,25 @@ def test_source_is_transformers_own_model(real_model: real.RealModel) -> None:
 
 
 @pytest.mark.real
-def test_int8_keeps_the_real_models_answers(real_model: real.RealModel, real_store: Path, tmp_path: Path) -> None:
+def test_every_precision_keeps_the_real_models_answers(
+    real_model: real.RealModel, real_store: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prose.txt").write_text(text.prose("heldout"))
     options: dict[str, Any] = {
-        "modes": ["int8"],
+        "modes": ["int8", "int4", "int3"],
         "reference": "source",
         "tokens": 512,
         "decode": 0,
         "store": real_store,
     }
-    source, int8 = quality(real_model.checkpoint, tmp_path / "prose.txt", **options, show_progress=False)["rows"]
+    found = quality(real_model.checkpoint, tmp_path / "prose.txt", **options, show_progress=False)
+    source, int8, int4, int3 = found["rows"]
     assert 10 < source["perplexity"] < 30
-    assert int8["kl"] < 0.01
+    assert int8["kl"] < 0.005
     assert int8["top1"] > 0.95
+    assert int4["kl"] < 0.2  # rounded: 0.24
+    assert int4["top1"] > 0.75
+    assert int3["top1"] > 0.55  # rounded: 0.38
 
 
 @pytest.mark.real
@@ -118,7 +124,7 @@ def _same_but_for_ties(plain: Lane, cell: Cell, wanted: tuple[int, ...], found: 
 def real_store(real_model: real.RealModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its planes."""
     folder = tmp_path_factory.mktemp("real") / "store"
-    tiercache.convert(real_model.checkpoint, folder, show_progress=False)
+    tiercache.convert(real_model.checkpoint, folder, tokens=2048, show_progress=False)
     return folder
 
 

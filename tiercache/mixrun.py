@@ -19,7 +19,6 @@ from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import Deltas, Scales
 from tiercache.opening import Opened
 from tiercache.plan import Plan
-from tiercache.planes import column_scale_bytes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
@@ -127,8 +126,8 @@ class MixedRun:
 
     @property
     def needed_bytes(self) -> int:
-        """What a token reads of the blocks: neurons, and the scales of the down columns."""
-        return self.read_bytes + sum(column_scale_bytes(block.planes.block.columns) for block in self.blocks)
+        """What a token reads of the blocks: neurons, and the scales of inputs and outputs."""
+        return self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
 
     def replay(self, trace: Trace) -> list[replay.Row]:
         """What every policy would have done with a recorded trace in these slots, from the start that this run had.

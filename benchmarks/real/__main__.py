@@ -57,13 +57,13 @@ def measure(tokens: int, per_kind: int, answer: int) -> dict[str, Any]:
     clock.lap("model", f"{model.NAME} lies in {real.checkpoint}")
     store = real.checkpoint.parent / "store"
     shutil.rmtree(store, ignore_errors=True)
-    tiercache.convert(real.checkpoint, store, show_progress=False)
-    clock.lap("store", "converted to planes")
     scratch = home_folder() / "real"
     files = {name: scratch / f"{name}.txt" for name in ("calibration", "prose", "code")}
     files["calibration"].write_text(text.calibration(), encoding="utf-8")
     files["prose"].write_text(text.prose("heldout"), encoding="utf-8")
     files["code"].write_text(text.code("heldout"), encoding="utf-8")
+    tiercache.convert(real.checkpoint, store, calibrate=files["calibration"], show_progress=False)
+    clock.lap("store", "converted to planes, codes calibrated on the calibration split")
     calibrated = calibrate(store, files["calibration"], **_CALIBRATED_ON, show_progress=False)
     clock.lap("calibration", f"calibrated for mixed mode: {cost(calibrated)}")
     losses = {}

@@ -1,6 +1,6 @@
 """Held-out perplexity of pico at every precision, through `tiercache.offload` as a user would run it; a table.
 
-Run as `python -m examples.pico.precisions`. Knows no training and no variants of the codes (`rungs.py` compares those).
+Run as `python -m examples.pico.precisions`. Knows no training.
 """
 
 import json

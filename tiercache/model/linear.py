@@ -40,17 +40,19 @@ class Inputs:
     """What several modules share of one input: its prepared form, and the product that its partner has made already."""
 
     def __init__(self) -> None:
-        self._prepared: tuple[Kernels, int, _Made] | None = None
+        self._prepared: tuple[tuple[Kernels, int, str], _Made] | None = None
         self._results: dict[str, _Made] = {}
 
-    def prepare(self, kernels: Kernels, x: Tensor, tokens: Tensor, group: int) -> Prepared:
-        """`tokens` is x as a matrix, where the kernels compute; the newest one is kept."""
+    def prepare(self, kernels: Kernels, x: Tensor, tokens: Tensor, weight: PlaneWeight, slot: Tensor) -> Prepared:
+        """`tokens` is x as a matrix, where the kernels compute; the newest one is kept for equal scales."""
+        wanted = kernels, weight.group, weight.inputs
         if self._prepared is not None:
-            whose, kept, made = self._prepared
-            if whose is kernels and kept == group and made.fits(x) and isinstance(made.what, Prepared):
+            kept, made = self._prepared
+            if kept == wanted and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
-        prepared = kernels.prepare(tokens, group)
-        self._prepared = kernels, group, _Made(x, prepared)
+        scale = weight.input_scale(slot)
+        prepared = kernels.prepare(tokens if scale is None else tokens * scale.to(tokens.device), weight.group)
+        self._prepared = wanted, _Made(x, prepared)
         return prepared
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
@@ -131,7 +133,7 @@ class PlaneForward:
         if self._down:
             kernels.product_down(tokens, parts[0], out)
             return out
-        prepared = self._inputs.prepare(kernels, x, tokens, self._weight.group)
+        prepared = self._inputs.prepare(kernels, x, tokens, self._weight, slots[0])
         if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
             kernels.product(prepared, parts[0], out)
         elif self._partner is None:
@@ -181,6 +183,8 @@ def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
         slices = min(rows, _FEW) * -(-weight.rows // _SLICE)  # each has sums of its own when there are few tokens
         return 4 * (rows + slices) * weight.columns
     prepared = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
+    if weight.inputs:
+        prepared += 4 * weight.columns  # times their scales
     results = 4 * weight.rows * (4 if weight.parts > 1 and len(weight.own) == 1 else 2 * len(weight.own))
     return rows * (prepared + results)  # gate and up are made by turns, then parted
 

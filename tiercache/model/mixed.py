@@ -164,7 +164,7 @@ class MixedBlock:
 
     def products(self, x: Tensor, rung: int) -> list[Tensor]:
         """All inward products of x at a rung that is always there, biases included; within the block's turn."""
-        prepared = self._prepare(_plain(x.reshape(-1, x.shape[-1]), self.planes.device))
+        prepared = self._prepare(self._tokens(x))
         return self._inward_products(prepared, self.planes.whole(rung), tuple(range(self._inward)))
 
     def down(self, hidden: Tensor, rung: int) -> Tensor:
@@ -179,7 +179,7 @@ class MixedBlock:
         """Open the block and make every inward product that is going to be asked for."""
         self.planes.open()
         self._x = x
-        tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
+        tokens = self._tokens(x)
         choosing = self._choosing
         single = choosing.kind == "resident" or (choosing.kind == "mixed" and len(tokens) <= choosing.few)
         shape = (len(tokens), self.planes.block.neurons)
@@ -303,6 +303,11 @@ class MixedBlock:
                     if bool(mask.any()):
                         chosen = piece.where(mask, 0)
                         self._kernels.product_down(chosen, parts[-1].at(RUNGS[rung]), out[here])
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The block's inputs as a matrix, times their scales; within its turn."""
+        tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
+        return tokens if self.planes.input_scale is None else tokens * self.planes.input_scale
 
     def _prepare(self, x: Tensor) -> Prepared:
         return self._kernels.prepare(x, self.planes.block.group)

@@ -49,11 +49,13 @@ class BlockPlanes(Protocol):
         block: which.
         top: the most planes that any of its neurons can have.
         device: where they are multiplied.
+        input_scale: what the inputs of the inward matrices are multiplied by first, fp32 [columns]; None for ones.
     """
 
     block: NeuronBlock
     top: int
     device: torch.device
+    input_scale: Tensor | None
 
     def open(self) -> None:
         """The block's turn in a pass begins: what is always there is there when this returns."""
@@ -87,15 +89,17 @@ class Scales:
     Attributes:
         rows: lo and step of each group, as bytes [neurons, parts, bytes of a row's scales].
         columns: of the down matrix, fp32 [columns].
+        inputs: of the inward matrices' inputs, likewise; None for ones.
     """
 
     rows: Tensor
     columns: Tensor
+    inputs: Tensor | None = None
 
     @classmethod
     def of(cls, block: NeuronBlock, slot: Tensor) -> "Scales":
         """Those in the slot of the block's first unit."""
-        return cls(block.scales(slot), block.column_scale(slot))
+        return cls(block.scales(slot), block.column_scale(slot), block.input_scale(slot))
 
 
 def cut(
@@ -137,6 +141,7 @@ class _UnitPlanes:
         self._supply = supply
         self._held = False
         self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
+        self.input_scale: Tensor | None = None
 
     def open(self) -> None:
         """See `BlockPlanes`."""
@@ -144,6 +149,7 @@ class _UnitPlanes:
         self._held = True
         if self._placed[0] != slot.data_ptr():
             self._placed = slot.data_ptr(), self._cut(slot)
+            self.input_scale = self.block.input_scale(slot)
 
     def close(self) -> None:
         """See `BlockPlanes`."""

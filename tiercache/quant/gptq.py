@@ -10,6 +10,7 @@ three states are least (`planes.choose`). Inputs with the largest second moments
 be taken back; inputs that share a group stay together, because they share its scales.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,11 @@ from tiercache.planes import Planes, choose, num_groups, pack, ranges, values
 DAMPING = 0.1
 """Share of the mean second moment that is added to each input's; with .3 int4 lost 7 % more."""
 
+INPUT_POWER = 0.25
+"""Inputs are divided by their root mean square to this power, and weights multiplied, as in AWQ (arXiv 2306.00978,
+section 3.2), whose search finds powers around 1/2: it has no error feedback beside it."""
+
+_SIZES = (1e-2, 1e2)  # an input's root mean square over the mean one: bounds scales, also of inputs that never come
 STATES = 3  # int3, int4 and int8, in the order of `planes.choose`
 REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
@@ -35,20 +41,23 @@ class Moments:
         order: inputs, in the order in which they are quantised.
         spread: upper Cholesky factor of the inverse Hessian, rows and columns in that order: [inputs, inputs].
         hessian: itself, damped, rows and columns as they were.
+        scale: what the inputs are multiplied by first, fp32 [inputs]; None for ones.
     """
 
     order: Tensor
     spread: Tensor
     hessian: Tensor
+    scale: Tensor | None = None
 
     @classmethod
-    def of(cls, hessian: Tensor, group: int | None) -> "Moments":
+    def of(cls, hessian: Tensor, group: int | None, *, scaled: bool = False) -> "Moments":
         """Prepare a Hessian (fp32 [inputs, inputs], sum of x x^T over tokens).
 
         Args:
             hessian: it is damped in place and kept.
             group: inputs that share scales, which stay together; None where each input has scales of its own. The last
                 group may be short.
+            scaled: give the inputs scales, so that weights of large inputs have finer steps than others of their group.
 
         Raises:
             QuantizationError: it is not finite, so the model's activations are not.
@@ -57,12 +66,19 @@ class Moments:
         mean = energy.mean()
         if not bool(torch.isfinite(mean)):
             raise QuantizationError("the activations of the calibration text are not finite; convert with --plain")
+        scale = None
+        if scaled:
+            size = (energy / mean.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_()
+            scale = size.clamp_(*_SIZES).pow_(-INPUT_POWER)
+            hessian.mul_(scale).mul_(scale[:, None])
+            energy = hessian.diagonal().clone()
+            mean = energy.mean()
         hessian.diagonal().add_(DAMPING * mean + torch.finfo(torch.float32).tiny)
         order = _order(energy, group)
         lower = torch.linalg.cholesky(hessian[order][:, order])
         inverse = torch.cholesky_inverse(lower)
         del lower
-        return cls(order, torch.linalg.cholesky(inverse, upper=True), hessian)
+        return cls(order, torch.linalg.cholesky(inverse, upper=True), hessian, scale)
 
 
 class LayerMoments:
@@ -70,18 +86,24 @@ class LayerMoments:
 
     Args:
         hessians: by module; modules with the same inputs share one. They are used up.
+        scaled: give inputs that share a group scales, see `Moments.of`.
     """
 
-    def __init__(self, hessians: dict[str, Tensor]) -> None:
-        self._hessians = hessians
+    def __init__(self, hessians: dict[str, Tensor], *, scaled: bool = False) -> None:
+        self._hessians, self._scaled = hessians, scaled
         self._made: dict[int, Moments] = {}  # by the Hessian's identity
 
     def of(self, module: str, group: int | None) -> Moments:
         """See `Moments.of`; modules that share inputs share what is made of them."""
         hessian = self._hessians[module]
         if id(hessian) not in self._made:
-            self._made[id(hessian)] = Moments.of(hessian, group)
+            self._made[id(hessian)] = Moments.of(hessian, group, scaled=self._scaled and group is not None)
         return self._made[id(hessian)]
+
+    def digest(self, module: str) -> str:
+        """16 hex digits of the SHA-256 of a module's input scales, whose moments have been made; "" for ones."""
+        scale = self._made[id(self._hessians[module])].scale
+        return "" if scale is None else hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]
 
 
 def _order(energy: Tensor, group: int | None) -> Tensor:
@@ -115,6 +137,8 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
     for first in range(0, outputs, high):
         r = slice(first, min(outputs, first + high))
         part = weight[r].float()
+        if moments.scale is not None:
+            part = part / moments.scale
         walk, before = _Walk(part, moments), -1
         for index in moments.order.tolist():
             place = index // group
@@ -126,7 +150,7 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
         of_input = scales[r].repeat_interleave(group, dim=1)[:, :inputs].permute(1, 2, 0)
         codes[:, r, :inputs] = refined(part, moments, codes[:, r, :inputs], of_input)
     h, c = codes.view(2, outputs, groups, group)
-    return Planes(pack(h, c), scales, inputs, group)
+    return Planes(pack(h, c), scales, inputs, group, column_scale=moments.scale)
 
 
 def quantize_columns(weight: Tensor, moments: Moments, group: int, column_scale: Tensor) -> Planes:

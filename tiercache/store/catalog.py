@@ -69,6 +69,7 @@ class Record:
         members: the modules whose weights lie in a unit of planes.
         dtype, shape: of a dense tensor.
         all_planes: read every plane whatever the rung (the head).
+        inputs: of a unit whose inputs have scales, 16 hex digits of these scales' SHA-256; equal ones can be shared.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Record:
     dtype: str = ""
     shape: tuple[int, ...] = ()
     all_planes: bool = False
+    inputs: str = ""
 
     def to_json(self) -> bytes:
         """As stored."""

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +135,7 @@ class _Conversion:
         self.source, self.store, self.group, self.compress = source, store, group, compress
         self.corpus = corpus
         self.partial = store.with_name(store.name + ".partial")
-        self.units = layout.plan(source, group)
+        self.units = layout.plan(source, group, scaled=corpus is not None)
         self.meta: dict[str, Any] = {
             "version": VERSION,
             "identity": source.identity(),
@@ -240,10 +240,14 @@ class _Conversion:
             first, some = len(records), list(units)
             moments = None
             if walk is not None and not dense:
-                moments = LayerMoments(walk.layer() if layer is not None else _of_head(walk, some))
+                found = walk.layer() if layer is not None else _of_head(walk, some)
+                moments = LayerMoments(found, scaled=some[0].scaled)
             for unit in some:
                 blocks = encode.blocks(unit, self.source, reader, self.group, moments)
-                records.append(writer.write(unit, self.source.tensors, blocks))
+                record = writer.write(unit, self.source.tensors, blocks)
+                if moments is not None and unit.scaled:
+                    record = replace(record, inputs=moments.digest(unit.members[0].module))
+                records.append(record)
                 advance(encode.weight_bytes(unit, self.source))
             writer.sync()
             if walk is not None and layer is not None:

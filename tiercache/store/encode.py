@@ -36,7 +36,7 @@ def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
 def blocks(
     unit: UnitPlan, source: Source, reader: Reader, group: int, moments: LayerMoments | None = None
 ) -> Iterator[dict[str, Buffer]]:
-    """The unit's bytes for each file, in order, in blocks of whole rows; then the column scales, if it has some.
+    """The unit's bytes for each file, in order, in blocks of whole rows; then scales of inputs and down's outputs.
 
     Args:
         unit: what to encode.
@@ -68,6 +68,10 @@ def blocks(
         else:
             made = [_rounded(unit, n, part[some], low, group, factors) for n, part in enumerate(parts)]
         yield _side_by_side(made)
+    if unit.scaled:
+        assert whole is not None
+        assert whole[0].column_scale is not None
+        yield {SCALE_FILE: _flat(whole[0].column_scale.view(torch.uint8))}
     if factors is not None:
         yield {SCALE_FILE: _flat(factors.view(torch.uint8))}
 

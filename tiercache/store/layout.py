@@ -5,7 +5,7 @@ neuron, then the head, then everything that stays as it is.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tiercache import planes as codes
 from tiercache import skeleton
@@ -35,6 +35,7 @@ class UnitPlan:
         parts: the matrices that lie side by side in each row; for a dense tensor the one that holds it.
         members: the modules that multiply by them.
         sizes: plain bytes in each file.
+        scaled: its inputs have scales.
     """
 
     name: str
@@ -44,6 +45,7 @@ class UnitPlan:
     parts: tuple[Part, ...]
     members: tuple[Member, ...]
     sizes: dict[str, int]
+    scaled: bool = False
 
     @property
     def dense(self) -> bool:
@@ -51,8 +53,8 @@ class UnitPlan:
         return self.rows == 0
 
 
-def plan(source: Source, group: int) -> list[UnitPlan]:
-    """Every unit, in the order in which it will lie in the files."""
+def plan(source: Source, group: int, *, scaled: bool = False) -> list[UnitPlan]:
+    """Every unit, in the order in which it will lie in the files; `scaled`: inputs of the layers' units have scales."""
     model = source.model()
     found = skeleton.matrices(model)
     blocks = {block.outward.module: block for block in skeleton.ffns(found)}
@@ -65,7 +67,8 @@ def plan(source: Source, group: int) -> list[UnitPlan]:
         unit = _matrix(matrix, group) if block is None else _bundle(block, group)
         units.setdefault(matrix.layer, []).append(unit)
     head = units.pop(None, [])
-    ordered = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]] + head
+    layers = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]]
+    ordered = ([_scaled(unit) for unit in layers] if scaled else layers) + head
     quantised = {matrix.name for matrix in found}
     _, table = skeleton.embedding(model)
     kept = [name for name in source.tensors if name not in quantised or name == table]
@@ -105,6 +108,11 @@ def _bundle(block: Ffn, group: int) -> UnitPlan:
     sizes = _sizes(neurons, columns, len(parts), group)
     sizes[SCALE_FILE] += codes.column_scale_bytes(columns)
     return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
+
+
+def _scaled(unit: UnitPlan) -> UnitPlan:
+    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + codes.column_scale_bytes(unit.columns)}
+    return replace(unit, sizes=sizes, scaled=True)
 
 
 def _dense(name: str, nbytes: int) -> UnitPlan:

@@ -5,7 +5,7 @@ weights need not know which of the two it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -53,11 +53,12 @@ class PlaneWeight:
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
         plane_at: first byte of each plane in its unit's slot; as many as the rung has.
-        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the column scales of a
-            bundle's last part.
+        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the scales of the inputs,
+            if they have some, and the column scales of a bundle's last part.
         transposed: the parameter is the transpose of what is stored.
         above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
             one unit.
+        inputs: what distinguishes the scales of its inputs from others; "" where they have none.
     """
 
     unit: int
@@ -70,6 +71,7 @@ class PlaneWeight:
     scale_at: int
     transposed: bool
     above: tuple[int, ...] = ()
+    inputs: str = ""
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -87,10 +89,21 @@ class PlaneWeight:
         stored = out.T if self.transposed else out  # [rows * own, columns]
         for place, part in enumerate(self.own):
             target = stored[place * self.rows : (place + 1) * self.rows]
-            codes.decode(self.part(slot, part, above), out.dtype, out=target)
+            planes = self.part(slot, part, above)
+            if planes.column_scale is None:
+                planes = replace(planes, column_scale=self.input_scale(slot))
+            codes.decode(planes, out.dtype, out=target)
+
+    def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
+        """What the inputs of rows along them are multiplied by, fp32 [columns]; it lies in the slot of `unit`."""
+        return _column_scale(slot, self._scales_end, self.columns) if self.inputs else None
+
+    @property
+    def _scales_end(self) -> int:
+        return self.scale_at + self.rows * self.parts * codes.scale_row_bytes(self.columns, self.group)
 
     def part(self, slot: torch.Tensor, part: int, above: Sequence[torch.Tensor] = ()) -> codes.Planes:
-        """The planes of one of the unit's matrices, where they lie.
+        """The planes of one of the unit's matrices, where they lie; scales of inputs are left to who has the inputs.
 
         Args:
             slot: of `unit`.
@@ -107,7 +120,8 @@ class PlaneWeight:
         scales = self._rows(slot, self.scale_at, width)[:, part].view(torch.float16).reshape(self.rows, -1, 2)
         factors = None
         if 1 < self.parts == part + 1:
-            factors = _column_scale(slot, self.scale_at + self.rows * self.parts * width, self.columns)
+            own = codes.column_scale_bytes(self.columns) if self.inputs else 0
+            factors = _column_scale(slot, self._scales_end + own, self.columns)
         return codes.Planes(tuple(cut), scales, self.columns, self.group, column_scale=factors)
 
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
@@ -127,7 +141,8 @@ class NeuronBlock:
         parts: rows of a neuron, side by side.
         units: the unit in which each plane lies; the scales lie with the first.
         plane_at: first byte of each plane in its unit's slot.
-        scale_at: first byte of the scales; the down columns' own scales lie behind them.
+        scale_at: first byte of the scales; behind them lie those of the inputs, if they have some, and of the outputs.
+        inputs: what distinguishes the scales of its inputs; "" where they have none.
     """
 
     layer: int
@@ -140,6 +155,7 @@ class NeuronBlock:
     units: tuple[int, ...]
     plane_at: tuple[int, ...]
     scale_at: int
+    inputs: str = ""
 
     @property
     def low(self) -> int:
@@ -161,8 +177,21 @@ class NeuronBlock:
 
     def column_scale(self, slot: torch.Tensor) -> torch.Tensor:
         """What the outputs of the outward matrix are multiplied by, in the first unit's slot: fp32 [columns]."""
-        scales = self.neurons * self.parts * codes.scale_row_bytes(self.columns, self.group)
-        return _column_scale(slot, self.scale_at + scales, self.columns)
+        own = codes.column_scale_bytes(self.columns) if self.inputs else 0
+        return _column_scale(slot, self._scales_end + own, self.columns)
+
+    def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
+        """What the inputs of the inward matrices are multiplied by, likewise."""
+        return _column_scale(slot, self._scales_end, self.columns) if self.inputs else None
+
+    @property
+    def factor_bytes(self) -> int:
+        """Of both."""
+        return codes.column_scale_bytes(self.columns) * (2 if self.inputs else 1)
+
+    @property
+    def _scales_end(self) -> int:
+        return self.scale_at + self.neurons * self.parts * codes.scale_row_bytes(self.columns, self.group)
 
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
         return slot[at : at + self.neurons * self.parts * width].view(self.neurons, self.parts, width)

@@ -154,6 +154,7 @@ class PlaneStore:
             units=tuple(laid.unit_of[name] for name in PLANE_FILES[:top]),
             plane_at=tuple(laid.at[name] for name in PLANE_FILES[:top]),
             scale_at=laid.at[SCALE_FILE],
+            inputs=record.inputs,
         )
         return laid.units, block
 
@@ -197,6 +198,7 @@ class PlaneStore:
                 scale_at=laid.at[SCALE_FILE],
                 transposed=member.transposed,
                 above=tuple(laid.unit_of[name] for name in names[low:]),
+                inputs=record.inputs,
             )
             for member in record.members
         }

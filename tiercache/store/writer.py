@@ -119,6 +119,7 @@ def record_of(unit: UnitPlan, tensors: Mapping[str, TensorRef], extents: dict[st
         parts=len(unit.parts),
         members=unit.members,
         all_planes=unit.layer is None,
+        inputs="0" * 16 if unit.scaled else "",  # as long as it will be
     )
 
 

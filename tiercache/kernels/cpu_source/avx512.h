@@ -21,7 +21,7 @@ INLINE void accumulate_from(__m512i *sum, __m512i code, const int8_t *x) { /* th
 INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
 INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 
-/* Order of 16 (lo, step) pairs of fp16, four of each of four rows: all lo, then all steps; a group of 128 counts twice. */
+/* Order of 16 (lo, step) pairs, four of each of four rows: all lo, then all steps; a group of 128 counts twice. */
 INLINE __m512i halves_apart(int group) {
     _Alignas(64) int16_t order[32];
     for (int i = 0; i < 16; i++) {
@@ -109,30 +109,32 @@ INLINE __m256i two_scales(const Row r[2], int group, int64_t at, int64_t left) {
                                    row_scales(r + 1, group, at, left), 1);
 }
 
-/* S of a row in one chunk: four numbers of each part. */
-INLINE __m512i dot_row(const Row *r, int planes, int group, const Fixed *k, int64_t at, int64_t left,
-                       const __m512i high[4], const int8_t *low) {
+/* S of four rows in one chunk: [part][row]. */
+INLINE __m512i dot_chunk(const Row r[4], int planes, int group, const Fixed *k, int32_t chunk, int64_t left,
+                         const int8_t *high, const int8_t *low) {
+    const int64_t at = (int64_t)chunk * 64;
     const Present here = present(left);
-    __m512i a = load64(here.two, r->a + at), b = lower_two(r, planes, k, at, here);
-    __asm__("" : "+v"(a), "+v"(b)); /* or they are kept on the stack, which takes longer than the rest of their use */
-    const __m512i c0 = planes > 2 ? load64(here.low, r->c + 2 * at) : a;
-    const __m512i c1 = planes > 2 ? load64(here.high, r->c + 2 * at + 64) : a;
-    __m512i upper = _mm512_setzero_si512(), lower = _mm512_setzero_si512();
-    for (int pass = 0; pass < 2; pass++) {
-        const __m512i v = merge(pass, k, a, b), e = planes > 2 ? nibbles(group, pass, c0, c1) : v;
-        const __m512i u0 = codes(planes, 0, k, v, e), u2 = codes(planes, 1, k, v, e);
-        accumulate(&upper, u0, high[pass]), accumulate_from(&lower, u0, low + 64 * pass);
-        accumulate(&upper, u2, high[pass + 2]), accumulate_from(&lower, u2, low + 64 * pass + 128);
+    __m512i v[2][4], upper[4], lower[4];
+    for (int i = 0; i < 4; i++) {
+        __m512i a = load64(here.two, r[i].a + at), b = lower_two(r + i, planes, k, at, here);
+        __asm__("" : "+v"(a), "+v"(b)); /* or they are kept on the stack, which takes longer than their use */
+        for (int pass = 0; pass < 2; pass++) {
+            v[pass][i] = merge(pass, k, a, b);
+        }
+        upper[i] = lower[i] = _mm512_setzero_si512();
     }
-    return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
-}
-
-INLINE void dot_two(const Row r[2], int planes, int group, const Fixed *k, int32_t chunk, int64_t left,
-                    const int8_t *high, const int8_t *low, __m512i sums[2]) {
-    __m512i h[4];
-    for (int j = 0; j < 4; j++) h[j] = _mm512_loadu_si512(high + chunk * 256 + 64 * j);
-    for (int i = 0; i < 2; i++)
-        sums[i] = dot_row(r + i, planes, group, k, (int64_t)chunk * 64, left, h, low + chunk * 256);
+    for (int pass = 0; pass < 2; pass++) {
+        const int8_t *h = high + chunk * 256 + 64 * pass, *l = low + chunk * 256 + 64 * pass;
+        const __m512i h0 = _mm512_loadu_si512(h), h2 = _mm512_loadu_si512(h + 128);
+        for (int i = 0; i < 4; i++) {
+            const __m512i e = planes > 2 ? lower_nibbles(r + i, group, pass, at, here) : v[pass][i];
+            const __m512i u0 = codes(planes, 0, k, v[pass][i], e), u2 = codes(planes, 1, k, v[pass][i], e);
+            accumulate(&upper[i], u0, h0), accumulate_from(&lower[i], u0, l);
+            accumulate(&upper[i], u2, h2), accumulate_from(&lower[i], u2, l + 128);
+        }
+    }
+    for (int i = 0; i < 4; i++) upper[i] = _mm512_add_epi32(_mm512_slli_epi32(upper[i], 8), lower[i]);
+    return totals(upper[0], upper[1], upper[2], upper[3]);
 }
 
 /* What one chunk, with the sums [part][row], adds to four rows' results for one token. [row][part] */
@@ -187,22 +189,19 @@ INLINE __m128 dot_rows(const Row r[4], const Row *next, int planes, int group, c
     const __m512i apart = halves_apart(group);
     Fetch fetch = fetch_from(next, next ? 4 : 0, 0, s->chunks);
     __m512 result = _mm512_setzero_ps();
-    __m512i sums[4], dots = _mm512_setzero_si512();
+    __m512i dots = _mm512_setzero_si512();
     const int32_t whole = s->bytes / 64;
     for (int32_t chunk = 0; chunk < whole; chunk++) { /* four rows are fetched while four are multiplied */
         fetch_ahead(&fetch, planes, group);
-        dot_two(r, planes, group, &k, chunk, 64, high, low, sums);
-        fetch_ahead(&fetch, planes, group);
         if (chunk) /* here its long chain of operations holds up none */
             result = plus(result, scaled(dots, r, planes, group, apart, chunk - 1, 64, scale, sum));
-        dot_two(r + 2, planes, group, &k, chunk, 64, high, low, sums + 2);
-        dots = totals(sums[0], sums[1], sums[2], sums[3]);
+        fetch_ahead(&fetch, planes, group);
+        dots = dot_chunk(r, planes, group, &k, chunk, 64, high, low);
     }
     if (whole) result = plus(result, scaled(dots, r, planes, group, apart, whole - 1, 64, scale, sum));
     if (whole < s->chunks) {
         const int64_t left = s->bytes - whole * 64;
-        for (int i = 0; i < 4; i += 2) dot_two(r + i, planes, group, &k, whole, left, high, low, sums + i);
-        dots = totals(sums[0], sums[1], sums[2], sums[3]);
+        dots = dot_chunk(r, planes, group, &k, whole, left, high, low);
         result = plus(result, scaled(dots, r, planes, group, apart, whole, left, scale, sum));
     }
     result = plus(result, _mm512_permute_ps(result, 0xB1)); /* parts 0 and 1, 2 and 3 */
@@ -268,30 +267,34 @@ INLINE void multiply_tile(const uint8_t *tile, const int8_t *high, const int8_t 
         default: { enum { N = 8 }; call; break; }               \
     }
 
-INLINE __m512i four_rows(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) {
-    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p0));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, _mm_loadu_si128((const __m128i *)p1));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, _mm_loadu_si128((const __m128i *)p2));
-    return _mm512_mask_broadcast_i32x4(v, 0xF000, _mm_loadu_si128((const __m128i *)p3));
+INLINE __m256i two_rows(const uint8_t *p0, const uint8_t *p1) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p0)),
+                                   _mm_loadu_si128((const __m128i *)p1), 1);
 }
 
-INLINE __m256i four_halves(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) { /* 8 bytes each */
+/* 16 bytes of each of four rows, four rows apart, that begin at the same place of a plane. */
+#define FOUR_ROWS(r, plane, at)                                                                         \
+    _mm512_inserti64x4(_mm512_castsi256_si512(two_rows((r)[0].plane + (at), (r)[4].plane + (at))),       \
+                       two_rows((r)[8].plane + (at), (r)[12].plane + (at)), 1)
+
+INLINE __m256i four_halves(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) {
     int64_t v[4];
     memcpy(v, p0, 8), memcpy(v + 1, p1, 8), memcpy(v + 2, p2, 8), memcpy(v + 3, p3, 8);
     return _mm256_set_epi64x(v[3], v[2], v[1], v[0]);
 }
 
-/* The lower two bits of h in part `p` of four rows, four rows apart: the 16 bytes beside those of the two-bit plane. */
+#define FOUR_HALVES(r, plane, at) \
+    four_halves((r)[0].plane + (at), (r)[4].plane + (at), (r)[8].plane + (at), (r)[12].plane + (at))
+
+/* The lower two bits of h in part `p` of four rows: the 16 bytes beside those of the two-bit plane. */
 INLINE __m512i lower_of_rows(const Row *r, int planes, int group, const Fixed *k, int32_t p) {
     if (group == 64) {
         const int64_t at = (int64_t)p * 8;
-        const __m256i a1 = four_halves(r[0].a1 + at, r[4].a1 + at, r[8].a1 + at, r[12].a1 + at);
-        return spread_bits(planes, k, a1,
-                           planes > 1 ? four_halves(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at) : a1);
+        const __m256i a1 = FOUR_HALVES(r, a1, at);
+        return spread_bits(planes, k, a1, planes > 1 ? FOUR_HALVES(r, b, at) : a1);
     }
     const int64_t at = (int64_t)(p >> 1) * 16; /* the first half of a group has the even bits, the second the odd */
-    __m512i a1 = four_rows(r[0].a1 + at, r[4].a1 + at, r[8].a1 + at, r[12].a1 + at), b = _mm512_setzero_si512();
-    if (planes > 1) b = four_rows(r[0].b + at, r[4].b + at, r[8].b + at, r[12].b + at);
+    __m512i a1 = FOUR_ROWS(r, a1, at), b = planes > 1 ? FOUR_ROWS(r, b, at) : _mm512_setzero_si512();
     if (p & 1) b = _mm512_srli_epi16(b, 1);
     else a1 = _mm512_add_epi8(a1, a1);
     return pick(_mm512_set1_epi8((char)0xAA), a1, b);
@@ -300,17 +303,18 @@ INLINE __m512i lower_of_rows(const Row *r, int planes, int group, const Fixed *k
 /* Part `p` of 32 rows as two tiles; row 4 r + i of a tile lies in lane r of vector i before the transposition. */
 INLINE void tile_rows(const Row *rows, int planes, int group, const Fixed *k, int32_t p, uint8_t *tile) {
     const int64_t at = (int64_t)p * 16, c = group == 64 ? (int64_t)p * 32 : (p >> 1) * 64 + (p & 1) * 16;
-    for (int half = 0; half < 2; half++, rows += 16, tile += 1024)
+    for (int half = 0; half < 2; half++, rows += 16, tile += 1024) {
+        __m512i v[2][4];
+        for (int i = 0; i < 4; i++) {
+            const __m512i a = FOUR_ROWS(rows + i, a, at), lower = lower_of_rows(rows + i, planes, group, k, p);
+            for (int pass = 0; pass < 2; pass++) v[pass][i] = merge(pass, k, a, lower);
+        }
         for (int pass = 0; pass < 2; pass++) {
             const int64_t c_at = c + (pass ? group / 4 : 0);
             __m512i low[4], high[4];
             for (int i = 0; i < 4; i++) {
-                const Row *r = rows + i;
-                const __m512i a = four_rows(r[0].a + at, r[4].a + at, r[8].a + at, r[12].a + at);
-                const __m512i v = merge(pass, k, a, lower_of_rows(r, planes, group, k, p));
-                const __m512i e =
-                    planes > 2 ? four_rows(r[0].c + c_at, r[4].c + c_at, r[8].c + c_at, r[12].c + c_at) : v;
-                low[i] = codes(planes, 0, k, v, e), high[i] = codes(planes, 1, k, v, e);
+                const __m512i e = planes > 2 ? FOUR_ROWS(rows + i, c, c_at) : v[pass][i];
+                low[i] = codes(planes, 0, k, v[pass][i], e), high[i] = codes(planes, 1, k, v[pass][i], e);
             }
             transpose4(low), transpose4(high);
             for (int d = 0; d < 4; d++) {
@@ -318,6 +322,7 @@ INLINE void tile_rows(const Row *rows, int planes, int group, const Fixed *k, in
                 _mm512_store_si512(tile + (4 * (pass + 2) + d) * 64, high[d]);
             }
         }
+    }
 }
 
 #define STRIP 128 /* tokens of one item */
@@ -358,7 +363,10 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
         for (int i = 0; i < 4; i++) fetch_ahead(&fetch, planes, group); /* 32 rows, 128 of 16 bytes a part */
         tile_rows(rows, planes, group, &k, p, tile);
         for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
-        for (int i = 0; i < 2; i++) scales16(_mm512_permutexvar_epi16(apart, _mm512_load_si512(pairs + 16 * i)), planes, &step[i], &offset[i]);
+        for (int i = 0; i < 2; i++) {
+            const __m512i both = _mm512_permutexvar_epi16(apart, _mm512_load_si512(pairs + 16 * i));
+            scales16(both, planes, &step[i], &offset[i]);
+        }
         for (int t = 0; t < tokens; t += TOKENS) {
             const int n = tokens - t < TOKENS ? tokens - t : TOKENS;
             BY_COUNT(n, add_tile(tile, x, s, p, token + t, N, step, offset, sums[p & 3][t]))

@@ -1,7 +1,7 @@
 /* AVX-512: from planes to codes, for groups of 64 and 128, where 16 bytes of a 2-bit plane belong to one group.
  *
- * The planes of h are merged before they are taken apart: X holds the h of the codes j = 0 (low nibbles) and j = 2 (high),
- * Y those of j = 1 and j = 3. The single bits take part as a second 2-bit plane, the lower two bits of h.
+ * The planes of h are merged before they are taken apart: X holds the h of the codes j = 0 (low nibbles) and j = 2
+ * (high), Y those of j = 1 and j = 3. The single bits take part as a second 2-bit plane, the lower two bits of h.
  */
 #ifndef TIERCACHE_AVX512_CODES_H
 #define TIERCACHE_AVX512_CODES_H
@@ -60,7 +60,7 @@ INLINE Present present(int64_t left) {
     return here;
 }
 
-/* Bytes that may end within: a compiler keeps what it knows to be whole where it lies, and what is masked on the stack. */
+/* Bytes that may end within. Whole ones are read again where registers are scarce, masked ones are kept on the stack. */
 INLINE __m512i load64(__mmask64 some, const uint8_t *from) {
     if (__builtin_constant_p(some) && some == ~0ull) return _mm512_loadu_si512(from);
     return _mm512_maskz_loadu_epi8(some, from);
@@ -74,9 +74,11 @@ INLINE __m256i load32(__mmask32 some, const uint8_t *from) {
 /* The lower two bits of h as 64 bytes of a two-bit plane, from 32 bytes of single bits of plane 0 and of plane 1. */
 INLINE __m512i spread_bits(int planes, const Fixed *k, __m256i a1, __m256i b) {
     const __m256i raised = _mm256_add_epi8(a1, a1); /* plane 0's belong to odd places, plane 1's to even ones */
-    const __m256i even = planes > 1 ? _mm256_ternarylogic_epi32(raised, k->odd, b, 0xE2) : _mm256_and_si256(raised, k->odd);
-    const __m256i odd = planes > 1 ? _mm256_ternarylogic_epi32(a1, k->odd, _mm256_srli_epi16(b, 1), 0xE2)
-                                   : _mm256_and_si256(a1, k->odd);
+    __m256i even = _mm256_and_si256(raised, k->odd), odd = _mm256_and_si256(a1, k->odd);
+    if (planes > 1) {
+        even = _mm256_ternarylogic_epi32(raised, k->odd, b, 0xE2);
+        odd = _mm256_ternarylogic_epi32(a1, k->odd, _mm256_srli_epi16(b, 1), 0xE2);
+    }
     return _mm512_permutex2var_epi64(_mm512_castsi256_si512(even), k->order, _mm512_castsi256_si512(odd));
 }
 
@@ -91,8 +93,9 @@ INLINE __m512i merge(int pass, const Fixed *k, __m512i a, __m512i lower) {
     return pass ? pick(k->upper, a, _mm512_srli_epi16(lower, 2)) : pick(k->upper, _mm512_slli_epi16(a, 2), lower);
 }
 
-/* Codes of the low (high = 0) or high nibbles; `e` holds the four-bit plane's nibbles of the same codes. A 16-bit product
- * multiplies both its bytes by 12, for neither carries into the other; of high nibbles its upper half, by 12 / 16. */
+/* Codes of the low (high = 0) or high nibbles; `e` holds the four-bit plane's nibbles of the same codes. A 16-bit
+ * product multiplies both its bytes by 12, for neither carries into the other; its upper half, of high nibbles, by
+ * 12 / 16. */
 INLINE __m512i codes(int planes, int high, const Fixed *k, __m512i x, __m512i e) {
     const __m512i own = planes > 2 ? e : x, c = _mm512_and_si512(high ? _mm512_srli_epi16(own, 4) : own, k->nibble);
     if (planes < 3) return c;
@@ -104,6 +107,10 @@ INLINE __m512i codes(int planes, int high, const Fixed *k, __m512i x, __m512i e)
 INLINE __m512i nibbles(int group, int pass, __m512i c0, __m512i c1) {
     if (group == 64) return pass ? _mm512_shuffle_i32x4(c0, c1, 0xDD) : _mm512_shuffle_i32x4(c0, c1, 0x88);
     return pass ? _mm512_shuffle_i32x4(c0, c1, 0xEE) : _mm512_shuffle_i32x4(c0, c1, 0x44);
+}
+
+INLINE __m512i lower_nibbles(const Row *r, int group, int pass, int64_t at, Present here) {
+    return nibbles(group, pass, load64(here.low, r->c + 2 * at), load64(here.high, r->c + 2 * at + 64));
 }
 
 #endif

@@ -2,7 +2,7 @@
  * them. See planes.h for the arithmetic and avx512.h for the words.
  *
  * With few tokens memory decides, and memory wants long pieces: reading 256 bytes of each row in turn reached half the
- * rate of 1024. So an item is a slice of neurons times a span of at most 16 chunks (4096 columns, 1024 bytes of a two-bit
+ * rate of 1024. So an item is a slice of neurons times a span of at most 16 chunks (4096 columns, 512 to 2048 bytes of a
  * plane); while a block of its neurons is multiplied, strip by strip of at most 4 chunks, from the second-level cache,
  * the next block's rows are fetched in the order in which they lie.
  */
@@ -17,7 +17,7 @@
 typedef struct {
     Row row[BLOCK], ahead[BLOCK];    /* the block's neurons, and the next block's */
     int32_t count, coming;           /* how many of them there are */
-    _Alignas(64) float lo[BLOCK][16], step[BLOCK][16]; /* by group of the strip; steps are zero beyond the last neuron */
+    _Alignas(64) float lo[BLOCK][16], step[BLOCK][16]; /* by group of the strip; steps beyond the last neuron are 0 */
     _Alignas(64) float inverse[16], largest[16];       /* 32639 / Z, Z * unit / 32639 */
 } Block;
 
@@ -86,8 +86,10 @@ INLINE void fold_quad(const Block *block, const float *a, int quad, __m512i *hig
     const __m512i half = _mm512_set1_epi16(128), even = _mm512_set1_epi16(255);
     const __m512 inverse = _mm512_load_ps(block->inverse);
     __m512i q[4];
-    for (int i = 0; i < 4; i++)
-        q[i] = _mm512_cvtps_epi32(times(_mm512_set1_ps(a[4 * quad + i]), times(_mm512_load_ps(block->step[4 * quad + i]), inverse)));
+    for (int i = 0; i < 4; i++) {
+        const __m512 b = times(_mm512_load_ps(block->step[4 * quad + i]), inverse);
+        q[i] = _mm512_cvtps_epi32(times(_mm512_set1_ps(a[4 * quad + i]), b));
+    }
     const __m512i first = _mm512_mask_blend_epi16(0xAAAAAAAA, q[0], _mm512_slli_epi32(q[1], 16));
     const __m512i second = _mm512_mask_blend_epi16(0xAAAAAAAA, q[2], _mm512_slli_epi32(q[3], 16));
     *low = _mm512_ternarylogic_epi32(even, first, _mm512_slli_epi16(second, 8), 0xCA);
@@ -127,8 +129,8 @@ INLINE __m512i groups_of_lanes(int group, int chunk) {
 }
 
 /* One token's products with one chunk of a block; out [pass][high nibble][4][16] in the order of `four_neurons`. */
-INLINE void few_chunk(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here, __m512i lanes,
-                      const __m512i (*bytes)[2], __m512 scale, __m512 sum, Fetch *fetch, float *out) {
+INLINE void few_chunk(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here,
+                      __m512i lanes, const __m512i (*bytes)[2], __m512 scale, __m512 sum, Fetch *fetch, float *out) {
     scale = _mm512_permutexvar_ps(lanes, scale), sum = _mm512_permutexvar_ps(lanes, sum);
     _Alignas(64) uint8_t nibble[2][16][8][64]; /* of the chunk, so that the sums have the registers to themselves */
     for (int quad = 0; quad < 16; quad++) {
@@ -173,8 +175,9 @@ INLINE int32_t column_in_order(const Shape *s, int32_t chunk, int32_t i) {
     return column_of(s, chunk * 4 + lane, 16 * j + 4 * four + (i & 3));
 }
 
-/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next; `known`: they were `then`. */
-INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, int known, Block *block) {
+/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next, as these were (`known`). */
+INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, int known,
+                       Block *block) {
     block->count = end - first < BLOCK ? (int32_t)(end - first) : BLOCK;
     for (int n = 0; n < block->count; n++) block->row[n] = known ? block->ahead[n] : row_at(m, s, first + n);
     for (int n = block->count; n < BLOCK; n++) block->row[n] = block->row[block->count - 1];
@@ -206,8 +209,8 @@ INLINE void few_strip(Block *block, const Strip *strip, int planes, int group, c
         for (int quad = 0; quad < 16; quad++) fold_quad(block, a, quad, &bytes[quad][0], &bytes[quad][1]);
         for (int c = 0; c < strip->chunks; c++) {
             const int64_t at = (int64_t)(strip->chunk + c) * 64;
-            few_chunk(block, planes, group, &k, at, present(s->bytes - at), groups_of_lanes(group, c), bytes, scale, offset,
-                      t ? NULL : fetch, sums[t][chunk + c]);
+            few_chunk(block, planes, group, &k, at, present(s->bytes - at), groups_of_lanes(group, c), bytes, scale,
+                      offset, t ? NULL : fetch, sums[t][chunk + c]);
         }
     }
 }
@@ -240,7 +243,8 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
 #define SPAN 64 /* tokens of one item */
 
 /* Tiles [part][j][quad, in the order of `Folded`][16 columns][4 neurons] of one chunk of a block. */
-INLINE void tile_neurons(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here, uint8_t *tile) {
+INLINE void tile_neurons(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here,
+                         uint8_t *tile) {
     for (int quad = 0; quad < 16; quad++) {
         const Row *r = block->row + 4 * quad, ordered[4] = {r[0], r[2], r[1], r[3]}; /* `interleave` swaps back */
         __m512i v[2][4], e[2][4];

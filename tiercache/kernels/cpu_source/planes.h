@@ -1,9 +1,9 @@
 /* Products of bit planes with activations on a CPU: what all instruction sets share.
  *
- * The packing is that of tiercache/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first two
- * planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or one it
- * is h (its last bit 0 with one), the unit is 12 and the middle 7.5 or 13.5: w = lo + step * (unit * code + middle).
- * The single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
+ * The packing is that of tiercache/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first
+ * two planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or one
+ * it is h (its last bit 0 with one), the unit is 12, the middle 7.5 or 13.5: w = lo + step * (unit * code + middle). The
+ * single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
  *
  * Results are the same bits whatever the instruction set, the number of
  * threads, the number of tokens in the call and the place of a plane: dot products are integers, hence exact, and the
@@ -20,8 +20,8 @@
  * X = largest |x| of the block and Z = its largest step in the group,
  *     q = round((x / X) * (step * 32639 / Z)),
  *     sum += S * (X * (Z * unit / 32639)) + (sum of x * lo + (sum of x * step) * middle)
- * Neurons are summed in slices of 512, each from zero. The slices' sums, times their column's scale where the matrix has
- * such scales, are added to the output in their order.
+ * Neurons are summed in slices of 512, each from zero. The slices' sums are added to the output in their order, each
+ * times its column's scale first, rounded, where the matrix has column scales.
  */
 #ifndef TIERCACHE_PLANES_H
 #define TIERCACHE_PLANES_H
@@ -151,7 +151,9 @@ static inline const uint8_t *row_of(const Matrix *m, int32_t plane, int64_t i) {
 }
 
 /* What the sums of a column are multiplied by. */
-static inline float scale_of(const Matrix *m, int64_t column) { return m->column_scale ? m->column_scale[column] : 1.0f; }
+static inline float scale_of(const Matrix *m, int64_t column) {
+    return m->column_scale ? m->column_scale[column] : 1.0f;
+}
 
 /* What `prepare` leaves: q as two bytes or one 16-bit number (the same size), scales and offsets. */
 typedef struct {
