@@ -7,12 +7,13 @@ exceeds what the sums would be were all terms positive.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tiercache.kernels.reference import activate
-from tiercache.planes import Planes, decode, num_groups, plane_row_bytes, scale_row_bytes
+from tiercache.planes import Planes, column_scale_bytes, decode, num_groups, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ULP = 2.0**-24
@@ -20,6 +21,7 @@ SUBNORMAL = 2.0**-120  # of an integer below 2**29 times a scale that underflows
 FULL = 32639
 TINY = float(torch.tensor(1e-30))  # below it activations count as zero
 BLOCK, SLICE = 64, 512
+REACH = 12 * 15 + 15  # the largest code, in steps
 # How much an activation grows per unit at most; relu2 is not bounded, see `ffn`.
 SLOPES = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "identity": 1.0}
 
@@ -29,7 +31,7 @@ def chosen(weight: Planes, rows: Tensor | None) -> Planes:
     if rows is None:
         return weight
     planes = tuple(plane[rows.long()] for plane in weight.planes)
-    return Planes(planes, weight.scales[rows.long()], weight.columns, weight.group)
+    return replace(weight, planes=planes, scales=weight.scales[rows.long()])
 
 
 def product(x: Tensor, weight: Planes) -> Tensor:
@@ -39,7 +41,7 @@ def product(x: Tensor, weight: Planes) -> Tensor:
     largest = size.amax(-1)
     rounding = torch.where(largest < TINY, largest, 0.52 * largest / FULL)  # of each activation
     quantised = rounding @ _parts(decode(weight, torch.float32).double().abs(), weight).sum(-1).T
-    floats = (size.shape[1] + 16) * ULP * (x.abs() @ (lo.abs() + 256 * step).T + quantised)
+    floats = (size.shape[1] + 16) * ULP * (x.abs() @ (lo.abs() + REACH * step).T + quantised)
     return quantised + floats + size.shape[1] * SUBNORMAL
 
 
@@ -47,7 +49,7 @@ def product_down(x: Tensor, weight: Planes) -> Tensor:
     """Of x W, for x fp64 [tokens, rows]: [tokens, columns]."""
     lo, step = (_spread(part, weight) for part in weight.scales.double().unbind(-1))  # [rows, columns]
     codes = _codes(weight)
-    quantised, reach = x.new_zeros(len(x), weight.columns), x.abs() @ (lo.abs() + 256 * step)
+    quantised, reach = x.new_zeros(len(x), weight.columns), x.abs() @ (lo.abs() + REACH * step)
     for first in range(0, weight.rows, BLOCK):
         block = slice(first, first + BLOCK)
         largest = x[:, block].abs().amax(1, keepdim=True)  # [tokens, 1]
@@ -55,7 +57,8 @@ def product_down(x: Tensor, weight: Planes) -> Tensor:
         lost = largest * (step[block] * codes[block]).sum(0)
         quantised += torch.where(largest < 2 * TINY, lost, folded)
     slices, blocks = -(-weight.rows // SLICE), -(-weight.rows // BLOCK)
-    return quantised + (BLOCK + slices + 24) * ULP * (reach + quantised) + blocks * SUBNORMAL
+    bound = quantised + (BLOCK + slices + 26) * ULP * (reach + quantised) + blocks * SUBNORMAL
+    return bound if weight.column_scale is None else bound * weight.column_scale + slices * SUBNORMAL
 
 
 def ffn(x: Tensor, inward: Sequence[Planes], down: Planes, activation: str) -> Tensor:
@@ -80,14 +83,16 @@ def bundle(matrices: Sequence[Planes], offset: int = 0) -> list[Planes]:
     at = [0]
     for width in [*widths, scale_row_bytes(columns, group)]:
         at.append(at[-1] + rows * len(matrices) * width)
-    slot = torch.frombuffer(bytearray(at[-1] + offset), dtype=torch.uint8, offset=offset)
+    end = at[-1] + column_scale_bytes(columns)
+    slot = torch.frombuffer(bytearray(end + offset), dtype=torch.uint8, offset=offset)
     laid = []
     for part, matrix in enumerate(matrices):
         place = (len(matrices), (part,), tuple(at[:-2]), at[-2])
         here = PlaneWeight(0, rows, columns, group, *place, transposed=False).part(slot, part)
         for target, source in zip([*here.planes, here.scales], [*matrix.planes, matrix.scales], strict=True):
             target.copy_(source)
-        laid.append(here)
+        factors = None if matrix.column_scale is None else slot[at[-1] :].view(torch.float32).copy_(matrix.column_scale)
+        laid.append(replace(here, column_scale=factors))
     return laid
 
 

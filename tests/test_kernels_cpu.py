@@ -146,7 +146,7 @@ def test_no_placement_changes_a_bit(kernels: CpuKernels, operation: str, case: C
         [matrix for one in apart for matrix in kernel_bounds.bundle([one], offset)],
     ]
     gate, up, down = placed[1]
-    here = Planes(down.planes[:1] + placed[2][2].planes[1:], apart[2].scales, down.columns, down.group)
+    here = replace(apart[2], planes=down.planes[:1] + placed[2][2].planes[1:])
     for weights in [*placed, [gate, up, here]]:
         assert torch.equal(run(kernels, operation, case, x, weights, case.start(operation), rows), wanted)
 

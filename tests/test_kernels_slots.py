@@ -74,7 +74,8 @@ def slots(case: Case, count: int, room: Sequence[int], kind: torch.dtype = torch
     for part in range(3):
         scales = slabs[3][:, part].view(torch.float16).unflatten(1, (-1, 2))
         planes = tuple(slab[:, part] for slab in slabs[:3])
-        whole = Planes(planes, scales, case.columns, case.group, slabs=True)
+        factors = wanted[part].column_scale
+        whole = Planes(planes, scales, case.columns, case.group, slabs=True, column_scale=factors)
         matrices.append(whole.at(case.rung))
     ordinary = [matrix.at(case.rung) for matrix in wanted]
     return Slots(matrices, SlotRows(tuple(lists[:3]), lists[3]), ordinary)
@@ -82,7 +83,7 @@ def slots(case: Case, count: int, room: Sequence[int], kind: torch.dtype = torch
 
 def taken(weight: Planes, rows: Tensor) -> Planes:
     planes = tuple(plane[rows] for plane in weight.planes)
-    return Planes(planes, weight.scales[rows], weight.columns, weight.group)
+    return replace(weight, planes=planes, scales=weight.scales[rows])
 
 
 def run(kernels: Kernels, operation: str, case: Case, weights: Sequence[Planes], count: int, rows: Selection) -> Tensor:

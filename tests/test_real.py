@@ -76,9 +76,7 @@ def test_source_is_transformers_own_model(real_model: real.RealModel) -> None:
 
 
 @pytest.mark.real
-def test_every_precision_keeps_the_real_models_answers(
-    real_model: real.RealModel, real_store: Path, tmp_path: Path
-) -> None:
+def test_every_precision_keeps_answers(real_model: real.RealModel, real_store: Path, tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text(text.prose("heldout"))
     options: dict[str, Any] = {
         "modes": ["int8", "int4", "int3"],

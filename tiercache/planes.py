@@ -19,6 +19,7 @@ not overlap, int4 loses a fifth more; with cells of 8 int8 loses half as much ag
 **Column scales.** The columns of a stored matrix may have a positive factor each, in fp32; a weight is then its decoded
 value times the factor, rounded once more. Down matrices lie transposed, so their columns are outputs: the factor, the
 largest magnitude of the output's weights, takes out the few outputs whose weights are many times as large as the rest.
+The columns of other matrices are inputs: whoever has the inputs multiplies them by the factors (`quant.gptq`).
 
 **Packing.** A plane of 2 or 4 bits takes B = group * bits / 8 bytes per group; code i of the group lies in byte
 `i % B` at bit `bits * (i // B)`: one shift and mask of all bytes yields B consecutive codes. Single bits are packed so

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tiercache import skeleton
 from tiercache.errors import UsageError
-from tiercache.planes import PLANE_BITS
+from tiercache.planes import PLANE_BITS, scale_row_bytes
 from tiercache.progress import bar
 from tiercache.store import catalog, layout
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
@@ -28,6 +28,7 @@ from tiercache.store.writer import Writer
 _POOL_WEIGHTS = 1 << 24
 _STEP_ROWS = 4096
 GROUP = 64
+LEVELS = 196  # of int8: 12 * 15 + 15 is the largest code
 
 
 @dataclass(frozen=True)
@@ -148,22 +149,26 @@ def _imagined(shape: Shape) -> Source:
 
 
 def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:
-    """Random codes; scales that put the weights into +-0.06; small numbers for what is dense."""
+    """Random codes; scales that put the weights into +-0.06; small numbers for what is dense; column scales of 1."""
     if unit.dense:
         (name,) = unit.sizes
         ones = torch.full((unit.sizes[name] // 2,), 0.02, dtype=torch.bfloat16)
         yield {name: ones.view(torch.uint8).numpy()}
         return
+    pairs = unit.rows * len(unit.parts) * scale_row_bytes(unit.columns, GROUP)
     for low in range(0, unit.rows, _STEP_ROWS):
         rows = min(_STEP_ROWS, unit.rows - low)
         block = {}
         for name, nbytes in unit.sizes.items():
-            count = nbytes // unit.rows * rows
             if name == SCALE_FILE:
-                block[name] = np.tile(np.array([-0.0625, 0.125 / 256], np.float16), count // 4).view(np.uint8)
+                count = pairs // unit.rows * rows
+                block[name] = np.tile(np.array([-0.0625, 0.125 / LEVELS], np.float16), count // 4).view(np.uint8)
             else:
-                block[name] = np.resize(np.roll(pool, low), count)
+                block[name] = np.resize(np.roll(pool, low), nbytes // unit.rows * rows)
         yield block
+    factors = np.ones((unit.sizes[SCALE_FILE] - pairs) // 4, np.float32)
+    if len(factors):
+        yield {SCALE_FILE: factors.view(np.uint8)}
 
 
 def _random(pool: torch.Tensor, size: torch.Size, place: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiercache.bench.shapes import GROUP
+from tiercache.bench.shapes import GROUP, LEVELS
 from tiercache.bench.stand import Effort, Stand, working_set_bytes
 from tiercache.planes import RUNGS, Planes, column_scale_bytes, plane_row_bytes, scale_row_bytes
 from tiercache.store.format import align
@@ -34,7 +34,7 @@ class Pool:
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randint(0, 256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator)
         spread = 1 + 0.1 * torch.rand(_POOL_BYTES >> 4, 2, generator=generator)
-        scales = (spread * torch.tensor([-0.0625, 0.125 / 256])).half()
+        scales = (spread * torch.tensor([-0.0625, 0.125 / LEVELS])).half()
         return cls(codes, scales.flatten().view(torch.uint8))
 
 

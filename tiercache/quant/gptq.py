@@ -11,6 +11,8 @@ be taken back; inputs that share a group stay together, because they share its s
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +120,17 @@ def _order(energy: Tensor, group: int | None) -> Tensor:
     return order[order < len(energy)]
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads: a thousand small operations wait for no core that others hold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
     """Codes of `weight` [outputs, inputs], whose groups run along its inputs.
 
@@ -140,13 +153,14 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
         if moments.scale is not None:
             part = part / moments.scale
         walk, before = _Walk(part, moments), -1
-        for index in moments.order.tolist():
-            place = index // group
-            if place != before:
-                ahead = walk.ahead(min(group, inputs - place * group))  # [states, outputs, inputs of the group]
-                lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=first)
-                scales[r, place, 0], scales[r, place, 1], before = lo[:, 0], step[:, 0], place
-            codes[:, r, index] = walk.step(*scales[r, place].unbind(-1))
+        with threads(1):
+            for index in moments.order.tolist():
+                place = index // group
+                if place != before:
+                    ahead = walk.ahead(min(group, inputs - place * group))  # [states, outputs, inputs of the group]
+                    lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=first)
+                    scales[r, place, 0], scales[r, place, 1], before = lo[:, 0], step[:, 0], place
+                codes[:, r, index] = walk.step(*scales[r, place].unbind(-1))
         of_input = scales[r].repeat_interleave(group, dim=1)[:, :inputs].permute(1, 2, 0)
         codes[:, r, :inputs] = refined(part, moments, codes[:, r, :inputs], of_input)
     h, c = codes.view(2, outputs, groups, group)
@@ -178,11 +192,12 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, column_scale:
         if ragged:  # repeat the last output: it changes no group's range
             part = torch.cat([part, part[-1:].expand(ragged, -1)])
         walk = _Walk(part, moments)
-        for index in moments.order.tolist():
-            ahead = walk.ahead(1).view(STATES, -1, group)  # [states, groups, outputs of the group]
-            lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=index)
-            scales[index, g, 0], scales[index, g, 1] = lo[:, 0], step[:, 0]
-            codes[:, padded, index] = walk.step(*scales[index, g].repeat_interleave(group, dim=0).unbind(-1))
+        with threads(1):
+            for index in moments.order.tolist():
+                ahead = walk.ahead(1).view(STATES, -1, group)  # [states, groups, outputs of the group]
+                lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=index)
+                scales[index, g, 0], scales[index, g, 1] = lo[:, 0], step[:, 0]
+                codes[:, padded, index] = walk.step(*scales[index, g].repeat_interleave(group, dim=0).unbind(-1))
         of_input = scales[:, g].repeat_interleave(group, dim=1).permute(0, 2, 1)
         codes[:, padded] = refined(part, moments, codes[:, padded], of_input)
     codes[:, outputs:] = 0
@@ -210,13 +225,14 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
     changes = torch.empty(_BATCH, *shape[1:])
     for batch in moments.order.repeat(REFINEMENTS).split(_BATCH) if REFINEMENTS else ():
         among = hessian[batch][:, batch]
-        for at, index in enumerate(batch.tolist()):
-            here = slope[index] + (among[at, :at] @ changes[:at].flatten(1)).view(shape[1:])
-            wanted = made[index] - here / hessian[index, index]
-            h, c = choose(wanted[0], wanted[1], wanted[2], *scales[index])
-            changed = values(h, c, *scales[index])
-            changes[at] = changed - made[index]
-            codes[index, 0], codes[index, 1], made[index] = h, c, changed
+        with threads(1):
+            for at, index in enumerate(batch.tolist()):
+                here = slope[index] + (among[at, :at] @ changes[:at].flatten(1)).view(shape[1:])
+                wanted = made[index] - here / hessian[index, index]
+                h, c = choose(wanted[0], wanted[1], wanted[2], *scales[index])
+                changed = values(h, c, *scales[index])
+                changes[at] = changed - made[index]
+                codes[index, 0], codes[index, 1], made[index] = h, c, changed
         slope += (hessian[:, batch] @ changes[: len(batch)].flatten(1)).view(shape)
     return codes.permute(1, 2, 0)
 
@@ -234,7 +250,7 @@ class _Walk:
         # inputs first, so that one of them lies in one piece: [inputs, states, outputs]
         self._left = weight.T[moments.order][:, None].repeat(1, STATES, 1)
         self._errors = torch.empty(min(_BATCH, len(self._left)), *self._left.shape[1:])
-        self._at = 0
+        self._at, self._threads = 0, torch.get_num_threads()
 
     def ahead(self, count: int) -> Tensor:
         """What the states want the next inputs to be: [states, outputs, count]."""
@@ -249,7 +265,8 @@ class _Walk:
         self._at += 1
         if self._at % _BATCH == 0 and self._at < len(self._left):
             flat = self._left[self._at :].flatten(1)
-            flat -= self._spread[first : self._at, self._at :].T @ self._errors.flatten(1)
+            with threads(self._threads):
+                flat -= self._spread[first : self._at, self._at :].T @ self._errors.flatten(1)
         return torch.stack([h, c])
 
     def _settled(self, begin: int, end: int) -> Tensor:

@@ -297,7 +297,7 @@ class _Conversion:
             minutes = max(1, round(expected.calibrating_s / 60))
             note(
                 f"calibrating on {self.corpus.windows.numel()} tokens: some {minutes} min and up to "
-                f"{human(expected.calibrating_bytes)} of memory (--plain does without)",
+                f"{human(expected.calibrating_bytes)} of memory (tiercache convert --plain rounds instead)",
                 show=show,
             )
 

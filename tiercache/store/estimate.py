@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tiercache.planes import choose
-from tiercache.quant.gptq import CHUNK_WEIGHTS, REFINEMENTS, STATES
+from tiercache.quant.gptq import CHUNK_WEIGHTS, REFINEMENTS, STATES, threads
 from tiercache.store.layout import UnitPlan
 
 _FP32 = 4
@@ -34,7 +34,9 @@ class Rates:
         """Run two small samples, each three times; the fastest counts."""
         a = torch.rand(_SAMPLE, _SAMPLE)
         w, zero, one = torch.rand(4 * _SAMPLE) * 190, torch.zeros(()), torch.ones(())
-        return cls(2 * _SAMPLE**3 / _fastest(lambda: a @ a), len(w) / _fastest(lambda: choose(w, w, w, zero, one)))
+        flops = 2 * _SAMPLE**3 / _fastest(lambda: a @ a)
+        with threads(1):
+            return cls(flops, len(w) / _fastest(lambda: choose(w, w, w, zero, one)))
 
 
 def _fastest(work: Callable[[], object]) -> float:

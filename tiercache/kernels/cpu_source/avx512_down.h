@@ -175,7 +175,7 @@ INLINE int32_t column_in_order(const Shape *s, int32_t chunk, int32_t i) {
     return column_of(s, chunk * 4 + lane, 16 * j + 4 * four + (i & 3));
 }
 
-/* The neurons [first, end), at most BLOCK, and those of [then, ...) that will be wanted next, as these were (`known`). */
+/* The neurons [first, end), at most BLOCK, which were wanted next before if `known`; now those of [then, ...) are. */
 INLINE void next_block(const Matrix *m, const Shape *s, int64_t first, int64_t end, int64_t then, int known,
                        Block *block) {
     block->count = end - first < BLOCK ? (int32_t)(end - first) : BLOCK;

@@ -1,13 +1,13 @@
 /* Products of bit planes with activations on a CPU: what all instruction sets share.
  *
  * The packing is that of tiercache/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first
- * two planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or one
- * it is h (its last bit 0 with one), the unit is 12, the middle 7.5 or 13.5: w = lo + step * (unit * code + middle). The
- * single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
+ * two planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or
+ * one it is h (its last bit 0 with one), the unit is 12 and the middle 7.5 or 13.5: w = lo + step * (unit * code +
+ * middle). The single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
  *
- * Results are the same bits whatever the instruction set, the number of
- * threads, the number of tokens in the call and the place of a plane: dot products are integers, hence exact, and the
- * few floating-point operations around them are written once per group in a fixed order, without fused multiply-add.
+ * Results are the same bits whatever the instruction set, the number of threads, the number of tokens in the call and
+ * the place of a plane: dot products are integers, hence exact, and the few floating-point operations around them are
+ * written once per group in a fixed order, without fused multiply-add.
  *
  * product: a *part* is 64 codes of a group that lie in 16 bytes of the 2-bit planes (the whole group of 64, half a
  * group of 128; for groups of 32 a part is the group). Activations are held per part as 16-bit fixed point:
