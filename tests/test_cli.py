@@ -217,7 +217,7 @@ def test_the_bundled_model_is_the_default(checkpoint: Path, monkeypatch: pytest.
     ("options", "says"),
     [
         (("--hbm", "22 parsecs"), "22 parsecs"),
-        (("--precision", "int3"), "int3"),
+        (("--precision", "int5"), "int5"),
         (("--device", "tpu"), "tpu"),
         (("--top-p", "0"), "--top-p"),
         (("--top-k", "5"), "--temperature 0"),

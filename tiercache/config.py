@@ -12,6 +12,9 @@ from typing import Any, Literal, TypedDict, get_args
 
 from tiercache.errors import UsageError
 
+CALIBRATION_TOKENS = 16_384
+"""Of a text that codes are calibrated on: some ten for each input of the widest matrix of a small model."""
+
 Precision = Literal["source", "int8", "int4", "int3"]
 SizeLike = int | float | str
 KernelChoice = Literal["auto", "fast", "decode"]

@@ -8,8 +8,7 @@ import typer
 
 from tiercache import summary
 from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
-from tiercache.config import human
-from tiercache.quant.corpus import TOKENS
+from tiercache.config import CALIBRATION_TOKENS, human
 
 
 @app.command("convert")
@@ -21,7 +20,7 @@ def convert_command(
     calibrate: Annotated[
         Path | None, typer.Option(help="Text that codes are calibrated on; the package's own by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = TOKENS,
+    tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = CALIBRATION_TOKENS,
     plain: Annotated[bool, typer.Option("--plain", help="Round each weight by itself: fast, less exact.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,

@@ -9,14 +9,12 @@ import transformers
 from torch import Tensor
 
 from tiercache import text as texts
+from tiercache.config import CALIBRATION_TOKENS
 from tiercache.errors import UsageError
 
 OWN = Path(__file__).with_name("calibration.txt")
 """By turns: prose, dialogue and lists written by SmolLM2-135M-Instruct (do not believe them), docstrings of this
 package, and its code."""
-
-TOKENS = 16_384
-"""Seen by default: with 8,192 int4 loses 4 % more, and with 32,768 nothing less (docs/measured.md)."""
 
 WINDOW = 512
 """Tokens of a window, or as many as the model has positions."""
@@ -36,7 +34,7 @@ class Corpus:
 
     @classmethod
     def read(
-        cls, file: Path | None, folder: Path, config: transformers.PretrainedConfig, tokens: int = TOKENS
+        cls, file: Path | None, folder: Path, config: transformers.PretrainedConfig, tokens: int = CALIBRATION_TOKENS
     ) -> "Corpus":
         """Tokenize a text with the tokenizer that lies in a checkpoint's folder.
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from profiler import probe
 from tiercache import planes as codes
-from tiercache.config import human
+from tiercache.config import CALIBRATION_TOKENS, human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
-from tiercache.quant.corpus import TOKENS, Corpus
+from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import LayerMoments
 from tiercache.store import activations, catalog, encode, estimate, layout
 from tiercache.store.activations import Walk
@@ -88,7 +88,7 @@ def convert(
     group: int = 64,
     compress: Compress = "auto",
     calibrate: str | Path | None = None,
-    tokens: int = TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     plain: bool = False,
     dry_run: bool = False,
     restart: bool = False,
