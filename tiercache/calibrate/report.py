@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from policies.precision import RUNGS
+
 _WIDTH = 118
 _OF_70B = 80 * 3 * 28672 * 8192  # weights of a 70B's feed-forward blocks
 
@@ -75,7 +77,7 @@ def _settings(result: Mapping[str, Any]) -> Table:
     for name, row in result["uniform"].items():
         table.add_row(f"all at {name}", "-", f"{row['read_bytes'] / 1024:.0f}", "", *_numbers(row))
     for row in result["settings"]:
-        lead = [f"{row['share']:.3f}", f"int{2 * row['rank']}", f"{row['read_bytes'] / 1024:.0f}", row["recipe"]]
+        lead = [f"{row['share']:.3f}", RUNGS[row["rank"]], f"{row['read_bytes'] / 1024:.0f}", row["recipe"]]
         table.add_row(*lead, *_numbers(row))
     return table
 
