@@ -77,7 +77,7 @@ def test_shape_of_the_result(result: dict[str, Any]) -> None:
         assert row["tokens_per_s"] > 0
         assert row["hit_rate"] is None
     assert json.loads(json.dumps(result)) == result
-    assert [row["bytes_per_token"] for row in result["rows"]] == [5_570_560, 3_211_264, 2_031_616]
+    assert [row["bytes_per_token"] for row in result["rows"]] == [5_607_424, 3_248_128, 2_658_304]
     eight, four, two = result["rows"]
     assert (eight["kl"], eight["top1"], eight["reference"]) == (0, 1, True)
     assert 0 < four["kl"] < two["kl"]
@@ -226,7 +226,7 @@ def test_modes(text: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "int3", "INT8 ", "mixed", "mixed:", "mixed:/int4", "mixed:auto", "mixed:1.5", "mixed:0", "exact:0.5"),
+        *("", "int2", "INT8 ", "mixed", "mixed:", "mixed:/int4", "mixed:auto", "mixed:1.5", "mixed:0", "exact:0.5"),
         *("mixed:0.5/source", "mixed:0.5/", "mixed:<=", "mixed:<=0", "mixed:<=nan", "mixed:<=inf", "mixed:5XB"),
     ],
 )

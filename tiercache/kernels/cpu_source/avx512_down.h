@@ -135,7 +135,7 @@ INLINE void few_chunk(const Block *block, int planes, int group, const Fixed *k,
     _Alignas(64) uint8_t nibble[2][16][8][64]; /* of the chunk, so that the sums have the registers to themselves */
     for (int quad = 0; quad < 16; quad++) {
         __m512i v[2][4], e[2][4];
-        if (fetch) fetch_ahead(fetch, planes, group), fetch_ahead(fetch, planes, group);
+        if (fetch) fetch_ahead(fetch, planes, group);
         four_neurons(block->row + 4 * quad, planes, group, k, at, here, v, e);
         for (int pass = 0; pass < 2; pass++)
             for (int i = 0; i < 4; i++) {
@@ -150,6 +150,7 @@ INLINE void few_chunk(const Block *block, int planes, int group, const Fixed *k,
         for (int quad = 0; quad < 16; quad++) {
             const __m512i xh = _mm512_permutexvar_epi32(lanes, bytes[quad][0]);
             const __m512i xl = _mm512_permutexvar_epi32(lanes, bytes[quad][1]);
+            if (fetch && quad & 1) fetch_ahead(fetch, planes, group);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 const __m512i v = _mm512_load_si512(nibble[pass][quad][i]);
