@@ -116,7 +116,7 @@ def test_good_options(device: str, precision: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"precision": "int3"}, "'int3'; choose one of source, int8, int4, int3"),
+        ({"precision": "int5"}, "'int5'; choose one of source, int8, int4, int3"),
         ({"precision": None}, "None"),
         ({"context": 0}, "context=0"),
         ({"context": 1.5}, "context=1.5"),
