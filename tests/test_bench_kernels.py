@@ -15,7 +15,7 @@ from tiercache.bench import kernel_cases, kernels, kernels_report, stand, torch_
 from tiercache.bench.kernels import Options
 from tiercache.bench.stand import CpuStand, Effort
 from tiercache.errors import DoesNotFitError, TiercacheError
-from tiercache.kernels.contract import Prepared
+from tiercache.kernels.contract import Prepared, Selection
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.planes import Planes, decode
 
@@ -39,7 +39,7 @@ class Toppled(ReferenceKernels):
 class Toxic(ReferenceKernels):
     """Gives NaN."""
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Tensor | None = None) -> None:
+    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         out.fill_(torch.nan)
 
 

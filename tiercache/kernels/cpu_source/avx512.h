@@ -7,7 +7,7 @@
 
 #include "avx512_codes.h"
 
-#define AHEAD 4 /* rows: fetched while as many are multiplied; further ahead and nearer were slower */
+#define AHEAD 8 /* rows: so far ahead of the four that are multiplied others are fetched; 4 was slower, 16 no faster */
 
 /* sum += products of unsigned codes and signed bytes; gcc copies the sums around its own intrinsic, half of the loop. */
 INLINE void accumulate(__m512i *sum, __m512i code, __m512i x) {
@@ -118,9 +118,7 @@ INLINE __m512i dot_chunk(const Row r[4], int planes, int group, const Fixed *k, 
     for (int i = 0; i < 4; i++) {
         __m512i a = load64(here.two, r[i].a + at), b = lower_two(r + i, planes, k, at, here);
         __asm__("" : "+v"(a), "+v"(b)); /* or they are kept on the stack, which takes longer than their use */
-        for (int pass = 0; pass < 2; pass++) {
-            v[pass][i] = merge(pass, k, a, b);
-        }
+        for (int pass = 0; pass < 2; pass++) v[pass][i] = merge(pass, k, a, b);
         upper[i] = lower[i] = _mm512_setzero_si512();
     }
     for (int pass = 0; pass < 2; pass++) {
@@ -175,7 +173,7 @@ INLINE void fetch_ahead(Fetch *fetch, int planes, int group) {
     fetch_lines(r->a + at, 2), fetch_lines(r->a1 + (at >> 1), 1);
     if (planes > 1) fetch_lines(r->b + (at >> 1), 1);
     if (planes > 2) fetch_lines(r->c + 2 * at, 4);
-    fetch_lines(r->scale + (at >> (group == 64 ? 2 : 3)), 1);
+    if (!(at & 128)) fetch_lines(r->scale + (at >> (group == 64 ? 2 : 3)), 1); /* a line is of four chunks or eight */
     fetch->at += 128;
     if (fetch->at >= fetch->last) fetch->at -= fetch->step, fetch->row++;
 }
@@ -301,7 +299,8 @@ INLINE __m512i lower_of_rows(const Row *r, int planes, int group, const Fixed *k
 }
 
 /* Part `p` of 32 rows as two tiles; row 4 r + i of a tile lies in lane r of vector i before the transposition. */
-INLINE void tile_rows(const Row *rows, int planes, int group, const Fixed *k, int32_t p, uint8_t *tile) {
+INLINE void tile_rows(const Row *rows, int planes, int group, int32_t p, uint8_t *tile) {
+    const Fixed made = fixed(group), *k = &made; /* here, for the products want all registers */
     const int64_t at = (int64_t)p * 16, c = group == 64 ? (int64_t)p * 32 : (p >> 1) * 64 + (p & 1) * 16;
     for (int half = 0; half < 2; half++, rows += 16, tile += 1024) {
         __m512i v[2][4];
@@ -348,8 +347,6 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
     _Alignas(64) float sums[4][STRIP][32];
     _Alignas(64) uint8_t tile[2048];
     Row rows[32], ahead[32];
-    const __m512i apart = halves_apart(64);
-    const Fixed k = fixed(group);
     const int64_t then = first + 32 + skip, more = m->rows - then;
     const int coming = more <= 0 ? 0 : more < 32 ? (int)more : 32;
     for (int i = 0; i < coming; i++) ahead[i] = row_at(m, s, then + i);
@@ -361,8 +358,9 @@ INLINE void many_rows(const Matrix *m, int planes, int group, const Prepared *x,
         _Alignas(64) uint32_t pairs[32];
         __m512 step[2], offset[2];
         for (int i = 0; i < 4; i++) fetch_ahead(&fetch, planes, group); /* 32 rows, 128 of 16 bytes a part */
-        tile_rows(rows, planes, group, &k, p, tile);
+        tile_rows(rows, planes, group, p, tile);
         for (int i = 0; i < 32; i++) memcpy(pairs + i, rows[i].scale + 4 * (int64_t)(p * 64 / group), 4);
+        const __m512i apart = halves_apart(64);
         for (int i = 0; i < 2; i++) {
             const __m512i both = _mm512_permutexvar_epi16(apart, _mm512_load_si512(pairs + 16 * i));
             scales16(both, planes, &step[i], &offset[i]);

@@ -244,8 +244,8 @@ INLINE void few_down(const Matrix *m, int planes, int group, const Input *x, con
 #define SPAN 64 /* tokens of one item */
 
 /* Tiles [part][j][quad, in the order of `Folded`][16 columns][4 neurons] of one chunk of a block. */
-INLINE void tile_neurons(const Block *block, int planes, int group, const Fixed *k, int64_t at, Present here,
-                         uint8_t *tile) {
+INLINE void tile_neurons(const Block *block, int planes, int group, int64_t at, Present here, uint8_t *tile) {
+    const Fixed made = fixed(group), *k = &made; /* here, for the products want all registers */
     for (int quad = 0; quad < 16; quad++) {
         const Row *r = block->row + 4 * quad, ordered[4] = {r[0], r[2], r[1], r[3]}; /* `interleave` swaps back */
         __m512i v[2][4], e[2][4];
@@ -335,10 +335,9 @@ INLINE void many_part(const uint8_t *tile, int planes, int group, const Shape *s
 INLINE void many_block(Block *block, const Strip *strip, int planes, int group, const Shape *s, Folded *x, int tokens,
                        int32_t columns, Fetch *fetch, float *sums) {
     _Alignas(64) uint8_t tile[16 * 16 * 64];
-    const Fixed k = fixed(group);
     for (int c = 0; c < strip->chunks; c++) {
         const int64_t at = (int64_t)(strip->chunk + c) * 64;
-        tile_neurons(block, planes, group, &k, at, present(s->bytes - at), tile);
+        tile_neurons(block, planes, group, at, present(s->bytes - at), tile);
         for (int i = 0; i < 4; i++) {
             const int32_t p = (strip->chunk + c) * 4 + i;
             if (p >= s->real_parts) break;
