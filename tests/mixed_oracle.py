@@ -190,6 +190,8 @@ class Oracle:
             rows = module.weight.data.T if matrix.transposed else module.weight.data
             at = _rungs(rows)[RUNGS.index(precision) if matrix.layer is not None else 2]
             module.weight = nn.Parameter(at.T.contiguous() if matrix.transposed else at, requires_grad=False)
+            if matrix.layer is None:
+                module.register_forward_hook(_shortlisted(_rungs(rows)[0]))
 
     def logits(self, recorded: dict[int, list[np.ndarray]], *arguments: Any, **named: Any) -> Any:
         """A pass whose neurons are those that the engine chose."""
@@ -204,6 +206,17 @@ class Oracle:
     def worst(self) -> float:
         """See `Block`."""
         return max(block.worst for block in self.blocks)
+
+
+def _shortlisted(low: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    """What the head gives: logits at int3, but those of one token in twelve, the likeliest, as they are."""
+
+    def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        made = arguments[0] @ low.T
+        likeliest = made.argsort(dim=-1, descending=True)[..., : -(-low.shape[0] // 12)]
+        return made.scatter(-1, likeliest, output.gather(-1, likeliest))
+
+    return hook
 
 
 def _rungs(rows: Tensor, column_scale: Tensor | None = None) -> list[Tensor]:

@@ -63,7 +63,7 @@ def grown(folder: Path, small: Path, nodes: int, options: dict[str, Any]) -> dic
 
 
 @pytest.mark.parametrize(
-    ("nodes", "hbm", "dram"), [(64, None, 76 << 20), (512, None, 114 << 20), (512, 98 << 20, 36 << 20)]
+    ("nodes", "hbm", "dram"), [(64, None, 92 << 20), (512, None, 150 << 20), (512, 140 << 20, 36 << 20)]
 )
 def test_the_process_grows_by_no_more_than_its_budgets(
     nodes: int, hbm: int | None, dram: int, in_child: Callable[..., Any], folders: tuple[Path, Path]

@@ -26,8 +26,8 @@ LADDER = (
     "store.calibration",
     "plan",
     *("tiers.slab", "tiers.crossover", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
-    *("model.rehearse", "model.linear", "model.binding", "model.embedding", "model.importance"),
-    *("model.neurons", "model.mixed", "model.attach", "model.guard"),
+    *("model.rehearse", "model.linear", "model.importance", "model.neurons", "model.mixed", "model.shortlist"),
+    *("model.binding", "model.embedding", "model.attach", "model.guard"),
     *(
         "decode.kv",
         "decode.speckv",

@@ -147,7 +147,7 @@ def test_no_silent_fallback_to_the_cpu(folder: Path) -> None:
 
 
 BAD = [
-    ({"precision": "int3"}, "int3"),
+    ({"precision": "int5"}, "int5"),
     ({"hbm": "12 bananas"}, "bananas"),
     ({"dram": 1.5}, "fraction"),
     ({"dram": -3}, "above zero"),

@@ -208,10 +208,11 @@ def test_without_hbm_a_small_dram_streams_less_than_exact(plane_store: Folders) 
         plan = model.tiercache.plan.dram
         reserved, whole = sum(plan.reserved_bytes.values()), plan.placement.pinned_bytes
         assert model.tiercache.pass_bytes()["ssd"] == 0
-    budget = reserved + whole // 2
-    with tiercache.offload(store, precision="int8", dram=budget, context=CONTEXT) as model:
+    with tiercache.offload(store, precision="int8", dram="64MiB", context=CONTEXT) as model:
+        exact_reserved = sum(model.tiercache.plan.dram.reserved_bytes.values())
+    with tiercache.offload(store, precision="int8", dram=exact_reserved + whole // 2, context=CONTEXT) as model:
         exact = model.tiercache.pass_bytes()
-    with mixed(store, made, dram=budget) as model:
+    with mixed(store, made, dram=reserved + whole // 2) as model:
         sizes, run = model.tiercache.pass_bytes(), model.tiercache.mixed
         assert sizes["ssd"] < exact["ssd"]
         assert sizes["needed"] < exact["needed"]
@@ -269,7 +270,7 @@ def test_the_process_grows_by_no_more_than_its_budgets(
 ) -> None:
     make_store(LARGE, tmp_path / "large", 0)
     make_store(dataclasses.replace(LARGE, layers=1), tmp_path / "small", 0)
-    dram = 48 << 20
+    dram = 52 << 20
     options = {"hbm": hbm, "dram": dram, "context": 128, "logits": 1}
     measured = in_child(grown, tmp_path / "large", tmp_path / "small", options)
     for tier in measured["tiers"].values():

@@ -20,6 +20,8 @@ from profiler import replay
 from profiler.trace import Trace
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.kernels.contract import SlotRows
+from tiercache.model import shortlist
+from tiercache.planes import plane_row_bytes, scale_row_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -372,7 +374,13 @@ def test_read_bytes_are_what_the_products_touch(
         needed = model.tiercache.pass_bytes()["needed"]
         with tiercache.offload(store, precision="int8", dram="256MiB", context=64) as exact:
             whole = exact.tiercache.pass_bytes()["needed"]
-        assert whole - needed == sum(exact_bytes(104, block.sizes) for block in run.blocks) - each
+            head = exact.tiercache.payload[exact.tiercache._asked.needs.order[-1]]
+        columns, group, rows = run.head.columns, run.head.group, run.head.rows
+        first, second, third = (plane_row_bytes(columns, group, plane) for plane in range(3))
+        scales = scale_row_bytes(columns, group)
+        saved = (rows - -(-rows // 12)) * (second + third) - -(-rows // 12) * (first + scales)
+        assert head - shortlist.read_bytes(run.head) == saved
+        assert whole - needed == sum(exact_bytes(104, block.sizes) for block in run.blocks) - each + saved
 
 
 def test_slot_memory_is_what_was_planned(store: Path, bare: dict[int, int]) -> None:

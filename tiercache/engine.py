@@ -276,6 +276,7 @@ def _attach(
         device,
         kernels,
         () if mixed is None else mixed.blocks,
+        None if mixed is None else mixed.choosing,
     )
     stack.callback(attachment.close)
 

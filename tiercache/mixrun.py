@@ -15,11 +15,13 @@ from tiercache.config import OffloadConfig, human
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
+from tiercache.model import shortlist
 from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import Deltas, Scales
 from tiercache.opening import Opened
 from tiercache.plan import Plan
-from tiercache.store.manifest import NeuronBlock
+from tiercache.skeleton import layer_of
+from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.slab import Slab
@@ -35,10 +37,11 @@ class MixedRun:
         blocks: of the model, in order.
         choosing: what they share.
         slots: of single neurons, with an HBM tier.
-        units: the units that hold neurons.
+        units: the units that hold neurons, or the head.
         low: planes below those that have slots, or would have them with an HBM tier: what ranking reads.
         precision: of everything that is no neuron.
         capped: neurons without a slot may have to do with the planes at hand.
+        head: the language-model head's planes, if it has some.
     """
 
     way: Mixing
@@ -49,6 +52,7 @@ class MixedRun:
     low: int
     precision: str
     capped: bool
+    head: PlaneWeight | None = None
 
     @classmethod
     def start(
@@ -93,7 +97,10 @@ class MixedRun:
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
         blocks = mixing.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
-        return cls(way, tuple(blocks), choosing, slots, units, low, config.precision, capped)
+        head = _head(opened)
+        if head is not None:
+            units |= {head.unit}
+        return cls(way, tuple(blocks), choosing, slots, units, low, config.precision, capped, head)
 
     @property
     def loss_line(self) -> str:
@@ -126,8 +133,9 @@ class MixedRun:
 
     @property
     def needed_bytes(self) -> int:
-        """What a token reads of the blocks: neurons, and the scales of inputs and outputs."""
-        return self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
+        """What a token reads of the blocks, scales of inputs and outputs included, and of the head."""
+        blocks = self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
+        return blocks + (0 if self.head is None else shortlist.read_bytes(self.head))
 
     def replay(self, trace: Trace) -> list[replay.Row]:
         """What every policy would have done with a recorded trace in these slots, from the start that this run had.
@@ -178,6 +186,11 @@ class _Rows:
     def _clear(self) -> None:
         for row in self._rows:
             row.clear()
+
+
+def _head(opened: Opened) -> PlaneWeight | None:
+    outside = [weight for name, weight in opened.manifest.weights.items() if layer_of(name) is None]
+    return next((weight for weight in outside if isinstance(weight, PlaneWeight)), None)
 
 
 def _above(tiers: TierStack, block: NeuronBlock, plane: int) -> torch.Tensor:

@@ -27,6 +27,8 @@ from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.reader import Reader
 
 _PACKED_BYTES = 32 << 20
+# The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
+_HEAP_BLOCK_BYTES = 32 << 20
 # A GPU decodes tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted, not measured.
 _CUDA_SCRATCH_BYTES = 96 << 20
 _SCRATCH_PER_WEIGHT = 6  # bytes that decoding a weight takes in passing, before the bound sets in
@@ -115,13 +117,15 @@ def _compute_reserve(
     kernels: bool,
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
-    # The allocator: measured, the C library's heap keeps about as much again as the tensors that come and go in a pass.
+    # The allocator: measured, the C library's heap keeps about as much again as the tensors that come and go in a pass,
+    # and in a product.
     scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
+    kept = min(scratch, _HEAP_BLOCK_BYTES) if kernels else _packed_bytes(opened)
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
         "workspace": workspace + scratch,
-        "allocator": rehearsal.workspace_bytes + (0 if kernels else _packed_bytes(opened)),
+        "allocator": rehearsal.workspace_bytes + kept,
     }
     if opened.memory is None or device.type != "cpu":
         own = dict(opened.skeleton.named_parameters())

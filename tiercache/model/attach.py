@@ -12,7 +12,7 @@ from torch import nn
 from tiercache.kernels.contract import Kernels
 from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
-from tiercache.model.mixed import MixedBlock, MixedForward
+from tiercache.model.mixed import Choosing, MixedBlock, MixedForward
 from tiercache.tiers.tier import Supply
 
 
@@ -30,6 +30,7 @@ class Attachment:
         device: where the model computes.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
         blocks: feed-forward blocks that are served neuron by neuron; their modules are among `uses` as well.
+        choosing: what the blocks share.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Attachment:
         device: torch.device,
         kernels: Mapping[str, Kernels],
         blocks: Sequence[MixedBlock] = (),
+        choosing: Choosing | None = None,
     ) -> None:
         self._parameters, self._forwards, self._blocks = Parameters(), Forwards(), tuple(blocks)
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
@@ -65,7 +67,7 @@ class Attachment:
                 self._hide(lookup, device)
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
-            self._binder = Binder(model, uses, supply, workspace, kernels)
+            self._binder = Binder(model, uses, supply, workspace, kernels, choosing)
             self._model = model
             model.__dict__["tie_weights"] = _leave_tied
             for block in self._blocks:

@@ -23,6 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
+from tiercache.model.mixed import Choosing
+from tiercache.model.shortlist import ShortlistForward
+from tiercache.skeleton import layer_of
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Supply
 
@@ -53,6 +56,7 @@ class Binder:
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
+        choosing: in mixed mode, by which modules outside of decoder layers, the head, choose tokens.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Binder:
         supply: Supply,
         workspace: torch.Tensor,
         kernels: Mapping[str, Kernels],
+        choosing: Choosing | None = None,
     ) -> None:
         self._supply, self._workspace = supply, workspace
         self._held: dict[int, torch.Tensor] = {}
@@ -74,10 +79,13 @@ class Binder:
         named = [(use, model.get_submodule(use.module)) for use in uses if not isinstance(use.weight, NeuronWeight)]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
-            forward = None
+            forward: PlaneForward | None = None
             if isinstance(use.weight, PlaneWeight) and kernels:
-                partner = pairs.get(use.module)
-                forward = PlaneForward(use.module, module, use.weight, kernels, self._inputs, partner)
+                made = use.module, module, use.weight, kernels, self._inputs
+                if choosing is not None and layer_of(use.module) is None:
+                    forward = ShortlistForward(*made, choosing)
+                else:
+                    forward = PlaneForward(*made, pairs.get(use.module))
                 self._forwards.replace(module, forward)
                 self._planes.append(forward)
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))

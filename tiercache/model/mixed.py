@@ -52,6 +52,10 @@ class Choosing:
     trace: Callable[[int, np.ndarray], None] | None = None
     in_order: bool = False
 
+    def chooses(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens, over the batch, chooses for each of them."""
+        return self.kind == "resident" or (self.kind == "mixed" and (self.always or tokens <= self.few))
+
     @contextmanager
     def passes(self, kind: Kind) -> Iterator[None]:
         """Passes within run as `kind`."""

@@ -1,0 +1,85 @@
+"""The head's forward in mixed mode: every token's logit at int3, then the likeliest tokens' once more at int8.
+
+Knows one matrix, and how the passes at hand choose; not where its planes come from.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.model.linear import Inputs, PlaneForward
+from tiercache.model.mixed import SLICE, Choosing
+from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.store.manifest import PlaneWeight
+
+ONE_IN = 12
+"""One row in so many is multiplied again. On SmolLM2 these 4096 of 49,152 tokens hold all but .0006 nats."""
+_LOW = "int3"
+
+
+class ShortlistForward(PlaneForward):
+    """As `PlaneForward`, for a matrix with a row for each token of the vocabulary.
+
+    Where it is asked for as few tokens as passes choose neurons for, it is read at int3, and a shortlist of its rows at
+    int8: also behind a long prompt, of which the last token's logits alone are wanted. Else it is read at int8.
+
+    Args:
+        name, module, weight, kernels, inputs: as of `PlaneForward`.
+        choosing: what the feed-forward blocks share.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: PlaneWeight,
+        kernels: Mapping[str, Kernels],
+        inputs: Inputs,
+        choosing: Choosing,
+    ) -> None:
+        super().__init__(name, module, weight, kernels, inputs)
+        self._choosing = choosing
+
+    def _product(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
+        if not self._choosing.chooses(MAX_TOKENS if alone else len(tokens)):  # alone: a piece of a longer pass
+            return super()._product(x, tokens, slots, alone=alone)
+        kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
+        tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
+        out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
+        scale = self._weight.input_scale(slots[0])
+        step = 1 if len(tokens) <= self._choosing.few else SLICE
+        for at in range(0, len(tokens), step):
+            some = tokens[at : at + step]
+            prepared = kernels.prepare(some if scale is None else some * scale.to(some.device), self._weight.group)
+            _shortlisted(kernels, prepared, planes, out[at : at + step])
+        return out
+
+
+def _shortlisted(kernels: Kernels, prepared: Prepared, planes: Planes, out: Tensor) -> None:
+    """Logits of some tokens into `out`, which is 0; of one token the shortlist's rows alone are read again."""
+    kernels.product(prepared, planes.at(_LOW), out)
+    again = out.topk(shortlist(planes.rows), dim=1, sorted=False).indices
+    if len(out) > 1:
+        whole = torch.zeros_like(out)
+        kernels.product(prepared, planes, whole)
+        out.scatter_(1, again, whole.gather(1, again))
+        return
+    rows = again[0].sort().values  # memory is read in its order
+    values = torch.zeros(1, len(rows), dtype=torch.float32, device=out.device)
+    kernels.product(prepared, planes, values, rows)
+    out[0].index_copy_(0, rows, values[0])
+
+
+def shortlist(rows: int) -> int:
+    """How many rows of a vocabulary's are multiplied again."""
+    return -(-rows // ONE_IN)
+
+
+def read_bytes(weight: PlaneWeight) -> int:
+    """What one token's logits read."""
+    planes = [plane_row_bytes(weight.columns, weight.group, plane) for plane in range(len(weight.plane_at))]
+    scales = scale_row_bytes(weight.columns, weight.group)
+    low, whole = sum(planes[: RUNGS[_LOW]]) + scales, sum(planes) + scales
+    return weight.rows * low + shortlist(weight.rows) * whole
