@@ -213,7 +213,7 @@ def _shortlisted(low: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Te
 
     def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
         made = arguments[0] @ low.T
-        likeliest = made.argsort(dim=-1, descending=True)[..., : -(-low.shape[0] // 12)]
+        likeliest = made.argsort(dim=-1, descending=True)[..., : -(-low.shape[0] // 24)]
         return made.scatter(-1, likeliest, output.gather(-1, likeliest))
 
     return hook

@@ -378,7 +378,7 @@ def test_read_bytes_are_what_the_products_touch(
         columns, group, rows = run.head.columns, run.head.group, run.head.rows
         first, second, third = (plane_row_bytes(columns, group, plane) for plane in range(3))
         scales = scale_row_bytes(columns, group)
-        saved = (rows - -(-rows // 12)) * (second + third) - -(-rows // 12) * (first + scales)
+        saved = (rows - -(-rows // 24)) * (second + third) - -(-rows // 24) * (first + scales)
         assert head - shortlist.read_bytes(run.head) == saved
         assert whole - needed == sum(exact_bytes(104, block.sizes) for block in run.blocks) - each + saved
 

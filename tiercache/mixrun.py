@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from policies.precision import RUNGS
 from profiler import replay
 from profiler.trace import Trace
 from tiercache import mixing
@@ -109,7 +110,7 @@ class MixedRun:
         read = human(self.read_bytes)
         if math.isnan(setting.kl):
             return f"mixed mode is lossy: a token reads {read} of the neurons; nobody measured what that loses"
-        how = f"{setting.share:.0%} of int8's bytes, ranked by int{2 * setting.rank}"
+        how = f"{setting.share:.0%} of int8's bytes, ranked by {RUNGS[setting.rank]}"
         lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
         lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
         rest = meta["precision"]

@@ -92,7 +92,7 @@ def _policies(result: Mapping[str, Any]) -> Table | None:
     if found is None:
         return None
     title = (
-        f"Policies, on {found['tokens']} tokens at {found['share']:.3f} of the bytes, ranking int{2 * found['rank']}; "
+        f"Policies, on {found['tokens']} tokens at {found['share']:.3f} of the bytes, ranking {RUNGS[found['rank']]}; "
         f"slots for {found['slots']:.0%} of the neurons in each plane above"
     )
     columns = ["policy", "hit rate", "chance", "lift", "missed KiB a token", "Belady's bound"]

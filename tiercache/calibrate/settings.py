@@ -16,7 +16,7 @@ from policies import precision
 from policies.precision import TOP, Recipe, Sizes
 from tiercache.calibrate.sums import POINTS, RANKS, scorers
 
-SHARES = (0.25, 0.35, 0.43, 0.5, 0.6, 0.75)
+SHARES = (0.25, 0.35, 0.45, 0.5, 0.6, 0.75)
 """Of int8's bytes; beside them those that int4 reads, and that int3 reads with its ranking."""
 _RANKED = {"product": 2, "gate": 1, "up": 1}
 _BEST = 3

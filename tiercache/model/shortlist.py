@@ -14,8 +14,9 @@ from tiercache.model.mixed import SLICE, Choosing
 from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
-ONE_IN = 12
-"""One row in so many is multiplied again. On SmolLM2 these 4096 of 49,152 tokens hold all but .0006 nats."""
+ONE_IN = 24
+"""One row in so many is multiplied again. On SmolLM2 these 2048 of 49,152 tokens hold all but .002 nats; twice as many
+win less for a byte than neurons do at any budget (docs/measured.md)."""
 _LOW = "int3"
 
 
