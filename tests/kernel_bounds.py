@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiercache.kernels.reference import activate
-from tiercache.planes import Planes, column_scale_bytes, decode, num_groups, plane_row_bytes, scale_row_bytes
+from tiercache.planes import Planes, decode, num_groups, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ULP = 2.0**-24
@@ -57,8 +57,7 @@ def product_down(x: Tensor, weight: Planes) -> Tensor:
         lost = largest * (step[block] * codes[block]).sum(0)
         quantised += torch.where(largest < 2 * TINY, lost, folded)
     slices, blocks = -(-weight.rows // SLICE), -(-weight.rows // BLOCK)
-    bound = quantised + (BLOCK + slices + 26) * ULP * (reach + quantised) + blocks * SUBNORMAL
-    return bound if weight.column_scale is None else bound * weight.column_scale + slices * SUBNORMAL
+    return quantised + (BLOCK + slices + 26) * ULP * (reach + quantised) + blocks * SUBNORMAL
 
 
 def ffn(x: Tensor, inward: Sequence[Planes], down: Planes, activation: str) -> Tensor:
@@ -83,16 +82,14 @@ def bundle(matrices: Sequence[Planes], offset: int = 0) -> list[Planes]:
     at = [0]
     for width in [*widths, scale_row_bytes(columns, group)]:
         at.append(at[-1] + rows * len(matrices) * width)
-    end = at[-1] + column_scale_bytes(columns)
-    slot = torch.frombuffer(bytearray(end + offset), dtype=torch.uint8, offset=offset)
+    slot = torch.frombuffer(bytearray(at[-1] + offset), dtype=torch.uint8, offset=offset)
     laid = []
     for part, matrix in enumerate(matrices):
         place = (len(matrices), (part,), tuple(at[:-2]), at[-2])
         here = PlaneWeight(0, rows, columns, group, *place, transposed=False).part(slot, part)
         for target, source in zip([*here.planes, here.scales], [*matrix.planes, matrix.scales], strict=True):
             target.copy_(source)
-        factors = None if matrix.column_scale is None else slot[at[-1] :].view(torch.float32).copy_(matrix.column_scale)
-        laid.append(replace(here, column_scale=factors))
+        laid.append(here)
     return laid
 
 

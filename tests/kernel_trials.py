@@ -69,16 +69,15 @@ class Case:
 
 @lru_cache(maxsize=32)
 def _matrices(rows: int, columns: int, group: int, seed: int) -> tuple[Planes, ...]:
-    """Rows of unlike size, some of equal weights (step 0), some zero; the columns of down have scales."""
+    """Rows of unlike size, some of equal weights (step 0), some zero."""
     draw = torch.Generator().manual_seed(seed)
     weights = torch.randn(3, rows, columns, generator=draw)
     weights *= 0.03 * torch.exp(2 * torch.randn(3, rows, 1, generator=draw))
     kind = torch.randint(0, 16, (3, rows), generator=draw)
     weights[kind == 0] = weights[kind == 0][:, :1].expand(-1, columns)
     weights[kind == 1] = 0
-    factors = torch.exp(torch.randn(columns, generator=draw))
     gate, up, down = weights
-    return encode(gate, group), encode(up, group), encode(down * factors, group, column_scale=factors)
+    return encode(gate, group), encode(up, group), encode(down, group)
 
 
 def run(

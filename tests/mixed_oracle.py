@@ -18,6 +18,7 @@ from policies.precision import Recipe
 from tiercache import planes, skeleton
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine import lend
+from tiercache.hadamard import restored, stored
 from tiercache.store.calibration import FILE, SCHEMA, Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
@@ -219,9 +220,9 @@ def _shortlisted(low: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Te
     return hook
 
 
-def _rungs(rows: Tensor, column_scale: Tensor | None = None) -> list[Tensor]:
-    coded = planes.encode(rows.contiguous(), column_scale=column_scale)
-    return [planes.decode(coded.at(rung), torch.float32) for rung in RUNGS]
+def _rungs(rows: Tensor, factors: Tensor | None = None) -> list[Tensor]:
+    coded = planes.encode(stored(rows, factors))
+    return [restored(coded.at(rung), factors, torch.empty(rows.shape)) for rung in RUNGS]
 
 
 def apart(one: Tensor, other: Tensor) -> float:

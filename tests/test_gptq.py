@@ -15,7 +15,8 @@ import tiercache
 from policies.precision import Recipe
 from tiercache import planes, skeleton
 from tiercache.errors import QuantizationError, StoreError, UsageError
-from tiercache.planes import RUNGS, Planes, decode, encode
+from tiercache.hadamard import restored, stored, transform
+from tiercache.planes import RUNGS, Planes, encode
 from tiercache.quant import gptq
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
@@ -35,10 +36,12 @@ def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
     return (mixed + 0.3 * torch.randn(tokens, features)) * torch.rand(features).exp()
 
 
-def loss(planes: Planes, rung: str, weight: Tensor, x: Tensor) -> float:
+def loss(planes: Planes, rung: str, weight: Tensor, x: Tensor, factors: Tensor | None = None) -> float:
     """Squared error of the outputs of `weight` [outputs, inputs] at a rung, relative to the outputs."""
-    back = decode(planes.at(rung), torch.float32)
-    back = back.T if back.shape != weight.shape else back
+    flip = planes.rows != len(weight)
+    back = torch.empty(weight.T.shape if flip else weight.shape)
+    restored(planes.at(rung), factors, back)
+    back = back.T if flip else back
     return float((x @ (back - weight).T).square().sum() / (x @ weight.T).square().sum())
 
 
@@ -47,8 +50,9 @@ def loss(planes: Planes, rung: str, weight: Tensor, x: Tensor) -> float:
 
 def slow_codes(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """h and c [outputs, inputs] by the optimal brain surgeon's own formula: the inverse of what is left, each time."""
-    damped = hessian.double() + gptq.DAMPING * hessian.diagonal().double().mean() * torch.eye(len(hessian)).double()
     order = Moments.of(hessian.clone(), group).order.tolist()
+    hessian, weight = transform(transform(hessian.double()).T), transform(weight)
+    damped = hessian + gptq.DAMPING * hessian.diagonal().double().mean() * torch.eye(len(hessian)).double()
     states = weight.double()[None].repeat(3, 1, 1)
     codes = torch.zeros(2, *weight.shape, dtype=torch.uint8)
     lo = step = torch.empty(0)
@@ -87,25 +91,24 @@ def test_every_precision_gains(group: int, columns: bool) -> None:
     x, new = correlated(1500, 192)[:1000], correlated(1500, 192)[1000:]
     weight = torch.randn(100, 192) * 0.1
     weight[::17] *= 8  # outputs of large weights
-    if columns:
-        scale = weight.abs().amax(dim=1)
+    scale = weight.abs().amax(dim=1) if columns else None
+    if scale is not None:
         made = quantize_columns(weight.T, Moments.of(x.T @ x, None), group, scale)
-        rounded = encode(weight.T, group, column_scale=scale)
+        rounded = encode(stored(weight.T, scale), group)
     else:
-        made, rounded = quantize_rows(weight, Moments.of(x.T @ x, group), group), encode(weight, group)
+        made, rounded = quantize_rows(weight, Moments.of(x.T @ x, group), group), encode(stored(weight), group)
     for rung in RUNGS:
-        assert loss(made, rung, weight, new) < 0.8 * loss(rounded, rung, weight, new), rung
+        assert loss(made, rung, weight, new, scale) < 0.8 * loss(rounded, rung, weight, new, scale), rung
 
 
-def test_column_scales_keep_large_outputs_from_spoiling_the_others() -> None:
+def test_factors_keep_large_outputs_from_spoiling_the_others() -> None:
     weight = torch.randn(128, 96)  # [outputs, inputs], stored input by input
     weight[5] *= 50
     scale = weight.abs().amax(dim=1)
     others = [i for i in range(128) if i != 5]
-    with_scales = decode(encode(weight.T, column_scale=scale).at("int4"), torch.float32).T
-    without = decode(encode(weight.T).at("int4"), torch.float32).T
-    errors = [(made - weight)[others].square().mean() for made in (with_scales, without)]
-    assert errors[0] < errors[1] / 20
+    made = [restored(encode(stored(weight.T, some)).at("int4"), some, torch.empty(96, 128)).T for some in (scale, None)]
+    errors = [(one - weight)[others].square().mean() for one in made]
+    assert errors[0] < errors[1] / 4
 
 
 def test_a_large_matrix_is_cut_into_chunks_with_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +127,9 @@ def test_scales_of_inputs_give_large_ones_finer_steps() -> None:
     x = correlated(1500, 192)
     x[:, ::13] *= 30  # as after a norm whose weight has outliers
     weight = torch.randn(64, 192) * 0.1
-    made = [quantize_rows(weight, Moments.of(x[:1000].T @ x[:1000], 64, scaled=some), 64) for some in (False, True)]
+    moments = [Moments.of(x[:1000].T @ x[:1000], 64, scaled=some) for some in (False, True)]
     for rung in RUNGS:
-        losses = [loss(planes, rung, weight, x[1000:]) for planes in made]
+        losses = [loss(quantize_rows(weight, m, 64), rung, weight, x[1000:], m.scale) for m in moments]
         assert losses[1] < 0.8 * losses[0], (rung, losses)
 
 

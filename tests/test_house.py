@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
 # the engine.
 LADDER = (
-    *("errors", "compat", "config", "stats", "progress", "planes", "kernels", "skeleton", "text", "quant"),
+    *("errors", "compat", "config", "stats", "progress", "planes", "hadamard", "kernels", "skeleton", "text", "quant"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
     *("store.estimate", "store.convert", "store.planestore"),

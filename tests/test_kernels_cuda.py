@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, scaled, selection, spans, strided
+from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, selection, spans, strided
 from cuda_on_cpu.edge import at_the_edge
 from cuda_on_cpu.emulate import Emulation, build
 from hypothesis import given, settings
@@ -82,7 +82,6 @@ def test_product_down_is_the_reference(
 ) -> None:
     high = data.draw(st.sampled_from((1, 10)))  # several slices of the rows
     weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
-    weight = scaled(weight) if data.draw(st.booleans()) else weight
     rows = selection(data.draw, weight.rows)
     x = activations(shape["tokens"], weight.rows if rows is None else len(rows), kind, shape["seed"])
     out = torch.ones(x.shape[0], weight.columns + 2)[:, 1:-1]
@@ -98,7 +97,6 @@ def test_ffn_is_the_reference(
 ) -> None:
     given_rungs = [shape["rung"], "int8" if mixed else shape["rung"], shape["rung"]]
     parts = [matrix(shape["rows"], shape["columns"], shape["group"], rung, i) for i, rung in enumerate(given_rungs)]
-    parts[2] = scaled(parts[2]) if shape["seed"] % 2 else parts[2]
     rows = selection(data.draw, shape["rows"])
     x = torch.randn(shape["tokens"], shape["columns"], generator=torch.Generator().manual_seed(shape["seed"]))
     out, wanted = torch.ones(2, *x.shape)
@@ -117,7 +115,7 @@ def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, rung: str, grou
     rows = torch.tensor([4, 0, 0], dtype=torch.int32)
     assert torch.equal(kernels._decoded(strided(weight, 1), (rows,)), dense(weight, rows))
     assert torch.equal(kernels._decoded(weight, ()), dense(weight))
-    assert torch.equal(kernels._decoded(scaled(weight), (rows,)), dense(scaled(weight), rows))
+    assert torch.equal(kernels._decoded(weight, (rows,)), dense(weight, rows))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -135,7 +133,7 @@ def test_one_row_of_everything(kernels: CudaKernels, rung: str, group: int) -> N
 @pytest.mark.parametrize("rung", RUNGS)
 def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, rung: str) -> None:
     monkeypatch.setattr(cuda, "SCRATCH_BYTES", 100_000)  # several tiles
-    up, down = matrix(150, 1100, 64, rung), scaled(matrix(150, 200, 64, rung, 1))
+    up, down = matrix(150, 1100, 64, rung), matrix(150, 200, 64, rung, 1)
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
     for far, gap in ((False, 0), (True, 0), (False, 3), (True, 8)):
@@ -169,33 +167,6 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, rung: str, group: int,
     assert found[2:] == [4, 0]
     for other in results[1:]:
         assert torch.equal(results[0], other)
-
-
-@pytest.mark.parametrize("tokens", [1, 8, 11, 25])
-@pytest.mark.parametrize("rung", RUNGS)
-def test_column_scales_multiply_sums_and_change_no_other_bit(kernels: CudaKernels, rung: str, tokens: int) -> None:
-    weight, x = matrix(150, 200, 64, rung), torch.randn(tokens, 150)
-    plain, found = torch.zeros(2, tokens, 200)
-    kernels.product_down(x, weight, plain)
-    kernels.product_down(x, scaled(weight), found)
-    assert torch.equal(found, plain * scaled(weight).column_scale)
-
-
-def test_a_matrix_with_column_scales_is_for_down_alone(kernels: CudaKernels) -> None:
-    weight = scaled(matrix(20, 100, 64, "int4"))
-    x, out = kernels.prepare(torch.randn(2, 100), 64), torch.zeros(2, 20)
-    for call in (
-        lambda: kernels.product(x, weight, out),
-        lambda: kernels.products(x, [weight], [out]),
-        lambda: kernels.ffn(x, [weight], weight, "silu", torch.zeros(2, 100)),
-    ):
-        with pytest.raises(UsageError, match="column scales"):
-            call()
-    assert not out.any()
-    odd = torch.frombuffer(bytearray(402), dtype=torch.float32, count=100, offset=2)
-    for column_scale in (torch.ones(200)[::2], odd):
-        with pytest.raises(UsageError, match="side by side, at a multiple of 4"):
-            kernels.product_down(torch.randn(2, 20), replace(weight, column_scale=column_scale), torch.zeros(2, 100))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -337,6 +308,17 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaKernels(torch.device("cuda"))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 300), KINDS, st.booleans(), st.booleans())
+def test_hadamard_is_the_references_to_the_bit(
+    kernels: CudaKernels, tokens: int, columns: int, kind: torch.dtype, before: bool, after: bool
+) -> None:
+    x = activations(tokens, columns, kind, columns)
+    first, last = (torch.rand(columns) + 0.5 if wanted else None for wanted in (before, after))
+    want = ReferenceKernels().hadamard(x, first, last)
+    assert torch.equal(kernels.hadamard(x, first, last), want)
+
+
 @pytest.fixture(scope="session")
 def on_gpu() -> CudaKernels:
     """The kernels of the GPU."""
@@ -346,10 +328,7 @@ def on_gpu() -> CudaKernels:
 
 
 def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
-    factors = None if weight.column_scale is None else to(weight.column_scale)
-    return replace(
-        weight, planes=tuple(to(plane) for plane in weight.planes), scales=to(weight.scales), column_scale=factors
-    )
+    return replace(weight, planes=tuple(to(plane) for plane in weight.planes), scales=to(weight.scales))
 
 
 @pytest.mark.gpu
@@ -359,7 +338,7 @@ def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, rung: str, tokens: int, pinned: bool) -> None:
     for columns, gap in ((3000, 0), (3001, 3)):
-        up, down = matrix(700, columns, group, rung), scaled(matrix(700, columns, group, rung, 1))
+        up, down = matrix(700, columns, group, rung), matrix(700, columns, group, rung, 1)
         there = [
             _moved(strided(each, gap) if gap else each, lambda t: t.pin_memory() if pinned else t.to(on_gpu.device))
             for each in (up, down)

@@ -1,7 +1,6 @@
 """What the CPU kernels must not be given: a wrong pointer would end the process, so each is refused by name."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +32,6 @@ def on_meta(weight: Planes) -> Planes:
 X = torch.randn(TOKENS, COLUMNS)
 HIDDEN = torch.zeros(TOKENS, ROWS)
 WEIGHT = encode(torch.randn(ROWS, COLUMNS), 64)
-SCALED = replace(WEIGHT, column_scale=torch.ones(COLUMNS))
 BYTES = torch.zeros(4, 4, dtype=torch.uint8)
 ROOM = torch.zeros(99, dtype=torch.uint8)
 CASES: dict[str, tuple[Callable[[CpuKernels], object], str]] = {
@@ -60,30 +58,11 @@ CASES: dict[str, tuple[Callable[[CpuKernels], object], str]] = {
         lambda k: k.products(k.prepare(X, 64), [WEIGHT, WEIGHT], [torch.zeros(TOKENS, ROWS)]),
         "2 matrices and 1 outputs",
     ),
-    "column scales along the input": (
-        lambda k: k.product(k.prepare(X, 64), SCALED, torch.zeros(TOKENS, ROWS)),
-        "only down has some",
-    ),
-    "column scales of one of two": (
-        lambda k: k.products(k.prepare(X, 64), [WEIGHT, SCALED], [torch.zeros(TOKENS, ROWS)] * 2),
-        "only down has some",
-    ),
-    "column scales of an inward matrix": (
-        lambda k: k.ffn(k.prepare(X, 64), [SCALED], WEIGHT, "relu", torch.zeros(TOKENS, COLUMNS)),
-        "only down has some",
-    ),
-    "column scales elsewhere": (
-        lambda k: k.product_down(
-            HIDDEN, replace(WEIGHT, column_scale=torch.ones(COLUMNS, device="meta")), torch.zeros(TOKENS, COLUMNS)
-        ),
-        "column scales is on meta",
-    ),
-    "column scales apart": (
-        lambda k: k.product_down(
-            HIDDEN, replace(WEIGHT, column_scale=torch.ones(2 * COLUMNS)[::2]), torch.zeros(TOKENS, COLUMNS)
-        ),
-        "must lie together",
-    ),
+    "x to transform elsewhere": (lambda k: k.hadamard(X.to("meta")), "x is on meta"),
+    "whole numbers to transform": (lambda k: k.hadamard(torch.ones(2, 64, dtype=torch.int32)), "expected fp32"),
+    "factors too few": (lambda k: k.hadamard(X, torch.ones(COLUMNS - 1)), "factors are"),
+    "factors apart": (lambda k: k.hadamard(X, after=torch.ones(2 * COLUMNS)[::2]), "in one piece"),
+    "factors elsewhere": (lambda k: k.hadamard(X, torch.ones(COLUMNS, device="meta")), "factors are on meta"),
     "rows of floats": (lambda k: k.gather([BYTES], torch.tensor([1.0]), ROOM), "rows is"),
     "rows beyond": (lambda k: k.gather([BYTES], torch.tensor([4]), ROOM), "rows 4 to 4 of a matrix of 4"),
     "pieces elsewhere": (lambda k: k.gather([BYTES.to("meta")], torch.tensor([1]), ROOM), "on meta"),

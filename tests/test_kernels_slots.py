@@ -74,8 +74,7 @@ def slots(case: Case, count: int, room: Sequence[int], kind: torch.dtype = torch
     for part in range(3):
         scales = slabs[3][:, part].view(torch.float16).unflatten(1, (-1, 2))
         planes = tuple(slab[:, part] for slab in slabs[:3])
-        factors = wanted[part].column_scale
-        whole = Planes(planes, scales, case.columns, case.group, slabs=True, column_scale=factors)
+        whole = Planes(planes, scales, case.columns, case.group, slabs=True)
         matrices.append(whole.at(case.rung))
     ordinary = [matrix.at(case.rung) for matrix in wanted]
     return Slots(matrices, SlotRows(tuple(lists[:3]), lists[3]), ordinary)

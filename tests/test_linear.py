@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from tiercache.errors import UsageError
+from tiercache.hadamard import restored, stored
 from tiercache.kernels.contract import Prepared
 from tiercache.kernels.cpu import CpuKernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
-from tiercache.planes import Planes, decode, encode, plane_row_bytes, scale_row_bytes
+from tiercache.planes import Planes, encode, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 NEURONS, HIDDEN, GROUP = 70, 96, 64
@@ -36,7 +37,7 @@ def bundle() -> tuple[torch.Tensor, list[PlaneWeight], list[Planes]]:
     """A slot with gate, up and down of 70 neurons, and each as a weight."""
     factors = torch.rand(HIDDEN) + 0.5  # of the down columns
     made = [torch.randn(NEURONS, HIDDEN) * 0.05 for _ in range(3)]
-    parts = [encode(m, GROUP, column_scale=factors if m is made[2] else None).at("int4") for m in made]
+    parts = [encode(stored(m, factors if m is made[2] else None), GROUP).at("int4") for m in made]
     at, pieces, places = 0, [], []
     for plane in range(2):
         pieces.append(torch.stack([part.planes[plane] for part in parts], 1).flatten())
@@ -59,7 +60,7 @@ class Block:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.kernels, self.inputs = Counting(), Inputs()
-        slot, weights, self.parts = bundle()
+        self.slot, weights, self.parts = bundle()
         self.modules = [nn.Linear(HIDDEN, NEURONS), nn.Linear(HIDDEN, NEURONS, bias=False)]
         self.modules.append(nn.Linear(NEURONS, HIDDEN, bias=False))
         names = ("gate", "up", "down")
@@ -68,11 +69,12 @@ class Block:
         self.forwards = []
         for name, module, weight in zip(names, self.modules, weights, strict=True):
             forward = PlaneForward(name, module, weight, {"cpu": self.kernels}, self.inputs, pairs.get(name))
-            forward.slots = (slot,)
+            forward.slots = (self.slot,)
             self.forwards.append(forward)
 
     def wanted(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        weight = decode(self.parts[place], torch.float32).double()
+        factors = self.slot[-4 * HIDDEN :].view(torch.float32) if place == 2 else None
+        weight = restored(self.parts[place], factors, torch.empty(NEURONS, HIDDEN)).double()
         bias = self.modules[place].bias
         result = x.double() @ (weight if place == 2 else weight.T)
         return result if bias is None else result + bias.double()

@@ -15,6 +15,7 @@ import tiercache
 from tiercache import planes, skeleton
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import EnvironmentUnsupportedError
+from tiercache.hadamard import restored, stored
 from tiercache.kernels.select import select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,8 +103,8 @@ def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
         flip = matrix.transposed != outward
         rows = (module.weight.data.T if flip else module.weight.data).contiguous()
         factors = rows.abs().amax(dim=0).float() if outward else None
-        coded = planes.encode(rows, column_scale=factors).at(rung if matrix.layer is not None else "int8")
-        decoded = planes.decode(coded, module.weight.dtype)
+        coded = planes.encode(stored(rows, factors)).at(rung if matrix.layer is not None else "int8")
+        decoded = restored(coded, factors, torch.empty_like(rows))
         module.weight = torch.nn.Parameter(decoded.T.contiguous() if flip else decoded)
     return model
 

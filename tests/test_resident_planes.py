@@ -23,6 +23,7 @@ from tiercache import engine, needs, planes
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
+from tiercache.hadamard import transform
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
@@ -142,8 +143,9 @@ class Oracle:
             module = self.model.get_submodule(name)
             assert isinstance(weight, PlaneWeight)
             rung = next(rung for rung, number in planes.RUNGS.items() if number == planes_of[name])
-            parts = [weight.part(self._slots[weight.unit], part).at(rung) for part in weight.own]
-            module.forward = partial(_multiply, module, parts, down=is_down(module, weight))
+            slot, down = self._slots[weight.unit], is_down(module, weight)
+            parts = [weight.part(slot, part).at(rung) for part in weight.own]
+            module.forward = partial(_multiply, module, parts, weight.output_scale(slot) if down else None)
         with torch.no_grad():
             return self.model(IDS).logits
 
@@ -154,16 +156,19 @@ def oracle(checkpoint: Folders, plane_store: Folders) -> Callable[[str], Oracle]
     return cache(lambda name: Oracle(checkpoint(name), plane_store(name)))
 
 
-def _multiply(module: nn.Module, parts: Sequence[planes.Planes], x: Tensor, *, down: bool) -> Tensor:
+def _multiply(module: nn.Module, parts: Sequence[planes.Planes], factors: Tensor | None, x: Tensor) -> Tensor:
+    """`factors` of the outputs of a down matrix; None for other matrices."""
     kernels: Kernels = select(torch.device("cpu"))
     tokens = x.reshape(-1, x.shape[-1])
-    outs = [torch.zeros(len(tokens), part.columns if down else part.rows) for part in parts]
-    for part, out in zip(parts, outs, strict=True):
-        if down:
-            kernels.product_down(tokens, part, out)
-        else:
-            kernels.product(kernels.prepare(tokens, part.group), part, out)
-    result = torch.cat(outs, dim=1)
+    if factors is not None:
+        sums = torch.zeros(len(tokens), parts[0].columns)
+        kernels.product_down(tokens, parts[0], sums)
+        result = transform(sums) * factors
+    else:
+        outs = [torch.zeros(len(tokens), part.rows) for part in parts]
+        for part, out in zip(parts, outs, strict=True):
+            kernels.product(kernels.prepare(transform(tokens), part.group), part, out)
+        result = torch.cat(outs, dim=1)
     return (result if module.bias is None else result + module.bias).view(*x.shape[:-1], -1)
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from profiler import probe
-from tiercache import planes
+from tiercache import hadamard, planes
 from tiercache.errors import (
     EnvironmentUnsupportedError,
     QuantizationError,
@@ -83,7 +83,8 @@ def expected(module: str, parameter: torch.Tensor, rung: str, group: int) -> tor
     outward = module.endswith(OUTWARD)
     stored = (matrix.T if outward else matrix).contiguous()
     factors = stored.abs().amax(dim=0).float() if outward else None
-    back = planes.decode(planes.encode(stored, group, column_scale=factors).at(rung), parameter.dtype)
+    back = torch.empty_like(stored)
+    hadamard.restored(planes.encode(hadamard.stored(stored, factors), group).at(rung), factors, back)
     return as_outputs_by_inputs(module, back.T if module.endswith(OUTWARD) else back)
 
 
@@ -154,8 +155,8 @@ def test_files_lie_as_the_format_says(plane_store: Checkpoint, checkpoint: Check
         parts = _ffn_parts(name, original, layer)  # each [neurons, hidden]
         assert (record.rows, record.columns, record.parts) == (*parts[0].shape, len(parts))
         factors = parts[-1].detach().abs().amax(dim=0).float()
-        coded = [planes.encode(part.detach().contiguous()) for part in parts[:-1]]
-        coded.append(planes.encode(parts[-1].detach().contiguous(), column_scale=factors))
+        coded = [planes.encode(hadamard.stored(part.detach())) for part in parts[:-1]]
+        coded.append(planes.encode(hadamard.stored(parts[-1].detach(), factors)))
         for place, file in enumerate(PLANE_FILES):
             extent = record.extents[file]
             assert extent.offset % BLOCK_BYTES == 0

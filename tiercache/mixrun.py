@@ -18,7 +18,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.mixing import Mixing
 from tiercache.model import shortlist
 from tiercache.model.mixed import Choosing, MixedBlock
-from tiercache.model.neurons import Deltas, Scales
+from tiercache.model.neurons import Deltas
 from tiercache.opening import Opened
 from tiercache.plan import Plan
 from tiercache.skeleton import layer_of
@@ -203,7 +203,7 @@ def _deltas(tiers: TierStack, block: NeuronBlock) -> Deltas | None:
     """What the planes of a block in DRAM add to those that are in HBM."""
     if block.low == len(block.units):
         return None
-    scales = Scales.of(block, tiers.top.acquire(block.units[0]))
+    scales = block.scales(tiers.top.acquire(block.units[0]))
     try:
         return Deltas(block, scales, [_above(tiers, block, plane) for plane in range(block.low, len(block.units))])
     finally:

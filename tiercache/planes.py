@@ -16,11 +16,6 @@ or without fused multiply-add; only the sum is rounded (then, once more, to the 
 that compensates int4's other errors best and c can still say what int8 needs (`quant.gptq`). With cells of 16, which do
 not overlap, int4 loses a fifth more; with cells of 8 int8 loses half as much again (docs/measured.md).
 
-**Column scales.** The columns of a stored matrix may have a positive factor each, in fp32; a weight is then its decoded
-value times the factor, rounded once more. Down matrices lie transposed, so their columns are outputs: the factor, the
-largest magnitude of the output's weights, takes out the few outputs whose weights are many times as large as the rest.
-The columns of other matrices are inputs: whoever has the inputs multiplies them by the factors (`quant.gptq`).
-
 **Packing.** A plane of 2 or 4 bits takes B = group * bits / 8 bytes per group; code i of the group lies in byte
 `i % B` at bit `bits * (i // B)`: one shift and mask of all bytes yields B consecutive codes. Single bits are packed so
 that they fall into the places of a 2-bit plane: with its B = group / 4, the bit of code i lies in byte
@@ -81,8 +76,8 @@ def scale_row_bytes(columns: int, group: int) -> int:
     return 4 * num_groups(columns, group)
 
 
-def column_scale_bytes(columns: int) -> int:
-    """Bytes of a matrix's column scales."""
+def factor_bytes(columns: int) -> int:
+    """Bytes of the factors of a matrix's columns."""
     return 4 * columns
 
 
@@ -94,7 +89,6 @@ class Planes:
     scales: fp16 [rows, groups, 2], lo and step.
     slabs: each plane, and the scales, is a slab of slots of its own, with any number of rows: which of them make up
         a row of the matrix is said by whoever multiplies by it.
-    column_scale: fp32 [columns], what the columns are multiplied by; None for ones.
     """
 
     planes: tuple[Tensor, ...]
@@ -102,7 +96,6 @@ class Planes:
     columns: int
     group: int
     slabs: bool = field(default=False, kw_only=True)
-    column_scale: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.planes) <= len(PLANE_BITS):
@@ -112,8 +105,6 @@ class Planes:
             width = plane_row_bytes(self.columns, self.group, p)
             height = plane.shape[:1] if self.slabs else (self.rows,)
             _check(f"plane {p}", plane, torch.uint8, (*height, width))
-        if self.column_scale is not None:
-            _check("column_scale", self.column_scale, torch.float32, (self.columns,))
 
     @property
     def rows(self) -> int:
@@ -138,16 +129,15 @@ class Planes:
         return replace(self, planes=self.planes[:count])
 
 
-def encode(weight: Tensor, group: int = 64, *, first_row: int = 0, column_scale: Tensor | None = None) -> Planes:
+def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     """Quantise `weight` [rows, columns] (fp32, fp16 or bf16, any strides) to all three planes, on its device.
 
-    Each weight by itself; `quant.feedback` also lets a weight make up for the errors of others.
+    Each weight by itself; `quant.gptq` also lets a weight make up for the errors of others.
 
     Args:
         weight: the matrix.
         group: weights that share lo and step.
         first_row: errors count rows from it, for callers that encode a matrix block by block.
-        column_scale: see `Planes`.
 
     Raises QuantizationError for NaN, infinity or a magnitude above fp16's 65504, UsageError for other dtypes.
     """
@@ -165,8 +155,6 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0, column_scale:
     for first in range(0, rows, high):
         r = slice(first, min(rows, first + high))
         values = weight[r].float()
-        if column_scale is not None:
-            values = values / column_scale
         ragged = groups * group - columns
         if ragged:  # repeat the last column: it changes no group's range
             values = torch.cat([values, values[:, -1:].expand(-1, ragged)], dim=1)
@@ -181,7 +169,7 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0, column_scale:
         scales[r, :, 0], scales[r, :, 1] = lo, step
         for plane, packed in zip(planes, pack(h, c), strict=True):
             plane[r] = packed
-    return Planes(tuple(planes), scales, columns, group, column_scale=column_scale)
+    return Planes(tuple(planes), scales, columns, group)
 
 
 def ranges(least: Tensor, most: Tensor, *, first_row: int = 0) -> tuple[Tensor, Tensor]:
@@ -266,8 +254,6 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
     for r, g in _blocks(planes.rows, planes.scales.shape[1], planes.group):
         columns = slice(g.start * planes.group, min(planes.columns, g.stop * planes.group))
         values = _block_values(planes, r, g)[:, : columns.stop - columns.start]
-        if planes.column_scale is not None:
-            values *= planes.column_scale[columns]
         out[r, columns].copy_(values)
         del values  # before the next block is made
     return out
@@ -278,8 +264,6 @@ def product(x: Tensor, planes: Planes) -> Tensor:
     _check_whole(planes)
     if x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] != (planes.columns,):
         raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32 or fp64 [..., {planes.columns}]")
-    if planes.column_scale is not None:
-        x = x * planes.column_scale.to(x.dtype)
     groups = num_groups(planes.columns, planes.group)
     padded = torch.nn.functional.pad(x, (0, groups * planes.group - planes.columns))
     grouped = padded.reshape(-1, groups, planes.group)  # [tokens, groups, group]

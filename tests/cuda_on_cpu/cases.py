@@ -21,14 +21,6 @@ def matrix(rows: int, columns: int, group: int, rung: str, seed: int = 0) -> Pla
     return encode(values * 0.05 + 0.01, group).at(rung)
 
 
-def scaled(weight: Planes, seed: int = 0) -> Planes:
-    """The same codes with column scales: mostly ones, some of up to 2**6, some small."""
-    random = torch.Generator().manual_seed(seed)
-    powers = torch.randint(-3, 7, (weight.columns,), generator=random).float()
-    powers[torch.rand(weight.columns, generator=random) < 0.5] = 0
-    return replace(weight, column_scale=powers.exp2())
-
-
 def strided(weight: Planes, gap: int) -> Planes:
     """The same matrix as a bundle: a row's planes and scales side by side, each `gap` bytes after the one before."""
     parts = [*weight.planes, weight.scales.flatten(1).view(torch.uint8)]
@@ -53,8 +45,6 @@ def spans(weight: Planes, rows: Tensor | None = None) -> Tensor:
     """A bound of what is added up for each weight: the group's |lo| and its range, [rows, columns]."""
     lo, step = weight.scales.float().unbind(-1)
     values = (lo.abs() + REACH * step).repeat_interleave(weight.group, 1)[:, : weight.columns]
-    if weight.column_scale is not None:
-        values = values * weight.column_scale
     return values if rows is None else values[rows.long()]
 
 

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from tiercache.bench.shapes import GROUP, LEVELS
 from tiercache.bench.stand import Effort, Stand, working_set_bytes
-from tiercache.planes import RUNGS, Planes, column_scale_bytes, plane_row_bytes, scale_row_bytes
+from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.format import align
 from tiercache.store.manifest import PlaneWeight
 
 _POOL_BYTES = 1 << 24
-_FACTOR = 0.75  # of every down column
 _STRIDE = 1_000_003  # how far on in the pool the next piece begins
 
 
@@ -51,8 +50,8 @@ def make(stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int],
     rows, columns, parts = layout
     widths = [plane_row_bytes(columns, GROUP, plane) for plane in range(RUNGS[rung])]
     *plane_at, scale_at = _offsets(widths, rows * parts)
-    factors_at = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
-    unit_bytes = align(factors_at + column_scale_bytes(columns))
+    end = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
+    unit_bytes = align(end)
     weights = [
         PlaneWeight(0, rows, columns, GROUP, parts, (part,), tuple(plane_at), scale_at, transposed=False)
         for part in range(parts)
@@ -63,8 +62,7 @@ def make(stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int],
     for number, slot in enumerate(memory.split(unit_bytes)):
         for place, at in enumerate(plane_at):
             _fill(slot[at : at + rows * parts * widths[place]], pool.codes, _STRIDE * (3 * number + place))
-        _fill(slot[scale_at:factors_at], pool.scales, 4 * _STRIDE * number)  # by whole pairs
-        slot[factors_at : factors_at + column_scale_bytes(columns)].view(torch.float32).fill_(_FACTOR)
+        _fill(slot[scale_at:end], pool.scales, 4 * _STRIDE * number)  # by whole pairs
         made.append(tuple(weight.part(slot, part) for part, weight in enumerate(weights)))
     return made
 
@@ -77,9 +75,8 @@ def nbytes(weight: Planes) -> int:
 def some_rows(weight: Planes, rows: Tensor) -> Planes:
     """The given rows, in main memory."""
     planes = tuple(plane[rows.to(plane.device)].cpu() for plane in weight.planes)
-    factors = None if weight.column_scale is None else weight.column_scale.cpu()
     scales = weight.scales[rows.to(weight.scales.device)].cpu()
-    return Planes(planes, scales, weight.columns, weight.group, column_scale=factors)
+    return Planes(planes, scales, weight.columns, weight.group)
 
 
 def one_group(weight: Planes, group: int) -> Planes:
@@ -93,10 +90,7 @@ def one_group(weight: Planes, group: int) -> Planes:
     halves = torch.cat([cut(first, size // 4), cut(first, size // 8, groups * size // 4)], dim=1)
     widths = [plane_row_bytes(size, size, plane) for plane in range(1, len(weight.planes))]
     planes = (halves, *(cut(plane, width) for plane, width in zip(others, widths, strict=True)))
-    factors = weight.column_scale
-    if factors is not None:
-        factors = factors[size * group : size * (group + 1)].cpu()
-    return Planes(planes, weight.scales[:, group : group + 1].cpu(), size, size, column_scale=factors)
+    return Planes(planes, weight.scales[:, group : group + 1].cpu(), size, size)
 
 
 def _offsets(widths: list[int], rows: int) -> list[int]:

@@ -15,13 +15,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from policies.precision import RUNGS
+from policies.precision import RUNGS, TOP
 from profiler.trace import Trace
 from tiercache.calibrate.sums import HALVES, PAIRED, POINTS, QUANTILES, RANKS, UNIONS, Sums, scorers
+from tiercache.hadamard import restored
 from tiercache.kernels.contract import MAX_TOKENS
 from tiercache.model.importance import SCORERS, Activation, largest, needed, previous, recall, scores
 from tiercache.model.mixed import MixedBlock, Seen
-from tiercache.planes import Planes, decode
+from tiercache.planes import Planes
 
 # Tokens of a window whose neurons are put in order by every scorer, evenly taken. Sorting was nine tenths of a
 # calibration; what comes of it are means over all windows, which rank the candidates that are then measured.
@@ -146,11 +147,14 @@ class Collector:
     def _norms(self, place: int) -> None:
         """Squared lengths of the down columns at each rung, and how each lies to its best, a few rows at a time."""
         squares, dots, norms = [], [], []
-        for _, parts in self._blocks[place].planes.chunks(slice(-1, None)):
+        planes = self._blocks[place].planes
+        for _, parts in planes.chunks(slice(-1, None)):
             for piece in _pieces(parts[-1]):
-                best = decode(piece, torch.float32)
+                best, *rough = (
+                    restored(piece.at(RUNGS[rung]), planes.output_scale, torch.empty(piece.rows, piece.columns))
+                    for rung in (TOP, *RANKS)
+                )
                 norms.append(best.norm(dim=1))
-                rough = [decode(piece.at(RUNGS[rung]), torch.float32) for rung in RANKS]
                 squares.append(torch.stack([_squares(made) for made in rough]))
                 dots.append(torch.stack([(made * best).sum(dim=1) for made in rough]))
         self.sums["norms"][place] = torch.cat(norms).cpu().numpy()

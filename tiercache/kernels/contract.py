@@ -22,6 +22,8 @@ from tiercache.planes import PLANE_BITS, Planes
 MAX_TOKENS = 512
 """Tokens of one call; more are cut into calls of this many."""
 
+_KINDS = (torch.float32, torch.float16, torch.bfloat16)
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 """Names of the gates' activations."""
 
@@ -87,6 +89,12 @@ class Kernels(Protocol):
     def prepare(self, x: Tensor, group: int) -> Prepared:
         """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
 
+    def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """x [tokens, columns] times `before`, transformed (see `tiercache.hadamard`), times `after`: a new fp32 tensor.
+
+        Factors are fp32 [columns], in one piece; None for ones. The same bits in every dialect.
+        """
+
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, i] += sum over c of W[rows[i], c] x[t, c]; out is fp32 [tokens, rows].
 
@@ -98,9 +106,6 @@ class Kernels(Protocol):
 
     def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
-
-        The weight's column scales, if it has some, multiply the finished sums, rounded, before these are added to out.
-        `product` takes no weight that has some.
 
         The neuron-major layout of down matrices: a neuron's column lies as a row, grouped along its own length. A token
         that holds NaN or infinity in x gets NaN or infinity in every result.
@@ -142,12 +147,6 @@ def checked_rows(rows: Selection, *weights: Planes) -> int:
     return weights[0].rows if rows is None else checked_index(rows, min(weight.rows for weight in weights))
 
 
-def check_unscaled(*weights: Planes) -> None:
-    """Refuse matrices with column scales where the columns are inputs; see `Kernels.product_down`."""
-    if any(weight.column_scale is not None for weight in weights):
-        raise UsageError("a matrix with column scales cannot be multiplied along its columns; only down has some")
-
-
 def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
     """How many rows a list names, of a matrix that has `available`; see `checked_rows`."""
     _check_list(rows)
@@ -170,10 +169,24 @@ def check_output(out: Tensor, tokens: int, features: int, device: torch.device) 
         raise UsageError(f"out is on {out.device}, these kernels are of {device}")
 
 
+def check_transform(x: Tensor, *factors: Tensor | None) -> None:
+    """Refuse what `Kernels.hadamard` cannot transform."""
+    if x.ndim != 2 or x.dtype not in _KINDS:
+        raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32, fp16 or bf16 [tokens, columns]")
+    for factor in factors:
+        if factor is None:
+            continue
+        if factor.dtype != torch.float32 or factor.shape != x.shape[1:] or not factor.is_contiguous():
+            raise UsageError(
+                f"factors are {factor.dtype} {list(factor.shape)}, expected fp32 [{x.shape[1]}] in one piece"
+            )
+        if factor.device != x.device:
+            raise UsageError(f"factors are on {factor.device}, x is on {x.device}")
+
+
 def check_activations(x: Tensor, features: int | None = None) -> None:
     """Refuse activations of another shape or kind; any number of features if None."""
-    kinds = (torch.float32, torch.float16, torch.bfloat16)
-    if x.ndim != 2 or x.dtype not in kinds or (features is not None and x.shape[1] != features):
+    if x.ndim != 2 or x.dtype not in _KINDS or (features is not None and x.shape[1] != features):
         wanted = "features" if features is None else features
         raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32, fp16 or bf16 [tokens, {wanted}]")
     if x.shape[0] > MAX_TOKENS:

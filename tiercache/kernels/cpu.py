@@ -24,7 +24,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
-    check_unscaled,
+    check_transform,
     checked_index,
     checked_rows,
 )
@@ -49,7 +49,6 @@ class _Matrix(Structure):
         ("parts", c_int32),
         ("plane_part", c_int64 * 3),
         ("scale_part", c_int64),
-        ("column_scale", c_void_p),
     )
 
 
@@ -105,9 +104,21 @@ class CpuKernels:
         del keep
         return Prepared(tokens, columns, group, (memory,), self.name)
 
+    def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """See `contract.Kernels`."""
+        check_transform(x, before, after)
+        for what, tensor in (("x", x), ("factors", before), ("factors", after)):
+            if tensor is not None:
+                _check_host(what, tensor)
+        out = torch.empty(x.shape, **_FLOATS)
+        source, keep = _input(x)
+        factors = [None if factor is None else factor.data_ptr() for factor in (before, after)]
+        self._library.tc_hadamard(byref(source), x.shape[1], *factors, out.data_ptr(), byref(self._team()))
+        del keep
+        return out
+
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
-        check_unscaled(weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
         lists = _lists(rows)
@@ -118,7 +129,6 @@ class CpuKernels:
         """See `contract.Kernels`."""
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
-        check_unscaled(*weights)
         count = checked_rows(rows, *weights)
         for weight, out in zip(weights, outs, strict=True):
             check_output(out, x.tokens, weight.rows if rows is None else count, self.device)
@@ -159,7 +169,6 @@ class CpuKernels:
         """See `contract.Kernels`."""
         if activation not in ACTIVATIONS:
             raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-        check_unscaled(*inward)
         count = checked_rows(rows, down, *inward)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
@@ -255,6 +264,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "tc_product": [matrix, c_int32, c_int32, c_void_p, *out],
         "tc_product_down": [matrix, source, c_void_p, *out],
         "tc_ffn": [matrix, matrix, c_int32, c_int32, c_int32, c_void_p, c_void_p, *out],
+        "tc_hadamard": [source, c_int32, c_void_p, c_void_p, c_void_p, team],
         "tc_gather": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, team],
     }
     for name, arguments in signatures.items():
@@ -293,11 +303,6 @@ def _matrix(weight: Planes) -> _Matrix:
     if within != 1 or (apart != 2 and weight.scales.shape[1] > 1):
         raise UsageError(f"scales have strides {weight.scales.stride()}; those of a row must lie together")
     matrix.scale, matrix.scale_stride = weight.scales.data_ptr(), 2 * weight.scales.stride(0)
-    if weight.column_scale is not None:
-        _check_host("the column scales", weight.column_scale)
-        if not weight.column_scale.is_contiguous():
-            raise UsageError(f"column scales have stride {weight.column_scale.stride()}; they must lie together")
-        matrix.column_scale = weight.column_scale.data_ptr()
     return matrix
 
 

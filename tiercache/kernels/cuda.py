@@ -28,7 +28,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
-    check_unscaled,
+    check_transform,
     checked_rows,
 )
 from tiercache.kernels.cuda_calls import (
@@ -38,10 +38,10 @@ from tiercache.kernels.cuda_calls import (
     Blocks,
     Slices,
     chunks_of,
-    column_scale,
     decode_call,
     down_call,
     gather_call,
+    hadamard_call,
     matrix,
     prepare_call,
     rows_call,
@@ -100,6 +100,18 @@ class CudaKernels:
                 prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
             )
         return Prepared(tokens, columns, group, (packed, sums))
+
+    def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """See `contract.Kernels`."""
+        check_transform(x, before, after)
+        self._check_input(x, x.shape[1])
+        out = self._empty(*x.shape)
+        if out.numel():
+            first, last = (0 if factor is None else self._at(factor) for factor in (before, after))
+            shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), _KINDS.index(x.dtype)
+            call = hadamard_call(self._at(x), strides, kind, shape, (first, last), out.data_ptr())
+            self._launcher.launch(call)
+        return out
 
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
@@ -295,15 +307,15 @@ class CudaKernels:
         planes = len(weight.planes)
         given = (x.data_ptr(), _pointers(rows, planes), partial.data_ptr())
         self._launcher.launch(down_call(found, planes, *given, count, blocks, slices))
-        into, scale = (out.data_ptr(), out.stride(0)), column_scale(weight, self._at)
-        self._launcher.launch(sum_call(partial.data_ptr(), scale, into, tokens, weight.columns, padded, slices.count))
+        into = out.data_ptr(), out.stride(0)
+        self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
 
     def _decoded(self, weight: Planes, rows: _Lists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
         found, count, planes = matrix(weight, self._at), _count(weight, rows), len(weight.planes)
         values = self._empty(count, found.groups * found.group)
-        scale, shape = column_scale(weight, self._at), (count, weight.columns)
-        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), scale, shape, values.data_ptr()))
+        shape = count, weight.columns
+        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), shape, values.data_ptr()))
         return values[:, : weight.columns]
 
     def _at(self, tensor: Tensor) -> int:
@@ -346,7 +358,6 @@ def _pointers(rows: _Lists, planes: int) -> list[int]:
 
 
 def _check_prepared(x: Prepared, weight: Planes) -> None:
-    check_unscaled(weight)
     if (x.columns, x.group) != (weight.columns, weight.group):
         raise UsageError(
             f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"

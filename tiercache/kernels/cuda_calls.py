@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiercache.errors import UsageError
+from tiercache.hadamard import BLOCK
 from tiercache.planes import Planes
 
 THREADS = 256
@@ -91,7 +92,7 @@ class DecodeArguments(ctypes.Structure):
     _fields_ = (
         ("matrix", MatrixArguments),
         ("rows", _RowLists),
-        *((name, ctypes.c_void_p) for name in ("column_scale", "out")),
+        *((name, ctypes.c_void_p) for name in ("out",)),
         *((name, ctypes.c_int) for name in ("columns", "count")),
     )
 
@@ -111,9 +112,20 @@ class SumArguments(ctypes.Structure):
     """Of common.cu."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("partial", "column_scale", "out")),
+        *((name, ctypes.c_void_p) for name in ("partial", "out")),
         ("out_pitch", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("slices", "padded_tokens", "padded_columns", "columns")),
+    )
+
+
+class HadamardArguments(ctypes.Structure):
+    """Of common.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("pitch", "stride")),
+        *((name, ctypes.c_void_p) for name in ("before", "after", "out")),
+        *((name, ctypes.c_int) for name in ("kind", "columns")),
     )
 
 
@@ -190,16 +202,6 @@ def matrix(planes: Planes, address: Address) -> MatrixArguments:
     return found
 
 
-def column_scale(planes: Planes, address: Address) -> int:
-    """Where a matrix has its column scales; 0 for none."""
-    if planes.column_scale is None:
-        return 0
-    at = address(planes.column_scale)
-    if at % 4 or not planes.column_scale.is_contiguous():
-        raise UsageError("the column scales do not lie side by side, at a multiple of 4 bytes; give a copy of them")
-    return at
-
-
 def rows_call(
     matrices: Sequence[MatrixArguments],
     planes: int,
@@ -249,11 +251,9 @@ def down_call(
     return Call(f"down_{planes}_{blocks.size}_1", (strips, slices.count, blocks.count), shared_bytes, arguments)
 
 
-def sum_call(
-    partial: int, scale: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int
-) -> Call:
+def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int) -> Call:
     """Of common.cu: adds `parts` slices for padded tokens; out is (address, pitch in elements)."""
-    arguments = SumArguments(partial, scale, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
+    arguments = SumArguments(partial, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
     return Call("sum", (-(-columns // THREADS), tokens, 1), 0, arguments)
 
 
@@ -266,13 +266,19 @@ def prepare_call(
     return Call("prepare", (chunks, blocks.padded, 1), 4 * THREADS, arguments)
 
 
-def decode_call(
-    found: MatrixArguments, planes: int, rows: Sequence[int], scale: int, shape: tuple[int, int], out: int
+def hadamard_call(
+    x: int, strides: tuple[int, int], kind: int, shape: tuple[int, int], factors: tuple[int, int], out: int
 ) -> Call:
+    """Of common.cu: x as in `prepare_call`; factors before and after the transform, 0 for none."""
+    arguments = HadamardArguments(x, *strides, *factors, out, kind, shape[1])
+    return Call("hadamard", (-(-shape[1] // BLOCK), shape[0], 1), 4 * BLOCK, arguments, threads=BLOCK)
+
+
+def decode_call(found: MatrixArguments, planes: int, rows: Sequence[int], shape: tuple[int, int], out: int) -> Call:
     """Of decode.cu: `shape` (rows, columns) into fp32 [rows, padded columns]."""
     count, columns = shape
     words = found.groups * found.group // 16
-    arguments = DecodeArguments(found, _RowLists(*rows), scale, out, columns, count)
+    arguments = DecodeArguments(found, _RowLists(*rows), out, columns, count)
     return Call(f"decode_{planes}_0_0", (count, -(-words // THREADS), 1), 0, arguments)
 
 

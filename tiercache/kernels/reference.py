@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tiercache import hadamard
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
@@ -16,7 +17,7 @@ from tiercache.kernels.contract import (
     SlotRows,
     check_activations,
     check_output,
-    check_unscaled,
+    check_transform,
     checked_rows,
 )
 from tiercache.planes import Planes, decode
@@ -67,9 +68,14 @@ class ReferenceKernels:
         check_activations(x)
         return Prepared(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
+    def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
+        """See `contract.Kernels`."""
+        check_transform(x, before, after)
+        turned = hadamard.transform(x.float() if before is None else x.float() * before)
+        return turned if after is None else turned * after
+
     def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
-        check_unscaled(weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
@@ -94,7 +100,6 @@ class ReferenceKernels:
         rows: Selection = None,
     ) -> None:
         """See `contract.Kernels`."""
-        check_unscaled(*inward)
         checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
         for more in inward[1:]:

@@ -51,7 +51,8 @@ class Inputs:
             if kept == wanted and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
         scale = weight.input_scale(slot)
-        prepared = kernels.prepare(tokens if scale is None else tokens * scale.to(tokens.device), weight.group)
+        turned = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
+        prepared = kernels.prepare(turned, weight.group)
         self._prepared = wanted, _Made(x, prepared)
         return prepared
 
@@ -132,7 +133,7 @@ class PlaneForward:
         parts = self._parts(slots)
         if self._down:
             kernels.product_down(tokens, parts[0], out)
-            return out
+            return kernels.hadamard(out, after=self._weight.output_scale(slots[0]).to(out.device))
         prepared = self._inputs.prepare(kernels, x, tokens, self._weight, slots[0])
         if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
             kernels.product(prepared, parts[0], out)
@@ -181,10 +182,9 @@ def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
     rows = min(tokens, MAX_TOKENS)
     if is_down(module, weight):
         slices = min(rows, _FEW) * -(-weight.rows // _SLICE)  # each has sums of its own when there are few tokens
-        return 4 * (rows + slices) * weight.columns
+        return 4 * (2 * rows + slices) * weight.columns  # sums, and what the transform makes of them
     prepared = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
-    if weight.inputs:
-        prepared += 4 * weight.columns  # times their scales
+    prepared += 4 * weight.columns  # transformed
     results = 4 * weight.rows * (4 if weight.parts > 1 and len(weight.own) == 1 else 2 * len(weight.own))
     return rows * (prepared + results)  # gate and up are made by turns, then parted
 

@@ -154,6 +154,7 @@ class MixedBlock:
                     self._down(tokens[token : token + 1], group, out[token : token + 1])
         else:
             self._dense_down(tokens, out)
+        out = self._outputs(out)
         if self.watch is not None and self._masks is None and not self._chosen:
             self.watch(Seen(self._x.reshape(-1, self._x.shape[-1]), tokens, out))
         self.forget()
@@ -177,7 +178,7 @@ class MixedBlock:
         part = self.planes.whole(rung)[-1]
         for at in range(0, len(hidden), MAX_TOKENS):
             self._kernels.product_down(hidden[at : at + MAX_TOKENS], part, out[at : at + MAX_TOKENS])
-        return out
+        return self._outputs(out)
 
     def _begin(self, x: Tensor) -> None:
         """Open the block and make every inward product that is going to be asked for."""
@@ -309,9 +310,13 @@ class MixedBlock:
                         self._kernels.product_down(chosen, parts[-1].at(RUNGS[rung]), out[here])
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """The block's inputs as a matrix, times their scales; within its turn."""
+        """The block's inputs as a matrix, as the planes want them; within its turn."""
         tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
-        return tokens if self.planes.input_scale is None else tokens * self.planes.input_scale
+        return self._kernels.hadamard(tokens, self.planes.input_scale)
+
+    def _outputs(self, sums: Tensor) -> Tensor:
+        """What sums of down rows stand for; within the turn."""
+        return self._kernels.hadamard(sums, after=self.planes.output_scale)
 
     def _prepare(self, x: Tensor) -> Prepared:
         return self._kernels.prepare(x, self.planes.block.group)
@@ -373,7 +378,7 @@ def scratch_bytes(neurons: int, features: int, inward: int, tokens: int) -> int:
     """An upper bound of what a block's turn takes in passing, whatever way it chooses."""
     values = 4 * inward * tokens * neurons
     slices = min(tokens, SLICE) * neurons * (4 * (inward + 3) + 8 + 2)  # products, scores, order, masks
-    outputs = 4 * tokens * (neurons + 2 * features) + tokens * neurons
+    outputs = 4 * tokens * (neurons + 3 * features) + tokens * neurons
     return values + slices + outputs
 
 

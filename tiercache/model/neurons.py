@@ -49,13 +49,15 @@ class BlockPlanes(Protocol):
         block: which.
         top: the most planes that any of its neurons can have.
         device: where they are multiplied.
-        input_scale: what the inputs of the inward matrices are multiplied by first, fp32 [columns]; None for ones.
+        input_scale: factors of the inputs of the inward matrices, fp32 [columns]; None for ones.
+        output_scale: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
     """
 
     block: NeuronBlock
     top: int
     device: torch.device
     input_scale: Tensor | None
+    output_scale: Tensor | None
 
     def open(self) -> None:
         """The block's turn in a pass begins: what is always there is there when this returns."""
@@ -82,38 +84,21 @@ class BlockPlanes(Protocol):
         """All neurons' `some` of the parts at the top rung, as many at a time as there is room for, until the next."""
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What the codes of a block's neurons are scaled by.
-
-    Attributes:
-        rows: lo and step of each group, as bytes [neurons, parts, bytes of a row's scales].
-        columns: of the down matrix, fp32 [columns].
-        inputs: of the inward matrices' inputs, likewise; None for ones.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    inputs: Tensor | None = None
-
-    @classmethod
-    def of(cls, block: NeuronBlock, slot: Tensor) -> "Scales":
-        """Those in the slot of the block's first unit."""
-        return cls(block.scales(slot), block.column_scale(slot), block.input_scale(slot))
-
-
 def cut(
     block: NeuronBlock,
     planes: Sequence[Tensor],
-    scales: Scales,
+    scales: Tensor,
     some: slice = _ALL,
     *,
     neurons: slice = _ALL,
     slabs: bool = False,
 ) -> list[Planes]:
-    """Matrices of the block's parts `some`, from planes [neurons, those parts, bytes]."""
+    """Matrices of the block's parts `some`, from planes [neurons, those parts, bytes].
+
+    Scales are those of all parts, likewise.
+    """
     parts = range(block.parts)[some]
-    rows = scales.rows[neurons]
+    rows = scales[neurons]
     return [
         Planes(
             tuple(plane[:, place] for plane in planes),
@@ -121,7 +106,6 @@ def cut(
             block.columns,
             block.group,
             slabs=slabs,
-            column_scale=scales.columns if part == block.parts - 1 else None,
         )
         for place, part in enumerate(parts)
     ]
@@ -142,6 +126,7 @@ class _UnitPlanes:
         self._held = False
         self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
         self.input_scale: Tensor | None = None
+        self.output_scale: Tensor | None = None
 
     def open(self) -> None:
         """See `BlockPlanes`."""
@@ -149,7 +134,7 @@ class _UnitPlanes:
         self._held = True
         if self._placed[0] != slot.data_ptr():
             self._placed = slot.data_ptr(), self._cut(slot)
-            self.input_scale = self.block.input_scale(slot)
+            self.input_scale, self.output_scale = self.block.input_scale(slot), self.block.output_scale(slot)
 
     def close(self) -> None:
         """See `BlockPlanes`."""
@@ -171,7 +156,7 @@ class DirectPlanes(_UnitPlanes):
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         planes = [self.block.plane(slot, plane) for plane in range(self.top)]
-        scales = Scales.of(self.block, slot)
+        scales = self.block.scales(slot)
         return {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
@@ -203,16 +188,16 @@ class Deltas:
 
     Args:
         block: which.
-        scales: of the block.
+        scales: of the block: bytes [neurons, parts, bytes of a row's scales].
         above: the planes above, in main memory: [neurons, parts, bytes of a row].
     """
 
-    def __init__(self, block: NeuronBlock, scales: Scales, above: Sequence[Tensor]) -> None:
-        halves = scales.rows.cpu().contiguous().view(torch.float16).view(block.neurons, block.parts, -1, 2).clone()
+    def __init__(self, block: NeuronBlock, scales: Tensor, above: Sequence[Tensor]) -> None:
+        halves = scales.cpu().contiguous().view(torch.float16).view(block.neurons, block.parts, -1, 2).clone()
         halves[..., 0] = halves[..., 1] * -MIDDLES[block.low - 1]
         zeros = [torch.zeros(1, 1, width, dtype=torch.uint8) for width in block.widths[: block.low]]
         first = [zero.expand(block.neurons, block.parts, -1) for zero in zeros]
-        flat = Scales(halves.view(block.neurons, block.parts, -1).view(torch.uint8), scales.columns.cpu().clone())
+        flat = halves.view(block.neurons, block.parts, -1).view(torch.uint8)
         self._parts = {block.low + count: cut(block, [*first, *above[:count]], flat) for count in _counts(above)}
 
     def group(self, rung: int, neurons: IntArray) -> Group:
@@ -246,11 +231,11 @@ class SlottedPlanes(_UnitPlanes):
     ) -> None:
         super().__init__(block, supply, device)
         self._slots, self._deltas = slots, deltas
-        self._low: tuple[list[Tensor], Scales] | None = None
+        self._low: tuple[list[Tensor], Tensor] | None = None
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         block = self.block
-        planes, scales = [block.plane(slot, plane) for plane in range(block.low)], Scales.of(block, slot)
+        planes, scales = [block.plane(slot, plane) for plane in range(block.low)], block.scales(slot)
         self._low = planes, scales
         made = {rung: cut(block, planes[:rung], scales) for rung in range(1, block.low + 1)}
         slabs = [slab.view(len(slab), block.parts, -1) for slab in self._slots.slabs]

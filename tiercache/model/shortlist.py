@@ -50,10 +50,10 @@ class ShortlistForward(PlaneForward):
         tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
         out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
         scale = self._weight.input_scale(slots[0])
+        tokens = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
         step = 1 if len(tokens) <= self._choosing.few else SLICE
         for at in range(0, len(tokens), step):
-            some = tokens[at : at + step]
-            prepared = kernels.prepare(some if scale is None else some * scale.to(some.device), self._weight.group)
+            prepared = kernels.prepare(tokens[at : at + step], self._weight.group)
             _shortlisted(kernels, prepared, planes, out[at : at + step])
         return out
 

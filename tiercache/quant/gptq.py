@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tiercache import hadamard
 from tiercache.errors import QuantizationError
 from tiercache.planes import Planes, choose, num_groups, pack, ranges, values
 
@@ -37,13 +38,15 @@ CHUNK_WEIGHTS = 16 << 20  # of a matrix at a time: bounds the states to 200 MB
 
 @dataclass(frozen=True)
 class Moments:
-    """How the inputs of a matrix move together, prepared for quantising.
+    """How the inputs of a matrix move together, prepared for quantising: times their factors, and transformed.
+
+    Inputs that have a row of their own, as neurons have in a down matrix, are left as they are.
 
     Attributes:
         order: inputs, in the order in which they are quantised.
         spread: upper Cholesky factor of the inverse Hessian, rows and columns in that order: [inputs, inputs].
         hessian: itself, damped, rows and columns as they were.
-        scale: what the inputs are multiplied by first, fp32 [inputs]; None for ones.
+        scale: factors of the inputs, fp32 [inputs]; None for ones.
     """
 
     order: Tensor
@@ -73,8 +76,10 @@ class Moments:
             size = (energy / mean.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_()
             scale = size.clamp_(*_SIZES).pow_(-INPUT_POWER)
             hessian.mul_(scale).mul_(scale[:, None])
-            energy = hessian.diagonal().clone()
-            mean = energy.mean()
+        if group is not None:
+            _transform(hessian)
+        energy = hessian.diagonal().clone()
+        mean = energy.mean()
         hessian.diagonal().add_(DAMPING * mean + torch.finfo(torch.float32).tiny)
         order = _order(energy, group)
         lower = torch.linalg.cholesky(hessian[order][:, order])
@@ -108,6 +113,13 @@ class LayerMoments:
         return "" if scale is None else hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]
 
 
+def _transform(hessian: Tensor) -> None:
+    """Of inputs, into that of transformed inputs, in place."""
+    for matrix in (hessian, hessian.T):
+        for rows in matrix.split(max(1, CHUNK_WEIGHTS // len(hessian))):
+            rows.copy_(hadamard.transform(rows))
+
+
 def _order(energy: Tensor, group: int | None) -> Tensor:
     """Inputs by energy, groups kept together."""
     if group is None:
@@ -132,7 +144,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
-    """Codes of `weight` [outputs, inputs], whose groups run along its inputs.
+    """Codes of `weight` [outputs, inputs], whose groups run along its inputs; rows are held as `hadamard.stored` says.
 
     Args:
         weight: fp32, fp16 or bf16, any strides.
@@ -149,9 +161,7 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
     high = max(1, CHUNK_WEIGHTS // inputs)
     for first in range(0, outputs, high):
         r = slice(first, min(outputs, first + high))
-        part = weight[r].float()
-        if moments.scale is not None:
-            part = part / moments.scale
+        part = hadamard.stored(weight[r], moments.scale)
         walk, before = _Walk(part, moments), -1
         with threads(1):
             for index in moments.order.tolist():
@@ -164,17 +174,19 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
         of_input = scales[r].repeat_interleave(group, dim=1)[:, :inputs].permute(1, 2, 0)
         codes[:, r, :inputs] = refined(part, moments, codes[:, r, :inputs], of_input)
     h, c = codes.view(2, outputs, groups, group)
-    return Planes(pack(h, c), scales, inputs, group, column_scale=moments.scale)
+    return Planes(pack(h, c), scales, inputs, group)
 
 
-def quantize_columns(weight: Tensor, moments: Moments, group: int, column_scale: Tensor) -> Planes:
+def quantize_columns(weight: Tensor, moments: Moments, group: int, factors: Tensor) -> Planes:
     """Codes of `weight` [inputs, outputs], stored input by input: the groups run along its outputs.
+
+    Rows are held as `hadamard.stored` says.
 
     Args:
         weight: fp32, fp16 or bf16, any strides.
         moments: of its inputs, each with scales of its own.
         group: outputs that share scales.
-        column_scale: fp32 [outputs], see `Planes`.
+        factors: of the outputs, fp32 [outputs].
 
     Raises:
         QuantizationError: weights that are not finite, or beyond fp16.
@@ -183,11 +195,11 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, column_scale:
     groups = num_groups(outputs, group)
     scales = torch.zeros(inputs, groups, 2, dtype=torch.float16)
     codes = torch.zeros(2, groups * group, inputs, dtype=torch.uint8)
-    wide = max(1, CHUNK_WEIGHTS // (inputs * group))
+    wide = max(2, CHUNK_WEIGHTS // (inputs * group) // 2 * 2)  # whole blocks of the transform, also of groups of 32
     for first in range(0, groups, wide):
         g = slice(first, min(groups, first + wide))
         columns, padded = slice(first * group, min(outputs, g.stop * group)), slice(first * group, g.stop * group)
-        part = (weight[:, columns].float() / column_scale[columns]).T
+        part = hadamard.stored(weight[:, columns], factors[columns]).T
         ragged = (g.stop - g.start) * group - part.shape[0]
         if ragged:  # repeat the last output: it changes no group's range
             part = torch.cat([part, part[-1:].expand(ragged, -1)])
@@ -202,7 +214,7 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, column_scale:
         codes[:, padded] = refined(part, moments, codes[:, padded], of_input)
     codes[:, outputs:] = 0
     h, c = codes.transpose(1, 2).reshape(2, inputs, groups, group)
-    return Planes(pack(h, c), scales, outputs, group, column_scale=column_scale)
+    return Planes(pack(h, c), scales, outputs, group)
 
 
 def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> Tensor:

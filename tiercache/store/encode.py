@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from tiercache import hadamard
 from tiercache import planes as codes
 from tiercache.errors import QuantizationError
 from tiercache.quant import gptq
@@ -56,7 +57,7 @@ def blocks(
         stored = tensors[part.parameter].T if part.transposed else tensors[part.parameter]
         parts.append(stored[part.first : part.first + unit.rows])
     down = len(parts) - 1 if len(parts) > 1 else None  # its columns are outputs, with scales of their own
-    factors = None if down is None else _column_scale(parts[down])
+    factors = None if down is None else _factors(parts[down])
     step = max(1, _BLOCK_WEIGHTS // (unit.columns * len(parts)))
     whole = None
     if moments is not None:
@@ -69,9 +70,10 @@ def blocks(
             made = [_rounded(unit, n, part[some], low, group, factors) for n, part in enumerate(parts)]
         yield _side_by_side(made)
     if unit.scaled:
-        assert whole is not None
-        assert whole[0].column_scale is not None
-        yield {SCALE_FILE: _flat(whole[0].column_scale.view(torch.uint8))}
+        assert moments is not None
+        inputs = moments.of(unit.members[0].module, group).scale
+        assert inputs is not None
+        yield {SCALE_FILE: _flat(inputs.view(torch.uint8))}
     if factors is not None:
         yield {SCALE_FILE: _flat(factors.view(torch.uint8))}
 
@@ -82,7 +84,7 @@ def _rounded(
     part = unit.parts[place]
     scale = factors if place == len(unit.parts) - 1 else None
     with _named(part):
-        return codes.encode(rows, group, first_row=part.first + first_row, column_scale=scale)
+        return codes.encode(hadamard.stored(rows, scale), group, first_row=part.first + first_row)
 
 
 def _calibrated(
@@ -110,7 +112,7 @@ def _named(part: Part) -> Iterator[None]:
         raise QuantizationError(f"{part.parameter}{turned}: {error}") from error
 
 
-def _column_scale(stored: torch.Tensor) -> torch.Tensor:
+def _factors(stored: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each column, fp32; 1 where it is zero, so that nothing is divided by it.
 
     What is not finite is left to the encoder, which says where it stands.

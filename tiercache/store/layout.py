@@ -106,12 +106,12 @@ def _bundle(block: Ffn, group: int) -> UnitPlan:
     parts.append(Part(outward.name, 0, not outward.transposed))
     name = outward.module.rpartition(".")[0]
     sizes = _sizes(neurons, columns, len(parts), group)
-    sizes[SCALE_FILE] += codes.column_scale_bytes(columns)
+    sizes[SCALE_FILE] += codes.factor_bytes(columns)
     return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
 
 
 def _scaled(unit: UnitPlan) -> UnitPlan:
-    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + codes.column_scale_bytes(unit.columns)}
+    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + codes.factor_bytes(unit.columns)}
     return replace(unit, sizes=sizes, scaled=True)
 
 

@@ -5,13 +5,13 @@ weights need not know which of the two it is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from tiercache import hadamard, skeleton
 from tiercache import planes as codes
-from tiercache import skeleton
 from tiercache.store.format import Unit, lay_out
 from tiercache.store.header import DTYPES, TensorRef
 from tiercache.store.source import Source
@@ -89,21 +89,25 @@ class PlaneWeight:
         stored = out.T if self.transposed else out  # [rows * own, columns]
         for place, part in enumerate(self.own):
             target = stored[place * self.rows : (place + 1) * self.rows]
-            planes = self.part(slot, part, above)
-            if planes.column_scale is None:
-                planes = replace(planes, column_scale=self.input_scale(slot))
-            codes.decode(planes, out.dtype, out=target)
+            down = 1 < self.parts == part + 1
+            factors = self.output_scale(slot) if down else self.input_scale(slot)
+            hadamard.restored(self.part(slot, part, above), factors, target)
 
     def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
         """What the inputs of rows along them are multiplied by, fp32 [columns]; it lies in the slot of `unit`."""
-        return _column_scale(slot, self._scales_end, self.columns) if self.inputs else None
+        return _factors(slot, self._scales_end, self.columns) if self.inputs else None
+
+    def output_scale(self, slot: torch.Tensor) -> torch.Tensor:
+        """What the outputs of a bundle's last part, the down matrix, are multiplied by, likewise."""
+        own = codes.factor_bytes(self.columns) if self.inputs else 0
+        return _factors(slot, self._scales_end + own, self.columns)
 
     @property
     def _scales_end(self) -> int:
         return self.scale_at + self.rows * self.parts * codes.scale_row_bytes(self.columns, self.group)
 
     def part(self, slot: torch.Tensor, part: int, above: Sequence[torch.Tensor] = ()) -> codes.Planes:
-        """The planes of one of the unit's matrices, where they lie; scales of inputs are left to who has the inputs.
+        """The planes of one of the unit's matrices, where they lie: rows as `hadamard.stored` says.
 
         Args:
             slot: of `unit`.
@@ -118,11 +122,7 @@ class PlaneWeight:
             cut.append(self._rows(where, at, width)[:, part])
         width = codes.scale_row_bytes(self.columns, self.group)
         scales = self._rows(slot, self.scale_at, width)[:, part].view(torch.float16).reshape(self.rows, -1, 2)
-        factors = None
-        if 1 < self.parts == part + 1:
-            own = codes.column_scale_bytes(self.columns) if self.inputs else 0
-            factors = _column_scale(slot, self._scales_end + own, self.columns)
-        return codes.Planes(tuple(cut), scales, self.columns, self.group, column_scale=factors)
+        return codes.Planes(tuple(cut), scales, self.columns, self.group)
 
     def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
         nbytes = self.rows * self.parts * width
@@ -175,19 +175,19 @@ class NeuronBlock:
         """The scales in the first unit's slot: bytes [neurons, parts, bytes of a row's scales]."""
         return self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))
 
-    def column_scale(self, slot: torch.Tensor) -> torch.Tensor:
+    def output_scale(self, slot: torch.Tensor) -> torch.Tensor:
         """What the outputs of the outward matrix are multiplied by, in the first unit's slot: fp32 [columns]."""
-        own = codes.column_scale_bytes(self.columns) if self.inputs else 0
-        return _column_scale(slot, self._scales_end + own, self.columns)
+        own = codes.factor_bytes(self.columns) if self.inputs else 0
+        return _factors(slot, self._scales_end + own, self.columns)
 
     def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
         """What the inputs of the inward matrices are multiplied by, likewise."""
-        return _column_scale(slot, self._scales_end, self.columns) if self.inputs else None
+        return _factors(slot, self._scales_end, self.columns) if self.inputs else None
 
     @property
     def factor_bytes(self) -> int:
         """Of both."""
-        return codes.column_scale_bytes(self.columns) * (2 if self.inputs else 1)
+        return codes.factor_bytes(self.columns) * (2 if self.inputs else 1)
 
     @property
     def _scales_end(self) -> int:
@@ -217,8 +217,8 @@ class NeuronWeight:
         return (self.unit,)
 
 
-def _column_scale(slot: torch.Tensor, at: int, columns: int) -> torch.Tensor:
-    return slot[at : at + codes.column_scale_bytes(columns)].view(torch.float32)
+def _factors(slot: torch.Tensor, at: int, columns: int) -> torch.Tensor:
+    return slot[at : at + codes.factor_bytes(columns)].view(torch.float32)
 
 
 Weight = PlainWeight | PlaneWeight | NeuronWeight

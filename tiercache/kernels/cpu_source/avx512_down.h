@@ -368,7 +368,7 @@ INLINE void many_down(const Matrix *m, int planes, int group, const Input *x, co
         for (int t = 0; t < tokens; t++)
             for (int32_t i = 0; i < width; i++) {
                 const int64_t column = begin + i;
-                out[(token + t) * stride + column] += sums[t][i] * scale_of(m, column);
+                out[(token + t) * stride + column] += sums[t][i];
             }
     }
 }

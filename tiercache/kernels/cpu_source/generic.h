@@ -138,7 +138,7 @@ static void generic_down(const Matrix *m, const Input *x, const Shape *s, int32_
         for (int32_t t = 0; t < x->tokens; t++)
             for (int32_t i = 0; i < s->part; i++) {
                 const int32_t column = column_of(s, p, i);
-                if (column < m->columns) out[t * stride + column] += sums[t][i] * scale_of(m, column);
+                if (column < m->columns) out[t * stride + column] += sums[t][i];
             }
     }
 }

@@ -182,7 +182,7 @@ static void add_slices(void *context, int64_t item) {
         float *out = job->out + t * job->stride;
         for (int64_t slice = 0; slice * SLICE < job->matrix->rows; slice++) {
             const float *from = job->slices + slice * size + t * columns;
-            for (int64_t i = first; i < last; i++) out[i] += from[i] * scale_of(job->matrix, i);
+            for (int64_t i = first; i < last; i++) out[i] += from[i];
         }
     }
 }
@@ -216,7 +216,7 @@ EXPORT int64_t tc_down_scratch(int64_t rows, int32_t columns, int32_t tokens) {
     return tokens > FEW ? 0 : (rows + SLICE - 1) / SLICE * tokens * columns;
 }
 
-/* out[t * stride + c] += (sum over rows i of x[t][i] * matrix[i][c]) * the column's scale. */
+/* out[t * stride + c] += sum over rows i of x[t][i] * matrix[i][c]. */
 EXPORT void tc_product_down(const Matrix *m, const Input *x, float *scratch, float *out, int64_t stride,
                             const Team *team) {
     Job job = job_of(m, x->tokens, 0, NULL, out, stride);
@@ -278,6 +278,46 @@ EXPORT void tc_ffn(const Matrix *inward, const Matrix *down, int32_t kind, int32
     share(&some, gate_token, &gating, tokens);
     const Input input = {scratch, rows, 0, tokens};
     tc_product_down(down, &input, scratch + 3 * tokens * rows, out, stride, team);
+}
+
+typedef struct {
+    const Input *x;
+    const float *before, *after; /* [columns], or NULL for ones */
+    float *out;                  /* [tokens][columns] */
+    int32_t columns;
+} Transform;
+
+enum { TURN = 64 };
+
+/* 64 numbers times H / 8; the order of the sums is that of tiercache/hadamard.py. */
+static void transform_block(float *v) {
+    for (int32_t apart = 1; apart < TURN; apart *= 2)
+        for (int32_t first = 0; first < TURN; first += 2 * apart)
+            for (int32_t i = first; i < first + apart; i++) {
+                const float a = v[i], b = v[i + apart];
+                v[i] = a + b, v[i + apart] = a - b;
+            }
+    for (int32_t i = 0; i < TURN; i++) v[i] *= 0.125f;
+}
+
+static void transform_token(void *context, int64_t token) {
+    const Transform *job = context;
+    float *out = job->out + token * job->columns;
+    load_row(job->x, token, 0, job->columns, out);
+    if (job->before)
+        for (int32_t i = 0; i < job->columns; i++) out[i] *= job->before[i];
+    for (int32_t first = 0; first + TURN <= job->columns; first += TURN) transform_block(out + first);
+    if (job->after)
+        for (int32_t i = 0; i < job->columns; i++) out[i] *= job->after[i];
+}
+
+/* out = the Hadamard transform of x times `before`, times `after`. */
+EXPORT void tc_hadamard(const Input *x, int32_t columns, const float *before, const float *after, float *out,
+                        const Team *team) {
+    Transform job = {x, before, after, out, columns};
+    Team alone = *team;
+    if ((int64_t)x->tokens * columns < 1 << 15) alone.threads = 1; /* waking a thread takes as long */
+    share(&alone, transform_token, &job, x->tokens);
 }
 
 typedef struct {

@@ -20,8 +20,7 @@
  * X = largest |x| of the block and Z = its largest step in the group,
  *     q = round((x / X) * (step * 32639 / Z)),
  *     sum += S * (X * (Z * unit / 32639)) + (sum of x * lo + (sum of x * step) * middle)
- * Neurons are summed in slices of 512, each from zero. The slices' sums are added to the output in their order, each
- * times its column's scale first, rounded, where the matrix has column scales.
+ * Neurons are summed in slices of 512, each from zero. The slices' sums are added to the output in their order.
  */
 #ifndef TIERCACHE_PLANES_H
 #define TIERCACHE_PLANES_H
@@ -49,7 +48,6 @@ typedef struct {
     int32_t columns, group, planes;
     int32_t parts;                        /* 2: row i is part i % 2 of stored row i / 2; else 1 */
     int64_t plane_part[3], scale_part;    /* bytes from a part to the next */
-    const float *column_scale;            /* what the columns are multiplied by, or NULL; for product_down only */
 } Matrix;
 
 typedef struct {
@@ -148,11 +146,6 @@ static inline const uint8_t *row_of(const Matrix *m, int32_t plane, int64_t i) {
     const int64_t part = m->parts == 2 ? i & 1 : 0;
     if (plane == 3) return m->scale + at * m->scale_stride + part * m->scale_part;
     return m->plane[plane] + at * m->plane_stride[plane] + part * m->plane_part[plane];
-}
-
-/* What the sums of a column are multiplied by. */
-static inline float scale_of(const Matrix *m, int64_t column) {
-    return m->column_scale ? m->column_scale[column] : 1.0f;
 }
 
 /* What `prepare` leaves: q as two bytes or one 16-bit number (the same size), scales and offsets. */

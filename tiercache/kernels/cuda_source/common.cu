@@ -44,7 +44,6 @@ KERNEL(prepare, PrepareArguments) { prepare_kernel(a); }
 
 struct SumArguments {
     const float *partial;      /* [slices, padded tokens, padded columns] */
-    const float *column_scale; /* [columns], powers of two, or null for ones */
     float *out;                /* [tokens, columns] */
     long long out_pitch;
     int slices, padded_tokens, padded_columns, columns;
@@ -56,8 +55,43 @@ KERNEL(sum, SumArguments) {
     float total = 0.0f;
     for (int s = 0; s < a.slices; ++s)
         total += a.partial[((long long)s * a.padded_tokens + token) * a.padded_columns + column];
-    if (a.column_scale) total = __fmul_rn(total, a.column_scale[column]); /* not fused with the sum */
     a.out[token * a.out_pitch + column] += total;
+}
+
+struct HadamardArguments {
+    const byte *x;
+    long long pitch, stride;      /* elements from token to token, from column to column */
+    const float *before, *after;  /* [columns], or null for ones */
+    float *out;                   /* [tokens, columns] */
+    int kind, columns;            /* 0 fp32, 1 fp16, 2 bf16 */
+};
+
+/* 64 columns of one token a block; the order of the sums is that of tiercache/hadamard.py. */
+KERNEL(hadamard, HadamardArguments) {
+    SHARED(float, v);
+    const int i = threadIdx.x, column = blockIdx.x * 64 + i, token = blockIdx.y;
+    const bool whole = (int)(blockIdx.x + 1) * 64 <= a.columns;
+    const long long at = token * a.pitch + column * a.stride;
+    float mine = 0.0f;
+    if (column < a.columns) {
+        if (a.kind == 0) {
+            mine = ((const float *)a.x)[at];
+        } else {
+            const half_bits bits = ((const half_bits *)a.x)[at];
+            mine = a.kind == 1 ? half_to_float(bits) : __int_as_float((int)((unsigned)bits << 16));
+        }
+        if (a.before) mine = __fmul_rn(mine, a.before[column]); /* not fused with the sum */
+    }
+    for (int apart = 1; apart < 64; apart *= 2) {
+        v[i] = mine;
+        __syncthreads();
+        const float other = v[i ^ apart];
+        mine = whole ? (i & apart ? other - mine : mine + other) : mine;
+        __syncthreads();
+    }
+    if (column >= a.columns) return;
+    if (whole) mine *= 0.125f;
+    a.out[(long long)token * a.columns + column] = a.after ? __fmul_rn(mine, a.after[column]) : mine;
 }
 
 enum { MOST_PIECES = 16 };

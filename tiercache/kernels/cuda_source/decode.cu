@@ -4,7 +4,6 @@
 struct DecodeArguments {
     Matrix matrix;
     RowLists rows;
-    const float *column_scale; /* [columns], or null */
     float *out;                /* [count, padded columns] */
     int columns, count;
 };
@@ -16,7 +15,6 @@ static __device__ __forceinline__ void decoded(const DecodeArguments &a, unsigne
 #pragma unroll
     for (int k = 0; k < 4; ++k) { /* step times the bracket has at most 20 bits: the fused sum rounds as two do */
         w[k] = fmaf(step, fmaf(UNIT, w[k], OFFSET), lo);
-        if (a.column_scale && column + k < a.columns) w[k] *= a.column_scale[column + k];
     }
     *(float4 *)(row + column) = make_float4(w[0], w[1], w[2], w[3]);
 }
