@@ -23,6 +23,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import save_file
+from test_calibrate import with_tokenizer
 
 from profiler import probe
 from tiercache import skeleton
@@ -56,13 +57,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def unbroken(model: Path, compress: str) -> Path:
+def unbroken(model: Path, compress: str, tune: int = 0) -> Path:
     """A conversion that ran through, beside the model; made once."""
-    store = model.with_name(f"unbroken-{compress}")
+    store = model.with_name(f"unbroken-{compress}-{tune}")
     if not store.exists():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the children: sums of products depend on it
-        convert(model, store, compress=compress, tokens=TOKENS)
+        convert(model, store, compress=compress, tokens=TOKENS, tune=tune)
         torch.set_num_threads(threads)
     return store
 
@@ -96,10 +97,10 @@ def check_between(store: Path) -> None:
 # ---------------------------------------------------------------- at random moments
 
 
-def _convert_and_tell(pipe: Connection, model: Path, store: Path, compress: str) -> None:
+def _convert_and_tell(pipe: Connection, model: Path, store: Path, compress: str, tune: int) -> None:
     torch.set_num_threads(1)
     pipe.send("begin")
-    pipe.send(convert(model, store, compress=compress, tokens=TOKENS).resumed_bytes)
+    pipe.send(convert(model, store, compress=compress, tokens=TOKENS, tune=tune).resumed_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +109,22 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shutil.copytree(PICO, tmp_path_factory.mktemp("pico") / "model")
 
 
-@pytest.mark.parametrize(("name", "compress"), [("deep", "off"), ("deep", "on"), ("pico", "off")])
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller one, whose rounding is learned besides: steps take most of the time."""
+    return with_tokenizer(checkpoint("llama"), tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "compress", "tune"), [("deep", "off", 0), ("deep", "on", 0), ("pico", "off", 0), ("tiny", "off", 40)]
+)
 def test_killed_at_twenty_random_moments(
-    request: pytest.FixtureRequest, tmp_path: Path, start_child: StartChild, name: str, compress: str
+    request: pytest.FixtureRequest, tmp_path: Path, start_child: StartChild, name: str, compress: str, tune: int
 ) -> None:
     deep = request.getfixturevalue(name)
-    reference = fingerprint(unbroken(deep, compress))
+    reference = fingerprint(unbroken(deep, compress, tune))
     rng = random.Random(compress)
-    process, pipe = start_child(_convert_and_tell, deep, tmp_path / "timed", compress)
+    process, pipe = start_child(_convert_and_tell, deep, tmp_path / "timed", compress, tune)
     assert pipe.recv() == "begin"
     begin = time.perf_counter()
     pipe.recv()
@@ -128,7 +137,7 @@ def test_killed_at_twenty_random_moments(
         stores += 1
         done, tries = False, 0
         while not done:
-            process, pipe = start_child(_convert_and_tell, deep, store, compress)
+            process, pipe = start_child(_convert_and_tell, deep, store, compress, tune)
             assert pipe.recv() == "begin"
             tries += 1  # each try lives longer, so that a slow machine too comes to a layer that is done
             if done := pipe.poll(rng.uniform(0, whole_s * (0.5 + tries / 4))):

@@ -239,6 +239,15 @@ def pack(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([upper.flatten(1), middle.flatten(1)], dim=1), lower.flatten(1), _pack(c, 4).flatten(1)
 
 
+def unpack(planes: Planes) -> tuple[Tensor, Tensor]:
+    """Codes of a matrix held whole: h and c, uint8 [rows, columns]."""
+    whole = slice(0, planes.rows), slice(0, planes.scales.shape[1])
+    top, low, c = (
+        _unpack(packed, bits).view(planes.rows, -1)[:, : planes.columns] for packed, bits, _ in _fields(planes, *whole)
+    )
+    return 4 * top + low, c
+
+
 def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weights [rows, columns] at the rung held, in `dtype`; written into `out` (any strides) when given.
 

@@ -22,6 +22,9 @@ def convert_command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = CALIBRATION_TOKENS,
     plain: Annotated[bool, typer.Option("--plain", help="Round each weight by itself: fast, less exact.")] = False,
+    tune: Annotated[
+        int, typer.Option(metavar="STEPS", help="Also learn the rounding of each layer in so many steps; slow.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take; write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
     as_json: Json = False,
@@ -33,7 +36,7 @@ def convert_command(
     partial = store.expanduser().with_name(store.name + ".partial")
     try:
         options: dict[str, Any] = {"group": group, "compress": compress, "dry_run": dry_run, "restart": restart}
-        options |= {"calibrate": calibrate, "tokens": tokens, "plain": plain}
+        options |= {"calibrate": calibrate, "tokens": tokens, "plain": plain, "tune": tune}
         report = convert(checkpoint, store, **options, show_progress=progress(as_json, quiet))
     except KeyboardInterrupt:
         if partial.exists():

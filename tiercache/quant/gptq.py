@@ -33,7 +33,10 @@ _SIZES = (1e-2, 1e2)  # an input's root mean square over the mean one: bounds sc
 STATES = 3  # int3, int4 and int8, in the order of `planes.choose`
 REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
-CHUNK_WEIGHTS = 16 << 20  # of a matrix at a time: bounds the states to 200 MB
+CHUNK_WEIGHTS = 4 << 20  # of a matrix at a time
+CHUNK_BYTES = 84
+"""Memory for each weight of a chunk, measured: three states, what is made of them, how far off it is, and its slopes."""
+
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tiercache import skeleton
 from tiercache.errors import StoreError, UnsupportedModelError
+from tiercache.quant.tune import Layer
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
@@ -51,13 +52,18 @@ class Walk:
         windows: token ids, int64 [windows, tokens].
         reader: reads weights.
         folder: where hidden states are kept between two layers.
+        looks_back: keep the hidden states before a layer in memory too, for `passed`.
 
     Raises:
         UnsupportedModelError: the model has no list of decoder layers, or calls them in a way that cannot be repeated.
     """
 
-    def __init__(self, source: Source, windows: Tensor, reader: Reader, folder: Path) -> None:
+    def __init__(
+        self, source: Source, windows: Tensor, reader: Reader, folder: Path, *, looks_back: bool = False
+    ) -> None:
         self._source, self._windows, self._reader, self._folder = source, windows, reader, folder
+        self._looks_back = looks_back
+        self._before: Tensor | None = None  # the hidden states before the last layer
         self._model = skeleton.build(source.config, torch.float32)
         found = skeleton.matrices(self._model)
         self._layers = _layers(self._model, [matrix.module for matrix in found if matrix.layer is not None])
@@ -93,6 +99,8 @@ class Walk:
         name, module = self._layers[self._at]
         call, hidden = self._calls[self._at], self._hidden
         assert hidden is not None
+        self._before = None  # gone before there is another
+        self._before = hidden.clone() if self._looks_back else None
         sums: Hessians = {}
         with self._weights(name), _listening(self._model, name, self._modules, sums):
             for place, window in enumerate(hidden):
@@ -100,6 +108,22 @@ class Walk:
                 hidden[place] = (made[0] if call.in_tuple else made)[0]
         self._at += 1
         return sums
+
+    @contextmanager
+    def passed(self) -> Iterator[tuple[str, Layer]]:
+        """Name of the layer that the text was just taken through, and the layer, its parameters in memory."""
+        name, module = self._layers[self._at - 1]
+        call, before, after = self._calls[self._at - 1], self._before, self._hidden
+        assert before is not None
+        assert after is not None
+
+        def forward(weights: dict[str, Tensor], window: Tensor) -> Tensor:
+            given = (window[None], *call.arguments)
+            made = torch.func.functional_call(module, weights, given, call.keywords)
+            return (made[0] if call.in_tuple else made)[0]  # type: ignore[no-any-return]
+
+        with self._weights(name):
+            yield name, Layer(dict(module.named_parameters()), forward, before, after)
 
     def head(self) -> Tensor:
         """After the last layer: sum of x x^T of what goes into the head."""

@@ -1,8 +1,8 @@
 """Makes a plane store from a checkpoint: streaming, resumable, published at once when complete.
 
 Codes are calibrated where the checkpoint brings a tokenizer: a text goes through the model layer by layer, as the
-layers are converted (`store.activations`, `quant.gptq`). Otherwise, or where it is asked for, each weight is rounded by
-itself.
+layers are converted (`store.activations`, `quant.gptq`), and where it is asked for their rounding is learned besides
+(`quant.tune`). Otherwise, or where it is asked for, each weight is rounded by itself.
 
 The store grows in `<store>.partial`, layer by layer: a layer's bytes are on disk before the journal (LMDB, one
 transaction per layer) says so, so that a conversion killed at any moment goes on behind the last whole layer and
@@ -23,16 +23,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from profiler import probe
 from tiercache import planes as codes
 from tiercache.config import CALIBRATION_TOKENS, human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
 from tiercache.quant.corpus import Corpus
-from tiercache.quant.gptq import LayerMoments
-from tiercache.store import activations, catalog, encode, estimate, layout
+from tiercache.quant.tune import check
+from tiercache.store import activations, catalog, encode, estimate, layers, layout
 from tiercache.store.activations import Walk
 from tiercache.store.catalog import Extent, Record
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
@@ -90,6 +88,7 @@ def convert(
     calibrate: str | Path | None = None,
     tokens: int = CALIBRATION_TOKENS,
     plain: bool = False,
+    tune: int = 0,
     dry_run: bool = False,
     restart: bool = False,
     show_progress: bool | None = None,
@@ -105,6 +104,7 @@ def convert(
             rounding errors; None for the package's own text, if the checkpoint brings a tokenizer.
         tokens: how many of it, at most.
         plain: round each weight by itself instead.
+        tune: steps of learned rounding that each layer takes besides; 0 for none. For who has a night.
         dry_run: only say what it would take.
         restart: throw away what an interrupted conversion left.
         show_progress: draw a bar on standard error; None means where that is a terminal.
@@ -120,9 +120,11 @@ def convert(
         raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, codes.GROUPS))}")
     if plain and calibrate is not None:
         raise UsageError("a calibration text and plain rounding exclude each other; leave one of the two out")
+    if tune < 0 or (tune and plain):
+        raise UsageError(f"tune={tune} steps: give 0 or more, and none with plain rounding, which nothing is tuned by")
     source = Source.open(checkpoint)
-    corpus = None if plain else _corpus(source, calibrate, tokens, show_progress)
-    job = _Conversion(source, Path(store).expanduser(), group, compress, corpus)
+    corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
+    job = _Conversion(source, Path(store).expanduser(), group, compress, corpus, tune)
     if dry_run:
         return job.estimate()
     if job.already_done():
@@ -131,9 +133,11 @@ def convert(
 
 
 class _Conversion:
-    def __init__(self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None) -> None:
+    def __init__(
+        self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None, tune: int
+    ) -> None:
         self.source, self.store, self.group, self.compress = source, store, group, compress
-        self.corpus = corpus
+        self.corpus, self.tune = corpus, tune
         self.partial = store.with_name(store.name + ".partial")
         self.units = layout.plan(source, group, scaled=corpus is not None)
         self.meta: dict[str, Any] = {
@@ -144,7 +148,7 @@ class _Conversion:
             "group": group,
             "plane_bits": list(codes.PLANE_BITS),
             "compress": compress,
-            "calibration": ROUNDING if corpus is None else corpus.describe(),
+            "calibration": ROUNDING if corpus is None else corpus.describe() | ({"tune": tune} if tune else {}),
             "units": len(self.units),
             "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._copied()},
         }
@@ -182,8 +186,8 @@ class _Conversion:
             return {}
         tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
         return {
-            "calibrating_s": estimate.seconds(self.units, tokens, estimate.Rates.measure()),
-            "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window),
+            "calibrating_s": estimate.seconds(self.units, tokens, window, self.tune, estimate.Rates.measure()),
+            "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window, tuned=self.tune > 0),
         }
 
     def run(self, *, restart: bool, show_progress: bool | None) -> Report:
@@ -235,34 +239,25 @@ class _Conversion:
         self, writer: Writer, records: list[Record], reader: Reader, journal: Any, advance: Advance
     ) -> None:
         todo = self.units[len(records) :]
-        walk = self._walk(todo, reader)
-        for (layer, dense), units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
+        quantiser = layers.Quantiser(self.source, self.group, reader, self._walk(todo, reader), self.tune)
+        for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
             first, some = len(records), list(units)
-            moments = None
-            if walk is not None and not dense:
-                found = walk.layer() if layer is not None else _of_head(walk, some)
-                moments = LayerMoments(found, scaled=some[0].scaled)
-            for unit in some:
-                blocks = encode.blocks(unit, self.source, reader, self.group, moments)
+            for unit, blocks, inputs in quantiser.blocks(some):
                 record = writer.write(unit, self.source.tensors, blocks)
-                if moments is not None and unit.scaled:
-                    record = replace(record, inputs=moments.digest(unit.members[0].module))
-                records.append(record)
+                records.append(replace(record, inputs=inputs))
                 advance(encode.weight_bytes(unit, self.source))
             writer.sync()
-            if walk is not None and layer is not None:
-                walk.keep()
+            quantiser.keep()
             with journal.begin(write=True) as transaction:
                 for index in range(first, len(records)):
                     catalog.put_record(transaction, index, records[index])
-            if walk is not None:
-                walk.forget(upto=walk.at)
+            quantiser.forget()
 
     def _walk(self, todo: list[UnitPlan], reader: Reader) -> Walk | None:
         """The calibration text on its way, before the first layer that is left; None where none is needed any more."""
         if self.corpus is None or todo[:1] == [] or todo[0].dense:
             return None
-        walk = Walk(self.source, self.corpus.windows, reader, self.partial)
+        walk = Walk(self.source, self.corpus.windows, reader, self.partial, looks_back=self.tune > 0)
         walk.resume(walk.layers if todo[0].layer is None else todo[0].layer)
         return walk
 
@@ -295,8 +290,9 @@ class _Conversion:
         """Say what calibrating will take, before it begins."""
         if self.corpus is not None:
             minutes = max(1, round(expected.calibrating_s / 60))
+            steps = f", and tuning in {self.tune} steps a layer," if self.tune else ""
             note(
-                f"calibrating on {self.corpus.windows.numel()} tokens: some {minutes} min and up to "
+                f"calibrating{steps} on {self.corpus.windows.numel()} tokens: some {minutes} min and up to "
                 f"{human(expected.calibrating_bytes)} of memory (tiercache convert --plain rounds instead)",
                 show=show,
             )
@@ -340,21 +336,20 @@ class _Conversion:
         return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
 
-def _corpus(source: Source, text: str | Path | None, tokens: int, show: bool | None) -> Corpus | None:
+def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, show: bool | None) -> Corpus | None:
     """The calibration text; None, with a note, where no text was named and there is no tokenizer for the own one."""
     try:
-        return Corpus.read(None if text is None else Path(text).expanduser(), source.folder, source.config, tokens)
+        found = Corpus.read(None if text is None else Path(text).expanduser(), source.folder, source.config, tokens)
     except StoreError as error:
+        if tune:
+            raise UsageError(f"rounding cannot be tuned without a text: {error}") from error
         if text is not None:
             raise
         note(f"codes are rounded and not calibrated: {error}", show=show)
         return None
-
-
-def _of_head(walk: Walk, units: list[UnitPlan]) -> dict[str, Tensor]:
-    """The moments of the head's inputs, by the name of its module."""
-    hessian = walk.head()
-    return {member.module: hessian for unit in units for member in unit.members}
+    if tune:
+        check(len(found.windows))
+    return found
 
 
 def _discard_unborn(journal: Path) -> None:

@@ -6,7 +6,7 @@ Knows nothing of where the bytes go.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,48 +34,81 @@ def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
     return weight.view(torch.from_numpy(slot))
 
 
-def blocks(
-    unit: UnitPlan, source: Source, reader: Reader, group: int, moments: LayerMoments | None = None
-) -> Iterator[dict[str, Buffer]]:
-    """The unit's bytes for each file, in order, in blocks of whole rows; then scales of inputs and down's outputs.
+def blocks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterator[dict[str, Buffer]]:
+    """The unit's bytes for each file, in order, in blocks of whole rows; then the scales of down's outputs.
+
+    Each weight is rounded by itself.
 
     Args:
         unit: what to encode.
         source: the checkpoint.
         reader: reads it.
         group: weights that share scales.
-        moments: of the modules' inputs, where codes are calibrated; None rounds each weight by itself.
     """
-    tensors = {name: load(reader, source.tensors[name]) for name in dict.fromkeys(p.parameter for p in unit.parts)}
     if unit.dense:
-        (tensor,) = tensors.values()
-        (name,) = unit.sizes
-        yield {name: tensor.flatten().view(torch.uint8).numpy()}
+        (part,), (name,) = unit.parts, unit.sizes
+        yield {name: load(reader, source.tensors[part.parameter]).flatten().view(torch.uint8).numpy()}
         return
+    parts, factors = _stored(unit, source, reader)
+    for some in _slices(unit):
+        made = [_rounded(unit, n, part[some], some.start, group, factors) for n, part in enumerate(parts)]
+        yield _side_by_side(made)
+    if factors is not None:
+        yield _factors(factors)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One matrix of a unit.
+
+    Attributes:
+        planes: as `hadamard.stored` says.
+        factors: of its columns, fp32; None for ones.
+    """
+
+    planes: codes.Planes
+    factors: torch.Tensor | None
+
+
+def calibrated(unit: UnitPlan, source: Source, reader: Reader, group: int, moments: LayerMoments) -> list[Coded]:
+    """The codes of the unit's parts.
+
+    Args:
+        unit, source, reader, group: see `blocks`.
+        moments: of the modules' inputs.
+    """
+    parts, factors = _stored(unit, source, reader)
+    return [_calibrated(unit, n, part, group, moments, factors) for n, part in enumerate(parts)]
+
+
+def blocks_of(unit: UnitPlan, parts: list[Coded]) -> Iterator[dict[str, Buffer]]:
+    """As `blocks`, of parts that are calibrated; factors of the unit's inputs, if it has some, lie before down's."""
+    whole = [part.planes for part in parts]
+    for some in _slices(unit):
+        yield _side_by_side(
+            [replace(one, planes=tuple(p[some] for p in one.planes), scales=one.scales[some]) for one in whole]
+        )
+    if unit.scaled:
+        yield _factors(parts[0].factors)
+    if len(parts) > 1:
+        yield _factors(parts[-1].factors)
+
+
+def _stored(unit: UnitPlan, source: Source, reader: Reader) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """The unit's parts as they will lie, and the factors of the last's columns, if it is a down matrix."""
+    tensors = {name: load(reader, source.tensors[name]) for name in dict.fromkeys(p.parameter for p in unit.parts)}
     parts = []
     for part in unit.parts:
         stored = tensors[part.parameter].T if part.transposed else tensors[part.parameter]
         parts.append(stored[part.first : part.first + unit.rows])
-    down = len(parts) - 1 if len(parts) > 1 else None  # its columns are outputs, with scales of their own
-    factors = None if down is None else _factors(parts[down])
-    step = max(1, _BLOCK_WEIGHTS // (unit.columns * len(parts)))
-    whole = None
-    if moments is not None:
-        whole = [_calibrated(unit, n, part, group, moments, factors) for n, part in enumerate(parts)]
+    return parts, _of_outputs(parts[-1]) if len(parts) > 1 else None
+
+
+def _slices(unit: UnitPlan) -> Iterator[slice]:
+    """Rows that are encoded together."""
+    step = max(1, _BLOCK_WEIGHTS // (unit.columns * len(unit.parts)))
     for low in range(0, unit.rows, step):
-        some = slice(low, min(unit.rows, low + step))
-        if whole is not None:
-            made = [replace(one, planes=tuple(p[some] for p in one.planes), scales=one.scales[some]) for one in whole]
-        else:
-            made = [_rounded(unit, n, part[some], low, group, factors) for n, part in enumerate(parts)]
-        yield _side_by_side(made)
-    if unit.scaled:
-        assert moments is not None
-        inputs = moments.of(unit.members[0].module, group).scale
-        assert inputs is not None
-        yield {SCALE_FILE: _flat(inputs.view(torch.uint8))}
-    if factors is not None:
-        yield {SCALE_FILE: _flat(factors.view(torch.uint8))}
+        yield slice(low, min(unit.rows, low + step))
 
 
 def _rounded(
@@ -94,12 +127,13 @@ def _calibrated(
     group: int,
     moments: LayerMoments,
     factors: torch.Tensor | None,
-) -> codes.Planes:
+) -> Coded:
     module = next(member.module for member in unit.members if place in member.own)
     with _named(unit.parts[place]):
         if factors is not None and place == len(unit.parts) - 1:
-            return gptq.quantize_columns(stored, moments.of(module, None), group, factors)
-        return gptq.quantize_rows(stored, moments.of(module, group), group)
+            return Coded(gptq.quantize_columns(stored, moments.of(module, None), group, factors), factors)
+        inputs = moments.of(module, group)
+        return Coded(gptq.quantize_rows(stored, inputs, group), inputs.scale)
 
 
 @contextmanager
@@ -112,7 +146,7 @@ def _named(part: Part) -> Iterator[None]:
         raise QuantizationError(f"{part.parameter}{turned}: {error}") from error
 
 
-def _factors(stored: torch.Tensor) -> torch.Tensor:
+def _of_outputs(stored: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each column, fp32; 1 where it is zero, so that nothing is divided by it.
 
     What is not finite is left to the encoder, which says where it stands.
@@ -128,6 +162,11 @@ def _side_by_side(parts: list[codes.Planes]) -> dict[str, Buffer]:
         files[name] = _flat(torch.stack([one.planes[plane] for one in parts], dim=1))
     files[SCALE_FILE] = _flat(torch.stack([one.scales for one in parts], dim=1).view(torch.uint8))
     return files
+
+
+def _factors(factors: torch.Tensor | None) -> dict[str, Buffer]:
+    assert factors is not None
+    return {SCALE_FILE: _flat(factors.view(torch.uint8))}
 
 
 def _flat(tensor: torch.Tensor) -> Buffer:

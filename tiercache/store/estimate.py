@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from tiercache.planes import choose
-from tiercache.quant.gptq import CHUNK_WEIGHTS, REFINEMENTS, STATES, threads
+from tiercache.quant import tune
+from tiercache.quant.gptq import CHUNK_BYTES, CHUNK_WEIGHTS, REFINEMENTS, STATES, threads
 from tiercache.store.layout import UnitPlan
 
 _FP32 = 4
@@ -48,9 +49,18 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(taken[1:])
 
 
-def seconds(units: Iterable[UnitPlan], tokens: int, rates: Rates) -> float:
-    """How long taking `tokens` through the units and choosing their codes takes; reading and writing left out."""
+def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: Rates) -> float:
+    """How long taking a text through the units and choosing their codes takes; reading and writing left out.
+
+    Args:
+        units: of the model.
+        tokens: of the text.
+        window: tokens of a pass.
+        steps: of learned rounding in each layer.
+        rates: of this machine.
+    """
     flops = codes = 0.0
+    learned = len(tune.LEARNED) * tune.passes(tokens // window, steps) * window
     seen: set[tuple[int | None, int]] = set()
     for unit in units:
         for outputs, inputs in _matrices(unit):
@@ -59,28 +69,33 @@ def seconds(units: Iterable[UnitPlan], tokens: int, rates: Rates) -> float:
             passes = 1 + 2 * (1 + REFINEMENTS)  # GPTQ's errors reach half of the inputs, a refinement's all of them
             flops += passes * STATES * weights * inputs
             codes += (1 + REFINEMENTS) * weights
+            if unit.layer is not None:
+                flops += 2 * weights * learned
             if (unit.layer, inputs) not in seen:  # q, k and v have one Hessian, gate and up another
                 seen.add((unit.layer, inputs))
                 flops += 2 * inputs**2 * tokens + 4 / 3 * inputs**3
     return flops / rates.flops + codes / rates.codes
 
 
-def memory_bytes(units: Iterable[UnitPlan], tokens: int, window: int) -> int:
+def memory_bytes(units: Iterable[UnitPlan], tokens: int, window: int, *, tuned: bool = False) -> int:
     """The most memory that a calibrated conversion takes: the larger of a layer's pass and of one of its matrices.
 
     Args:
         units: of the model.
         tokens: of the calibration text.
         window: tokens of a pass.
+        tuned: rounding is learned besides.
     """
     layers: dict[int | None, list[UnitPlan]] = {}
     for unit in units:
         if not unit.dense:
             layers.setdefault(unit.layer, []).append(unit)
-    return max((_layer_bytes(some, tokens, window) for some in layers.values()), default=0)
+    return max(
+        (_layer_bytes(some, tokens, window, tuned and layer is not None) for layer, some in layers.items()), default=0
+    )
 
 
-def _layer_bytes(units: list[UnitPlan], tokens: int, window: int) -> int:
+def _layer_bytes(units: list[UnitPlan], tokens: int, window: int, tuned: bool) -> int:
     matrices = [shape for unit in units for shape in _matrices(unit)]
     width = min(inputs for _, inputs in matrices)  # of the hidden states
     hessians = _FP32 * sum(inputs**2 for inputs in {inputs for _, inputs in matrices})
@@ -88,13 +103,18 @@ def _layer_bytes(units: list[UnitPlan], tokens: int, window: int) -> int:
     activations = 2 * _FP32 * window * sum({outputs for outputs, _ in matrices} | {inputs for _, inputs in matrices})
     passing = _FP32 * sum(outputs * inputs for outputs, inputs in matrices) + activations
     quantising = max(_matrix_bytes(unit, outputs, inputs) for unit in units for outputs, inputs in _matrices(unit))
-    return hidden + hessians + max(passing, quantising)
+    if not tuned:
+        return hidden + hessians + max(passing, quantising)
+    weights = sum(outputs * inputs for outputs, inputs in matrices)
+    most = max(outputs * inputs for outputs, inputs in matrices)
+    learning = passing + activations + tune.BYTES * weights + tune.PIECE_BYTES * most
+    return 2 * hidden + max(hessians + passing, hessians + quantising + 2 * weights, learning)
 
 
 def _matrix_bytes(unit: UnitPlan, outputs: int, inputs: int) -> int:
     """The unit's weights and planes, one matrix's codes, its states, and what the inverse Hessian takes in passing."""
     weights = outputs * inputs
-    states = 3 * STATES * _FP32 * min(weights, CHUNK_WEIGHTS)  # what is made, its slopes, and how far off it is
+    states = CHUNK_BYTES * min(weights, CHUNK_WEIGHTS)
     return 4 * unit.rows * unit.columns * len(unit.parts) + 2 * weights + states + 4 * _FP32 * inputs**2
 
 
