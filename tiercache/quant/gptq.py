@@ -35,8 +35,7 @@ REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
 CHUNK_WEIGHTS = 4 << 20  # of a matrix at a time
 CHUNK_BYTES = 84
-"""Memory for each weight of a chunk, measured: three states, what is made of them, how far off it is, and its slopes."""
-
+"""Memory for each weight of a chunk, measured: three states, what is made of them, their errors and their slopes."""
 
 
 @dataclass(frozen=True)

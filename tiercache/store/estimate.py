@@ -6,16 +6,17 @@ Knows planned units and arithmetic; runs a few small samples and none of the mod
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from tiercache.planes import choose
 from tiercache.quant import tune
-from tiercache.quant.gptq import CHUNK_BYTES, CHUNK_WEIGHTS, REFINEMENTS, STATES, threads
+from tiercache.quant.gptq import CHUNK_BYTES, CHUNK_WEIGHTS, REFINEMENTS, STATES, Moments, quantize_rows
 from tiercache.store.layout import UnitPlan
 
 _FP32 = 4
-_SAMPLE = 768  # rows and columns of the matrices, and codes, of a sample: tens of milliseconds
+_SAMPLE = 768  # rows and columns of the matrices of a sample: tens of milliseconds
+_INPUTS, _FEW, _MANY = 128, 64, 2048  # inputs, and outputs, of the two matrices that are quantised as samples
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,26 @@ class Rates:
 
     Attributes:
         flops: floating-point operations of a matrix product, fp32.
-        codes: codes chosen.
+        code_s: seconds for a weight's codes, refinements included, products left out.
+        input_s: seconds for what is done once for each input of a matrix: small operations.
     """
 
     flops: float
-    codes: float
+    code_s: float
+    input_s: float
 
     @classmethod
     def measure(cls) -> "Rates":
-        """Run two small samples, each three times; the fastest counts."""
+        """Run small samples, each three times; the fastest counts."""
         a = torch.rand(_SAMPLE, _SAMPLE)
-        w, zero, one = torch.rand(4 * _SAMPLE) * 190, torch.zeros(()), torch.ones(())
         flops = 2 * _SAMPLE**3 / _fastest(lambda: a @ a)
-        with threads(1):
-            return cls(flops, len(w) / _fastest(lambda: choose(w, w, w, zero, one)))
+        few, many = (_fastest(partial(_quantize, torch.randn(rows, _INPUTS))) for rows in (_FEW, _MANY))
+        code_s = max(0.0, many - few) / ((_MANY - _FEW) * _INPUTS)
+        return cls(flops, code_s, max(0.0, few / _INPUTS - _FEW * code_s))
+
+
+def _quantize(weight: torch.Tensor) -> None:
+    quantize_rows(weight, Moments.of(torch.eye(_INPUTS), 64), 64)
 
 
 def _fastest(work: Callable[[], object]) -> float:
@@ -59,7 +66,7 @@ def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rat
         steps: of learned rounding in each layer.
         rates: of this machine.
     """
-    flops = codes = 0.0
+    flops = choosing = 0.0
     learned = len(tune.LEARNED) * tune.passes(tokens // window, steps) * window
     seen: set[tuple[int | None, int]] = set()
     for unit in units:
@@ -68,13 +75,13 @@ def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rat
             flops += 2 * weights * tokens  # the layer's own product
             passes = 1 + 2 * (1 + REFINEMENTS)  # GPTQ's errors reach half of the inputs, a refinement's all of them
             flops += passes * STATES * weights * inputs
-            codes += (1 + REFINEMENTS) * weights
+            choosing += rates.code_s * weights + rates.input_s * inputs * -(-weights // CHUNK_WEIGHTS)
             if unit.layer is not None:
                 flops += 2 * weights * learned
             if (unit.layer, inputs) not in seen:  # q, k and v have one Hessian, gate and up another
                 seen.add((unit.layer, inputs))
                 flops += 2 * inputs**2 * tokens + 4 / 3 * inputs**3
-    return flops / rates.flops + codes / rates.codes
+    return flops / rates.flops + choosing
 
 
 def memory_bytes(units: Iterable[UnitPlan], tokens: int, window: int, *, tuned: bool = False) -> int:
