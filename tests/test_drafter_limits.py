@@ -31,7 +31,7 @@ def opened(folder: Path, nodes: int, **options: Any) -> Any:
 
 
 def write(model: Any) -> Any:
-    ids = torch.arange(1, 100)[None]
+    ids = torch.randint(0, LARGE.vocabulary, (1, 99), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return model.tiercache.stats()

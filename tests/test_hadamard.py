@@ -1,5 +1,7 @@
 """The Hadamard transform: what it is, its inverse, and that every dialect of the kernels gives the same bits."""
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,3 +83,13 @@ def test_rows_come_back_within_a_bounded_scratch(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(hadamard.restored(coded, factors, torch.empty(70, 200)), whole)
     half = hadamard.restored(coded, factors, torch.empty(200, 70, dtype=torch.bfloat16).T)
     assert torch.equal(half, whole.bfloat16())
+
+
+def test_bytes_of_format_2_are_frozen() -> None:
+    """Stores that are on disks were made so: another digest is another format, and needs another version number."""
+    place = torch.arange(3 * 200).view(3, 200)
+    rows = ((place * 7919) % 2003 - 1001).float() / 1024
+    factors = 0.5 + (torch.arange(200) % 7).float() / 8
+    coded = encode(hadamard.stored(rows, factors), 64)
+    content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in (*coded.planes, coded.scales))
+    assert hashlib.sha256(content).hexdigest() == "f7de3128fc17d9da1ad3e35e5a074cee71e295430231ffd74a98ebb92d96f1c8"

@@ -89,7 +89,7 @@ def test_a_bad_code_is_found() -> None:
     """Of weights that could have the h next to theirs, a quarter has it: learning takes some of them back."""
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(16, 32, 64)
-    planes = encode(weight, 64)
+    planes = encode(stored(weight), 64)
     latent = tune._Latent(Piece("w", 0, False, planes), weight)
     least, most = latent.bounds()
     spoiled = torch.where(torch.rand(48, 64) < 0.25, least + most - latent.h, latent.h).to(torch.uint8)
@@ -209,7 +209,7 @@ def _slot(reader: Reader, unit: Any) -> Tensor:
 
 def test_the_estimate_counts_the_steps() -> None:
     units = layout.plan(Source.open(PICO), 64)
-    rates = estimate.Rates(1e9, 1e9)
+    rates = estimate.Rates(1e9, 1e-9, 1e-6)
     takes = [estimate.seconds(units, 4096, 512, steps, rates) for steps in (0, 100, 200)]
     assert takes[2] - takes[1] == pytest.approx(takes[1] - takes[0], rel=0.1)
     assert takes[1] > takes[0]

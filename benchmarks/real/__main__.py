@@ -30,7 +30,7 @@ from tiercache.progress import note
 from tiercache.quality.command import quality
 
 SCHEMA = "tiercache.real/1"
-MODES = ("int8", "int4", "int3", "mixed:0.75", "mixed:0.5", "mixed:0.25")
+MODES = ("int8", "int4", "int3", "mixed:0.75", "mixed:0.5", "mixed:0.45/int4")
 _CALIBRATED_ON = {"tokens": 2048, "measure_tokens": 256}
 _WINDOW, _DECODED = 512, 32
 

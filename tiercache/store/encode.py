@@ -23,7 +23,7 @@ from tiercache.store.manifest import plain_unit
 from tiercache.store.reader import Buffer, Reader, aligned_buffer
 from tiercache.store.source import Source
 
-_BLOCK_WEIGHTS = 4 << 20  # encoded at once: bounds the fp32 copies
+_BLOCK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
 
 
 def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
