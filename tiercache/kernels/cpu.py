@@ -107,13 +107,12 @@ class CpuKernels:
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """See `contract.Kernels`."""
         check_transform(x, before, after)
-        for what, tensor in (("x", x), ("factors", before), ("factors", after)):
-            if tensor is not None:
-                _check_host(what, tensor)
+        _check_host("x", x)  # and so are the factors, which are where x is
         out = torch.empty(x.shape, **_FLOATS)
         source, keep = _input(x)
-        factors = [None if factor is None else factor.data_ptr() for factor in (before, after)]
-        self._library.tc_hadamard(byref(source), x.shape[1], *factors, out.data_ptr(), byref(self._team()))
+        first = None if before is None else before.data_ptr()
+        last = None if after is None else after.data_ptr()
+        self._library.tc_hadamard(byref(source), x.shape[1], first, last, out.data_ptr(), byref(self._team()))
         del keep
         return out
 
