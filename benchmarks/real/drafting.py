@@ -27,18 +27,20 @@ class Place:
         hbm: budget of the HBM tier; None for none.
         link_gbps: of the emulated link to it.
         every: of so many instructions one is asked: a slow place is measured on fewer.
+        most: nodes of a tree; room is reserved for so many.
     """
 
     name: str
     hbm: str | None = None
     link_gbps: float | None = None
     every: int = 1
+    most: int = 64
 
 
 PLACES = (
     Place("all in DRAM"),
-    # half of int8's bytes stream; 0.4 GB/s is to this processor's products what PCIe 4 is to a 3090's memory
-    Place("emulated link of 0.4 GB/s, hbm=150MiB", "150MiB", 0.4, every=2),
+    # two fifths of int8's bytes stream; 0.4 GB/s is to this processor's products what PCIe 4 is to a 3090's memory
+    Place("emulated link of 0.4 GB/s, hbm=128MiB", "128MiB", 0.4, every=2, most=8),
 )
 
 
@@ -69,7 +71,7 @@ def _rows(store: Path, place: Place, cells: Sequence[Cell], tokens: int) -> list
         lanes: dict[str, Lane] = {}
         for name in (PLAIN, *DRAFTERS):
             try:
-                lanes[name] = stack.enter_context(lane(setting, Entry(drafter=name)))
+                lanes[name] = stack.enter_context(lane(setting, Entry(drafter=name, most=place.most)))
             except DoesNotFitError as error:
                 if name == PLAIN:
                     raise
