@@ -111,7 +111,7 @@ def matrices(block: Any, rung: str) -> list[torch.Tensor]:
     block.planes.open()
     try:
         (parts,) = [parts for _, parts in block.planes.chunks(slice(None))]
-        factors = [block.planes.input_scale] * (len(parts) - 1) + [block.planes.output_scale]
+        factors = [block.planes.input_factors] * (len(parts) - 1) + [block.planes.output_factors]
         shape = parts[0].rows, parts[0].columns
         return [restored(p.at(rung), f, torch.empty(shape)) for p, f in zip(parts, factors, strict=True)]
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import cuda, cuda_calls
-from tiercache.kernels.contract import ACTIVATIONS
+from tiercache.kernels.contract import ACTIVATIONS, MAX_TOKENS
 from tiercache.kernels.cuda import CudaKernels
 from tiercache.kernels.cuda_calls import Blocks, Slices
 from tiercache.kernels.reference import ReferenceKernels
@@ -251,6 +251,7 @@ def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) 
         "prepare": cuda_calls.PrepareArguments,
         "sum": cuda_calls.SumArguments,
         "gather": cuda_calls.GatherArguments,
+        "hadamard": cuda_calls.HadamardArguments,
     }
     for kernel, structure in names.items():
         assert emulation.argument_bytes(kernel) == ctypes.sizeof(structure)
@@ -317,6 +318,11 @@ def test_hadamard_is_the_references_to_the_bit(
     first, last = (torch.rand(columns) + 0.5 if wanted else None for wanted in (before, after))
     want = ReferenceKernels().hadamard(x, first, last)
     assert torch.equal(kernels.hadamard(x, first, last), want)
+
+
+def test_hadamard_takes_more_tokens_than_products_do(kernels: CudaKernels) -> None:
+    x = torch.randn(MAX_TOKENS + 1, 64)
+    assert torch.equal(kernels.hadamard(x), ReferenceKernels().hadamard(x))
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ class Oracle:
             rung = next(rung for rung, number in planes.RUNGS.items() if number == planes_of[name])
             slot, down = self._slots[weight.unit], is_down(module, weight)
             parts = [weight.part(slot, part).at(rung) for part in weight.own]
-            module.forward = partial(_multiply, module, parts, weight.output_scale(slot) if down else None)
+            module.forward = partial(_multiply, module, parts, weight.output_factors(slot) if down else None)
         with torch.no_grad():
             return self.model(IDS).logits
 

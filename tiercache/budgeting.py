@@ -15,7 +15,7 @@ from tiercache.mixing import Mixing
 from tiercache.needs import Demand, demand
 from tiercache.opening import Opened
 from tiercache.plan import Plan
-from tiercache.planes import factor_bytes, scale_row_bytes
+from tiercache.planes import scale_row_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.manifest import Manifest
 
@@ -116,8 +116,7 @@ def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device
     if config.cpu_tokens == 0 or (config.cpu_tokens is None and device.type == "cpu"):
         return 0
     blocks = manifest.blocks
-    rows = sum(block.neurons * block.parts * scale_row_bytes(block.columns, block.group) for block in blocks)
-    return rows + sum(factor_bytes(block.columns) for block in blocks)
+    return sum(block.neurons * block.parts * scale_row_bytes(block.columns, block.group) for block in blocks)
 
 
 def _room_for_neurons(asked: Demand, made: Plan, manifest: Manifest) -> int:

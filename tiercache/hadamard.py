@@ -17,7 +17,8 @@ from tiercache.planes import DECODE_SCRATCH_BYTES, Planes, decode
 
 BLOCK = 64
 _FACTOR = 0.125  # one over the root of BLOCK: exact
-_EACH = 24  # bytes of scratch for a number that is restored: decoding, and two stages of the transform
+RESTORING_BYTES = 24
+"""Scratch for a number that is restored, before the bound sets in: decoding it, and two stages of the transform."""
 
 
 def transform(x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def restored(planes: Planes, factors: Tensor | None, out: Tensor) -> Tensor:
 
     Besides the result it allocates less than DECODE_SCRATCH_BYTES, for rows that are not longer than that.
     """
-    high = max(1, DECODE_SCRATCH_BYTES // (_EACH * planes.columns))
+    high = max(1, DECODE_SCRATCH_BYTES // (RESTORING_BYTES * planes.columns))
     for first in range(0, planes.rows, high):
         r = slice(first, first + high)
         some = Planes(tuple(plane[r] for plane in planes.planes), planes.scales[r], planes.columns, planes.group)

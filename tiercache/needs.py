@@ -14,7 +14,8 @@ from tiercache import skeleton
 from tiercache.config import OffloadConfig
 from tiercache.decode.kv import cache_of
 from tiercache.errors import UnsupportedModelError
-from tiercache.model import mixed
+from tiercache.hadamard import RESTORING_BYTES
+from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
 from tiercache.model.linear import scratch_bytes
@@ -31,7 +32,6 @@ _PACKED_BYTES = 32 << 20
 _HEAP_BLOCK_BYTES = 32 << 20
 # A GPU decodes tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted, not measured.
 _CUDA_SCRATCH_BYTES = 96 << 20
-_SCRATCH_PER_WEIGHT = 6  # bytes that decoding a weight takes in passing, before the bound sets in
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _compute_reserve(
     # The allocator: measured, the C library's heap keeps about as much again as the tensors that come and go in a pass,
     # and in a product.
     scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
-    kept = min(scratch, _HEAP_BLOCK_BYTES) if kernels else _packed_bytes(opened)
+    kept = _kept_bytes(scratch, device) if kernels else _packed_bytes(opened)
     reserve = {
         "KV cache": rehearsal.kv_bytes,
         "activations": rehearsal.workspace_bytes,
@@ -137,7 +137,7 @@ def _compute_reserve(
 
 def _decode_scratch(opened: Opened) -> int:
     decoded = [prod(w.shape) for w in opened.manifest.weights.values() if isinstance(w, PlaneWeight)]
-    return min(DECODE_SCRATCH_BYTES, _SCRATCH_PER_WEIGHT * max(decoded, default=0))
+    return min(DECODE_SCRATCH_BYTES, RESTORING_BYTES * max(decoded, default=0))
 
 
 def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device) -> int:
@@ -146,7 +146,10 @@ def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device
     for name, weight in opened.manifest.weights.items():
         if isinstance(weight, PlaneWeight):
             tokens = min(config.logits, config.context) if skeleton.layer_of(name) is None else config.context
-            most = max(most, scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens))
+            taken = scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens)
+            if config.mode == "mixed" and skeleton.layer_of(name) is None:
+                taken += shortlist.scratch_bytes(weight, tokens)
+            most = max(most, taken)
     for block in opened.manifest.blocks:
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
         most = max(most, rows)
@@ -162,8 +165,14 @@ def _dram_reserve(opened: Opened, config: OffloadConfig, *, below: bool) -> dict
     """Bytes in main memory whatever computes; `below`: the CPU may multiply there beside a GPU."""
     reserve = {"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context}
     if below:
-        reserve["products"] = _product_scratch(opened, config, torch.device("cpu"))
+        scratch = _product_scratch(opened, config, torch.device("cpu"))
+        reserve["products"] = scratch + _kept_bytes(scratch, torch.device("cpu"))
     return reserve
+
+
+def _kept_bytes(scratch: int, device: torch.device) -> int:
+    """What the C library's heap keeps of a product's passing memory; a card's allocator is counted in its scratch."""
+    return min(scratch, _HEAP_BLOCK_BYTES) if device.type == "cpu" else 0
 
 
 def _packed_bytes(opened: Opened) -> int:

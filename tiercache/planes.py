@@ -343,7 +343,7 @@ def _fields(planes: Planes, r: slice, g: slice) -> Iterator[tuple[Tensor, int, i
 
 
 def _block_values(planes: Planes, r: slice, g: slice) -> Tensor:
-    """The weights of a block in fp32, padding included, column scales left out: [rows, groups * group]."""
+    """The weights of a block in fp32, padding included: [rows, groups * group]."""
     values = _merged_codes(planes, r, g).view(torch.uint8).float()  # [cells, group]
     if planes.middle:
         values += planes.middle

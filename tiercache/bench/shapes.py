@@ -149,7 +149,7 @@ def _imagined(shape: Shape) -> Source:
 
 
 def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:
-    """Random codes; scales that put the weights into +-0.06; small numbers for what is dense; column scales of 1."""
+    """Random codes; scales that put the weights into +-0.06; small numbers for what is dense; factors of 1."""
     if unit.dense:
         (name,) = unit.sizes
         ones = torch.full((unit.sizes[name] // 2,), 0.02, dtype=torch.bfloat16)

@@ -150,9 +150,10 @@ class Collector:
         planes = self._blocks[place].planes
         for _, parts in planes.chunks(slice(-1, None)):
             for piece in _pieces(parts[-1]):
+                room = torch.empty(1 + len(RANKS), piece.rows, piece.columns, device=piece.scales.device)
                 best, *rough = (
-                    restored(piece.at(RUNGS[rung]), planes.output_scale, torch.empty(piece.rows, piece.columns))
-                    for rung in (TOP, *RANKS)
+                    restored(piece.at(RUNGS[rung]), planes.output_factors, out)
+                    for rung, out in zip((TOP, *RANKS), room, strict=True)
                 )
                 norms.append(best.norm(dim=1))
                 squares.append(torch.stack([_squares(made) for made in rough]))

@@ -104,7 +104,8 @@ class CudaKernels:
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """See `contract.Kernels`."""
         check_transform(x, before, after)
-        self._check_input(x, x.shape[1])
+        if x.device != self.device:
+            raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
         out = self._empty(*x.shape)
         if out.numel():
             first, last = (0 if factor is None else self._at(factor) for factor in (before, after))

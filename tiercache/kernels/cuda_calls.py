@@ -92,7 +92,7 @@ class DecodeArguments(ctypes.Structure):
     _fields_ = (
         ("matrix", MatrixArguments),
         ("rows", _RowLists),
-        *((name, ctypes.c_void_p) for name in ("out",)),
+        ("out", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("columns", "count")),
     )
 
@@ -271,7 +271,7 @@ def hadamard_call(
 ) -> Call:
     """Of common.cu: x as in `prepare_call`; factors before and after the transform, 0 for none."""
     arguments = HadamardArguments(x, *strides, *factors, out, kind, shape[1])
-    return Call("hadamard", (-(-shape[1] // BLOCK), shape[0], 1), 4 * BLOCK, arguments, threads=BLOCK)
+    return Call("hadamard", (shape[0], -(-shape[1] // BLOCK), 1), 4 * BLOCK, arguments, threads=BLOCK)
 
 
 def decode_call(found: MatrixArguments, planes: int, rows: Sequence[int], shape: tuple[int, int], out: int) -> Call:

@@ -50,7 +50,7 @@ class Inputs:
             kept, made = self._prepared
             if kept == wanted and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
-        scale = weight.input_scale(slot)
+        scale = weight.input_factors(slot)
         turned = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
         prepared = kernels.prepare(turned, weight.group)
         self._prepared = wanted, _Made(x, prepared)
@@ -133,7 +133,7 @@ class PlaneForward:
         parts = self._parts(slots)
         if self._down:
             kernels.product_down(tokens, parts[0], out)
-            return kernels.hadamard(out, after=self._weight.output_scale(slots[0]).to(out.device))
+            return kernels.hadamard(out, after=self._weight.output_factors(slots[0]).to(out.device))
         prepared = self._inputs.prepare(kernels, x, tokens, self._weight, slots[0])
         if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
             kernels.product(prepared, parts[0], out)

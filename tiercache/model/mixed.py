@@ -245,8 +245,10 @@ class MixedBlock:
         """Make the products that the recipe ranks by, of all neurons; which parts they are of."""
         ranked = needed(recipe.scorer, self._inward)
         channels = SCORERS[recipe.scorer].channels
-        if channels < 1:
-            prepared = self._prepare(largest(x, channels))
+        if channels < 1:  # of the model's own inputs: transformed ones are all about as large
+            assert self._x is not None
+            own = _plain(self._x.reshape(-1, self._x.shape[-1])[token : token + len(x)], self.planes.device)
+            prepared = self._prepare(self._tokens(largest(own, channels)))
         made = self._inward_products(prepared, self.planes.whole(recipe.rank), ranked)
         for part, value in zip(ranked, made, strict=True):
             self._values[part][token : token + len(x)] = value
@@ -312,11 +314,11 @@ class MixedBlock:
     def _tokens(self, x: Tensor) -> Tensor:
         """The block's inputs as a matrix, as the planes want them; within its turn."""
         tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
-        return self._kernels.hadamard(tokens, self.planes.input_scale)
+        return self._kernels.hadamard(tokens, self.planes.input_factors)
 
     def _outputs(self, sums: Tensor) -> Tensor:
         """What sums of down rows stand for; within the turn."""
-        return self._kernels.hadamard(sums, after=self.planes.output_scale)
+        return self._kernels.hadamard(sums, after=self.planes.output_factors)
 
     def _prepare(self, x: Tensor) -> Prepared:
         return self._kernels.prepare(x, self.planes.block.group)

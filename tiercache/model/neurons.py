@@ -49,15 +49,15 @@ class BlockPlanes(Protocol):
         block: which.
         top: the most planes that any of its neurons can have.
         device: where they are multiplied.
-        input_scale: factors of the inputs of the inward matrices, fp32 [columns]; None for ones.
-        output_scale: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
+        input_factors: factors of the inputs of the inward matrices, fp32 [columns]; None for ones.
+        output_factors: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
     """
 
     block: NeuronBlock
     top: int
     device: torch.device
-    input_scale: Tensor | None
-    output_scale: Tensor | None
+    input_factors: Tensor | None
+    output_factors: Tensor | None
 
     def open(self) -> None:
         """The block's turn in a pass begins: what is always there is there when this returns."""
@@ -125,8 +125,8 @@ class _UnitPlanes:
         self._supply = supply
         self._held = False
         self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
-        self.input_scale: Tensor | None = None
-        self.output_scale: Tensor | None = None
+        self.input_factors: Tensor | None = None
+        self.output_factors: Tensor | None = None
 
     def open(self) -> None:
         """See `BlockPlanes`."""
@@ -134,7 +134,7 @@ class _UnitPlanes:
         self._held = True
         if self._placed[0] != slot.data_ptr():
             self._placed = slot.data_ptr(), self._cut(slot)
-            self.input_scale, self.output_scale = self.block.input_scale(slot), self.block.output_scale(slot)
+            self.input_factors, self.output_factors = self.block.input_factors(slot), self.block.output_factors(slot)
 
     def close(self) -> None:
         """See `BlockPlanes`."""

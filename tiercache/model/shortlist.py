@@ -18,6 +18,7 @@ ONE_IN = 24
 """One row in so many is multiplied again. On SmolLM2 these 2048 of 49,152 tokens hold all but .002 nats; twice as many
 win less for a byte than neurons do at any budget (docs/measured.md)."""
 _LOW = "int3"
+_SORTING = 4  # rows that torch sorts at a time, by threads
 
 
 class ShortlistForward(PlaneForward):
@@ -49,7 +50,7 @@ class ShortlistForward(PlaneForward):
         kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
         tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
         out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
-        scale = self._weight.input_scale(slots[0])
+        scale = self._weight.input_factors(slots[0])
         tokens = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
         step = 1 if len(tokens) <= self._choosing.few else SLICE
         for at in range(0, len(tokens), step):
@@ -76,6 +77,11 @@ def _shortlisted(kernels: Kernels, prepared: Prepared, planes: Planes, out: Tens
 def shortlist(rows: int) -> int:
     """How many rows of a vocabulary's are multiplied again."""
     return -(-rows // ONE_IN)
+
+
+def scratch_bytes(weight: PlaneWeight, tokens: int) -> int:
+    """An upper bound of what choosing takes in passing: whole logits, the chosen ones, and a sort's pairs."""
+    return weight.rows * (5 * min(tokens, SLICE) + 16 * _SORTING)
 
 
 def read_bytes(weight: PlaneWeight) -> int:

@@ -197,7 +197,8 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, factors: Tens
     groups = num_groups(outputs, group)
     scales = torch.zeros(inputs, groups, 2, dtype=torch.float16)
     codes = torch.zeros(2, groups * group, inputs, dtype=torch.uint8)
-    wide = max(2, CHUNK_WEIGHTS // (inputs * group) // 2 * 2)  # whole blocks of the transform, also of groups of 32
+    least = max(1, hadamard.BLOCK // group)  # groups of a block of the transform
+    wide = max(least, CHUNK_WEIGHTS // (inputs * group) // least * least)
     for first in range(0, groups, wide):
         g = slice(first, min(groups, first + wide))
         columns, padded = slice(first * group, min(outputs, g.stop * group)), slice(first * group, g.stop * group)

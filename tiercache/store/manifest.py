@@ -54,7 +54,7 @@ class PlaneWeight:
         own: which of them, in order, make up this parameter (two for a fused gate and up).
         plane_at: first byte of each plane in its unit's slot; as many as the rung has.
         scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the scales of the inputs,
-            if they have some, and the column scales of a bundle's last part.
+            if they have some, and the factors of the outputs of a bundle's last part.
         transposed: the parameter is the transpose of what is stored.
         above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
             one unit.
@@ -90,14 +90,14 @@ class PlaneWeight:
         for place, part in enumerate(self.own):
             target = stored[place * self.rows : (place + 1) * self.rows]
             down = 1 < self.parts == part + 1
-            factors = self.output_scale(slot) if down else self.input_scale(slot)
+            factors = self.output_factors(slot) if down else self.input_factors(slot)
             hadamard.restored(self.part(slot, part, above), factors, target)
 
-    def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
+    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
         """What the inputs of rows along them are multiplied by, fp32 [columns]; it lies in the slot of `unit`."""
         return _factors(slot, self._scales_end, self.columns) if self.inputs else None
 
-    def output_scale(self, slot: torch.Tensor) -> torch.Tensor:
+    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
         """What the outputs of a bundle's last part, the down matrix, are multiplied by, likewise."""
         own = codes.factor_bytes(self.columns) if self.inputs else 0
         return _factors(slot, self._scales_end + own, self.columns)
@@ -175,12 +175,12 @@ class NeuronBlock:
         """The scales in the first unit's slot: bytes [neurons, parts, bytes of a row's scales]."""
         return self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))
 
-    def output_scale(self, slot: torch.Tensor) -> torch.Tensor:
+    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
         """What the outputs of the outward matrix are multiplied by, in the first unit's slot: fp32 [columns]."""
         own = codes.factor_bytes(self.columns) if self.inputs else 0
         return _factors(slot, self._scales_end + own, self.columns)
 
-    def input_scale(self, slot: torch.Tensor) -> torch.Tensor | None:
+    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
         """What the inputs of the inward matrices are multiplied by, likewise."""
         return _factors(slot, self._scales_end, self.columns) if self.inputs else None
 

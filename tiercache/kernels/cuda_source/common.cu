@@ -69,8 +69,8 @@ struct HadamardArguments {
 /* 64 columns of one token a block; the order of the sums is that of tiercache/hadamard.py. */
 KERNEL(hadamard, HadamardArguments) {
     SHARED(float, v);
-    const int i = threadIdx.x, column = blockIdx.x * 64 + i, token = blockIdx.y;
-    const bool whole = (int)(blockIdx.x + 1) * 64 <= a.columns;
+    const int i = threadIdx.x, column = blockIdx.y * 64 + i, token = blockIdx.x;
+    const bool whole = (int)(blockIdx.y + 1) * 64 <= a.columns;
     const long long at = token * a.pitch + column * a.stride;
     float mine = 0.0f;
     if (column < a.columns) {
