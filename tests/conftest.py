@@ -24,6 +24,7 @@ from tiercache.config import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.store.convert import convert
 
+LONG = ("test_convert_crash", "test_calibrate_crash", "test_drafter_limits", "test_mixed_limits", "test_tune")
 CACHE = "TIERCACHE_TESTS_CACHE"  # the user's own cache folder, which keeps the real model; workers inherit it
 
 
@@ -37,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     (home / "kernels").symlink_to(kernels.resolve())  # compiling takes half a minute
     os.environ["TIERCACHE_HOME"] = str(home)
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 settings.register_profile(
