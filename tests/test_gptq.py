@@ -129,7 +129,7 @@ def test_scales_of_inputs_give_large_ones_finer_steps() -> None:
     weight = torch.randn(64, 192) * 0.1
     moments = [Moments.of(x[:1000].T @ x[:1000], 64, scaled=some) for some in (False, True)]
     for rung in RUNGS:
-        losses = [loss(quantize_rows(weight, m, 64), rung, weight, x[1000:], m.scale) for m in moments]
+        losses = [loss(quantize_rows(weight, m, 64), rung, weight, x[1000:], m.factors) for m in moments]
         assert losses[1] < 0.8 * losses[0], (rung, losses)
 
 

@@ -100,13 +100,13 @@ def test_uploads_of_neurons_wait_for_it(plane_store: Folders) -> None:
             before, began = neurons.moved_bytes, time.perf_counter()
             model(ids)
             moved = neurons.moved_bytes - before
-            assert moved > 5_000
+            assert moved > 8_000
             assert time.perf_counter() - began >= moved / rate / 1e9
         before, began = neurons.dense_bytes, time.perf_counter()
         with model.tiercache.passes("exact"):  # whole planes
             model(IDS)
         moved = neurons.dense_bytes - before
-        assert moved > 30_000  # of 3 * 104 * (48 + 96)
+        assert moved >= 3 * 104 * (24 + 96)
         assert time.perf_counter() - began >= moved / rate / 1e9
         before = neurons.moved_bytes
         with model.tiercache.passes("resident"):

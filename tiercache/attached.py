@@ -71,8 +71,8 @@ class Attached:
         Where there are resident passes of a model that is run exactly, also what one of them reads, as "resident".
         """
         payload = self.payload
-        neurons = set() if self.mixed is None else self.mixed.units
-        needed = sum(payload[key] for key in self._asked.needs.order if key not in neurons)
+        in_part = set() if self.mixed is None else self.mixed.units
+        needed = sum(payload[key] for key in self._asked.needs.order if key not in in_part)
         found = {
             "needed": needed + (0 if self.mixed is None else self.mixed.needed_bytes),
             "ssd": sum(payload[key] for key in self.plan.streamed),

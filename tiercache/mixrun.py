@@ -21,7 +21,6 @@ from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import Deltas
 from tiercache.opening import Opened
 from tiercache.plan import Plan
-from tiercache.skeleton import layer_of
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
@@ -38,7 +37,7 @@ class MixedRun:
         blocks: of the model, in order.
         choosing: what they share.
         slots: of single neurons, with an HBM tier.
-        units: the units that hold neurons, or the head.
+        units: of neurons and of the head, of which a token reads a part.
         low: planes below those that have slots, or would have them with an HBM tier: what ranking reads.
         precision: of everything that is no neuron.
         capped: neurons without a slot may have to do with the planes at hand.
@@ -53,7 +52,7 @@ class MixedRun:
     low: int
     precision: str
     capped: bool
-    head: PlaneWeight | None = None
+    head: PlaneWeight | None
 
     @classmethod
     def start(
@@ -98,7 +97,7 @@ class MixedRun:
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
         blocks = mixing.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
-        head = _head(opened)
+        head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
         if head is not None:
             units |= {head.unit}
         return cls(way, tuple(blocks), choosing, slots, units, low, config.precision, capped, head)
@@ -134,7 +133,7 @@ class MixedRun:
 
     @property
     def needed_bytes(self) -> int:
-        """What a token reads of the blocks, scales of inputs and outputs included, and of the head."""
+        """What a token reads of the blocks, factors of inputs and outputs included, and of the head."""
         blocks = self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
         return blocks + (0 if self.head is None else shortlist.read_bytes(self.head))
 
@@ -187,11 +186,6 @@ class _Rows:
     def _clear(self) -> None:
         for row in self._rows:
             row.clear()
-
-
-def _head(opened: Opened) -> PlaneWeight | None:
-    outside = [weight for name, weight in opened.manifest.weights.items() if layer_of(name) is None]
-    return next((weight for weight in outside if isinstance(weight, PlaneWeight)), None)
 
 
 def _above(tiers: TierStack, block: NeuronBlock, plane: int) -> torch.Tensor:

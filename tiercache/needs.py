@@ -142,12 +142,12 @@ def _decode_scratch(opened: Opened) -> int:
 
 def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device) -> int:
     """Of the greediest product; the head makes as many rows as logits may be asked for."""
-    most = 0
+    most, head = 0, opened.manifest.head
     for name, weight in opened.manifest.weights.items():
         if isinstance(weight, PlaneWeight):
-            tokens = min(config.logits, config.context) if skeleton.layer_of(name) is None else config.context
+            tokens = min(config.logits, config.context) if weight is head else config.context
             taken = scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens)
-            if config.mode == "mixed" and skeleton.layer_of(name) is None:
+            if config.mode == "mixed" and weight is head:
                 taken += shortlist.scratch_bytes(weight, tokens)
             most = max(most, taken)
     for block in opened.manifest.blocks:

@@ -50,9 +50,7 @@ class Inputs:
             kept, made = self._prepared
             if kept == wanted and made.fits(x) and isinstance(made.what, Prepared):
                 return made.what
-        scale = weight.input_factors(slot)
-        turned = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
-        prepared = kernels.prepare(turned, weight.group)
+        prepared = kernels.prepare(transformed(kernels, tokens, weight, slot), weight.group)
         self._prepared = wanted, _Made(x, prepared)
         return prepared
 
@@ -128,7 +126,7 @@ class PlaneForward:
     def _product(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
         """fp32, on the device of the slots' kernels; slots in main memory may be a GPU's or the CPU's to multiply."""
         kernels = self._kernels[slots[0].device.type]
-        tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
+        tokens = plain(tokens, kernels.device)
         out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
         parts = self._parts(slots)
         if self._down:
@@ -157,6 +155,17 @@ class PlaneForward:
             parts.append(self._partner[1].part(first, self._partner[1].own[0], above))
         self._placed[len(where)] = where, parts
         return parts
+
+
+def plain(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, in a dtype that kernels take."""
+    return x.to(device, torch.float32 if x.dtype == torch.float64 else x.dtype)
+
+
+def transformed(kernels: Kernels, tokens: Tensor, weight: PlaneWeight, slot: Tensor) -> Tensor:
+    """Inputs [tokens, columns] as the rows of a weight in that slot want them: times their factors, transformed."""
+    factors = weight.input_factors(slot)
+    return kernels.hadamard(tokens, None if factors is None else factors.to(tokens.device))
 
 
 def is_down(module: nn.Module, weight: PlaneWeight) -> bool:

@@ -23,6 +23,7 @@ from policies.precision import RUNGS, TOP, Recipe, Sizes
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.model.importance import SCORERS, Activation, first, largest, needed, scores
+from tiercache.model.linear import plain
 from tiercache.model.neurons import BlockPlanes, Group, Parts
 from tiercache.planes import scale_row_bytes
 from tiercache.stats import NeuronStats
@@ -146,7 +147,7 @@ class MixedBlock:
         """The forward of the outward module: hidden [..., neurons] -> [..., features]."""
         if self._x is None:
             raise UsageError("a down matrix is multiplied before its block's inward ones; this model is not supported")
-        tokens = _plain(hidden.reshape(-1, hidden.shape[-1]), self.planes.device)
+        tokens = plain(hidden.reshape(-1, hidden.shape[-1]), self.planes.device)
         out = torch.zeros(len(tokens), self.planes.block.columns, dtype=torch.float32, device=tokens.device)
         if self._chosen:
             for token, groups in enumerate(self._chosen):
@@ -247,7 +248,7 @@ class MixedBlock:
         channels = SCORERS[recipe.scorer].channels
         if channels < 1:  # of the model's own inputs: transformed ones are all about as large
             assert self._x is not None
-            own = _plain(self._x.reshape(-1, self._x.shape[-1])[token : token + len(x)], self.planes.device)
+            own = plain(self._x.reshape(-1, self._x.shape[-1])[token : token + len(x)], self.planes.device)
             prepared = self._prepare(self._tokens(largest(own, channels)))
         made = self._inward_products(prepared, self.planes.whole(recipe.rank), ranked)
         for part, value in zip(ranked, made, strict=True):
@@ -313,7 +314,7 @@ class MixedBlock:
 
     def _tokens(self, x: Tensor) -> Tensor:
         """The block's inputs as a matrix, as the planes want them; within its turn."""
-        tokens = _plain(x.reshape(-1, x.shape[-1]), self.planes.device)
+        tokens = plain(x.reshape(-1, x.shape[-1]), self.planes.device)
         return self._kernels.hadamard(tokens, self.planes.input_factors)
 
     def _outputs(self, sums: Tensor) -> Tensor:
@@ -382,10 +383,6 @@ def scratch_bytes(neurons: int, features: int, inward: int, tokens: int) -> int:
     slices = min(tokens, SLICE) * neurons * (4 * (inward + 3) + 8 + 2)  # products, scores, order, masks
     outputs = 4 * tokens * (neurons + 3 * features) + tokens * neurons
     return values + slices + outputs
-
-
-def _plain(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device, torch.float32 if x.dtype == torch.float64 else x.dtype)
 
 
 def _bias(module: nn.Module) -> Tensor | None:

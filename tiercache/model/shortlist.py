@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
-from tiercache.model.linear import Inputs, PlaneForward
+from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
 from tiercache.model.mixed import SLICE, Choosing
 from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
@@ -48,10 +48,8 @@ class ShortlistForward(PlaneForward):
         if not self._choosing.chooses(MAX_TOKENS if alone else len(tokens)):  # alone: a piece of a longer pass
             return super()._product(x, tokens, slots, alone=alone)
         kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
-        tokens = tokens.to(kernels.device, torch.float32 if tokens.dtype == torch.float64 else tokens.dtype)
+        tokens = transformed(kernels, plain(tokens, kernels.device), self._weight, slots[0])
         out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
-        scale = self._weight.input_factors(slots[0])
-        tokens = kernels.hadamard(tokens, None if scale is None else scale.to(tokens.device))
         step = 1 if len(tokens) <= self._choosing.few else SLICE
         for at in range(0, len(tokens), step):
             prepared = kernels.prepare(tokens[at : at + step], self._weight.group)

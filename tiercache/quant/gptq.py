@@ -48,13 +48,13 @@ class Moments:
         order: inputs, in the order in which they are quantised.
         spread: upper Cholesky factor of the inverse Hessian, rows and columns in that order: [inputs, inputs].
         hessian: itself, damped, rows and columns as they were.
-        scale: factors of the inputs, fp32 [inputs]; None for ones.
+        factors: of the inputs, fp32 [inputs]; None for ones.
     """
 
     order: Tensor
     spread: Tensor
     hessian: Tensor
-    scale: Tensor | None = None
+    factors: Tensor | None = None
 
     @classmethod
     def of(cls, hessian: Tensor, group: int | None, *, scaled: bool = False) -> "Moments":
@@ -64,7 +64,7 @@ class Moments:
             hessian: it is damped in place and kept.
             group: inputs that share scales, which stay together; None where each input has scales of its own. The last
                 group may be short.
-            scaled: give the inputs scales, so that weights of large inputs have finer steps than others of their group.
+            scaled: give the inputs factors, so that weights of large inputs have finer steps than the others of a group.
 
         Raises:
             QuantizationError: it is not finite, so the model's activations are not.
@@ -73,11 +73,11 @@ class Moments:
         mean = energy.mean()
         if not bool(torch.isfinite(mean)):
             raise QuantizationError("the activations of the calibration text are not finite; convert with --plain")
-        scale = None
+        factors = None
         if scaled:
             size = (energy / mean.clamp_min(torch.finfo(torch.float32).tiny)).sqrt_()
-            scale = size.clamp_(*_SIZES).pow_(-INPUT_POWER)
-            hessian.mul_(scale).mul_(scale[:, None])
+            factors = size.clamp_(*_SIZES).pow_(-INPUT_POWER)
+            hessian.mul_(factors).mul_(factors[:, None])
         if group is not None:
             _transform(hessian)
         energy = hessian.diagonal().clone()
@@ -87,7 +87,7 @@ class Moments:
         lower = torch.linalg.cholesky(hessian[order][:, order])
         inverse = torch.cholesky_inverse(lower)
         del lower
-        return cls(order, torch.linalg.cholesky(inverse, upper=True), hessian, scale)
+        return cls(order, torch.linalg.cholesky(inverse, upper=True), hessian, factors)
 
 
 class LayerMoments:
@@ -95,7 +95,7 @@ class LayerMoments:
 
     Args:
         hessians: by module; modules with the same inputs share one. They are used up.
-        scaled: give inputs that share a group scales, see `Moments.of`.
+        scaled: give inputs that share a group factors, see `Moments.of`.
     """
 
     def __init__(self, hessians: dict[str, Tensor], *, scaled: bool = False) -> None:
@@ -110,9 +110,9 @@ class LayerMoments:
         return self._made[id(hessian)]
 
     def digest(self, module: str) -> str:
-        """16 hex digits of the SHA-256 of a module's input scales, whose moments have been made; "" for ones."""
-        scale = self._made[id(self._hessians[module])].scale
-        return "" if scale is None else hashlib.sha256(scale.numpy().tobytes()).hexdigest()[:16]
+        """16 hex digits of the SHA-256 of a module's input factors, whose moments have been made; "" for ones."""
+        factors = self._made[id(self._hessians[module])].factors
+        return "" if factors is None else hashlib.sha256(factors.numpy().tobytes()).hexdigest()[:16]
 
 
 def _transform(hessian: Tensor) -> None:
@@ -163,7 +163,7 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
     high = max(1, CHUNK_WEIGHTS // inputs)
     for first in range(0, outputs, high):
         r = slice(first, min(outputs, first + high))
-        part = hadamard.stored(weight[r], moments.scale)
+        part = hadamard.stored(weight[r], moments.factors)
         walk, before = _Walk(part, moments), -1
         with threads(1):
             for index in moments.order.tolist():

@@ -133,7 +133,7 @@ def _calibrated(
         if factors is not None and place == len(unit.parts) - 1:
             return Coded(gptq.quantize_columns(stored, moments.of(module, None), group, factors), factors)
         inputs = moments.of(module, group)
-        return Coded(gptq.quantize_rows(stored, inputs, group), inputs.scale)
+        return Coded(gptq.quantize_rows(stored, inputs, group), inputs.factors)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ and the plane store, so that tiers and readers need not know which of the two th
 The plane store is a folder:
 
     plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.planes`)
-    scales.bin                            fp16 pairs (lo, step) of every group; scales of inputs and outputs
+    scales.bin                            fp16 pairs (lo, step) of every group; factors of inputs and outputs
     dense.bin                             everything that is not quantised, in its original dtype
     catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
     config.json, tokenizer files, ...     copied from the checkpoint
@@ -17,7 +17,7 @@ come the attention matrices in the model's order, then the feed-forward block. A
 being one output feature. A feed-forward block lies neuron by neuron: the neuron's gate row, up row and down column
 side by side (for blocks without a gate: its two parts), each as one row of codes; the down matrix is therefore
 stored transposed and its groups run along the neuron's column. `scales.bin` is laid out in the same way; behind a
-unit's pairs lie the scales of its inputs, where codes are calibrated, and those of a down matrix's outputs, in fp32.
+unit's pairs lie the factors of its inputs, where codes are calibrated, and those of a down matrix's outputs, in fp32.
 
 Every matrix or block in a file is an *extent*: it MUST start at a multiple of 4096 bytes, and MUST be followed by
 zero bytes up to the next extent, so that it can be read with direct I/O. The catalogue holds a SHA-256 of each

@@ -36,7 +36,7 @@ class Quantiser:
         self._in_layer = False
 
     def blocks(self, units: list[UnitPlan]) -> Iterator[tuple[UnitPlan, Iterator[dict[str, Buffer]], str]]:
-        """Each unit with its bytes, see `encode.blocks`, and what distinguishes the scales of its inputs.
+        """Each unit with its bytes, see `encode.blocks`, and what distinguishes the factors of its inputs.
 
         Args:
             units: all of a decoder layer, or the head's, or dense ones.

@@ -53,12 +53,12 @@ class PlaneWeight:
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
         plane_at: first byte of each plane in its unit's slot; as many as the rung has.
-        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the scales of the inputs,
+        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the factors of the inputs,
             if they have some, and the factors of the outputs of a bundle's last part.
         transposed: the parameter is the transpose of what is stored.
         above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
             one unit.
-        inputs: what distinguishes the scales of its inputs from others; "" where they have none.
+        inputs: what distinguishes the factors of its inputs from others; "" where they have none.
     """
 
     unit: int
@@ -142,7 +142,7 @@ class NeuronBlock:
         units: the unit in which each plane lies; the scales lie with the first.
         plane_at: first byte of each plane in its unit's slot.
         scale_at: first byte of the scales; behind them lie those of the inputs, if they have some, and of the outputs.
-        inputs: what distinguishes the scales of its inputs; "" where they have none.
+        inputs: what distinguishes the factors of its inputs; "" where they have none.
     """
 
     layer: int
@@ -243,6 +243,11 @@ class Manifest:
     dense: dict[str, TensorRef]
     precision: str = "source"
     blocks: tuple[NeuronBlock, ...] = ()
+
+    @property
+    def head(self) -> Weight | None:
+        """The language-model head's weight: the one that lies in no layer; None where the model has no head."""
+        return next((weight for name, weight in self.weights.items() if skeleton.layer_of(name) is None), None)
 
 
 def of_source(source: Source) -> Manifest:
