@@ -18,6 +18,7 @@ _SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_WIDE = _SMALL | {"hidden_size": 72}  # a whole block of the Hadamard transform, and eight numbers behind it
 _HEAD = {"head_dim": 16}
 _WINDOW = {"sliding_window": 6}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -29,15 +30,15 @@ def _without(*names: str) -> dict[str, int]:
 
 CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**_SMALL),
-    "llama-tied-bias": lambda: tf.LlamaConfig(**_SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama-tied-bias": lambda: tf.LlamaConfig(**_WIDE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "mistral": lambda: tf.MistralConfig(**_SMALL, **_WINDOW),
-    "qwen2": lambda: tf.Qwen2Config(**_SMALL),
+    "qwen2": lambda: tf.Qwen2Config(**_WIDE),
     "qwen3": lambda: tf.Qwen3Config(**_SMALL, **_HEAD, tie_word_embeddings=True),
-    "gemma2": lambda: tf.Gemma2Config(**_SMALL, **_HEAD, **_WINDOW, **_MIXED, query_pre_attn_scalar=16),
+    "gemma2": lambda: tf.Gemma2Config(**_WIDE, **_HEAD, **_WINDOW, **_MIXED, query_pre_attn_scalar=16),
     "gemma3": lambda: tf.Gemma3TextConfig(**_SMALL, **_HEAD, **_WINDOW, **_MIXED, query_pre_attn_scalar=16),
-    "phi3": lambda: tf.Phi3Config(**_SMALL),
+    "phi3": lambda: tf.Phi3Config(**_WIDE),
     "gpt2": lambda: tf.GPT2Config(
-        vocab_size=131, n_embd=56, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        vocab_size=131, n_embd=72, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "opt": lambda: tf.OPTConfig(
         vocab_size=131,

@@ -24,7 +24,7 @@ from tiercache.store.planestore import PlaneStore
 
 CONTEXT = 64
 RUNGS = ("int3", "int4", "int8")
-PARTS = {"product": (0, 1), "gate": (0,), "up": (1,)}
+PARTS = {"product": (0, 1), "gate": (0,), "up": (1,), "inputs": (0, 1)}
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
 
@@ -125,7 +125,10 @@ class Block:
         """Rank one token's neurons, hold the engine's order against it, and make the inward values."""
         recipe, counts = self.recipe, self.recipe.counts(self.neurons)
         ranked = [part for part in PARTS[recipe.scorer] if part < len(self.weights)]
-        low = {part: self.products(x, part, recipe.rank) for part in ranked}
+        seen = x
+        if recipe.scorer == "inputs":  # the larger half of the model's own inputs
+            seen = torch.zeros_like(x).index_copy(0, half := x.abs().argsort()[len(x) // 2 :], x[half])
+        low = {part: self.products(seen, part, recipe.rank) for part in ranked}
         score = torch.ones(())
         for part, value in low.items():
             score = score * (self.activation(value) if part == 0 else value)

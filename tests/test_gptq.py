@@ -49,9 +49,15 @@ def loss(planes: Planes, rung: str, weight: Tensor, x: Tensor, factors: Tensor |
 
 
 def slow_codes(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """h and c [outputs, inputs] by the optimal brain surgeon's own formula: the inverse of what is left, each time."""
-    order = Moments.of(hessian.clone(), group).order.tolist()
+    """h and c [outputs, inputs] by the optimal brain surgeon's own formula: the inverse of what is left, each time.
+
+    Inputs come by the energy of their groups, then by their own.
+    """
     hessian, weight = transform(transform(hessian.double()).T), transform(weight)
+    energy = hessian.diagonal().tolist()
+    groups = [range(first, min(first + group, len(energy))) for first in range(0, len(energy), group)]
+    groups.sort(key=lambda some: -sum(energy[i] for i in some))
+    order = [i for some in groups for i in sorted(some, key=lambda i: -energy[i])]
     damped = hessian + gptq.DAMPING * hessian.diagonal().double().mean() * torch.eye(len(hessian)).double()
     states = weight.double()[None].repeat(3, 1, 1)
     codes = torch.zeros(2, *weight.shape, dtype=torch.uint8)

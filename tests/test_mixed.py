@@ -30,7 +30,7 @@ Folders = Callable[..., Path]
 
 def recipes(name: str) -> list[Recipe]:
     inward = 1 if name in UNGATED else 2
-    made = [Recipe("product", rank, inward, SHARES) for rank in (1, 2)]
+    made = [*(Recipe("product", rank, inward, SHARES) for rank in (1, 2)), Recipe("inputs", 1, inward, SHARES)]
     return made if inward == 1 else [*made, Recipe("gate", 1, 1, SHARES), Recipe("up", 2, 1, SHARES)]
 
 

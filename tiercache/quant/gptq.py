@@ -64,7 +64,7 @@ class Moments:
             hessian: it is damped in place and kept.
             group: inputs that share scales, which stay together; None where each input has scales of its own. The last
                 group may be short.
-            scaled: give the inputs factors, so that weights of large inputs have finer steps than the others of a group.
+            scaled: give the inputs factors, so that weights of large inputs have finer steps than others.
 
         Raises:
             QuantizationError: it is not finite, so the model's activations are not.
