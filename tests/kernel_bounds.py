@@ -1,6 +1,6 @@
 """How far 16-bit fixed point may lie from the reference, from first principles, and matrices laid out as in a slot.
 
-The arithmetic is told in tiercache/kernels/cpu_source/planes.h. Rounding an activation to a multiple of the group's
+The arithmetic is told in tiercache/kernels/cpu/source/planes.h. Rounding an activation to a multiple of the group's
 largest / 32639 is off by half of that; the half is .52 here, for the quotients that are rounded are themselves off by
 five roundings (32639 * 5 * 2**-24 < .01). Every fp32 operation is off by at most ULP of its result; none of them
 exceeds what the sums would be were all terms positive.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tiercache.kernels.reference import activate
-from tiercache.planes import Planes, decode, num_groups, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import Planes, decode, num_groups, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ULP = 2.0**-24

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiercache.kernels.contract import ACTIVATIONS, Kernels
 from tiercache.kernels.reference import ReferenceKernels
-from tiercache.planes import GROUPS, RUNGS, Planes, encode
+from tiercache.quant.planes import GROUPS, RUNGS, Planes, encode
 
 REFERENCE = ReferenceKernels(dtype=torch.float64)
 OPERATIONS = ("product", "products", "product_down", "fc", "gated")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from policies.precision import Recipe
-from tiercache import planes, skeleton
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine import lend
-from tiercache.hadamard import restored, stored
+from tiercache.engine.offload import lend
+from tiercache.model import meta_model
+from tiercache.quant import planes
+from tiercache.quant.hadamard import restored, stored
 from tiercache.store.calibration import FILE, SCHEMA, Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
@@ -178,8 +179,8 @@ class Oracle:
 
     def __init__(self, checkpoint: Path, made: Calibration, precision: str) -> None:
         self.model = tf.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-        found = skeleton.matrices(self.model)
-        ffns = [[*ffn.inward, ffn.outward] for ffn in skeleton.ffns(found)]
+        found = meta_model.matrices(self.model)
+        ffns = [[*ffn.inward, ffn.outward] for ffn in meta_model.ffns(found)]
         bundled = {matrix.module for ffn in ffns for matrix in ffn}
         text = self.model.config.get_text_config()
         name = next(getattr(text, name) for name in _ACTIVATIONS if getattr(text, name, None))

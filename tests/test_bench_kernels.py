@@ -17,7 +17,7 @@ from tiercache.bench.stand import CpuStand, Effort
 from tiercache.errors import DoesNotFitError, TiercacheError
 from tiercache.kernels.contract import Prepared, Selection
 from tiercache.kernels.reference import ReferenceKernels
-from tiercache.planes import Planes, decode
+from tiercache.quant.planes import Planes, decode
 
 BRIEF = Effort(least_s=0, least_samples=1, caches=0, least_bytes=1 << 20, roof_bytes=8 << 20)
 TINY = Options(("tiny",), ("int3", "int8"), (1, 3), effort=BRIEF, show_progress=False)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.bench import mixed, shape
+from benchmarks import mixed
+from tiercache.bench import shape
 from tiercache.bench.shapes import find, make_store
 from tiercache.errors import UsageError
 

@@ -33,12 +33,12 @@ from tiercache.calibrate.measure import Measurer, room
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine import lend
+from tiercache.engine.offload import lend
+from tiercache.engine.recipe import sizes_of
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError
-from tiercache.hadamard import restored
-from tiercache.mixing import sizes_of
 from tiercache.quality import measure as measuring
 from tiercache.quality.measure import Score
+from tiercache.quant.hadamard import restored
 from tiercache.store import catalog
 from tiercache.store.calibration import FILE, PARTIAL_FILE, Calibration
 from tiercache.store.planestore import PlaneStore

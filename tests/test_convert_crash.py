@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from test_calibrate import with_tokenizer
 
 from profiler import probe
-from tiercache import skeleton
 from tiercache.errors import UsageError
+from tiercache.model import meta_model
 from tiercache.store import catalog
 from tiercache.store.convert import convert
 from tiercache.store.format import FILES, align
@@ -356,7 +356,7 @@ def test_a_conversion_holds_two_layers_and_a_little(in_child: Callable[..., Any]
 
 def _random_weights(config: tf.LlamaConfig) -> dict[str, torch.Tensor]:
     """Every layer the same, since random numbers take time."""
-    parameters = dict(skeleton.build(config, torch.bfloat16).named_parameters())
+    parameters = dict(meta_model.build(config, torch.bfloat16).named_parameters())
     torch.manual_seed(0)
     made = {shape: torch.randn(shape).bfloat16() for shape in {parameter.shape for parameter in parameters.values()}}
     return {name: made[parameter.shape].clone() for name, parameter in parameters.items()}

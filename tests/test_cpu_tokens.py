@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import tiercache
 from policies.offload import tokens_below
-from tiercache import engine
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
+from tiercache.engine import offload
 from tiercache.errors import UsageError
 from tiercache.kernels.select import select
 from tiercache.stats import Stats
@@ -84,12 +84,12 @@ def test_a_card_never_shares_its_products_with_the_cpu_unless_asked_to(
     plane_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card sums in fp32 and the CPU in fixed point: which pass is short must not change its logits."""
-    monkeypatch.setattr(engine, "tokens_below", lambda *_: pytest.fail("nothing is to be measured"))
+    monkeypatch.setattr(offload, "tokens_below", lambda *_: pytest.fail("nothing is to be measured"))
     kernels = {"cpu": select(torch.device("cpu"))}
     passing = SimpleNamespace(hbm=SimpleNamespace(placement=SimpleNamespace(pinned=(0,)), order=(0, 1)))
     for asked, used in ((None, 0), (0, 0), (3, 3)):
         config = OffloadConfig(hbm=None, dram=Budget(), precision="int8", cpu_tokens=asked)
-        assert engine._cpu_tokens(config, passing, kernels, torch.device("cuda", 0)) == used
+        assert offload._cpu_tokens(config, passing, kernels, torch.device("cuda", 0)) == used
 
 
 def test_cuda_is_initialised_before_it_is_asked_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +98,10 @@ def test_cuda_is_initialised_before_it_is_asked_anything(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
-    assert engine.resolve_device("auto") == torch.device("cuda", 0)
-    assert engine.resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert offload.resolve_device("auto") == torch.device("cuda", 0)
+    assert offload.resolve_device("cuda:1") == torch.device("cuda", 1)
     assert calls == ["init", "init"]
-    assert engine.resolve_device("cpu") == torch.device("cpu")
+    assert offload.resolve_device("cpu") == torch.device("cpu")
     assert len(calls) == 2
 
 

@@ -9,16 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from profiler.probe import ReadRoof
-from tiercache import cli, doctor, gpu_checks
-from tiercache.checks import Check
-from tiercache.gpu_checks import Link
+from tiercache import cli
+from tiercache.doctor import gpu, report
+from tiercache.doctor.checks import Check
+from tiercache.doctor.gpu import Link
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_READ_SAMPLE_BYTES", 4 << 20)
-    checks = doctor.diagnose(tmp_path / "not" / "yet")
+    monkeypatch.setattr(report, "_READ_SAMPLE_BYTES", 4 << 20)
+    checks = report.diagnose(tmp_path / "not" / "yet")
     names = [check.name for check in checks]
     expected = [
         "python",
@@ -44,7 +45,7 @@ def test_exit_code(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
     def look(folder: Path) -> list[Check]:
         return [Check("flux", "fail" if broken else "warn", "[none] here", "add a capacitor")]
 
-    monkeypatch.setattr(doctor, "PROBES", (look,))
+    monkeypatch.setattr(report, "PROBES", (look,))
     result = CliRunner(env={"FORCE_COLOR": None, "NO_COLOR": "1"}).invoke(cli.app, ["doctor", "--json"])
     assert result.exit_code == (5 if broken else 0)
     (line,) = result.stdout.splitlines()
@@ -58,17 +59,17 @@ def test_a_probe_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> 
     def _torn_probe(folder: Path) -> list[Check]:
         raise RuntimeError("torn")
 
-    monkeypatch.setattr(doctor, "PROBES", (_torn_probe, doctor._python))
-    torn, python = doctor.diagnose()
+    monkeypatch.setattr(report, "PROBES", (_torn_probe, report._python))
+    torn, python = report.diagnose()
     assert (torn.name, torn.state, python.state) == ("torn probe", "warn", "ok")
 
 
 def test_ranges_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = set(project["dependencies"])
-    for name in doctor.RANGES:
-        assert doctor.requirement(name) in declared
-    assert project["requires-python"] == ">=" + ".".join(map(str, doctor.PYTHON_FLOOR))
+    for name in report.RANGES:
+        assert report.requirement(name) in declared
+    assert project["requires-python"] == ">=" + ".".join(map(str, report.PYTHON_FLOOR))
 
 
 @pytest.mark.parametrize(
@@ -84,14 +85,14 @@ def test_ranges_are_those_of_the_package() -> None:
     ],
 )
 def test_versions(name: str, version: str, state: str) -> None:
-    check = doctor.version_check(name, version)
+    check = report.version_check(name, version)
     assert check.state == state
     assert bool(check.advice) == (state == "fail")
 
 
 def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.RANGES, "warp_drive", ((1,), (2,)))
-    assert doctor._library("warp_drive").state == "fail"
+    monkeypatch.setitem(report.RANGES, "warp_drive", ((1,), (2,)))
+    assert report._library("warp_drive").state == "fail"
 
 
 @pytest.mark.parametrize(
@@ -111,23 +112,23 @@ def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_architectures(capability: tuple[int, int], archs: list[str], runs: bool) -> None:
-    assert gpu_checks.runs_on(capability, archs) is runs
-    assert gpu_checks.architecture("card", capability, archs).state == ("ok" if runs else "fail")
+    assert gpu.runs_on(capability, archs) is runs
+    assert gpu.architecture("card", capability, archs).state == ("ok" if runs else "fail")
 
 
 def test_old_cards_get_the_line_that_installs_the_last_build_for_them() -> None:
-    old = gpu_checks.architecture("Tesla P40", (6, 1), ["sm_75"])
-    assert gpu_checks.LEGACY_INSTALL in old.advice
+    old = gpu.architecture("Tesla P40", (6, 1), ["sm_75"])
+    assert gpu.LEGACY_INSTALL in old.advice
     assert "torch<2.15" in old.advice
-    assert gpu_checks.LEGACY_INSTALL not in gpu_checks.architecture("new", (13, 0), ["sm_75"]).advice
+    assert gpu.LEGACY_INSTALL not in gpu.architecture("new", (13, 0), ["sm_75"]).advice
 
 
 def test_a_gpu_that_torch_cannot_use_fails() -> None:
-    assert gpu_checks.unusable([], "2.13.0+cpu", None).value == "none: CPU only"
-    assert gpu_checks.unusable([], "2.13.0+cpu", None).state == "ok"
-    without = gpu_checks.unusable(["Tesla P40"], "2.13.0+cpu", None)
+    assert gpu.unusable([], "2.13.0+cpu", None).value == "none: CPU only"
+    assert gpu.unusable([], "2.13.0+cpu", None).state == "ok"
+    without = gpu.unusable(["Tesla P40"], "2.13.0+cpu", None)
     assert (without.state, "Tesla P40" in without.value, "cu126" in without.advice) == ("fail", True, True)
-    assert "driver" in gpu_checks.unusable(["RTX 3090"], "2.13.0", "13.0").advice
+    assert "driver" in gpu.unusable(["RTX 3090"], "2.13.0", "13.0").advice
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_gpu_that_torch_cannot_use_fails() -> None:
     ],
 )
 def test_links(link: Link, state: str, advice: str) -> None:
-    check = gpu_checks.link_check(link)
+    check = gpu.link_check(link)
     assert check.state == state
     assert advice in check.advice
     assert bool(check.advice) == bool(advice)
@@ -151,12 +152,12 @@ def test_links(link: Link, state: str, advice: str) -> None:
     [("ext4", "ok"), ("", "ok"), ("nfs4", "warn"), ("9p", "warn"), ("tmpfs", "warn"), ("cifs", "warn")],
 )
 def test_file_systems(kind: str, state: str) -> None:
-    assert doctor.file_system_check(kind, Path("/data")).state == state
+    assert report.file_system_check(kind, Path("/data")).state == state
 
 
 @pytest.mark.parametrize(("gbps", "direct", "state"), [(3.0, True, "ok"), (0.1, True, "warn"), (3.0, False, "warn")])
 def test_disk_reads(gbps: float, direct: bool, state: str) -> None:
-    assert doctor.reads_check(ReadRoof(gbps, 4, 2 << 20, direct)).state == state
+    assert report.reads_check(ReadRoof(gbps, 4, 2 << 20, direct)).state == state
 
 
 def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,13 +165,13 @@ def test_a_folder_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("profiler.probe.folder_read", refuse)
-    (check,) = doctor._disk_reads(tmp_path)
+    (check,) = report._disk_reads(tmp_path)
     assert (check.state, "Permission denied" in check.value) == ("warn", True)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_slow_kernels_are_a_warning_with_a_cure(fast: bool) -> None:
-    check = doctor.kernels_check("cpu", fast, "said of it")
+    check = report.kernels_check("cpu", fast, "said of it")
     assert (check.state, "said of it" in check.value) == ("ok" if fast else "warn", True)
     assert ("CC" in check.advice) is not fast
-    assert doctor.works([check])
+    assert report.works([check])

@@ -25,7 +25,6 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.decode.kv import support
 from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
 from tiercache.draft.combine import Cascade, Union
 from tiercache.draft.grow import grower
@@ -38,6 +37,7 @@ from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.resident import ResidentDrafter
 from tiercache.draft.tree import DraftTree, chain
 from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, StoreError, UsageError
+from tiercache.kv.cache import support
 from tiercache.store.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 import tiercache
 from policies.precision import Recipe
-from tiercache import planes, skeleton
 from tiercache.errors import QuantizationError, StoreError, UsageError
-from tiercache.hadamard import restored, stored, transform
-from tiercache.planes import RUNGS, Planes, encode
-from tiercache.quant import gptq
+from tiercache.model import meta_model
+from tiercache.quant import gptq, planes
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
+from tiercache.quant.hadamard import restored, stored, transform
+from tiercache.quant.planes import RUNGS, Planes, encode
 from tiercache.store.activations import Walk
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
@@ -169,7 +169,7 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
             walk.forget(upto=walk.at)
         head = walk.head()
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-00003.npy"]
-    matrices = skeleton.matrices(model)
+    matrices = meta_model.matrices(model)
     assert found.keys() == {matrix.module for matrix in matrices if matrix.layer is not None}
     found |= {matrix.module: head for matrix in matrices if matrix.layer is None}
     for module, hessian in wanted.items():
@@ -186,7 +186,7 @@ def _hessians(model: transformers.PreTrainedModel, windows: Tensor) -> dict[str,
 
         return hook
 
-    for matrix in skeleton.matrices(model):
+    for matrix in meta_model.matrices(model):
         model.get_submodule(matrix.module).register_forward_pre_hook(listen(matrix.module))
     with torch.no_grad():
         for window in windows:

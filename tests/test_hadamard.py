@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiercache import hadamard
-from tiercache.kernels import build
-from tiercache.kernels.cpu import CpuKernels
+from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.kernels.reference import ReferenceKernels
-from tiercache.planes import encode
+from tiercache.quant import hadamard
+from tiercache.quant.planes import encode
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCE = ReferenceKernels()

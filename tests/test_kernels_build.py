@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels import build, select
-from tiercache.kernels.cpu import CpuKernels
+from tiercache.kernels import select
+from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.backend import CpuKernels
 
 CPU = torch.device("cpu")
 ISA = "portable"

@@ -12,10 +12,10 @@ from kernel_trials import DTYPES, OPERATIONS, REFERENCE, SELECTING, Case, allowe
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.kernels import build
 from tiercache.kernels.contract import ACTIVATIONS, MAX_TOKENS, Kernels
-from tiercache.kernels.cpu import CpuKernels
-from tiercache.planes import Planes, encode
+from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.backend import CpuKernels
+from tiercache.quant.planes import Planes, encode
 
 # More than a slice of neurons, a strip of tokens, a span of columns; one row, one column.
 LARGE = (

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels import cuda, cuda_calls
 from tiercache.kernels.contract import ACTIVATIONS, MAX_TOKENS
-from tiercache.kernels.cuda import CudaKernels
-from tiercache.kernels.cuda_calls import Blocks, Slices
+from tiercache.kernels.cuda import backend, launches
+from tiercache.kernels.cuda.backend import CudaKernels
+from tiercache.kernels.cuda.launches import Blocks, Slices
 from tiercache.kernels.reference import ReferenceKernels
-from tiercache.planes import Planes
+from tiercache.quant.planes import Planes
 
 CPU = torch.device("cpu")
 
@@ -132,7 +132,7 @@ def test_one_row_of_everything(kernels: CudaKernels, rung: str, group: int) -> N
 @pytest.mark.parametrize("tokens", [1, 8, 11, 25])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, rung: str) -> None:
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 100_000)  # several tiles
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 100_000)  # several tiles
     up, down = matrix(150, 1100, 64, rung), matrix(150, 200, 64, rung, 1)
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
@@ -158,7 +158,7 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, rung: str, group: int,
     results, found = [], []
     for gap in (None, 8, 4, 1):
         placed = weight if gap is None else strided(weight, gap)
-        found.append(cuda_calls.matrix(placed, Tensor.data_ptr).aligned)
+        found.append(launches.matrix(placed, Tensor.data_ptr).aligned)
         out, down = torch.zeros(2, 30), torch.zeros(2, columns)
         kernels.product(kernels.prepare(x[:, :columns], group), placed, out)
         kernels.product_down(x[:, :30], placed, down)
@@ -245,33 +245,33 @@ def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Pat
 def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) -> None:
     emulation: Any = kernels._launcher
     names = {
-        "rows_3_8_4": cuda_calls.RowsArguments,
-        "down_1_1_1": cuda_calls.DownArguments,
-        "decode_2_0_0": cuda_calls.DecodeArguments,
-        "prepare": cuda_calls.PrepareArguments,
-        "sum": cuda_calls.SumArguments,
-        "gather": cuda_calls.GatherArguments,
-        "hadamard": cuda_calls.HadamardArguments,
+        "rows_3_8_4": launches.RowsArguments,
+        "down_1_1_1": launches.DownArguments,
+        "decode_2_0_0": launches.DecodeArguments,
+        "prepare": launches.PrepareArguments,
+        "sum": launches.SumArguments,
+        "gather": launches.GatherArguments,
+        "hadamard": launches.HadamardArguments,
     }
     for kernel, structure in names.items():
         assert emulation.argument_bytes(kernel) == ctypes.sizeof(structure)
 
 
 def test_grids_fit_every_card() -> None:
-    found = cuda_calls.MatrixArguments(groups=448, group=64)
+    found = launches.MatrixArguments(groups=448, group=64)
     for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
         for group in (32, 64, 128):
-            shaped = cuda_calls.MatrixArguments(groups=28672 // group, group=group)
-            call = cuda_calls.rows_call([shaped], 2, (0, 0), 28672, (), (0, 0), count, tokens, -1, mps)
+            shaped = launches.MatrixArguments(groups=28672 // group, group=group)
+            call = launches.rows_call([shaped], 2, (0, 0), 28672, (), (0, 0), count, tokens, -1, mps)
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
-            assert call.grid[1] * cuda_calls.WARPS * int(call.kernel[-1]) >= count
+            assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count
         slices = Slices.of(count, 28672, mps)
-        call = cuda_calls.down_call(found, 3, 0, (), 0, count, Blocks.of(tokens), slices)
+        call = launches.down_call(found, 3, 0, (), 0, count, Blocks.of(tokens), slices)
         assert call.shared_bytes <= 48 << 10
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
-        cuda_calls.rows_call([found], 2, (0, 0), 28672, (), (0, 0), 3_000_000, 1, -1, 82)
+        launches.rows_call([found], 2, (0, 0), 28672, (), (0, 0), 3_000_000, 1, -1, 82)
 
 
 def test_what_cannot_be_meant_is_refused(library: Path) -> None:

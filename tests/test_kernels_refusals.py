@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tiercache.errors import UsageError
-from tiercache.kernels import build
-from tiercache.kernels.cpu import CpuKernels
-from tiercache.planes import Planes, encode
+from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.backend import CpuKernels
+from tiercache.quant.planes import Planes, encode
 
 ROWS, COLUMNS, TOKENS = 5, 60, 2
 

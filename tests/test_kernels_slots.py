@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from kernel_trials import DTYPES, OPERATIONS, REFERENCE, Case, allowed
 from torch import Tensor
 
-from tiercache import planes as codes
 from tiercache.errors import UsageError
-from tiercache.kernels import build, cuda
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Selection, SlotRows
-from tiercache.kernels.cpu import CpuKernels
-from tiercache.kernels.cuda import CudaKernels
-from tiercache.planes import GROUPS, RUNGS, Planes, encode
+from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.backend import CpuKernels
+from tiercache.kernels.cuda import backend
+from tiercache.kernels.cuda.backend import CudaKernels
+from tiercache.quant import planes as codes
+from tiercache.quant.planes import GROUPS, RUNGS, Planes, encode
 
 DIALECTS = (*build.ISAS, "cuda", "cuda, far")
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_lists_are_cut_with_the_tiles(
 ) -> None:
     if not isinstance(kernels, CudaKernels):
         pytest.skip("the CPU's kernels have no tiles")
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 20_000)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 20_000)
     case = Case(30, 200, tokens, rung="int8")
     assert_right(kernels, operation, case, slots(case, 70, (5, 60, 17, 0)))
 

@@ -67,11 +67,11 @@ def test_more_than_the_machine_has(folder: Path, tmp_path: Path) -> None:
 
 
 def _sparse_checkpoint(config: tf.PretrainedConfig, folder: Path) -> None:
-    from tiercache import skeleton
+    from tiercache.model import meta_model
 
     folder.mkdir()
     header, end = {}, 0
-    for name, parameter in skeleton.build(config, torch.bfloat16).named_parameters():
+    for name, parameter in meta_model.build(config, torch.bfloat16).named_parameters():
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + parameter.nbytes]}
         end += parameter.nbytes
     text = json.dumps(header).encode()

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from tiercache.errors import UsageError
-from tiercache.hadamard import restored, stored
 from tiercache.kernels.contract import Prepared
-from tiercache.kernels.cpu import CpuKernels
+from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
-from tiercache.planes import Planes, encode, plane_row_bytes, scale_row_bytes
+from tiercache.quant.hadamard import restored, stored
+from tiercache.quant.planes import Planes, encode, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 NEURONS, HIDDEN, GROUP = 70, 96, 64

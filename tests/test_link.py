@@ -11,7 +11,7 @@ from mixed_oracle import mixed
 
 import tiercache
 from policies.precision import Recipe
-from tiercache import summary
+from tiercache.commands import summary
 from tiercache.errors import UsageError
 from tiercache.tiers.link import Link
 

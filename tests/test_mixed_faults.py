@@ -12,7 +12,7 @@ from test_mixed_slots import IDS
 from policies import precision
 from policies.precision import Recipe
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine import lend
+from tiercache.engine.offload import lend
 from tiercache.errors import UsageError
 from tiercache.store.planestore import PlaneStore
 

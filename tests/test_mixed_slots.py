@@ -21,7 +21,7 @@ from profiler.trace import Trace
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.kernels.contract import SlotRows
 from tiercache.model import shortlist
-from tiercache.planes import plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import plane_row_bytes, scale_row_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

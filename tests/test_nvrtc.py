@@ -11,9 +11,9 @@ from cuda_on_cpu.cases import assert_close, dense, matrix, spans
 from cuda_on_cpu.emulate import build
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels import cuda_driver, nvrtc
-from tiercache.kernels.cuda import CudaKernels
-from tiercache.kernels.cuda_driver import Driver
+from tiercache.kernels.cuda import driver, nvrtc
+from tiercache.kernels.cuda.backend import CudaKernels
+from tiercache.kernels.cuda.driver import Driver
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def test_calls_reach_a_driver(
         "current_stream": SimpleNamespace(cuda_stream=0x123456789A),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(cuda_driver, "compilers", lambda: [compiler])
+    monkeypatch.setattr(driver, "compilers", lambda: [compiler])
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name == "libcuda.so.1" else loaded(name))
     driver = Driver(torch.device("cuda"), tmp_path / "kept")
     kernels = CudaKernels(torch.device("cpu"), driver)

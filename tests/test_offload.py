@@ -12,11 +12,12 @@ import transformers as tf
 from architectures import CONFIGS, build, save
 
 import tiercache
-from tiercache import planes, skeleton
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import EnvironmentUnsupportedError
-from tiercache.hadamard import restored, stored
 from tiercache.kernels.select import select
+from tiercache.model import meta_model
+from tiercache.quant import planes
+from tiercache.quant.hadamard import restored, stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From everything in one tier to a few dozen KiB beside what a pass itself takes.
@@ -94,8 +95,8 @@ def test_source_equals_resident(name: str, dtype: torch.dtype, folders: dict) ->
 def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
     """The resident model with every matrix rounded to `rung`, the head to int8: planes alone, no store."""
     model = resident(folder)
-    found = skeleton.matrices(model)
-    bundled = {block.outward.module for block in skeleton.ffns(found)}
+    found = meta_model.matrices(model)
+    bundled = {block.outward.module for block in meta_model.ffns(found)}
     for matrix in found:
         module = model.get_submodule(matrix.module)
         # rows as stored: a feed-forward block's outward matrix by neuron, all others by output

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiercache import planes as module
 from tiercache.errors import QuantizationError, TiercacheError, UsageError
-from tiercache.planes import (
+from tiercache.quant import planes as module
+from tiercache.quant.planes import (
     CELL,
     DECODE_SCRATCH_BYTES,
     MIDDLES,

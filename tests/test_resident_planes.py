@@ -19,17 +19,18 @@ from torch import Tensor, nn
 import tiercache
 from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
-from tiercache import engine, needs, planes
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
+from tiercache.engine import memory, offload
+from tiercache.engine.plan import Needs, make
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
-from tiercache.hadamard import transform
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
 from tiercache.model.linear import is_down
-from tiercache.model.rehearse import Rehearsal, rehearse
-from tiercache.plan import Needs, make
+from tiercache.model.trace import Rehearsal, rehearse
+from tiercache.quant import planes
+from tiercache.quant.hadamard import transform
 from tiercache.stats import Stats
 from tiercache.store.convert import convert
 from tiercache.store.manifest import Manifest, PlaneWeight
@@ -52,7 +53,7 @@ def lent(store: Path, rung: str = "int8", *, resident: bool = True, **options: A
     places = {name: None if size is None else Budget.parse(size) for name, size in sizes.items()}
     options = {"cpu_tokens": 0, "context": CONTEXT, "device": "cpu"} | options
     config = OffloadConfig(**places, precision=rung, resident=resident, **options)
-    with engine.lend(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
+    with offload.lend(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
         yield model
 
 
@@ -66,7 +67,7 @@ def rehearsed_once() -> Iterator[None]:
         return known[key] if key in known else known.setdefault(key, rehearse(model, *arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(needs, "rehearse", rehearse_once)
+        patch.setattr(memory, "rehearse", rehearse_once)
         yield
 
 
@@ -410,7 +411,7 @@ def test_without_kernels_planes_are_decoded(plane_store: Folders, monkeypatch: p
         want = run(model).exact
     with lent(plane_store("gpt2"), "int4", resident=False, kernels="decode") as model:
         low = model.transformer(IDS).last_hidden_state
-    monkeypatch.setattr(engine, "select", refuse)
+    monkeypatch.setattr(offload, "select", refuse)
     with ExitStack() as stack:
         opened = lent(plane_store("gpt2"))
         with pytest.warns(UserWarning, match="decoded"):
@@ -472,8 +473,8 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
         assert "resident" not in model.tiercache.pass_bytes()
         with pytest.raises(UsageError, match="exactly"):
             model.tiercache.passes("resident")
-    monkeypatch.setattr(engine, "resolve_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(engine, "_kernels", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
+    monkeypatch.setattr(offload, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(offload, "_kernels", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
     with pytest.raises(UsageError, match="cpu_tokens=4"), lent(plane_store("llama"), cpu_tokens=4):
         pass
     for drafter in ("resident", "auto"):

@@ -9,9 +9,9 @@ from torch.nn.functional import max_pool1d, pad
 
 import tiercache
 from tiercache.compat import cache_out
-from tiercache.decode.speckv import AHEAD, WINDOW, Observed, observing, scratch_bytes
-from tiercache.decode.treepass import TreeRun
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
+from tiercache.kv.speckv import AHEAD, WINDOW, Observed, observing, scratch_bytes
+from tiercache.kv.tree_pass import TreeRun
 from tiercache.stats import Stats
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"

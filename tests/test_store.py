@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from profiler import probe
-from tiercache import hadamard, planes
 from tiercache.errors import (
     EnvironmentUnsupportedError,
     QuantizationError,
@@ -30,6 +29,7 @@ from tiercache.errors import (
     TiercacheError,
     UsageError,
 )
+from tiercache.quant import hadamard, planes
 from tiercache.store import catalog
 from tiercache.store.convert import convert
 from tiercache.store.format import BLOCK_BYTES, FILES, PLANE_FILES, SCALE_FILE, VERSION, align

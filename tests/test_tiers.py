@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
 from policies.types import Key, Placement
+from tiercache.engine.plan import Needs, make
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
-from tiercache.plan import Needs, make
 from tiercache.stats import TierStats
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlainWeight, of_source

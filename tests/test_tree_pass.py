@@ -17,10 +17,10 @@ from torch.nn import functional
 
 import tiercache
 from tiercache.compat import cache_kwargs
-from tiercache.decode import treepass
-from tiercache.decode.kv import TreeCache, TreeLayer, support
-from tiercache.decode.treepass import TreeRun
 from tiercache.errors import ContextExceededError, DraftError, UnsupportedModelError, UsageError
+from tiercache.kv import tree_pass
+from tiercache.kv.cache import TreeCache, TreeLayer, support
+from tiercache.kv.tree_pass import TreeRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = 1e-9
@@ -371,7 +371,7 @@ def test_chains_of_a_recurrent_model(name: str, padding: int, monkeypatch: pytes
     model = other(config)
     if not support(model).recurrent:
         pytest.skip("this version of transformers cannot go on from a state by several tokens")
-    monkeypatch.setattr(treepass, "_REPLAYED", 9)
+    monkeypatch.setattr(tree_pass, "_REPLAYED", 9)
     chance, passes = random.Random(4), []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     text = some(chance, 12)

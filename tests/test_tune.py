@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from tiercache import cli
 from tiercache.errors import StoreError, UsageError
-from tiercache.hadamard import restored, stored
-from tiercache.planes import CELL, MIDDLES, Planes, decode, encode, unpack
 from tiercache.quant import tune
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import LayerMoments
+from tiercache.quant.hadamard import restored, stored
+from tiercache.quant.planes import CELL, MIDDLES, Planes, decode, encode, unpack
 from tiercache.quant.tune import Layer, Piece, tuned
 from tiercache.store import encode as encoder
 from tiercache.store import estimate, layout

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiercache.engine import offload
+    from tiercache.engine.offload import offload
     from tiercache.errors import TiercacheError
     from tiercache.store.convert import convert
     from tiercache.store.planestore import PlaneStore
@@ -18,7 +18,7 @@ _HOMES = {
     "PlaneStore": "tiercache.store.planestore",
     "TiercacheError": "tiercache.errors",
     "convert": "tiercache.store.convert",
-    "offload": "tiercache.engine",
+    "offload": "tiercache.engine.offload",
 }
 
 __all__ = ["PlaneStore", "TiercacheError", "convert", "offload"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tiercache.bench.peers import llamacpp
+from benchmarks.peers import llamacpp
 
 
 def main() -> None:

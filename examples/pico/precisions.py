@@ -11,7 +11,7 @@ from pathlib import Path
 import transformers
 
 import tiercache
-from tiercache.planes import RUNGS
+from tiercache.quant.planes import RUNGS
 
 from .perplexity import heldout_loss, heldout_tokens
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiercache.planes import CELL, Planes, decode, encode
-from tiercache.planes import RUNGS as RUNG_PLANES
+from tiercache.quant.planes import CELL, Planes, decode, encode
+from tiercache.quant.planes import RUNGS as RUNG_PLANES
 
 RUNGS = tuple(RUNG_PLANES)
 # Of the sum of the magnitudes of what is added up; the contract's own bound is 1e-4.

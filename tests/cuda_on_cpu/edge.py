@@ -8,8 +8,8 @@ from cuda_on_cpu.cases import matrix
 from cuda_on_cpu.emulate import Emulation
 from torch import Tensor
 
-from tiercache.kernels.cuda import CudaKernels
-from tiercache.planes import Planes
+from tiercache.kernels.cuda.backend import CudaKernels
+from tiercache.quant.planes import Planes
 
 
 def at_the_edge(library: str, rung: str, group: int) -> bool:

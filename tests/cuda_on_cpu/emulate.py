@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tiercache.errors import UsageError
-from tiercache.kernels.cuda_calls import Call
+from tiercache.kernels.cuda.launches import Call
 
 HERE = Path(__file__).parent
-SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda_source"
+SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda" / "source"
 # No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
 FLAGS = (
     "-O1",

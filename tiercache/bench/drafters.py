@@ -12,7 +12,7 @@ from tiercache import __version__
 from tiercache.bench import drafters_capped
 from tiercache.bench.drafters_contest import Contest, Visitor
 from tiercache.bench.drafters_options import Options
-from tiercache.checks import processor_name
+from tiercache.doctor.checks import processor_name
 
 SCHEMA = "tiercache.drafters/1"
 

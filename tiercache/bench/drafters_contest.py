@@ -22,8 +22,8 @@ from tiercache.bench.drafters_rows import Judge, Measured, Turn, Verdict, rate
 from tiercache.bench.drafting_lane import NONE, PLAIN, Cell, Entry, Lane, Sample, Setting, lane
 from tiercache.bench.drafting_prompts import Prompts
 from tiercache.bench.widened import widen
+from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
-from tiercache.opening import default_store
 from tiercache.progress import note
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE

@@ -19,7 +19,7 @@ from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
-from tiercache.engine import lend
+from tiercache.engine.offload import lend
 from tiercache.errors import UsageError
 from tiercache.store.planestore import PlaneStore
 

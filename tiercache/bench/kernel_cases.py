@@ -11,7 +11,7 @@ from tiercache.bench import workset
 from tiercache.bench.shapes import GROUP, SHAPES
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels, activate
-from tiercache.planes import Planes
+from tiercache.quant.planes import Planes
 
 BUNDLE_KERNELS = ("products", "product_down", "ffn")
 SHAPE_NAMES: Mapping[str, str] = MappingProxyType(

@@ -19,11 +19,11 @@ from tiercache.bench.kernel_cases import SHAPE_NAMES, Case
 from tiercache.bench.shapes import GROUP
 from tiercache.bench.stand import CpuStand, Effort, Stand, median_s, working_set_bytes
 from tiercache.bench.torch_peers import Peer
-from tiercache.checks import processor_name
+from tiercache.doctor.checks import processor_name
 from tiercache.errors import TiercacheError, UsageError
 from tiercache.kernels.contract import MAX_TOKENS
-from tiercache.planes import RUNGS, Planes
 from tiercache.progress import Advance, bar
+from tiercache.quant.planes import RUNGS, Planes
 
 SCHEMA = "tiercache.kernels/1"
 TOLERANCE = 5e-3

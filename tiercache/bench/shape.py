@@ -17,7 +17,7 @@ from tiercache.bench import shapes
 from tiercache.bench.untaught import untaught
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, Precision, human
-from tiercache.engine import lend
+from tiercache.engine.offload import lend
 from tiercache.store.planestore import PlaneStore
 
 SCHEMA = "tiercache.bench/1"

@@ -13,10 +13,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tiercache import skeleton
 from tiercache.errors import UsageError
-from tiercache.planes import PLANE_BITS, scale_row_bytes
+from tiercache.model import meta_model
 from tiercache.progress import bar
+from tiercache.quant.planes import PLANE_BITS, scale_row_bytes
 from tiercache.store import catalog, layout
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
 from tiercache.store.header import TensorRef
@@ -84,10 +84,10 @@ def make_checkpoint(shape: Shape, folder: Path, seed: int, *, show_progress: boo
     if _is_there(folder, stamp):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    model = skeleton.build(shape.config(), torch.bfloat16)
+    model = meta_model.build(shape.config(), torch.bfloat16)
     shards: dict[int, dict[str, torch.Size]] = {}
     for name, parameter in model.named_parameters():
-        layer = skeleton.layer_of(name)
+        layer = meta_model.layer_of(name)
         shards.setdefault(0 if layer is None else layer + 1, {})[name] = parameter.shape
     pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(_POOL_WEIGHTS, np.float32) * 0.02).bfloat16()
     weight_map: dict[str, str] = {}
@@ -139,7 +139,7 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
 def _imagined(shape: Shape) -> Source:
     """A checkpoint that says what tensors it has, and has no files."""
     config = shape.config()
-    model = skeleton.build(config, torch.bfloat16)
+    model = meta_model.build(config, torch.bfloat16)
     nowhere = Path("nowhere")
     refs = {
         name: TensorRef(nowhere, 0, parameter.nbytes, "BF16", tuple(parameter.shape))

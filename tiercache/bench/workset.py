@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tiercache.bench.shapes import GROUP, LEVELS
 from tiercache.bench.stand import Effort, Stand, working_set_bytes
-from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.format import align
 from tiercache.store.manifest import PlaneWeight
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from policies.precision import RUNGS, TOP
 from profiler.trace import Trace
 from tiercache.calibrate.sums import HALVES, PAIRED, POINTS, QUANTILES, RANKS, UNIONS, Sums, scorers
-from tiercache.hadamard import restored
 from tiercache.kernels.contract import MAX_TOKENS
 from tiercache.model.importance import SCORERS, Activation, largest, needed, previous, recall, scores
 from tiercache.model.mixed import MixedBlock, Seen
-from tiercache.planes import Planes
+from tiercache.quant.hadamard import restored
+from tiercache.quant.planes import Planes
 
 # Tokens of a window whose neurons are put in order by every scorer, evenly taken. Sorting was nine tenths of a
 # calibration; what comes of it are means over all windows, which rank the candidates that are then measured.

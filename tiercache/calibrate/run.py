@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from policies.precision import RUNGS, TOP, Recipe
-from tiercache import mixing
 from tiercache.calibrate import halving, predictors, replays
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.collect import Collector
@@ -21,7 +20,8 @@ from tiercache.calibrate.journal import Journal, clear_errors
 from tiercache.calibrate.measure import Measured, Measurer, room
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, plain, uniform
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine import lend
+from tiercache.engine import recipe
+from tiercache.engine.offload import lend
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import bar, note
 from tiercache.quality.measure import KeptLogits
@@ -88,7 +88,7 @@ class Run:
         """All steps that are left, and the finished calibration."""
         self._collect()
         sums = self._sums()
-        forecast = Forecast(sums, mixing.sizes_of(self._store.blocks()[0], self._store))
+        forecast = Forecast(sums, recipe.sizes_of(self._store.blocks()[0], self._store))
         settings = self._settings(forecast)
         seconds = self._journal.seconds
         text = {"name": self._text.file.name, "sha256": self._text.sha256, "tokens": len(self._text.ids)}
@@ -130,7 +130,7 @@ class Run:
             attached: Any = model.tiercache
             blocks = attached.mixed.blocks
             sums = self._sums()
-            collector = Collector(model, blocks, mixing.activation_of(model), sums)
+            collector = Collector(model, blocks, recipe.activation_of(model), sums)
             with self._bar("exact passes over the text", attached, len(self._windows), done) as after:
                 for place in range(done, len(self._windows)):
                     collector.run(self._windows[place])

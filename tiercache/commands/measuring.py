@@ -238,11 +238,11 @@ def doctor_command(
     quiet: Quiet = False,
 ) -> None:
     """Look at this machine; exit code 5 if something will not work."""
-    from tiercache import doctor
+    from tiercache.doctor import report
 
-    checks = doctor.diagnose(store)
+    checks = report.diagnose(store)
     if not quiet:
-        console().print(doctor.table(checks))
-    tell("", doctor.to_dict(checks), as_json, quiet=True)
-    if not doctor.works(checks):
+        console().print(report.table(checks))
+    tell("", report.to_dict(checks), as_json, quiet=True)
+    if not report.works(checks):
         raise typer.Exit(ENVIRONMENT)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from tiercache import summary
+from tiercache.commands import summary
 from tiercache.commands.base import (
     BytesPerToken,
     Device,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache import summary
+from tiercache.commands import summary
 from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
 from tiercache.config import CALIBRATION_TOKENS, human
 

@@ -15,14 +15,14 @@ import torch
 import transformers
 
 from tiercache import compat
-from tiercache.decode.kv import support
 from tiercache.decode.loop import DecodeLoop
 from tiercache.decode.request import Request
 from tiercache.decode.team import Team
-from tiercache.decode.treepass import TreeRun
 from tiercache.decode.verify import Rule
 from tiercache.draft.noise import GumbelNoise
 from tiercache.errors import UsageError
+from tiercache.kv.cache import support
+from tiercache.kv.tree_pass import TreeRun
 from tiercache.progress import note
 
 # Arguments of a forward that the loop gives itself, or that say nothing.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tiercache.decode.request import Request
-from tiercache.decode.speckv import AHEAD, WINDOW
 from tiercache.decode.team import Round, Team
-from tiercache.decode.treepass import TreeRun
 from tiercache.decode.verify import Rule
 from tiercache.draft.base import Context, Feedback, Noise
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import ContextExceededError
+from tiercache.kv.speckv import AHEAD, WINDOW
+from tiercache.kv.tree_pass import TreeRun
 
 
 class DecodeLoop:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from policies.sharpness import Sharpness
-from tiercache.decode.treepass import TreeRun
 from tiercache.draft.tree import DraftTree
+from tiercache.kv.tree_pass import TreeRun
 
 # The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
 Noise = Callable[[int], torch.Tensor]

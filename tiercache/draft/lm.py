@@ -11,13 +11,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tiercache.decode.treepass import TreeRun
 from tiercache.draft.base import Context, Feedback, Needs, TreeBudget
 from tiercache.draft.grown import GrownDrafter
 from tiercache.draft.scores import RunScores
 from tiercache.draft.sketch import Grower
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
+from tiercache.kv.tree_pass import TreeRun
 
 _PIECE = 256  # tokens of the prompt in one pass: bounds what a pass takes
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tiercache.decode.treepass import TreeRun
 from tiercache.draft.base import Context
 from tiercache.draft.sketch import Candidates, Sketch
 from tiercache.draft.tree import ROOT
+from tiercache.kv.tree_pass import TreeRun
 
 
 class RunScores:

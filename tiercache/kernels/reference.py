@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tiercache import hadamard
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
@@ -20,7 +19,8 @@ from tiercache.kernels.contract import (
     check_transform,
     checked_rows,
 )
-from tiercache.planes import Planes, decode
+from tiercache.quant import hadamard
+from tiercache.quant.planes import Planes, decode
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from tiercache.errors import EnvironmentUnsupportedError
-from tiercache.kernels import build
 from tiercache.kernels.contract import Kernels
+from tiercache.kernels.cpu import build
 
 
 @cache
@@ -20,12 +20,12 @@ def select(device: torch.device) -> Kernels:
         EnvironmentUnsupportedError: it cannot be had here (no compiler, an unknown processor); says what would help.
     """
     if device.type == "cuda":
-        from tiercache.kernels.cuda import CudaKernels  # looks for the driver
+        from tiercache.kernels.cuda.backend import CudaKernels  # looks for the driver
 
         return CudaKernels(device)
     if device.type != "cpu":
         raise EnvironmentUnsupportedError(f"there are no plane kernels for {device.type}; use a CPU or an NVIDIA GPU")
-    from tiercache.kernels.cpu import CpuKernels
+    from tiercache.kernels.cpu.backend import CpuKernels
 
     return CpuKernels()
 

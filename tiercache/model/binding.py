@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
+from tiercache.model.meta_model import layer_of
 from tiercache.model.mixed import Choosing
 from tiercache.model.shortlist import ShortlistForward
-from tiercache.skeleton import layer_of
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Supply
 

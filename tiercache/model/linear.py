@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tiercache.compat import Conv1D
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
-from tiercache.planes import Planes
+from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
 _FEW, _SLICE = 8, 512  # bounds of what `kernels` do; see their sources

@@ -25,7 +25,7 @@ from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.model.importance import SCORERS, Activation, first, largest, needed, scores
 from tiercache.model.linear import plain
 from tiercache.model.neurons import BlockPlanes, Group, Parts
-from tiercache.planes import scale_row_bytes
+from tiercache.quant.planes import scale_row_bytes
 from tiercache.stats import NeuronStats
 
 Kind = Literal["mixed", "exact", "resident"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policies.neurons import IntArray
 from tiercache.kernels.contract import Selection, SlotRows
-from tiercache.planes import MIDDLES, Planes
+from tiercache.quant.planes import MIDDLES, Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.tier import Source

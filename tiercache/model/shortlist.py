@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
 from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
 from tiercache.model.mixed import SLICE, Choosing
-from tiercache.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ONE_IN = 24

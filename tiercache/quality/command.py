@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor
 
 import tiercache
-from tiercache import skeleton
 from tiercache import text as texts
 from tiercache.config import SizeLike, home_folder
+from tiercache.engine.source import default_store
 from tiercache.errors import UsageError
-from tiercache.opening import default_store
+from tiercache.model import meta_model
 from tiercache.progress import bar, note
 from tiercache.quality import measure, report
 from tiercache.quality.harness import Harness
@@ -148,7 +148,7 @@ def _refuse_uncalibrated(folder: Path, store: Path | None) -> None:
 
 def _measure(folder: Path, file: Path, modes: list[Mode], options: Options) -> dict[str, Any]:
     """The first mode is the reference."""
-    config = skeleton.read_config(folder).get_text_config()
+    config = meta_model.read_config(folder).get_text_config()
     _check(config, options)
     tokenizer = texts.load_tokenizer(folder)
     read = texts.read(file, tokenizer, tokens=options.tokens, vocabulary=config.vocab_size)

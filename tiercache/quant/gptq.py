@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiercache import hadamard
 from tiercache.errors import QuantizationError
-from tiercache.planes import Planes, choose, num_groups, pack, ranges, values
+from tiercache.quant import hadamard
+from tiercache.quant.planes import Planes, choose, num_groups, pack, ranges, values
 
 DAMPING = 0.1
 """Share of the mean second moment that is added to each input's; with .3 int4 lost 7 % more."""

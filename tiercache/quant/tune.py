@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tiercache import hadamard
 from tiercache.errors import UsageError
-from tiercache.planes import CELL, MIDDLES, Planes, num_groups, pack, unpack, values
+from tiercache.quant import hadamard
+from tiercache.quant.planes import CELL, MIDDLES, Planes, num_groups, pack, unpack, values
 
 LEARNED = ("int3", "int4")
 """Precisions whose losses are learned from; int8's weights do not change."""

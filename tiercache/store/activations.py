@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tiercache import skeleton
 from tiercache.errors import StoreError, UnsupportedModelError
+from tiercache.model import meta_model
 from tiercache.quant.tune import Layer
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
@@ -64,8 +64,8 @@ class Walk:
         self._source, self._windows, self._reader, self._folder = source, windows, reader, folder
         self._looks_back = looks_back
         self._before: Tensor | None = None  # the hidden states before the last layer
-        self._model = skeleton.build(source.config, torch.float32)
-        found = skeleton.matrices(self._model)
+        self._model = meta_model.build(source.config, torch.float32)
+        found = meta_model.matrices(self._model)
         self._layers = _layers(self._model, [matrix.module for matrix in found if matrix.layer is not None])
         self._modules = {matrix.module for matrix in found}
         self._calls: list[_Call] = []
@@ -233,7 +233,7 @@ class Walk:
     @contextmanager
     def _materialised(self, names: list[str]) -> Iterator[None]:
         before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-        _, table = skeleton.embedding(self._model)
+        _, table = meta_model.embedding(self._model)
         try:
             for name in names:
                 parent, _, leaf = name.rpartition(".")
@@ -272,7 +272,7 @@ def _layers(model: nn.Module, modules: list[str]) -> list[tuple[str, nn.Module]]
 @contextmanager
 def _embedding_in_fp32(model: nn.Module) -> Iterator[None]:
     """Rows of the embedding table are cast as they are looked up."""
-    module, _ = skeleton.embedding(model)  # type: ignore[arg-type]
+    module, _ = meta_model.embedding(model)  # type: ignore[arg-type]
     hook = model.get_submodule(module).register_forward_hook(lambda _module, _given, made: made.float())
     try:
         yield

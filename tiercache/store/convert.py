@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiler import probe
-from tiercache import planes as codes
 from tiercache.config import CALIBRATION_TOKENS, human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
+from tiercache.quant import planes as codes
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.tune import check
 from tiercache.store import activations, catalog, encode, estimate, layers, layout

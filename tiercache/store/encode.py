@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from tiercache import hadamard
-from tiercache import planes as codes
 from tiercache.errors import QuantizationError
-from tiercache.quant import gptq
+from tiercache.quant import gptq, hadamard
+from tiercache.quant import planes as codes
 from tiercache.quant.gptq import LayerMoments
 from tiercache.store.format import PLANE_FILES, SCALE_FILE
 from tiercache.store.header import DTYPES, TensorRef

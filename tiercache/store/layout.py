@@ -7,9 +7,9 @@ neuron, then the head, then everything that stays as it is.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from tiercache import planes as codes
-from tiercache import skeleton
-from tiercache.skeleton import Ffn, Matrix
+from tiercache.model import meta_model
+from tiercache.model.meta_model import Ffn, Matrix
+from tiercache.quant import planes as codes
 from tiercache.store.catalog import Member
 from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, align
 from tiercache.store.source import Source
@@ -56,8 +56,8 @@ class UnitPlan:
 def plan(source: Source, group: int, *, scaled: bool = False) -> list[UnitPlan]:
     """Every unit, in the order in which it will lie in the files; `scaled`: inputs of the layers' units have scales."""
     model = source.model()
-    found = skeleton.matrices(model)
-    blocks = {block.outward.module: block for block in skeleton.ffns(found)}
+    found = meta_model.matrices(model)
+    blocks = {block.outward.module: block for block in meta_model.ffns(found)}
     inward = {matrix.module for block in blocks.values() for matrix in block.inward}
     units: dict[int | None, list[UnitPlan]] = {}
     for matrix in found:
@@ -70,7 +70,7 @@ def plan(source: Source, group: int, *, scaled: bool = False) -> list[UnitPlan]:
     layers = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]]
     ordered = ([_scaled(unit) for unit in layers] if scaled else layers) + head
     quantised = {matrix.name for matrix in found}
-    _, table = skeleton.embedding(model)
+    _, table = meta_model.embedding(model)
     kept = [name for name in source.tensors if name not in quantised or name == table]
     return ordered + [_dense(name, source.tensors[name].nbytes) for name in kept]
 

@@ -10,8 +10,9 @@ from math import prod
 
 import torch
 
-from tiercache import hadamard, skeleton
-from tiercache import planes as codes
+from tiercache.model import meta_model
+from tiercache.quant import hadamard
+from tiercache.quant import planes as codes
 from tiercache.store.format import Unit, lay_out
 from tiercache.store.header import DTYPES, TensorRef
 from tiercache.store.source import Source
@@ -247,7 +248,7 @@ class Manifest:
     @property
     def head(self) -> Weight | None:
         """The language-model head's weight: the one that lies in no layer; None where the model has no head."""
-        return next((weight for name, weight in self.weights.items() if skeleton.layer_of(name) is None), None)
+        return next((weight for name, weight in self.weights.items() if meta_model.layer_of(name) is None), None)
 
 
 def of_source(source: Source) -> Manifest:
@@ -263,9 +264,9 @@ def of_source(source: Source) -> Manifest:
             units.append(unit)
         return by_parameter[parameter]
 
-    for matrix in skeleton.matrices(model):
+    for matrix in meta_model.matrices(model):
         weights[matrix.module] = plain(matrix.name)
-    module, parameter = skeleton.embedding(model)
+    module, parameter = meta_model.embedding(model)
     embedding = (module, plain(parameter))
     dense = {name: ref for name, ref in source.tensors.items() if name not in by_parameter}
     return Manifest(tuple(units), weights, embedding, dense)

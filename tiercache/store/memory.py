@@ -6,8 +6,8 @@ Knows parameters; the caller's memory is not counted in any budget, since tierca
 import torch
 import transformers
 
-from tiercache import skeleton
 from tiercache.errors import UsageError
+from tiercache.model import meta_model
 from tiercache.store.format import Unit, align
 from tiercache.store.header import DTYPES
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
@@ -34,7 +34,7 @@ def check(model: transformers.PreTrainedModel) -> None:
             raise UsageError(
                 f"{name} lies on {parameter.device} or in a strided view; give a model in main memory, or its path"
             )
-    skeleton.refuse_experts(model.config)
+    meta_model.refuse_experts(model.config)
 
 
 def of_model(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
@@ -53,8 +53,8 @@ def of_model(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.
             slots.append(data.view(-1).view(torch.uint8))
         return plain[name]
 
-    weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in skeleton.matrices(model)}
-    module, table = skeleton.embedding(model)
+    weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in meta_model.matrices(model)}
+    module, table = meta_model.embedding(model)
     return Manifest(tuple(units), weights, (module, place(table)), {}), slots
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from tiercache import planes as codes
-from tiercache import skeleton
 from tiercache.errors import StoreError, UsageError, permissions_named
+from tiercache.model import meta_model
 from tiercache.progress import bar
+from tiercache.quant import planes as codes
 from tiercache.store import catalog
 from tiercache.store.catalog import Contents, Extent, Record
 from tiercache.store.format import (
@@ -79,7 +79,7 @@ class PlaneStore:
         for name in DECIDING:
             if (digest := contents.meta["files"].get(name)) and not _is_file_with(path / name, digest):
                 raise StoreError(f"{path / name} is not the file that the store was made with; convert again")
-        config = skeleton.read_config(path)
+        config = meta_model.read_config(path)
         if config.model_type != contents.meta["model_type"]:
             raise StoreError(
                 f"{path}: config.json describes {config.model_type!r}, the catalogue "
@@ -89,7 +89,7 @@ class PlaneStore:
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with its generation defaults."""
-        return skeleton.with_defaults(self.config, self.dtype, self.folder)
+        return meta_model.with_defaults(self.config, self.dtype, self.folder)
 
     def manifest(self, rung: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
         """What the model is made of when computed at `rung`; the head is always read at int8.
@@ -103,7 +103,7 @@ class PlaneStore:
         Raises:
             StoreError: the token embedding is missing.
         """
-        module, table = skeleton.embedding(self.model())
+        module, table = meta_model.embedding(self.model())
         units: list[Unit] = []
         weights: dict[str, Weight] = {}
         dense: dict[str, TensorRef] = {}

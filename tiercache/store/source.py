@@ -17,9 +17,9 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from tiercache import skeleton
 from tiercache.compat import WeightRenaming, get_model_conversion_mapping
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
+from tiercache.model import meta_model
 from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
 
 _SAMPLES, _SAMPLE_BYTES = 9, 64
@@ -53,8 +53,8 @@ class Source:
             UnsupportedModelError: an architecture or layout that tiercache does not run.
         """
         folder = resolve(path_or_id)
-        config = skeleton.read_config(folder)
-        skeleton.refuse_experts(config)
+        config = meta_model.read_config(folder)
+        meta_model.refuse_experts(config)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
                 f"{folder} is already quantised; tiercache cuts its own planes: name the 16- or 32-bit checkpoint"
@@ -62,7 +62,7 @@ class Source:
         files = read_checkpoint(folder)
         dtype = _run_dtype(config, files)
         try:
-            model = skeleton.build(config, dtype)
+            model = meta_model.build(config, dtype)
         except TiercacheError:
             raise
         except Exception as error:  # transformers checks the values of a configuration in many places and ways
@@ -74,7 +74,7 @@ class Source:
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with the generation defaults that lie beside the checkpoint."""
-        return skeleton.with_defaults(self.config, self.dtype, self.folder)
+        return meta_model.with_defaults(self.config, self.dtype, self.folder)
 
     def identity(self) -> str:
         """A hash of what the checkpoint holds: names, dtypes, shapes, and a sample of each tensor's bytes.

@@ -12,7 +12,7 @@ import torch
 
 from policies import offload
 from tiercache.kernels.contract import Kernels
-from tiercache.planes import PLANE_BITS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PLANE_BITS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.tiers.slab import Slab
 
 _COLUMNS, _GROUP = 4096, 64

@@ -13,7 +13,7 @@ import torch
 
 from policies.residency import Residency
 from policies.types import Key, Placement
-from tiercache.plan import Plan, TierPlan
+from tiercache.engine.plan import Plan, TierPlan
 from tiercache.progress import bar
 from tiercache.stats import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight

@@ -19,9 +19,7 @@ from torch import nn
 from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
-from tiercache.decode import speckv
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
-from tiercache.decode.kv import support
 from tiercache.decode.team import Team
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, Needs
@@ -30,10 +28,12 @@ from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.noise import KEPT, GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
+from tiercache.engine.memory import Demand
+from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
-from tiercache.model.rehearse import rehearse
-from tiercache.needs import Demand
-from tiercache.opening import Opened
+from tiercache.kv import speckv
+from tiercache.kv.cache import support
+from tiercache.model.trace import rehearse
 from tiercache.progress import note
 from tiercache.stats import DraftStats, Stats
 from tiercache.store.source import Source, resolve

@@ -10,19 +10,18 @@ from math import prod
 
 import torch
 
-from tiercache import skeleton
 from tiercache.config import OffloadConfig
-from tiercache.decode.kv import cache_of
+from tiercache.engine.plan import Needs
+from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
-from tiercache.hadamard import RESTORING_BYTES
-from tiercache.model import mixed, shortlist
+from tiercache.kv.cache import cache_of
+from tiercache.model import meta_model, mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
 from tiercache.model.linear import scratch_bytes
-from tiercache.model.rehearse import Rehearsal, rehearse
-from tiercache.opening import Opened
-from tiercache.plan import Needs
-from tiercache.planes import DECODE_SCRATCH_BYTES
+from tiercache.model.trace import Rehearsal, rehearse
+from tiercache.quant.hadamard import RESTORING_BYTES
+from tiercache.quant.planes import DECODE_SCRATCH_BYTES
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.reader import Reader
@@ -194,8 +193,8 @@ def _row_bytes(opened: Opened) -> int:
 
 def _rest(opened: Opened) -> list[str]:
     """Parameters of a model in memory that are neither multiplied by nor looked up in."""
-    _, table = skeleton.embedding(opened.skeleton)
-    multiplied = {matrix.name for matrix in skeleton.matrices(opened.skeleton)}
+    _, table = meta_model.embedding(opened.skeleton)
+    multiplied = {matrix.name for matrix in meta_model.matrices(opened.skeleton)}
     return [name for name, _ in opened.skeleton.named_parameters() if name not in multiplied and name != table]
 
 

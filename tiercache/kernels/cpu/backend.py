@@ -2,7 +2,7 @@
 
 Work is shared among the threads of the OpenMP runtime that torch has loaded, so that no second set of threads competes
 with torch's. The arithmetic, which is the same to the bit for every instruction set, number of threads and number of
-tokens, is told in `cpu_source/planes.h`.
+tokens, is told in `source/planes.h`.
 """
 
 import ctypes
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels import build
 from tiercache.kernels.contract import (
     ACTIVATIONS,
     Prepared,
@@ -28,7 +27,8 @@ from tiercache.kernels.contract import (
     checked_index,
     checked_rows,
 )
-from tiercache.planes import Planes, num_groups
+from tiercache.kernels.cpu import build
+from tiercache.quant.planes import Planes, num_groups
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGN = 64

@@ -4,7 +4,7 @@ It knows llama.cpp's C interface, and nothing of tiercache's engine or of torch,
 peer some 200 MB of its cap. The weights stay mapped; they are repacked only when asked, since under a cap a repacked
 copy would not fit.
 
-    python -m tiercache.bench.peers.llamacpp model.gguf --tokens 4 --threads 2
+    python -m benchmarks.peers.llamacpp model.gguf --tokens 4 --threads 2
 """
 
 from __future__ import annotations

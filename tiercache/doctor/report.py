@@ -20,9 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from profiler import hardware, probe
-from tiercache import __version__, gpu_checks
-from tiercache.checks import Check, Probe, dotted, module, processor_name, text_of
+from tiercache import __version__
 from tiercache.config import human
+from tiercache.doctor import gpu
+from tiercache.doctor.checks import Check, Probe, dotted, module, processor_name, text_of
 
 SCHEMA = "tiercache.doctor/1"
 # pyproject.toml's ranges, from the first that will do to the first that will not; a test compares them.
@@ -187,7 +188,7 @@ def _processor(folder: Path) -> list[Check]:
 
 
 def _compiler(folder: Path) -> list[Check]:
-    from tiercache.kernels import build
+    from tiercache.kernels.cpu import build
 
     named, found = os.environ.get("CC"), build.compiler()
     if found is None:
@@ -220,9 +221,9 @@ def kernels_check(device: str, fast: bool, text: str) -> Check:
 PROBES: tuple[Probe, ...] = (
     _python,
     _libraries,
-    gpu_checks.gpu,
-    gpu_checks.pcie,
-    gpu_checks.pinned_memory,
+    gpu.gpu,
+    gpu.pcie,
+    gpu.pinned_memory,
     _main_memory,
     _processor,
     _compiler,

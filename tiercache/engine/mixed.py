@@ -11,16 +11,16 @@ import torch
 from policies.precision import RUNGS
 from profiler import replay
 from profiler.trace import Trace
-from tiercache import mixing
 from tiercache.config import OffloadConfig, human
+from tiercache.engine import recipe
+from tiercache.engine.plan import Plan
+from tiercache.engine.recipe import Mixing
+from tiercache.engine.source import Opened
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
-from tiercache.mixing import Mixing
 from tiercache.model import shortlist
 from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import Deltas
-from tiercache.opening import Opened
-from tiercache.plan import Plan
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
@@ -95,7 +95,7 @@ class MixedRun:
             stack.callback(slots.close)
             slots.fill()
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
-        blocks = mixing.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
+        blocks = recipe.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
         if head is not None:

@@ -14,26 +14,27 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache import compat, drafting
-from tiercache.attached import Attached, Resident
-from tiercache.budgeting import choose
+from tiercache import compat
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
+from tiercache.engine import drafting
+from tiercache.engine.budgets import choose
+from tiercache.engine.exact import Placed, place
+from tiercache.engine.handle import Attached, Resident
+from tiercache.engine.memory import Demand
+from tiercache.engine.mixed import MixedRun
+from tiercache.engine.plan import Plan
+from tiercache.engine.recipe import Mixing
+from tiercache.engine.source import Opened, open_model
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
-from tiercache.mixing import Mixing
-from tiercache.mixrun import MixedRun
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Use, weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
-from tiercache.model.guard import Guard, Passes, refuse_closed
-from tiercache.needs import Demand
-from tiercache.opening import Opened, open_model
-from tiercache.placing import Placed, place
-from tiercache.plan import Plan
-from tiercache.planes import RUNGS
+from tiercache.model.pass_hooks import Guard, Passes, refuse_closed
 from tiercache.progress import note
+from tiercache.quant.planes import RUNGS
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.encode import load

@@ -26,7 +26,7 @@ _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is compiled at once: a file of `cuda_source`, for one number of planes (0: of any)."""
+    """What is compiled at once: a file of `source`, for one number of planes (0: of any)."""
 
     file: str
     planes: int = 0
@@ -39,8 +39,8 @@ class Unit:
 
 
 def source(file: str) -> bytes:
-    """A file of `cuda_source`."""
-    return (resources.files("tiercache.kernels") / "cuda_source" / file).read_bytes()
+    """A file of `source`."""
+    return (resources.files("tiercache.kernels.cuda") / "source" / file).read_bytes()
 
 
 class Nvrtc:

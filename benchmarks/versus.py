@@ -1,7 +1,7 @@
 """Puts the peers beside tiercache: the same weights, one after another, each from a cold cache under the same RAM cap.
 
 Knows how to start each as its own process, and reads the line of JSON that it ends with. Run it as
-`python -m tiercache.bench`; `make bench` does.
+`python -m benchmarks`; `make bench` does.
 """
 
 import json
@@ -126,7 +126,7 @@ def _commands(contest: Contest, model: Path, gguf: Path) -> dict[str, list[str]]
     shape = ["--shape", contest.shape, "--seed", str(contest.seed), "--folder", str(contest.folder)]
     shape += ["--precision", contest.precision]
     disk = ["--offload-dir", str(spill), "--cpu-memory", str(in_ram)]
-    peers = "tiercache.bench.peers"
+    peers = "benchmarks.peers"
     ours = {"tiercache": [*python, "tiercache", "bench", *shape, *tokens, "--json"]}
     llama = [*python, f"{peers}.llamacpp", str(gguf), *tokens, *threads]
     if contest.precision == "source":

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiercache import skeleton
 from tiercache.config import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
+from tiercache.model import meta_model
 from tiercache.store import memory
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE, VERSION
@@ -104,7 +104,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
     memory.check(model)
-    bare = skeleton.build(model.config, model.dtype)
+    bare = meta_model.build(model.config, model.dtype)
     if config.precision == "source":
         _refuse_checks(config)
         manifest, slots = memory.of_model(model)

@@ -6,7 +6,7 @@ because a pass reads a single row of it; what is placed in RAM is copied out of 
 reading the rest would evict it; and torch multiplies by whichever of its two ways is faster here. What is
 placed on disk is read in every pass, from the checkpoint's own files: the offload folder stays empty.
 
-    python -m tiercache.bench.peers.transformers_disk DIR --tokens 4 --offload-dir DIR --cpu-memory 900000000
+    python -m benchmarks.peers.transformers_disk DIR --tokens 4 --offload-dir DIR --cpu-memory 900000000
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m tiercache.bench`: tiercache and its peers under one RAM cap; a table, and last a line of JSON."""
+"""`python -m benchmarks`: tiercache and its peers under one RAM cap; a table, and last a line of JSON."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tiercache.bench.versus import Contest, report, versus
+from benchmarks.versus import Contest, report, versus
 from tiercache.config import Budget
 from tiercache.errors import TiercacheError
 

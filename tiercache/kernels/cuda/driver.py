@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels.cuda_calls import Call
-from tiercache.kernels.nvrtc import Unit, cache_folder, choose, compilers, image
+from tiercache.kernels.cuda.launches import Call
+from tiercache.kernels.cuda.nvrtc import Unit, cache_folder, choose, compilers, image
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tiercache.config import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
-SOURCE = Path(__file__).with_name("cpu_source")
+SOURCE = Path(__file__).with_name("source")
 _MAIN = SOURCE / "planes.c"
 
 # Instruction sets, best first: the flags that /proc/cpuinfo must name, and what the compiler is told.

@@ -18,11 +18,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tiercache import skeleton
 from tiercache.compat import DynamicCache, attention_of, cache_kwargs
-from tiercache.decode import speckv
-from tiercache.decode.kv import Rewind, TreeCache, support
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
+from tiercache.kv import speckv
+from tiercache.kv.cache import Rewind, TreeCache, support
+from tiercache.model import meta_model
 
 _REPLAYED = 64  # committed tokens that may ride along in front of nodes, before they get a pass of their own
 
@@ -100,7 +100,7 @@ class TreeRun:
         with ExitStack() as stack:
             for layer in layers:
                 named = self._model.named_modules()  # a layer comes before its parts
-                module = next((part for name, part in named if skeleton.layer_of(name) == layer), None)
+                module = next((part for name, part in named if meta_model.layer_of(name) == layer), None)
                 if module is None:
                     count = self._model.config.get_text_config(decoder=True).num_hidden_layers
                     raise UsageError(f"no layer {layer} to take hidden states of; choose from 0 to {count - 1}")

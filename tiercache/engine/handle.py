@@ -11,12 +11,12 @@ from typing import get_args
 from policies.types import Key
 from profiler.replay import Row
 from profiler.trace import Trace
+from tiercache.engine.memory import Demand
+from tiercache.engine.mixed import MixedRun
+from tiercache.engine.plan import Plan
 from tiercache.errors import UsageError
-from tiercache.mixrun import MixedRun
-from tiercache.model.guard import Passes
 from tiercache.model.mixed import Kind
-from tiercache.needs import Demand
-from tiercache.plan import Plan
+from tiercache.model.pass_hooks import Passes
 from tiercache.stats import Stats
 
 

@@ -10,15 +10,15 @@ import torch
 
 from policies import room
 from policies.room import Rates, Traffic
-from tiercache import drafting
-from tiercache.budgeting import divide
 from tiercache.config import DraftConfig, OffloadConfig, human
-from tiercache.decode.kv import Support, support
-from tiercache.drafting import Recruits
+from tiercache.engine import drafting
+from tiercache.engine.budgets import divide
+from tiercache.engine.drafting import Recruits
+from tiercache.engine.memory import Demand, demand
+from tiercache.engine.plan import Plan
+from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
-from tiercache.needs import Demand, demand
-from tiercache.opening import Opened
-from tiercache.plan import Plan
+from tiercache.kv.cache import Support, support
 from tiercache.progress import note
 
 # Bytes a second where nobody measured them; of the machines that this is for, and only their proportions matter.

@@ -13,7 +13,7 @@ The columns of others are inputs, and whoever has the inputs multiplies these by
 import torch
 from torch import Tensor
 
-from tiercache.planes import DECODE_SCRATCH_BYTES, Planes, decode
+from tiercache.quant.planes import DECODE_SCRATCH_BYTES, Planes, decode
 
 BLOCK = 64
 _FACTOR = 0.125  # one over the root of BLOCK: exact

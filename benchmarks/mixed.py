@@ -1,6 +1,6 @@
 """Times mixed mode against exact streaming: over an emulated link to an HBM tier, and from the SSD under a RAM cap.
 
-Run as `python -m tiercache.bench.mixed`. The weights are random and so have nothing to lose: what is measured is bytes
+Run as `python -m benchmarks.mixed`. The weights are random and so have nothing to lose: what is measured is bytes
 and seconds, not quality (`tiercache quality` does that). The emulated link is to this machine's products what PCIe 4
 is to a 3090's memory: 25 to 936.
 """
@@ -23,7 +23,7 @@ from tiercache.bench.cgroup import drop_caches, run_capped
 from tiercache.bench.untaught import untaught
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine import lend
+from tiercache.engine.offload import lend
 from tiercache.errors import TiercacheError
 from tiercache.store.planestore import PlaneStore
 
@@ -169,7 +169,7 @@ def over_ssd(folder: Path, tokens: int, cap: float) -> dict[str, Any]:
     for share in (None, 0.75, 0.5, 0.4):
         drop_caches(folder)
         case = Case(str(folder), share, tokens=tokens)
-        command = [sys.executable, "-m", "tiercache.bench.mixed", "--one", json.dumps(asdict(case))]
+        command = [sys.executable, "-m", "benchmarks.mixed", "--one", json.dumps(asdict(case))]
         run = run_capped(command, cap_bytes, timeout_s=900)
         if run.returncode:
             raise TiercacheError(f"a capped run ended with exit code {run.returncode}: {run.stderr.strip()[-400:]}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.checks import Check, dotted, module, text_of
 from tiercache.config import human
+from tiercache.doctor.checks import Check, dotted, module, text_of
 
 # torch 2.15 dropped the last builds with code for Maxwell, Pascal and Volta.
 LEGACY_INSTALL = 'pip install "torch<2.15" --index-url <the cu126 index named on pytorch\'s install page>'

@@ -27,7 +27,7 @@ from tiercache.compat import (
     sdpa_mask,
     supports_attention_functions,
 )
-from tiercache.decode.kv import support
+from tiercache.kv.cache import support
 
 WINDOW = 32  # newest tokens, which are kept and look at the others
 AHEAD = 16  # drafted tokens, which look at them too

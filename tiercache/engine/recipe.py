@@ -15,13 +15,13 @@ from profiler import replay
 from profiler.trace import Trace
 from tiercache.compat import ACT2FN
 from tiercache.config import OffloadConfig
+from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.model.importance import Activation
 from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import BlockPlanes, Deltas, DirectPlanes, SlottedPlanes
-from tiercache.opening import Opened
-from tiercache.planes import PLANE_BITS, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PLANE_BITS, plane_row_bytes, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.catalog import Record
 from tiercache.store.manifest import Manifest

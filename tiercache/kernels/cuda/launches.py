@@ -1,7 +1,7 @@
 """How the CUDA kernels are called: their arguments as bytes, their grids and shared memory, as pure functions.
 
 Knows addresses and shapes; nothing of devices or drivers, so that the same calls run on a GPU and in the emulation of
-the tests. The structures mirror those of `cuda_source` field by field.
+the tests. The structures mirror those of `source` field by field.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.hadamard import BLOCK
-from tiercache.planes import Planes
+from tiercache.quant.hadamard import BLOCK
+from tiercache.quant.planes import Planes
 
 THREADS = 256
 WARPS = THREADS // 32

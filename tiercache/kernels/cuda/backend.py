@@ -31,7 +31,8 @@ from tiercache.kernels.contract import (
     check_transform,
     checked_rows,
 )
-from tiercache.kernels.cuda_calls import (
+from tiercache.kernels.cuda.driver import Driver, Launcher
+from tiercache.kernels.cuda.launches import (
     CHUNK_COLUMNS,
     FEW_TOKENS,
     MOST_PIECES,
@@ -47,9 +48,8 @@ from tiercache.kernels.cuda_calls import (
     rows_call,
     sum_call,
 )
-from tiercache.kernels.cuda_driver import Driver, Launcher
 from tiercache.kernels.reference import activate
-from tiercache.planes import Planes, encode
+from tiercache.quant.planes import Planes, encode
 
 SCRATCH_BYTES = 32 << 20
 """Upper bound of a tile of weights: decoded, or brought near (a single row may exceed it)."""

@@ -1,0 +1,1 @@
+"""NVIDIA cards: CUDA C, compiled at run time, and the Python side of its launches."""
