@@ -135,6 +135,8 @@ def test_version() -> None:
 def test_convert_verify_inspect(checkpoint: Path, tmp_path: Path) -> None:
     made = call("convert", checkpoint, tmp_path / "store", "--group", 32, "--json")
     assert data(made)["schema"] == "tiercache.convert/1"
+    assert data(made)["bits"]["int4"] > 4 + 1  # groups of 32 have a bit of scales for each weight
+    assert "bits a weight, scales and factors included: int8 9." in made.stderr
     assert "MB/s" in made.stderr
     again = call("convert", checkpoint, tmp_path / "store", "--group", 32)
     assert "is there already" in again.stderr
@@ -146,6 +148,8 @@ def test_convert_verify_inspect(checkpoint: Path, tmp_path: Path) -> None:
     assert data(checked)["extents"] > 0
     found = call("inspect", tmp_path / "store", "--json")
     assert data(found)["group"] == 32
+    assert data(found)["bits"] == data(made)["bits"]
+    assert "codes calibrated on " in found.stderr
     assert "a pass at int4 reads" in found.stderr
     assert call("inspect", tmp_path / "store", "--quiet").output == ""
 

@@ -477,6 +477,8 @@ def test_auto_drafts_by_its_own_planes_where_passes_wait_for_a_link(
     assert 1 < stats.room_price < 3
     stats.tokens, stats.verify_s, stats.plain_passes_s = 30, 10.0, [0.5]
     assert stats.speed_up == pytest.approx(1.5 / stats.room_price)
+    with opened(store, drafter="auto", link_gbps=0.05, cpu_tokens=None, **small, **sizes) as model:
+        assert "cascade" not in model.tiercache.stats().drafting.drafters  # the CPU multiplies in DRAM: no pass waits
 
 
 def test_auto_where_there_are_no_planes_says_so(plane_store: Folders, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ LADDER = (
     *("errors", "compat", "config", "stats", "progress", "planes", "hadamard", "kernels", "skeleton", "text", "quant"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
-    *("store.layers", "store.estimate", "store.convert", "store.planestore"),
+    *("store.layers", "store.estimate", "store.folders", "store.convert", "store.planestore"),
     "store.calibration",
     "plan",
     *("tiers.slab", "tiers.crossover", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),

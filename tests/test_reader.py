@@ -71,12 +71,11 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int, int]]:
         )
         most = SIZE - offset
         nbytes = draw(st.one_of(st.integers(1, most), st.just(most), st.integers(1, min(most, 9))))
-        if draw(st.booleans()):
-            at = align(cursor) + offset % BLOCK_BYTES
+        at = cursor + draw(st.integers(0, BLOCK_BYTES))
+        cursor = at + nbytes
+        if draw(st.booleans()) or at % BLOCK_BYTES == offset % BLOCK_BYTES:  # by chance it is read straight as well
+            at = align(at) + offset % BLOCK_BYTES
             cursor = align(at + nbytes)
-        else:
-            at = cursor + draw(st.integers(0, BLOCK_BYTES))
-            cursor = at + nbytes
         found.append((offset, nbytes, at))
     return found
 

@@ -202,7 +202,10 @@ def quality_command(
         list[str],
         typer.Option("--mode", help="source, int8, int4, int3, mixed:0.5, mixed:1.2GB/int4, 'mixed:<=0.01'; several."),
     ] = ["int8", "int4", "int3"],  # noqa: B006 - typer copies it
-    reference: Annotated[str, typer.Option(help="What the others are held against: int8 or source.")] = "int8",
+    reference: Annotated[
+        str,
+        typer.Option(help="What the others are held against: int8, or source (of MODEL, a checkpoint; add --store)."),
+    ] = "int8",
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows of a pass.")] = 1,

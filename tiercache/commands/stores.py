@@ -20,7 +20,9 @@ def convert_command(
     calibrate: Annotated[
         Path | None, typer.Option(help="Text that codes are calibrated on; the package's own by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it, at most.")] = CALIBRATION_TOKENS,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of it, at most, in whole windows of 512. Fewer save little time.")
+    ] = CALIBRATION_TOKENS,
     plain: Annotated[bool, typer.Option("--plain", help="Round each weight by itself: fast, less exact.")] = False,
     tune: Annotated[
         int, typer.Option(metavar="STEPS", help="Also learn the rounding of each layer in so many steps; slow.")

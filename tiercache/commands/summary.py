@@ -13,8 +13,22 @@ def of_dry_run(report: dict[str, Any]) -> str:
     return (
         f"{human(report['source_bytes'])} of weights would make a store of {human(report['store_bytes'])} "
         f"({report['store_bytes']} bytes; less where zstd pays); {human(report['free_bytes'])} are free on its disk"
-        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}{_calibrating(report)}"
+        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}{_calibrating(report)}\n{_bits(report['bits'])}"
     )
+
+
+def _bits(bits: dict[str, float]) -> str:
+    """Bits a weight, the highest precision first."""
+    each = ", ".join(f"{rung} {bits[rung]:.2f}" for rung in sorted(bits, key=lambda name: -bits[name]))
+    return f"bits a weight, scales and factors included: {each}"
+
+
+def codes(calibration: dict[str, Any]) -> str:
+    """How a store's codes were chosen."""
+    if calibration["method"] != "gptq":
+        return "rounded"
+    tuned = f", tuned in {calibration['tune']} steps" if calibration.get("tune") else ""
+    return f"calibrated on {calibration['tokens']} tokens{tuned}"
 
 
 def _calibrating(report: dict[str, Any]) -> str:
@@ -22,7 +36,11 @@ def _calibrating(report: dict[str, Any]) -> str:
     if not report["calibrating_s"]:
         return ""
     minutes, memory = max(1, round(report["calibrating_s"] / 60)), human(report["calibrating_bytes"])
-    return f"; calibrating on {report['calibration']['tokens']} tokens takes some {minutes} min and up to {memory}"
+    done = f", of which {human(report['resumed_bytes'])} are done" if report["resumed_bytes"] else ""
+    return (
+        f"; calibrating on {report['calibration']['tokens']} tokens takes some {minutes} min in all{done}, and up to "
+        f"{memory} of memory beside the process's own"
+    )
 
 
 def of_conversion(report: dict[str, Any]) -> str:
@@ -34,7 +52,7 @@ def of_conversion(report: dict[str, Any]) -> str:
     return (
         f"{report['store']}: {human(report['store_bytes'])} from {human(report['source_bytes'])} in "
         f"{report['seconds']:.1f} s ({done / report['seconds'] / 1e6:.1f} MB/s; {human(report['resumed_bytes'])} done "
-        f"before; compressed: {', '.join(used) or 'nothing'})"
+        f"before; compressed: {', '.join(used) or 'nothing'}); {_bits(report['bits'])}"
     )
 
 
@@ -42,8 +60,12 @@ def of_store(found: dict[str, Any]) -> str:
     """What is in a store."""
     lines = [
         f"{found['folder']}: {found['model_type']}, {found['dtype']}, {found['units']} units, {found['neurons']} "
-        f"neurons, groups of {found['group']}, planes of {'+'.join(map(str, found['plane_bits']))} bits",
-        *(f"  a pass at {rung} reads {human(nbytes)}" for rung, nbytes in found["pass_bytes"].items()),
+        f"neurons, groups of {found['group']}, planes of {'+'.join(map(str, found['plane_bits']))} bits, codes "
+        f"{codes(found['calibration'])}",
+        *(
+            f"  a pass at {rung} reads {human(nbytes)}, {found['bits'][rung]:.2f} bits a weight"
+            for rung, nbytes in found["pass_bytes"].items()
+        ),
     ]
     for name, row in sorted(found["files"].items()):
         packed = "" if row["stored_bytes"] == row["plain_bytes"] else f", {human(row['plain_bytes'])} unpacked"
@@ -58,7 +80,7 @@ def outlook(model: Any, precision: str) -> str:
         f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
     )
     device = model.tiercache.stats().device
-    nature = "the original weights" if precision == "source" else f"{precision} weights (the original's, rounded)"
+    nature = "the original weights" if precision == "source" else f"{precision} weights"
     return (
         f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
@@ -105,7 +127,7 @@ def _draft_summary(drafting: dict[str, Any]) -> str:
         reasons = ", ".join(drafting["plain_reasons"]) or "nothing was decoded after the first token"
         return f"drafts by {who}: none, for {reasons}"
     rates = " ".join(f"{rate:.2f}" for rate in drafting["acceptance_by_depth"][:_DEPTHS])
-    room = f", whose room costs {price:.2f} of them" if price is not None and price > 1 else ""
+    room = f" (with a drafter's memory taken, a plain pass is {price:.2f} x as long)" if price and price > 1 else ""
     faster = "" if drafting["speed_up"] is None else f"; {drafting['speed_up']:.2f} x plain passes{room}"
     return (
         f"drafts by {who}: {drafting['tokens_per_pass']:.2f} tokens a pass of {drafting['rounds']} "

@@ -79,7 +79,7 @@ def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernel
 
     if config.draft is None or config.draft.drafter != "auto":
         return planned(config)
-    return _compared(config, config.draft, planned, support(opened.skeleton), _rates(config, device), show)
+    return _compared(config, config.draft, planned, support(opened.skeleton), _rates(config, device, kernels), show)
 
 
 def _compared(
@@ -133,7 +133,14 @@ def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernel
     return Placed(config, opened, recruits, asked, divide(opened, asked, config, device))
 
 
-def _rates(config: OffloadConfig, device: torch.device) -> Rates:
-    """A region of main memory that stands in for a card is as fast as its link, unless that is throttled."""
+def _rates(config: OffloadConfig, device: torch.device, kernels: bool) -> Rates:
+    """A region of main memory that stands in for a card is as fast as its link, unless that is throttled.
+
+    Where the CPU stands in for a card it multiplies in DRAM what does not stay in that region, unless cpu_tokens=0: a
+    pass of one token then waits for no link.
+    """
     memory, link = (_DRAM, _DRAM) if device.type == "cpu" else (_CARD, _LINK)
-    return Rates(memory, link if config.link_gbps is None else config.link_gbps * 1e9, _SSD)
+    crosses = device.type != "cpu" or not kernels or config.cpu_tokens == 0
+    if config.link_gbps is not None and crosses:
+        link = config.link_gbps * 1e9
+    return Rates(memory, link, _SSD)

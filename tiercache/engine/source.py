@@ -94,7 +94,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
     if config.precision == "source":
         raise UsageError(
             f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
-            "'int3', or name the checkpoint"
+            "'int3', or name the checkpoint (and the store as store=, --store, for its planes)"
         )
     if config.checks:
         store.verify(show_progress=show_progress)

@@ -9,16 +9,12 @@ transaction per layer) says so, so that a conversion killed at any moment goes o
 ends with the same bytes as one that ran through. The finished folder is renamed into place.
 """
 
-import errno
-import fcntl
 import hashlib
 import mmap
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +29,7 @@ from tiercache.quant.tune import check
 from tiercache.store import activations, catalog, encode, estimate, layers, layout
 from tiercache.store.activations import Walk
 from tiercache.store.catalog import Extent, Record
+from tiercache.store.folders import clear_io_errors, existing, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Reader
@@ -58,7 +55,8 @@ class Report:
         resumed_bytes: bytes of the checkpoint that an earlier run had done.
         seconds: how long it took; 0 for a dry run.
         calibrating_s: how long calibrating will take, as samples on this machine say; 0 where codes are rounded.
-        calibrating_bytes: the memory that it will take.
+        calibrating_bytes: the memory that it will take, beside what the process holds already.
+        bits: a weight, at each precision, with scales and factors.
         calibration: how codes were chosen: "gptq" with the text's hash and tokens, or "rounding".
         compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
     """
@@ -71,6 +69,7 @@ class Report:
     seconds: float = 0.0
     calibrating_s: float = 0.0
     calibrating_bytes: int = 0
+    bits: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     compression: Weighed | None = None
 
@@ -120,8 +119,10 @@ def convert(
         raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, codes.GROUPS))}")
     if plain and calibrate is not None:
         raise UsageError("a calibration text and plain rounding exclude each other; leave one of the two out")
-    if tune < 0 or (tune and plain):
-        raise UsageError(f"tune={tune} steps: give 0 or more, and none with plain rounding, which nothing is tuned by")
+    if tune < 0:
+        raise UsageError(f"tune={tune} steps are fewer than none; give 0 or more")
+    if tune and plain:
+        raise UsageError("plain rounding looks at no text, so nothing can be tuned by one; leave tune= or plain= out")
     source = Source.open(checkpoint)
     corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
     job = _Conversion(source, Path(store).expanduser(), group, compress, corpus, tune)
@@ -163,7 +164,7 @@ class _Conversion:
             raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
         self._refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
         if (self.store / _JOURNAL).exists():
-            with _clear_io_errors(self.store):
+            with clear_io_errors(self.store):
                 (self.store / _JOURNAL).unlink()
         return True
 
@@ -175,10 +176,25 @@ class _Conversion:
             str(self.store),
             sum(encode.weight_bytes(unit, self.source) for unit in self.units),
             data + copied + self._catalog_bytes(),
-            shutil.disk_usage(_existing(self.store)).free,
+            shutil.disk_usage(existing(self.store)).free,
+            resumed_bytes=self._done_bytes(),
             **self._calibrating(),
+            bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
             calibration=self.meta["calibration"],
         )
+
+    def _done_bytes(self) -> int:
+        """Bytes of the checkpoint that an interrupted conversion has done, if there is one."""
+        journal = self.partial / _JOURNAL
+        if not journal.exists() or _unborn(journal):
+            return 0
+        with catalog.environment(journal, readonly=False) as env, env.begin() as transaction:  # a journal has no checksum
+            known = catalog.contents(transaction, journal)
+        same = all(known.meta.get(key) == value for key, value in self.meta.items())
+        return self._bytes_of(len(known.records)) if same else 0
+
+    def _bytes_of(self, units: int) -> int:
+        return sum(encode.weight_bytes(unit, self.source) for unit in self.units[:units])
 
     def _calibrating(self) -> dict[str, Any]:
         """Seconds and memory of calibrating, for the report."""
@@ -194,9 +210,9 @@ class _Conversion:
         """Convert what is left, and publish."""
         begin = time.perf_counter()
         expected = self.estimate()
-        with _clear_io_errors(self.partial), ExitStack() as stack:
+        with clear_io_errors(self.partial), ExitStack() as stack:
             self.partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(self.partial))
+            stack.enter_context(locked(self.partial))
             if self.already_done():  # by another, meanwhile
                 self.partial.rmdir()
                 return self.estimate()
@@ -214,7 +230,10 @@ class _Conversion:
             compression = known.meta.get("compression") or self._choose_compression()
             with journal.begin(write=True) as transaction:
                 catalog.put_meta(transaction, {**self.meta, "compression": compression})
-            done = sum(encode.weight_bytes(unit, self.source) for unit in self.units[: len(records)])
+            done = self._bytes_of(len(records))
+            if done:
+                share = done / expected.source_bytes
+                note(f"going on where an interrupted conversion stopped, {share:.0%} are done", show=show_progress)
             reader = stack.enter_context(Reader())
             advance = stack.enter_context(
                 bar(f"converting {self.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
@@ -229,6 +248,7 @@ class _Conversion:
             expected.free_bytes,
             calibrating_s=expected.calibrating_s,
             calibrating_bytes=expected.calibrating_bytes,
+            bits=expected.bits,
             resumed_bytes=done,
             seconds=time.perf_counter() - begin,
             calibration=self.meta["calibration"],
@@ -279,12 +299,16 @@ class _Conversion:
         (self.store / _JOURNAL).unlink()  # if this is interrupted, the next run does it
 
     def _refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
+        way_out = "name another folder, or remove that one"
+        if folder == self.partial:
+            way_out = "begin anew with restart=True (--restart), or name another folder"
         for key, value in self.meta.items():
-            if meta.get(key) != value:
-                raise StoreError(
-                    f"{folder} was made with {key}={meta.get(key)!r}, this conversion has {key}={value!r}; "
-                    "name another folder, or remove that one"
-                )
+            if meta.get(key) == value:
+                continue
+            was, now = f"{meta.get(key)!r}", f"{key}={value!r}"
+            if key == "calibration":
+                was, now = _in_words(meta.get(key) or {}), _in_words(value)
+            raise StoreError(f"{folder} was made with {key}={was}, this conversion has {now}; {way_out}")
 
     def _announce(self, expected: Report, *, show: bool | None) -> None:
         """Say what calibrating will take, before it begins."""
@@ -292,8 +316,9 @@ class _Conversion:
             minutes = max(1, round(expected.calibrating_s / 60))
             steps = f", and tuning in {self.tune} steps a layer," if self.tune else ""
             note(
-                f"calibrating{steps} on {self.corpus.windows.numel()} tokens: some {minutes} min and up to "
-                f"{human(expected.calibrating_bytes)} of memory (tiercache convert --plain rounds instead)",
+                f"calibrating{steps} on {self.corpus.windows.numel()} tokens: some {minutes} min in all, and up to "
+                f"{human(expected.calibrating_bytes)} of memory beside the process's own "
+                "(tiercache convert --plain rounds instead)",
                 show=show,
             )
 
@@ -354,40 +379,17 @@ def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, sho
 
 def _discard_unborn(journal: Path) -> None:
     """Remove a journal whose making was cut short by a full disk, before anything could be entered."""
-    if journal.exists() and journal.stat().st_size < 2 * mmap.PAGESIZE:
+    if journal.exists() and _unborn(journal):
         journal.unlink()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second conversion."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UsageError(f"another conversion is writing {folder}; wait for it, or name another folder") from error
-    finally:
-        os.close(descriptor)
+def _unborn(journal: Path) -> bool:
+    return journal.stat().st_size < 2 * mmap.PAGESIZE
 
 
-@contextmanager
-def _clear_io_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentUnsupportedError(
-                f"the disk of {folder} is full; what is done is kept: free some space and run the same command again"
-            ) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UsageError(f"{error.filename or folder} is in the way; name a folder that can be made") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise EnvironmentUnsupportedError(
-                f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
-            ) from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+def _in_words(calibration: dict[str, Any]) -> str:
+    """How codes were chosen, for a person."""
+    if calibration.get("method") != "gptq":
+        return "plain rounding"
+    steps = f", tuned in {calibration['tune']} steps" if calibration.get("tune") else ""
+    return f"{calibration['tokens']} tokens of the text {calibration['text'][:8]}{steps}"

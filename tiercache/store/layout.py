@@ -4,7 +4,7 @@ Decides from the skeleton alone: matrices in the model's order layer by layer, e
 neuron, then the head, then everything that stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from tiercache.model import meta_model
@@ -48,6 +48,11 @@ class UnitPlan:
     scaled: bool = False
 
     @property
+    def weights(self) -> int:
+        """How many weights are quantised."""
+        return self.rows * self.columns * len(self.parts)
+
+    @property
     def dense(self) -> bool:
         """Whether it is one tensor, kept as it is."""
         return self.rows == 0
@@ -82,6 +87,19 @@ def total_sizes(units: list[UnitPlan]) -> dict[str, int]:
         for name, nbytes in unit.sizes.items():
             totals[name] = align(totals.get(name, 0)) + nbytes
     return {name: align(nbytes) for name, nbytes in totals.items()}
+
+
+def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
+    """Bits a weight at each precision, scales and factors included, padding not.
+
+    Args:
+        units: of each its weights, and its bytes in each file; what is not quantised has none in the planes' files.
+    """
+    coded = [(weights, sizes) for weights, sizes in units if PLANE_FILES[0] in sizes]
+    weights = sum(count for count, _ in coded)
+    files = {rung: (*PLANE_FILES[:planes], SCALE_FILE) for rung, planes in codes.RUNGS.items()}
+    taken = {rung: sum(sizes[name] for _, sizes in coded for name in some) for rung, some in files.items()}
+    return {rung: 8 * nbytes / weights for rung, nbytes in taken.items()}
 
 
 def _matrix(matrix: Matrix, group: int) -> UnitPlan:

@@ -19,7 +19,7 @@ from tiercache.errors import StoreError, UsageError, permissions_named
 from tiercache.model import meta_model
 from tiercache.progress import bar
 from tiercache.quant import planes as codes
-from tiercache.store import catalog
+from tiercache.store import catalog, layout
 from tiercache.store.catalog import Contents, Extent, Record
 from tiercache.store.format import (
     CATALOG_FILE,
@@ -247,12 +247,16 @@ class PlaneStore:
                 row["extents"] += 1
                 row["plain_bytes"] += extent.nbytes
                 row["stored_bytes"] += extent.stored_bytes
+        each = (
+            (r.rows * r.columns * r.parts, {n: e.nbytes for n, e in r.extents.items()}) for r in self.contents.records
+        )
         manifests = {rung: self.manifest(rung) for rung in codes.RUNGS}
         return {
             "schema": "tiercache.inspect/1",
             "folder": str(self.folder),
             **self.contents.meta,
             "files": files,
+            "bits": layout.bits(each),
             "pass_bytes": {
                 rung: sum(unit.nbytes for unit in manifest.units if unit.name != _table(manifest))
                 for rung, manifest in manifests.items()
