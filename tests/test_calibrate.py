@@ -33,8 +33,8 @@ from tiercache.calibrate.measure import Measurer, room
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
 from tiercache.config import Budget, OffloadConfig
+from tiercache.engine.mixed_plan import sizes_of
 from tiercache.engine.offload import lend
-from tiercache.engine.recipe import sizes_of
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.quality import measure as measuring
 from tiercache.quality.measure import Score

@@ -3,7 +3,7 @@
 import numpy as np
 
 from policies.precision import Recipe, fitted
-from tiercache.engine import recipe
+from tiercache.engine import mixed_plan
 from tiercache.errors import UsageError
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.planestore import PlaneStore
@@ -12,7 +12,7 @@ from tiercache.store.planestore import PlaneStore
 def untaught(store: PlaneStore, share: float) -> Calibration:
     """A calibration of weights that nobody measured: one plain recipe, every neuron alike."""
     blocks = store.blocks()
-    sizes, neurons = recipe.sizes_of(blocks[0], store), blocks[0].rows
+    sizes, neurons = mixed_plan.sizes_of(blocks[0], store), blocks[0].rows
     recipe = fitted(Recipe("product", 1, sizes.inward, (0.1, 0.5, 0.0)), share, neurons, sizes)
     recipe = recipe or fitted(Recipe("gate", 1, 1, (0.05, 0.5, 0.0)), share, neurons, sizes)
     if recipe is None:

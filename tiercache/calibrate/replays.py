@@ -8,8 +8,8 @@ from typing import Any
 
 from policies.precision import TOP
 from profiler import replay
-from tiercache.engine import recipe
-from tiercache.engine.recipe import Mixing
+from tiercache.engine import mixed_plan
+from tiercache.engine.mixed_plan import Mixing
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
@@ -27,7 +27,7 @@ def policies(calibration: Calibration, store: PlaneStore) -> dict[str, Any] | No
         if trace is None or not any(map(any, wanted)):
             continue
         slots = [[round(SLOTS * neurons) if count else 0 for count in block] for block in wanted]
-        sizes = recipe.sizes_of(store.blocks()[0], store)
+        sizes = mixed_plan.sizes_of(store.blocks()[0], store)
         widths = [sizes.parts * width for width in sizes.planes[setting.rank :]]
         rows = replay.compare(trace, slots, None, widths, hot=calibration.frequency)
         return {

@@ -20,7 +20,7 @@ from tiercache.calibrate.journal import Journal, clear_errors
 from tiercache.calibrate.measure import Measured, Measurer, room
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, plain, uniform
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine import recipe
+from tiercache.engine import mixed_plan
 from tiercache.engine.offload import lend
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import bar, note
@@ -88,7 +88,7 @@ class Run:
         """All steps that are left, and the finished calibration."""
         self._collect()
         sums = self._sums()
-        forecast = Forecast(sums, recipe.sizes_of(self._store.blocks()[0], self._store))
+        forecast = Forecast(sums, mixed_plan.sizes_of(self._store.blocks()[0], self._store))
         settings = self._settings(forecast)
         seconds = self._journal.seconds
         text = {"name": self._text.file.name, "sha256": self._text.sha256, "tokens": len(self._text.ids)}
@@ -130,7 +130,7 @@ class Run:
             attached: Any = model.tiercache
             blocks = attached.mixed.blocks
             sums = self._sums()
-            collector = Collector(model, blocks, recipe.activation_of(model), sums)
+            collector = Collector(model, blocks, mixed_plan.activation_of(model), sums)
             with self._bar("exact passes over the text", attached, len(self._windows), done) as after:
                 for place in range(done, len(self._windows)):
                     collector.run(self._windows[place])

@@ -9,10 +9,10 @@ import torch
 
 from profiler import hardware
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine import plan, recipe
+from tiercache.engine import mixed_plan, plan
 from tiercache.engine.memory import Demand, demand
+from tiercache.engine.mixed_plan import Mixing
 from tiercache.engine.plan import Plan
-from tiercache.engine.recipe import Mixing
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 from tiercache.quant.planes import scale_row_bytes
@@ -58,11 +58,11 @@ def choose(
     opened: Opened, config: OffloadConfig, device: torch.device, calibration: Calibration | None
 ) -> tuple[Mixing, Opened, Demand, Plan]:
     """Choose the recipe and plan for it: of several, the best whose ranking planes all stay in HBM."""
-    recipe.refuse_unfit(opened)
+    mixed_plan.refuse_unfit(opened)
     assert opened.store is not None
     slotted = device.type == "cuda" or config.hbm not in (None, Budget())
     found, refused = None, None
-    for way in recipe.choose(calibration or Calibration.load(opened.store), opened, config):
+    for way in mixed_plan.choose(calibration or Calibration.load(opened.store), opened, config):
         try:
             found = _fit(way, opened, config, device, slotted)
         except DoesNotFitError as error:  # another way may need less
@@ -100,7 +100,7 @@ def _fit(
             if not slotted or error.tier != "dram":
                 raise
             before, limit = way.tops, held - max(error.missing_bytes, held // 64)
-            while (way := recipe.capped(way, store, limit, slotted=slotted)).tops == before:
+            while (way := mixed_plan.capped(way, store, limit, slotted=slotted)).tops == before:
                 if limit <= 0:  # nothing is left to leave out
                     raise
                 limit -= held // 64 + 1
@@ -108,7 +108,7 @@ def _fit(
             if slotted or limit is not None or not made.streamed:
                 return way, opened, asked, made
             limit = max(_room_for_neurons(asked, made, opened.manifest), way.share_bytes(store))
-            way = recipe.capped(way, store, limit, slotted=slotted)
+            way = mixed_plan.capped(way, store, limit, slotted=slotted)
 
 
 def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device) -> int:

@@ -12,9 +12,9 @@ from policies.precision import RUNGS
 from profiler import replay
 from profiler.trace import Trace
 from tiercache.config import OffloadConfig, human
-from tiercache.engine import recipe
+from tiercache.engine import mixed_plan
+from tiercache.engine.mixed_plan import Mixing
 from tiercache.engine.plan import Plan
-from tiercache.engine.recipe import Mixing
 from tiercache.engine.source import Opened
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
@@ -95,7 +95,7 @@ class MixedRun:
             stack.callback(slots.close)
             slots.fill()
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
-        blocks = recipe.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
+        blocks = mixed_plan.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
         if head is not None:

@@ -22,8 +22,8 @@ from tiercache.engine.exact import Placed, place
 from tiercache.engine.handle import Attached, Resident
 from tiercache.engine.memory import Demand
 from tiercache.engine.mixed import MixedRun
+from tiercache.engine.mixed_plan import Mixing
 from tiercache.engine.plan import Plan
-from tiercache.engine.recipe import Mixing
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels

@@ -90,7 +90,7 @@ class Kernels(Protocol):
         """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """x [tokens, columns] times `before`, transformed (`tiercache.quant.hadamard`), times `after`: a new fp32 tensor.
+        """Transform x [tokens, columns] times `before`, times `after`: a new fp32 tensor (see `quant.hadamard`).
 
         Factors are fp32 [columns], in one piece; None for ones. The same bits in every dialect.
         """
