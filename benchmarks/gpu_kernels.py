@@ -7,7 +7,7 @@ import json
 import sys
 
 from tiercache.bench import kernels, kernels_cuda, kernels_report
-from tiercache.bench.stand import Effort
+from tiercache.bench.timing_device import Effort
 
 BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
 NEAR = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progress=False)

@@ -20,10 +20,10 @@ import typer
 
 from tiercache.bench import shapes
 from tiercache.bench.cgroup import drop_caches, run_capped
-from tiercache.bench.untaught import untaught
+from tiercache.bench.random_calibration import untaught
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.errors import TiercacheError
 from tiercache.store.planestore import PlaneStore
 
@@ -72,7 +72,7 @@ def _opened(case: Case) -> Iterator[Any]:
         link_gbps=case.link_gbps,
     )
     made = None if case.share is None else untaught(store, case.share)
-    with lend(case.store, config, show_progress=False, calibration=made) as model:
+    with open_offloaded(case.store, config, show_progress=False, calibration=made) as model:
         yield model
 
 

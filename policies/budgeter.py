@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from policies.acceptance import PassCosts, Record
-from policies.drafting import Arm, Choice, Offers
-from policies.pace import Pace
+from policies.drafting import Arm, Choice, SpeedUpTable
+from policies.throughput import ThroughputEstimator
 
 _SWITCH = 1.03  # another drafter must promise this much more than the one in use
 _LOOKS, _DRAFTS = 0.01, 0.005  # of all seconds: what looks may cost, and drafting that is slower than plain passes
@@ -59,7 +59,7 @@ class Budgeter:
         self._records = [
             Record(a.max_depth, a.max_nodes, ranks, (a.start_s, a.pass_s, a.node_s), a.rates) for a in self._arms
         ]
-        self._paces = [Pace() for _ in arms]
+        self._paces = [ThroughputEstimator() for _ in arms]
         self._dues, self._gaps = [0] * len(arms), [1] * len(arms)
         self._limits = {"max_nodes": max_nodes, "max_depth": max_depth, "width": width}
         self.shape = (max_depth, ranks)
@@ -67,7 +67,7 @@ class Budgeter:
         self._round = self._plan_at = self._plain_due = 0
         self._plain_gap, self._size_due, self._size_gap, self._wider, self._slow = 4, 0, 8, True, False
         self._looks_s = self._drafts_s = self._since_s = 0.0  # the purses, and the time since the last plan
-        self._offers: Offers | None = None
+        self._offers: SpeedUpTable | None = None
         self._best = Choice(None, 0, 0, width, 0.0, 0.0)
         self._tops: list[Choice] = []
         self._known: dict[int, tuple[tuple[int, int], Arm]] = {}
@@ -179,11 +179,11 @@ class Budgeter:
         """Seconds of a proposal, of a drafting pass and of a node: measured, or what to think before."""
         return self._records[place].costs.estimate()
 
-    def _plan(self) -> Offers:
+    def _plan(self) -> SpeedUpTable:
         """Finds what is best now."""
         arms = [self._arm(place) for place in range(len(self._arms))]
         most = max(arm.max_nodes for arm in arms)
-        offers = Offers(arms, self._verify.at(np.arange(1, most + 2)), **self._limits)
+        offers = SpeedUpTable(arms, self._verify.at(np.arange(1, most + 2)), **self._limits)
         self._tops = self._best_of_each(offers, [arm.pass_s for arm in arms])
         best, margin = max(self._tops, key=lambda choice: choice.tokens_per_s), _SWITCH
         if self._best.arm is not None:
@@ -194,7 +194,7 @@ class Budgeter:
         self._plan_at = self._round + min(longest, max(1, self._round // 4))
         return offers
 
-    def _best_of_each(self, offers: Offers, passes: Sequence[float]) -> list[Choice]:
+    def _best_of_each(self, offers: SpeedUpTable, passes: Sequence[float]) -> list[Choice]:
         """What is best of each drafter: a size of tree, or if it ends trees by itself the largest, under floors."""
         tops = [offers.best(place) for place in range(len(self._arms))]
         known = [
@@ -232,7 +232,7 @@ class Budgeter:
         """Whether a drafter's passes were measured."""
         return self._paces[place].drafted >= _MEASURED
 
-    def _look(self, offers: Offers) -> Choice | None:
+    def _look(self, offers: SpeedUpTable) -> Choice | None:
         """A choice to learn from, if one is due and can be paid for."""
         if self._best.arm is not None and self._plain_due <= self._round:  # whatever is in the purses
             return replace(offers.plain, look=True)
@@ -249,7 +249,7 @@ class Budgeter:
         passes = top.enough is not None and self._tried(place) and self._records[place].rounds % 2 == 0
         return replace(top, enough=np.inf) if passes else top
 
-    def _beside(self, best: Choice, offers: Offers) -> list[Choice]:
+    def _beside(self, best: Choice, offers: SpeedUpTable) -> list[Choice]:
         """Another size of the best drafter's tree; or if its size is its own, passes where guesses would do."""
         assert best.arm is not None
         if best.enough is not None:

@@ -119,12 +119,12 @@ def choose(
     Raises:
         ValueError: no arm, a limit below 1, or seconds that are too few, not finite or not above 0.
     """
-    offers = Offers(arms, verify, max_nodes=max_nodes, max_depth=max_depth, width=width)
+    offers = SpeedUpTable(arms, verify, max_nodes=max_nodes, max_depth=max_depth, width=width)
     best = max((offers.best(arm) for arm in range(len(arms))), key=lambda choice: choice.tokens_per_s)
     return best if best.tokens_per_s > offers.plain.tokens_per_s else offers.plain
 
 
-class Offers:
+class SpeedUpTable:
     """Tokens and seconds of the best tree of each drafter, depth and node count; arguments as of `choose`."""
 
     def __init__(

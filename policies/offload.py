@@ -7,7 +7,7 @@ falls behind as soon as a pass carries many tokens. Knows measured costs; measur
 from collections.abc import Mapping
 
 
-def tokens_below(link_s: float, product_s: Mapping[int, float]) -> int:
+def breakeven_tokens(link_s: float, product_s: Mapping[int, float]) -> int:
     """Up to how many tokens a pass is faster when the processor below multiplies: 0 for never.
 
     Args:

@@ -1,8 +1,9 @@
 """How many neurons get how many bits: recipes, the bytes they read, and the choice among them under a budget.
 
-A *rung* is a number of planes: 0 skips a neuron, 1 is int3, 2 is int4, 3 is int8. A *recipe* says how a layer's neurons
-are ranked for each token and which share of them, most important first, gets which rung (M2Cache, arXiv 2410.14740,
-section 5.2, with rungs that are nested planes). Knows shares, bytes and measured losses; neither neurons nor tensors.
+A *level* is a number of planes: 0 skips a neuron, 1 is int3, 2 is int4, 3 is int8. A *recipe* says how a layer's
+neurons are ranked for each token and which share of them, most important first, gets which level (M2Cache, arXiv
+2410.14740, section 5.2, with levels that are nested planes). Knows shares, bytes and measured losses; neither neurons nor
+tensors.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-RUNGS = ("skip", "int3", "int4", "int8")
-TOP = len(RUNGS) - 1
+PRECISION_NAMES = ("skip", "int3", "int4", "int8")
+TOP = len(PRECISION_NAMES) - 1
 # Shares at int8, int4 and int3 to try; the last that is not 0 is then set to what the budget leaves for it.
 _HIGHS = (0.03, 0.06, 0.1, 0.2, 0.3, 0.45, 0.6)
 _TEMPLATES = (
@@ -39,13 +40,13 @@ class Sizes:
         """Rows of a neuron, its down column included."""
         return self.inward + 1
 
-    def row(self, rung: int) -> int:
-        """Bytes of a row at `rung`."""
-        return sum(self.planes[:rung]) + self.scales if rung else 0
+    def row(self, level: int) -> int:
+        """Bytes of a row at `level`."""
+        return sum(self.planes[:level]) + self.scales if level else 0
 
-    def neuron(self, rung: int) -> int:
-        """Bytes of a whole neuron at `rung`."""
-        return self.parts * self.row(rung)
+    def neuron(self, level: int) -> int:
+        """Bytes of a whole neuron at `level`."""
+        return self.parts * self.row(level)
 
 
 @dataclass(frozen=True)
@@ -82,25 +83,25 @@ class Recipe:
         high, middle, low = self.counts(neurons)
         return high + middle + low, high + middle, high
 
-    def capped(self, rung: int) -> "Recipe":
-        """The same where no more than `rung` planes are at hand."""
+    def capped(self, level: int) -> "Recipe":
+        """The same where no more than `level` planes are at hand."""
         high, middle, low = self.shares
-        if rung < TOP:
+        if level < TOP:
             high, middle = 0.0, high + middle
-        if rung < TOP - 1:
+        if level < TOP - 1:
             middle, low = 0.0, middle + low
-        return Recipe(self.scorer, min(self.rank, rung), self.ranked, (high, middle, low))
+        return Recipe(self.scorer, min(self.rank, level), self.ranked, (high, middle, low))
 
     def read_bytes(self, neurons: int, sizes: Sizes) -> int:
         """Bytes that the products of one token read, ranking included.
 
-        Ranking reads its rows of all neurons. A neuron at the ranking's rung or below keeps the values that ranking
+        Ranking reads its rows of all neurons. A neuron at the ranking's level or below keeps the values that ranking
         has found for those rows; one above it has them read again, with the planes that were missing.
         """
         total = neurons * self.ranked * sizes.row(self.rank)
-        for rung, count in zip((3, 2, 1), self.counts(neurons), strict=True):
-            again = sizes.inward if rung > self.rank else sizes.inward - self.ranked
-            total += count * (again + 1) * sizes.row(rung)
+        for level, count in zip((3, 2, 1), self.counts(neurons), strict=True):
+            again = sizes.inward if level > self.rank else sizes.inward - self.ranked
+            total += count * (again + 1) * sizes.row(level)
         return total
 
 
@@ -110,7 +111,7 @@ def exact_bytes(neurons: int, sizes: Sizes) -> int:
 
 
 def fitted(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe | None:
-    """`recipe` with as many neurons in the lowest rung it uses as `share` of int8's bytes allow.
+    """`recipe` with as many neurons in the lowest level it uses as `share` of int8's bytes allow.
 
     None where even without them it reads more, or where there is not one neuron to give.
     """
@@ -209,14 +210,14 @@ def divide(
 
 @dataclass(frozen=True)
 class Service:
-    """What is done about misses, in numbers of neurons, most important first: the rest takes the rung at hand."""
+    """What is done about misses, in numbers of neurons, most important first: the rest takes the level at hand."""
 
     fetched: int
     below: int
 
 
 def serve(missed: int, *, uploads: int | None, link_s: float, below_s: float | None) -> Service:
-    """Fetch a miss, have the processor below multiply it where it lies, or take the rung at hand, by cost.
+    """Fetch a miss, have the processor below multiply it where it lies, or take the level at hand, by cost.
 
     Args:
         missed: neurons whose planes are not here.

@@ -34,7 +34,7 @@ def chosen(weight: Planes, rows: Tensor | None) -> Planes:
     return replace(weight, planes=planes, scales=weight.scales[rows.long()])
 
 
-def product(x: Tensor, weight: Planes) -> Tensor:
+def matmul(x: Tensor, weight: Planes) -> Tensor:
     """Of W x, for x fp64 [tokens, columns]: [tokens, rows]."""
     lo, step = (_spread(part, weight) for part in weight.scales.double().unbind(-1))  # [rows, columns]
     size = _parts(x.abs(), weight)  # [tokens, parts, columns of a part]
@@ -45,7 +45,7 @@ def product(x: Tensor, weight: Planes) -> Tensor:
     return quantised + floats + size.shape[1] * SUBNORMAL
 
 
-def product_down(x: Tensor, weight: Planes) -> Tensor:
+def matmul_transposed(x: Tensor, weight: Planes) -> Tensor:
     """Of x W, for x fp64 [tokens, rows]: [tokens, columns]."""
     lo, step = (_spread(part, weight) for part in weight.scales.double().unbind(-1))  # [rows, columns]
     codes = _codes(weight)
@@ -63,7 +63,7 @@ def product_down(x: Tensor, weight: Planes) -> Tensor:
 def ffn(x: Tensor, inward: Sequence[Planes], down: Planes, activation: str) -> Tensor:
     """Of down(act(gate x) * up x), for x fp64 [tokens, hidden]: the same shape."""
     exact = [x @ decode(weight, torch.float32).double().T for weight in inward]
-    error = [product(x, weight) + ULP * value.abs() for weight, value in zip(inward, exact, strict=True)]
+    error = [matmul(x, weight) + ULP * value.abs() for weight, value in zip(inward, exact, strict=True)]
     gate = activate(activation, exact[0])
     slope = 2 * exact[0].abs() + error[0] if activation == "relu2" else SLOPES[activation]
     wrong = slope * error[0] + 16 * ULP * torch.maximum(exact[0].abs(), gate.abs())
@@ -72,7 +72,7 @@ def ffn(x: Tensor, inward: Sequence[Planes], down: Planes, activation: str) -> T
         wrong = wrong * (value.abs() + off) + hidden * off
         hidden = hidden * value.abs()
     wrong += ULP * (hidden + wrong)
-    return product_down(hidden + wrong, down) + wrong @ decode(down, torch.float32).double().abs()
+    return matmul_transposed(hidden + wrong, down) + wrong @ decode(down, torch.float32).double().abs()
 
 
 def bundle(matrices: Sequence[Planes], offset: int = 0) -> list[Planes]:

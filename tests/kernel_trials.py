@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiercache.kernels.contract import ACTIVATIONS, Kernels
 from tiercache.kernels.reference import ReferenceKernels
-from tiercache.quant.planes import GROUPS, RUNGS, Planes, encode
+from tiercache.quant.planes import GROUPS, PRECISIONS, Planes, encode
 
 REFERENCE = ReferenceKernels(dtype=torch.float64)
 OPERATIONS = ("product", "products", "product_down", "fc", "gated")
@@ -27,7 +27,7 @@ class Case:
     columns: int
     tokens: int
     group: int = 64
-    rung: str = "int4"
+    precision: str = "int4"
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
     activation: str = "silu"
@@ -37,7 +37,7 @@ class Case:
     def matrices(self) -> tuple[Planes, ...]:
         """gate, up, down."""
         weights = _matrices(self.rows, self.columns, self.group, self.seed)
-        return tuple(weight.at(self.rung) for weight in weights)
+        return tuple(weight.at(self.precision) for weight in weights)
 
     def chosen(self) -> Tensor | None:
         """The rows taken."""
@@ -86,13 +86,13 @@ def run(
     """One operation, added to `out`."""
     gate, up, down = weights
     if operation == "product_down":
-        kernels.product_down(x, down, out, rows)
+        kernels.matmul_transposed(x, down, out, rows)
         return out
-    ready = kernels.prepare(x, gate.group)
+    ready = kernels.quantize_activations(x, gate.group)
     if operation == "product":
-        kernels.product(ready, gate, out, rows)
+        kernels.matmul(ready, gate, out, rows)
     elif operation == "products":
-        kernels.products(ready, [gate, up], out.chunk(2, dim=1))
+        kernels.matmuls(ready, [gate, up], out.chunk(2, dim=1))
     else:
         inward = [gate] if operation == "fc" else [gate, up]
         kernels.ffn(ready, inward, down, case.activation, out, rows)
@@ -110,9 +110,9 @@ def allowed(operation: str, case: Case, wanted: Tensor) -> Tensor:
     rows, x = case.chosen(), case.x(operation).double()
     gate, up, down = (kernel_bounds.chosen(weight, rows) for weight in case.matrices())
     bounds: dict[str, Callable[[], Tensor]] = {
-        "product": lambda: kernel_bounds.product(x, gate),
-        "products": lambda: torch.cat([kernel_bounds.product(x, gate), kernel_bounds.product(x, up)], dim=1),
-        "product_down": lambda: kernel_bounds.product_down(x, down),
+        "product": lambda: kernel_bounds.matmul(x, gate),
+        "products": lambda: torch.cat([kernel_bounds.matmul(x, gate), kernel_bounds.matmul(x, up)], dim=1),
+        "product_down": lambda: kernel_bounds.matmul_transposed(x, down),
         "fc": lambda: kernel_bounds.ffn(x, [gate], down, case.activation),
         "gated": lambda: kernel_bounds.ffn(x, [gate, up], down, case.activation),
     }
@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn, extreme: bool = True) -> Case:
         draw(SIZES),
         draw(st.integers(1, 40) | st.integers(1, 5)),
         draw(st.sampled_from(GROUPS)),
-        draw(st.sampled_from(sorted(RUNGS))),
+        draw(st.sampled_from(sorted(PRECISIONS))),
         dtype,
         draw(st.sampled_from(SCALES[dtype])) if extreme else 1.0,
         draw(st.sampled_from(ACTIVATIONS)),

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from policies.precision import Recipe
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.model import meta_model
 from tiercache.quant import planes
 from tiercache.quant.hadamard import restored, stored
@@ -24,7 +24,7 @@ from tiercache.store.calibration import FILE, SCHEMA, Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
 CONTEXT = 64
-RUNGS = ("int3", "int4", "int8")
+PRECISIONS = ("int3", "int4", "int8")
 PARTS = {"product": (0, 1), "gate": (0,), "up": (1,), "inputs": (0, 1)}
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 
@@ -71,7 +71,7 @@ def mixed(
         dram=Budget.parse(sizes["dram"]),
         **{"precision": "int8", "context": CONTEXT, "mode": "mixed", "bytes_per_token": Budget.parse(1.0)} | options,
     )
-    return lend(folder, config, calibration=known)
+    return open_offloaded(folder, config, calibration=known)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def orders(model: tf.PreTrainedModel) -> Iterator[dict[int, list[np.ndarray]]]:
 
 
 class Block:
-    """One feed-forward block of the oracle: every matrix at every rung, and the recorded order of each token.
+    """One feed-forward block of the oracle: every matrix at every precision, and the recorded order of each token.
 
     Attributes:
         worst: how far, in units of the largest score, the engine's order was from the oracle's own at worst.
@@ -100,7 +100,7 @@ class Block:
         inward = [model.get_submodule(matrix.module) for matrix in ffn]
         outward = inward.pop()
         self.neurons = len(norms)
-        self.weights: list[list[Tensor]] = []  # of each part, [neurons, features] at each rung
+        self.weights: list[list[Tensor]] = []  # of each part, [neurons, features] at each precision
         self.biases: list[Tensor | None] = []
         for module, matrix in zip(inward, ffn, strict=False):
             rows = module.weight.data.T if matrix.transposed else module.weight.data
@@ -118,8 +118,8 @@ class Block:
             first += count
         outward.forward = self._outward
 
-    def products(self, x: Tensor, part: int, rung: int) -> Tensor:
-        made = x @ self.weights[part][rung - 1].T
+    def matmuls(self, x: Tensor, part: int, precision: int) -> Tensor:
+        made = x @ self.weights[part][precision - 1].T
         return made if self.biases[part] is None else made + self.biases[part]
 
     def choose(self, x: Tensor) -> None:
@@ -129,7 +129,7 @@ class Block:
         seen = x
         if recipe.scorer == "inputs":  # the larger half of the model's own inputs
             seen = torch.zeros_like(x).index_copy(0, half := x.abs().argsort()[len(x) // 2 :], x[half])
-        low = {part: self.products(seen, part, recipe.rank) for part in ranked}
+        low = {part: self.matmuls(seen, part, recipe.rank) for part in ranked}
         score = torch.ones(())
         for part, value in low.items():
             score = score * (self.activation(value) if part == 0 else value)
@@ -141,22 +141,24 @@ class Block:
             some = slice(first, first + count)
             off = (score[order[some]].sort(descending=True).values - best[some]).abs().max() if count else 0.0
             self.worst, first = max(self.worst, float(off / best[0].clamp_min(1e-20))), first + count
-        rungs = torch.zeros(self.neurons, dtype=torch.long)
-        rungs[order] = torch.repeat_interleave(torch.tensor([3, 2, 1]), torch.tensor(counts))
+        precisions = torch.zeros(self.neurons, dtype=torch.long)
+        precisions[order] = torch.repeat_interleave(torch.tensor([3, 2, 1]), torch.tensor(counts))
         values = torch.zeros(len(self.weights), self.neurons)
         for part in range(len(self.weights)):
-            every = torch.stack([torch.zeros(self.neurons), *(self.products(x, part, rung) for rung in (1, 2, 3))])
-            values[part] = every.gather(0, rungs[None])[0]
+            every = torch.stack(
+                [torch.zeros(self.neurons), *(self.matmuls(x, part, precision) for precision in (1, 2, 3))]
+            )
+            values[part] = every.gather(0, precisions[None])[0]
             if part in low:  # what ranking has found is kept by whoever has no more planes
-                values[part] = torch.where((rungs > 0) & (rungs <= recipe.rank), low[part], values[part])
+                values[part] = torch.where((precisions > 0) & (precisions <= recipe.rank), low[part], values[part])
         self.values.append(values)
-        self.rungs.append(rungs)
+        self.precisions.append(precisions)
 
     def _inward(self, parts: range) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if parts.start == 0:
                 self.values: list[Tensor] = []
-                self.rungs: list[Tensor] = []
+                self.precisions: list[Tensor] = []
                 for token in x.reshape(-1, x.shape[-1]):
                     self.choose(token)
             made = torch.stack([values[parts.start : parts.stop].flatten() for values in self.values])
@@ -166,10 +168,10 @@ class Block:
 
     def _outward(self, hidden: Tensor) -> Tensor:
         out = []
-        for token, rungs in zip(hidden.reshape(-1, hidden.shape[-1]), self.rungs, strict=True):
+        for token, precisions in zip(hidden.reshape(-1, hidden.shape[-1]), self.precisions, strict=True):
             made = torch.zeros(self.down[0].shape[1])
-            for rung in (1, 2, 3):
-                made = made + token.where(rungs == rung, 0) @ self.down[rung - 1]
+            for precision in (1, 2, 3):
+                made = made + token.where(precisions == precision, 0) @ self.down[precision - 1]
             out.append(made if self.out_bias is None else made + self.out_bias)
         return torch.stack(out).view(*hidden.shape[:-1], -1)
 
@@ -193,7 +195,7 @@ class Oracle:
                 continue
             module = self.model.get_submodule(matrix.module)
             rows = module.weight.data.T if matrix.transposed else module.weight.data
-            at = _rungs(rows)[RUNGS.index(precision) if matrix.layer is not None else 2]
+            at = _rungs(rows)[PRECISIONS.index(precision) if matrix.layer is not None else 2]
             module.weight = nn.Parameter(at.T.contiguous() if matrix.transposed else at, requires_grad=False)
             if matrix.layer is None:
                 module.register_forward_hook(_shortlisted(_rungs(rows)[0]))
@@ -226,7 +228,7 @@ def _shortlisted(low: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Te
 
 def _rungs(rows: Tensor, factors: Tensor | None = None) -> list[Tensor]:
     coded = planes.encode(stored(rows, factors))
-    return [restored(coded.at(rung), factors, torch.empty(rows.shape)) for rung in RUNGS]
+    return [restored(coded.at(precision), factors, torch.empty(rows.shape)) for precision in PRECISIONS]
 
 
 def apart(one: Tensor, other: Tensor) -> float:

@@ -11,11 +11,11 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from tiercache import cli
-from tiercache.bench import kernel_cases, kernels, kernels_report, stand, torch_peers, workset
+from tiercache.bench import kernel_cases, kernels, kernels_report, timing_device, torch_peers, workset
 from tiercache.bench.kernels import Options
-from tiercache.bench.stand import CpuStand, Effort
+from tiercache.bench.timing_device import CpuStand, Effort
 from tiercache.errors import DoesNotFitError, TiercacheError
-from tiercache.kernels.contract import Prepared, Selection
+from tiercache.kernels.contract import QuantizedActivations, Selection
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes, decode
 
@@ -30,16 +30,16 @@ ROW = {
 class Toppled(ReferenceKernels):
     """Forgets the last column of what it multiplies by."""
 
-    def prepare(self, x: Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         x = x.clone()
         x[:, -1] = 0
-        return super().prepare(x, group)
+        return super().quantize_activations(x, group)
 
 
 class Toxic(ReferenceKernels):
     """Gives NaN."""
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         out.fill_(torch.nan)
 
 
@@ -56,7 +56,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures briefly, with the reference."""
     real = kernels.bench
 
-    def bench(options: Options, stands: Sequence[stand.Stand] | None = None) -> dict[str, Any]:
+    def bench(options: Options, stands: Sequence[timing_device.Stand] | None = None) -> dict[str, Any]:
         return real(dataclasses.replace(options, effort=BRIEF), [CpuStand(ReferenceKernels())])
 
     monkeypatch.setattr(kernels, "bench", bench)
@@ -153,7 +153,7 @@ def test_peers_multiply_the_same_shapes() -> None:
     pool = torch.arange(256, dtype=torch.uint8).repeat(64)
     packed = torch_peers.BF16.pack(128, 64, pool)
     x = torch.randn(3, 64).bfloat16()
-    assert torch_peers.BF16.product(x, packed).equal(x @ packed[0].T)
+    assert torch_peers.BF16.matmul(x, packed).equal(x @ packed[0].T)
     (codes, scales) = torch_peers.INT8.pack(128, 64, pool)
     assert (codes.dtype, codes.shape, scales.shape) == (torch.int8, (128, 64), (128,))
     assert torch_peers.shapes("ffn", 704, 256) == ((704, 256), (704, 256), (256, 704))
@@ -166,7 +166,7 @@ def test_too_little_memory_is_told_before_it_is_taken() -> None:
 
 
 def test_the_cache_of_this_machine() -> None:
-    assert stand.last_level_cache_bytes() >= 64 << 10
+    assert timing_device.last_level_cache_bytes() >= 64 << 10
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine.mixed_plan import sizes_of
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.quality import measure as measuring
 from tiercache.quality.measure import Score
@@ -102,18 +102,18 @@ def opened(folder: Path, **options: Any) -> Iterator[Any]:
     config = OffloadConfig(
         hbm=None, dram=Budget(), precision="int8", mode="mixed", bytes_per_token=Budget.parse(0.75), **options
     )
-    with torch.no_grad(), lend(folder, config, show_progress=False) as model:
+    with torch.no_grad(), open_offloaded(folder, config, show_progress=False) as model:
         yield model
 
 
-def matrices(block: Any, rung: str) -> list[torch.Tensor]:
+def matrices(block: Any, precision: str) -> list[torch.Tensor]:
     """Gate, up and down of a block, decoded."""
     block.planes.open()
     try:
         (parts,) = [parts for _, parts in block.planes.chunks(slice(None))]
         factors = [block.planes.input_factors] * (len(parts) - 1) + [block.planes.output_factors]
         shape = parts[0].rows, parts[0].columns
-        return [restored(p.at(rung), f, torch.empty(shape)) for p, f in zip(parts, factors, strict=True)]
+        return [restored(p.at(precision), f, torch.empty(shape)) for p, f in zip(parts, factors, strict=True)]
     finally:
         block.planes.close()
 
@@ -131,20 +131,20 @@ class Direct:
             with model.tiercache.passes("exact"):
                 for window in windows(folder):
                     model(input_ids=window[None], use_cache=False)
-            self.weights = {rung: matrices(block, rung) for rung in ("int3", "int4", "int8")}
+            self.weights = {precision: matrices(block, precision) for precision in ("int3", "int4", "int8")}
         self.windows, self.x, self.stream = len(x), torch.cat(x), torch.cat(stream)
         self.norms = self.weights["int8"][2].norm(dim=1)
         self.truth = self.hidden("int8").abs() * self.norms
 
-    def inward(self, rung: str) -> list[torch.Tensor]:
-        return [self.x @ matrix.T for matrix in self.weights[rung][:2]]
+    def inward(self, precision: str) -> list[torch.Tensor]:
+        return [self.x @ matrix.T for matrix in self.weights[precision][:2]]
 
-    def hidden(self, rung: str) -> torch.Tensor:
-        gate, up = self.inward(rung)
+    def hidden(self, precision: str) -> torch.Tensor:
+        gate, up = self.inward(precision)
         return functional.silu(gate) * up
 
-    def output(self, rung: str) -> torch.Tensor:
-        return self.hidden(rung) @ self.weights[rung][2]
+    def output(self, precision: str) -> torch.Tensor:
+        return self.hidden(precision) @ self.weights[precision][2]
 
     def sets(self, scores: torch.Tensor, share: float) -> list[set[int]]:
         return [set(row.tolist()) for row in scores.topk(round(share * scores.shape[1]), dim=1).indices]
@@ -157,16 +157,16 @@ def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace,
     true = direct.sets(direct.truth, 0.5)
     counts = np.bincount([n for some in true for n in some], minlength=direct.truth.shape[1])
     assert np.abs(kept.frequency[place] * len(true) - counts).max() <= 1  # one tie at the border
-    for name, rung, share in itertools.product(("product", "gate", "up"), ("int3", "int4"), (0.25, 0.5)):
-        gate, up = direct.inward(rung)
+    for name, precision, share in itertools.matmul(("product", "gate", "up"), ("int3", "int4"), (0.25, 0.5)):
+        gate, up = direct.inward(precision)
         guess = {"product": functional.silu(gate) * up, "gate": functional.silu(gate), "up": up}[name]
         found = direct.sets(guess.abs() * direct.norms, share)
         wanted = direct.sets(direct.truth, share)
         expected = np.mean([len(a & b) / len(b) for a, b in zip(found, wanted, strict=True)])
-        assert result["recall"][name][rung][f"{share:.0%}"][place] == pytest.approx(expected, abs=2e-3)
+        assert result["recall"][name][precision][f"{share:.0%}"][place] == pytest.approx(expected, abs=2e-3)
         flat = np.sort((guess.abs() * direct.norms).numpy().reshape(direct.windows, -1), axis=1)
         quantile = flat[:, flat.shape[1] // 2].mean()
-        assert result["thresholds"][name][rung][place][1] == pytest.approx(float(quantile), rel=1e-3)
+        assert result["thresholds"][name][precision][place][1] == pytest.approx(float(quantile), rel=1e-3)
     runs = [true[start : start + 32] for start in range(0, len(true), 32)]
     shared = [len(a & b) / len(b) for run in runs for a, b in itertools.pairwise(run)]
     assert result["overlap"]["50%"][place] == pytest.approx(np.mean(shared), abs=2e-3)
@@ -174,8 +174,8 @@ def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace,
     unions = [len(set.union(*run[at : at + 4])) for run in runs for at in range(len(run) - 3)]
     assert result["unions"]["50%"]["4"][place] == pytest.approx(np.mean(unions) / len(counts), abs=2e-3)
     assert "64" not in result["unions"]["50%"]  # windows have 32 tokens
-    for at, rung in enumerate(("int3", "int4")):
-        error = (direct.output(rung) - direct.output("int8")).square().sum(dim=1)
+    for at, precision in enumerate(("int3", "int4")):
+        error = (direct.output(precision) - direct.output("int8")).square().sum(dim=1)
         expected = (error / direct.stream.square().sum(dim=1)).mean()
         assert kept.losses[place, at] == pytest.approx(float(expected), rel=1e-3)
     assert kept.losses[place, 2] == 0
@@ -205,12 +205,14 @@ def test_forecasts_add_up_the_errors_of_single_neurons(llama: SimpleNamespace, t
     order = (functional.silu(direct.inward("int3")[0]).abs() * direct.norms).argsort(dim=1, descending=True)
     lost = torch.zeros(len(order))
     for at in range(high, neurons):
-        rung = "int4" if at < high + middle else "int3" if at < high + middle + low else "skip"
+        precision = "int4" if at < high + middle else "int3" if at < high + middle + low else "skip"
         n = order[:, at]
         made = torch.zeros(len(n), direct.x.shape[1])
-        if rung != "skip":
-            gate = direct.inward(rung)[0]
-            made = (functional.silu(gate) * direct.inward(rung)[1]).gather(1, n[:, None]) * direct.weights[rung][2][n]
+        if precision != "skip":
+            gate = direct.inward(precision)[0]
+            made = (functional.silu(gate) * direct.inward(precision)[1]).gather(1, n[:, None]) * direct.weights[
+                precision
+            ][2][n]
         true = direct.hidden("int8").gather(1, n[:, None]) * direct.weights["int8"][2][n]
         lost += (made - true).square().sum(dim=1)
     expected = float((lost / direct.stream.square().sum(dim=1)).mean())
@@ -388,7 +390,7 @@ def test_halving_measures_much_on_little_text_and_little_on_much(
         patch.setattr(halving, "PIECE", 8)
         calibrate(folder, TEXT, **{**SMALL, "measure_tokens": 96})
     settings = Calibration.load(PlaneStore.open(folder)).settings
-    exact = [uniform(rung, 2, 3) for rung in (1, 2, 3)]
+    exact = [uniform(precision, 2, 3) for precision in (1, 2, 3)]
     by_round = {pieces: [r for p, r in asked if p == pieces and r not in exact] for pieces in (1, 3, 9, 12)}
     assert len(by_round[1]) > 2 * len(by_round[3]) >= 2 * len(by_round[9])
     assert {one.recipes for one in settings} <= set(by_round[12]) | set(exact)
@@ -432,7 +434,7 @@ def test_the_report_is_json_and_tables(llama: SimpleNamespace) -> None:
     text = report(result)
     assert "the token before" in text
     assert "all at int4" in text
-    lost = [result["uniform"][rung]["kl"] for rung in ("int8", "int4", "int3")]
+    lost = [result["uniform"][precision]["kl"] for precision in ("int8", "int4", "int3")]
     assert lost[0] < lost[1] < lost[2]  # of int8 the head's shortlist alone
     assert llama.kept.arrays["predictor/0/own/inward.weight"].shape == (4, 56)
 

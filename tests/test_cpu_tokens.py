@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiercache
-from policies.offload import tokens_below
+from policies.offload import breakeven_tokens
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine import offload
 from tiercache.errors import UsageError
 from tiercache.kernels.select import select
 from tiercache.stats import Stats
-from tiercache.tiers import crossover
+from tiercache.tiers import breakeven
 from tiercache.tiers.transfer import CopyTicket
 
 CONTEXT = 64
@@ -75,7 +75,7 @@ def test_what_passes_is_not_copied_at_all_when_all_is_multiplied_below(plane_sto
 def test_it_is_measured_where_it_is_not_said(plane_store: Callable[..., Path]) -> None:
     store = plane_store("llama")
     logits, stats = run(store, hbm=small(store))
-    assert stats.cpu_tokens in {0, *crossover._TOKENS}
+    assert stats.cpu_tokens in {0, *breakeven._TOKENS}
     want, _ = run(store)
     assert all(torch.equal(one, other) for one, other in zip(logits, want, strict=True))
 
@@ -127,7 +127,7 @@ def test_a_wrong_number_is_refused(wrong: object, plane_store: Callable[..., Pat
 
 @given(st.floats(0.001, 10), st.dictionaries(st.integers(1, 512), st.floats(0.001, 10), max_size=6))
 def test_the_decision(link_s: float, product_s: dict[int, float]) -> None:
-    most = tokens_below(link_s, product_s)
+    most = breakeven_tokens(link_s, product_s)
     assert most == 0 or most in product_s
     assert all(product_s[tokens] < link_s for tokens in product_s if tokens <= most)
     beyond = sorted(tokens for tokens in product_s if tokens > most)
@@ -136,7 +136,7 @@ def test_the_decision(link_s: float, product_s: dict[int, float]) -> None:
 
 def test_the_measurement_gives_its_memory_back() -> None:
     host = torch.device("cpu")
-    assert crossover.tokens_below(select(host), 2, host) in {0, *crossover._TOKENS}
+    assert breakeven.breakeven_tokens(select(host), 2, host) in {0, *breakeven._TOKENS}
 
 
 def test_interrupted_while_the_copies_are_given_up(plane_store: Callable[..., Path]) -> None:

@@ -11,7 +11,7 @@ import transformers as tf
 
 from policies.drafting import Choice
 from tiercache.decode.generate import DraftingGenerate
-from tiercache.decode.team import Team
+from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import TargetWalk
 from tiercache.draft.base import BaseDrafter, Drafter, TreeBudget
 from tiercache.draft.grow import grower
@@ -78,7 +78,7 @@ def drafting(
     """The model's `generate` drafts with the first drafter, at this budget."""
     stats = DraftStats()
     fixed = Choice(0 if nodes else None, nodes, depth, width, 0.0, 0.0)
-    team = Team(drafters, None, fixed, most_nodes=512, context=4096, stats=stats)
+    team = DrafterScheduler(drafters, None, fixed, most_nodes=512, context=4096, stats=stats)
     hook = DraftingGenerate(model, team, TargetWalk, 4097, 513, show=show)
     try:
         yield stats

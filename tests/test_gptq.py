@@ -19,7 +19,7 @@ from tiercache.quant import gptq, planes
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
 from tiercache.quant.hadamard import restored, stored, transform
-from tiercache.quant.planes import RUNGS, Planes, encode
+from tiercache.quant.planes import PRECISIONS, Planes, encode
 from tiercache.store.activations import Walk
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
@@ -36,11 +36,11 @@ def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
     return (mixed + 0.3 * torch.randn(tokens, features)) * torch.rand(features).exp()
 
 
-def loss(planes: Planes, rung: str, weight: Tensor, x: Tensor, factors: Tensor | None = None) -> float:
-    """Squared error of the outputs of `weight` [outputs, inputs] at a rung, relative to the outputs."""
+def loss(planes: Planes, precision: str, weight: Tensor, x: Tensor, factors: Tensor | None = None) -> float:
+    """Squared error of the outputs of `weight` [outputs, inputs] at a precision, relative to the outputs."""
     flip = planes.rows != len(weight)
     back = torch.empty(weight.T.shape if flip else weight.shape)
-    restored(planes.at(rung), factors, back)
+    restored(planes.at(precision), factors, back)
     back = back.T if flip else back
     return float((x @ (back - weight).T).square().sum() / (x @ weight.T).square().sum())
 
@@ -103,8 +103,8 @@ def test_every_precision_gains(group: int, columns: bool) -> None:
         rounded = encode(stored(weight.T, scale), group)
     else:
         made, rounded = quantize_rows(weight, Moments.of(x.T @ x, group), group), encode(stored(weight), group)
-    for rung in RUNGS:
-        assert loss(made, rung, weight, new, scale) < 0.8 * loss(rounded, rung, weight, new, scale), rung
+    for precision in PRECISIONS:
+        assert loss(made, precision, weight, new, scale) < 0.8 * loss(rounded, precision, weight, new, scale), precision
 
 
 def test_factors_keep_large_outputs_from_spoiling_the_others() -> None:
@@ -134,9 +134,9 @@ def test_scales_of_inputs_give_large_ones_finer_steps() -> None:
     x[:, ::13] *= 30  # as after a norm whose weight has outliers
     weight = torch.randn(64, 192) * 0.1
     moments = [Moments.of(x[:1000].T @ x[:1000], 64, scaled=some) for some in (False, True)]
-    for rung in RUNGS:
-        losses = [loss(quantize_rows(weight, m, 64), rung, weight, x[1000:], m.factors) for m in moments]
-        assert losses[1] < 0.8 * losses[0], (rung, losses)
+    for precision in PRECISIONS:
+        losses = [loss(quantize_rows(weight, m, 64), precision, weight, x[1000:], m.factors) for m in moments]
+        assert losses[1] < 0.8 * losses[0], (precision, losses)
 
 
 def test_inputs_that_never_come_and_activations_that_are_not_finite() -> None:
@@ -222,21 +222,23 @@ def test_a_calibrated_model_is_nearer_to_its_source(stores: tuple[Path, Path]) -
     model = transformers.AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = model(ids).logits.log_softmax(-1)
-        for rung, most in (("int8", 0.9), ("int4", 0.8), ("int3", 0.8)):
+        for precision, most in (("int8", 0.9), ("int4", 0.8), ("int3", 0.8)):
             losses = []
             for folder in stores:
-                _load(model, PlaneStore.open(folder), rung)
+                _load(model, PlaneStore.open(folder), precision)
                 made = model(ids).logits.log_softmax(-1)
                 losses.append(float((wanted.exp() * (wanted - made)).sum(-1).mean()))
-            assert losses[0] < most * losses[1], (rung, losses)
+            assert losses[0] < most * losses[1], (precision, losses)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_products_with_scaled_inputs_are_those_of_the_decoded_weights(stores: tuple[Path, Path], rung: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_with_scaled_inputs_are_those_of_the_decoded_weights(
+    stores: tuple[Path, Path], precision: str
+) -> None:
     ids = torch.arange(3, 40)[None]
     made = []
     for kernels in ("auto", "decode"):
-        options: dict[str, Any] = {"precision": rung, "dram": "256MiB", "context": 64, "logits": 64}
+        options: dict[str, Any] = {"precision": precision, "dram": "256MiB", "context": 64, "logits": 64}
         with tiercache.offload(stores[0], kernels=kernels, show_progress=False, **options) as model, torch.no_grad():
             assert all(weight.inputs for name, weight in _weights(model).items() if name != "lm_head")
             made.append(model(ids, logits_to_keep=37).logits.float())
@@ -260,12 +262,12 @@ def test_mixed_mode_with_every_neuron_at_int8_is_int8(stores: tuple[Path, Path],
     assert float((found - want).abs().max()) < 0.01 * float(want.std())
 
 
-def _load(model: transformers.PreTrainedModel, store: PlaneStore, rung: str) -> None:
+def _load(model: transformers.PreTrainedModel, store: PlaneStore, precision: str) -> None:
     """Put a store's weights into a model, decoded."""
     from tiercache.store.manifest import PlaneWeight
     from tiercache.store.reader import aligned_buffer
 
-    manifest = store.manifest(rung)
+    manifest = store.manifest(precision)
     with Reader() as reader:
         for module, weight in manifest.weights.items():
             assert isinstance(weight, PlaneWeight)

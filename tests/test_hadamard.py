@@ -1,4 +1,4 @@
-"""The Hadamard transform: what it is, its inverse, and that every dialect of the kernels gives the same bits."""
+"""The Hadamard transform: what it is, its inverse, and that every backend of the kernels gives the same bits."""
 
 import hashlib
 

@@ -27,7 +27,7 @@ LADDER = (
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
     *("store.layers", "store.estimate", "store.folders", "store.convert", "store.planestore", "store.calibration"),
     "engine.plan",
-    *("tiers.slab", "tiers.crossover", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
+    *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
     *("model.trace", "model.linear", "model.importance", "model.neurons", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),
     *("kv", "draft", "decode"),

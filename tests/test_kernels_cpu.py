@@ -1,4 +1,4 @@
-"""The CPU dialect for every instruction set at hand: within its bound of the reference, and the same bits always."""
+"""The CPU backend for every instruction set at hand: within its bound of the reference, and the same bits always."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +20,11 @@ from tiercache.quant.planes import Planes, encode
 # More than a slice of neurons, a strip of tokens, a span of columns; one row, one column.
 LARGE = (
     Case(530, 4200, 2),
-    Case(600, 1100, 9, group=128, rung="int8"),
-    Case(70, 200, 131, rung="int3"),
+    Case(600, 1100, 9, group=128, precision="int8"),
+    Case(70, 200, 131, precision="int3"),
     Case(1, 65, 5),
-    Case(65, 1, 5, rung="int8"),
-    Case(70, 130, MAX_TOKENS, rung="int8"),
+    Case(65, 1, 5, precision="int8"),
+    Case(70, 130, MAX_TOKENS, precision="int8"),
 )
 
 
@@ -218,15 +218,15 @@ def test_only_the_results_are_written(kernels: CpuKernels, operation: str, token
     assert around.eq(3.0).all()
 
 
-@pytest.mark.parametrize("unlike", ["rung", "stride"])
+@pytest.mark.parametrize("unlike", ["precision", "stride"])
 def test_matrices_of_unlike_layout_are_multiplied_as_well(kernels: CpuKernels, unlike: str) -> None:
     case = Case(70, 90, 3)
     gate, up, down = case.matrices()
-    weights = [gate, up.at("int3") if unlike == "rung" else kernel_bounds.bundle([up, down])[0], down]
+    weights = [gate, up.at("int3") if unlike == "precision" else kernel_bounds.bundle([up, down])[0], down]
     one, other = case.start("products"), case.start("products")
     run(kernels, "products", case, case.x("products"), weights, one, None)
     run(REFERENCE, "products", case, case.x("products"), weights, other, None)
-    wide = replace(case, rung="int3") if unlike == "rung" else case
+    wide = replace(case, precision="int3") if unlike == "precision" else case
     bound = torch.maximum(allowed("products", case, other), allowed("products", wide, other))
     assert ((one - other).abs() <= bound).all()
 
@@ -254,36 +254,38 @@ def _bad_calls() -> dict[str, Callable[[CpuKernels], object]]:
     zero = torch.tensor([0])
 
     def with_rows(rows: Tensor) -> Callable[[CpuKernels], None]:
-        return lambda k: k.product(k.prepare(x, 64), gate, out, rows)
+        return lambda k: k.matmul(k.quantize_activations(x, 64), gate, out, rows)
 
     def into(target: Tensor) -> Callable[[CpuKernels], None]:
-        return lambda k: k.product(k.prepare(x, 64), gate, target)
+        return lambda k: k.matmul(k.quantize_activations(x, 64), gate, target)
 
     return {
-        "x of doubles": lambda k: k.prepare(x.double(), 64),
-        "x of one dimension": lambda k: k.prepare(x[0], 64),
-        "too many tokens": lambda k: k.prepare(torch.zeros(MAX_TOKENS + 1, 2), 64),
-        "another number of columns": lambda k: k.product(k.prepare(x[:, 1:], 64), gate, out),
-        "another group": lambda k: k.product(k.prepare(x, 64), broad, out),
-        "another group of several": lambda k: k.products(k.prepare(x, 64), [broad, broad], [out, out]),
-        "x for another matrix": lambda k: k.product_down(hidden[:, 1:], down, back),
+        "x of doubles": lambda k: k.quantize_activations(x.double(), 64),
+        "x of one dimension": lambda k: k.quantize_activations(x[0], 64),
+        "too many tokens": lambda k: k.quantize_activations(torch.zeros(MAX_TOKENS + 1, 2), 64),
+        "another number of columns": lambda k: k.matmul(k.quantize_activations(x[:, 1:], 64), gate, out),
+        "another group": lambda k: k.matmul(k.quantize_activations(x, 64), broad, out),
+        "another group of several": lambda k: k.matmuls(k.quantize_activations(x, 64), [broad, broad], [out, out]),
+        "x for another matrix": lambda k: k.matmul_transposed(hidden[:, 1:], down, back),
         "out of doubles": into(out.double()),
         "out of fewer tokens": into(out[1:]),
         "out of fewer rows": into(out[:, 1:]),
         "out by columns": into(torch.zeros(10, 3).T),
         "out elsewhere": into(out.to("meta")),
-        "down's out": lambda k: k.product_down(hidden, down, back[:, 1:]),
+        "down's out": lambda k: k.matmul_transposed(hidden, down, back[:, 1:]),
         "floating rows": with_rows(zero.float()),
         "rows in a square": with_rows(torch.zeros(2, 2, dtype=torch.int64)),
         "a row below": with_rows(torch.tensor([-1])),
         "a row beyond": with_rows(torch.tensor([10])),
-        "a row of down beyond": lambda k: k.product_down(hidden[:, :1], down, back, torch.tensor([10])),
-        "an activation": lambda k: k.ffn(k.prepare(x, 64), [gate, up], down, "swish", back),
-        "another number of neurons": lambda k: k.ffn(k.prepare(x, 64), [_first(gate)], down, "silu", back),
-        "three inward matrices": lambda k: k.ffn(k.prepare(x, 64), [gate, up, down], down, "silu", back),
-        "gate and up unlike": lambda k: k.ffn(k.prepare(x, 64), [gate, up.at("int3")], down, "silu", back),
-        "a row of a block beyond": lambda k: k.ffn(k.prepare(x, 64), [gate, up], down, "silu", back, 10 + zero),
-        "planes by columns": lambda k: k.product(k.prepare(x, 64), columnwise, out),
+        "a row of down beyond": lambda k: k.matmul_transposed(hidden[:, :1], down, back, torch.tensor([10])),
+        "an activation": lambda k: k.ffn(k.quantize_activations(x, 64), [gate, up], down, "swish", back),
+        "another number of neurons": lambda k: k.ffn(k.quantize_activations(x, 64), [_first(gate)], down, "silu", back),
+        "three inward matrices": lambda k: k.ffn(k.quantize_activations(x, 64), [gate, up, down], down, "silu", back),
+        "gate and up unlike": lambda k: k.ffn(k.quantize_activations(x, 64), [gate, up.at("int3")], down, "silu", back),
+        "a row of a block beyond": lambda k: k.ffn(
+            k.quantize_activations(x, 64), [gate, up], down, "silu", back, 10 + zero
+        ),
+        "planes by columns": lambda k: k.matmul(k.quantize_activations(x, 64), columnwise, out),
         "to gather into too little": lambda k: k.gather([piece], torch.arange(3), packed),
         "to gather into floats": lambda k: k.gather([piece], zero, packed.float()),
         "to gather a row beyond": lambda k: k.gather([piece], 10 + zero, packed),

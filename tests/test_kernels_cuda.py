@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.cases import RUNGS, activations, assert_close, dense, matrix, selection, spans, strided
+from cuda_on_cpu.cases import PRECISIONS, activations, assert_close, dense, matrix, selection, spans, strided
 from cuda_on_cpu.edge import at_the_edge
 from cuda_on_cpu.emulate import Emulation, build
 from hypothesis import given, settings
@@ -51,7 +51,7 @@ SHAPES = {
     "rows": st.integers(1, 40),
     "columns": st.one_of(st.integers(1, 300), st.integers(1000, 1100), st.integers(2040, 2200)),
     "group": st.sampled_from((32, 64, 128)),
-    "rung": st.sampled_from(RUNGS),
+    "precision": st.sampled_from(PRECISIONS),
     "tokens": st.one_of(st.integers(1, 9), st.integers(15, 17), st.integers(24, 26)),
     "seed": st.integers(0, 1 << 16),
 }
@@ -65,12 +65,12 @@ KINDS = st.sampled_from((torch.float32, torch.float16, torch.bfloat16))
 def test_product_is_the_reference(
     kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
 ) -> None:
-    weight = matrix(shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
+    weight = matrix(shape["rows"], shape["columns"], shape["group"], shape["precision"], shape["seed"])
     rows = selection(data.draw, weight.rows)
     x = activations(shape["tokens"], weight.columns, kind, shape["seed"])
     count = weight.rows if rows is None else len(rows)
     out = torch.ones(x.shape[0], count + 2)[:, 1:-1]
-    kernels.product(kernels.prepare(x, weight.group), strided(weight, gap) if gap else weight, out, rows)
+    kernels.matmul(kernels.quantize_activations(x, weight.group), strided(weight, gap) if gap else weight, out, rows)
     magnitude = 1 + x.float().abs() @ spans(weight, rows).T
     assert_close(out, 1 + x.double() @ dense(weight, rows).double().T, magnitude)
 
@@ -81,11 +81,11 @@ def test_product_down_is_the_reference(
     kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
 ) -> None:
     high = data.draw(st.sampled_from((1, 10)))  # several slices of the rows
-    weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["rung"], shape["seed"])
+    weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["precision"], shape["seed"])
     rows = selection(data.draw, weight.rows)
     x = activations(shape["tokens"], weight.rows if rows is None else len(rows), kind, shape["seed"])
     out = torch.ones(x.shape[0], weight.columns + 2)[:, 1:-1]
-    kernels.product_down(x, strided(weight, gap) if gap else weight, out, rows)
+    kernels.matmul_transposed(x, strided(weight, gap) if gap else weight, out, rows)
     magnitude = 1 + x.float().abs() @ spans(weight, rows)
     assert_close(out, 1 + x.double() @ dense(weight, rows).double(), magnitude)
 
@@ -95,56 +95,58 @@ def test_product_down_is_the_reference(
 def test_ffn_is_the_reference(
     kernels: CudaKernels, data: Any, shape: dict[str, Any], activation: str, inward: int, mixed: bool
 ) -> None:
-    given_rungs = [shape["rung"], "int8" if mixed else shape["rung"], shape["rung"]]
-    parts = [matrix(shape["rows"], shape["columns"], shape["group"], rung, i) for i, rung in enumerate(given_rungs)]
+    given_rungs = [shape["precision"], "int8" if mixed else shape["precision"], shape["precision"]]
+    parts = [
+        matrix(shape["rows"], shape["columns"], shape["group"], precision, i) for i, precision in enumerate(given_rungs)
+    ]
     rows = selection(data.draw, shape["rows"])
     x = torch.randn(shape["tokens"], shape["columns"], generator=torch.Generator().manual_seed(shape["seed"]))
     out, wanted = torch.ones(2, *x.shape)
-    kernels.ffn(kernels.prepare(x, shape["group"]), parts[:inward], parts[2], activation, out, rows)
+    kernels.ffn(kernels.quantize_activations(x, shape["group"]), parts[:inward], parts[2], activation, out, rows)
     slow = ReferenceKernels(dtype=torch.float64)
-    slow.ffn(slow.prepare(x, shape["group"]), parts[:inward], parts[2], activation, wanted, rows)
+    slow.ffn(slow.quantize_activations(x, shape["group"]), parts[:inward], parts[2], activation, wanted, rows)
     inner = [1 + x.abs() @ spans(part, rows).T for part in parts[:inward]]
     hidden = inner[0] ** (2 if activation == "relu2" else 1) * (inner[1] if inward == 2 else 1)
     assert_close(out, wanted, 1 + 2 * hidden @ spans(parts[2], rows))
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("group", "columns"), [(32, 100), (64, 1), (64, 200), (128, 300)])
-def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, rung: str, group: int, columns: int) -> None:
-    weight = matrix(5, columns, group, rung)
+def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, precision: str, group: int, columns: int) -> None:
+    weight = matrix(5, columns, group, precision)
     rows = torch.tensor([4, 0, 0], dtype=torch.int32)
     assert torch.equal(kernels._decoded(strided(weight, 1), (rows,)), dense(weight, rows))
     assert torch.equal(kernels._decoded(weight, ()), dense(weight))
     assert torch.equal(kernels._decoded(weight, (rows,)), dense(weight, rows))
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_one_row_of_everything(kernels: CudaKernels, rung: str, group: int) -> None:
-    weight, x = matrix(1, 1, group, rung), torch.full((1, 1), 3.0)
+def test_one_row_of_everything(kernels: CudaKernels, precision: str, group: int) -> None:
+    weight, x = matrix(1, 1, group, precision), torch.full((1, 1), 3.0)
     out, down = torch.zeros(2, 1, 1)
-    kernels.product(kernels.prepare(x, group), weight, out)
-    kernels.product_down(x, weight, down)
+    kernels.matmul(kernels.quantize_activations(x, group), weight, out)
+    kernels.matmul_transposed(x, weight, down)
     assert_close(out, 3 * dense(weight), 3 * spans(weight))
     assert_close(down, 3 * dense(weight), 3 * spans(weight))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 11, 25])
-@pytest.mark.parametrize("rung", RUNGS)
-def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, rung: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, precision: str) -> None:
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 100_000)  # several tiles
-    up, down = matrix(150, 1100, 64, rung), matrix(150, 200, 64, rung, 1)
+    up, down = matrix(150, 1100, 64, precision), matrix(150, 200, 64, precision, 1)
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
     for far, gap in ((False, 0), (True, 0), (False, 3), (True, 8)):
         kernels = CudaKernels(CPU, Emulation(library, far), switch=24)
         x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(1))
         w, v = (strided(each, gap) if gap else each for each in (up, down))
-        prepared = kernels.prepare(x, 64)
+        quantized = kernels.quantize_activations(x, 64)
         out, sums, ffn = torch.zeros(tokens, 130), torch.zeros(tokens, 200), torch.zeros(tokens, 200)
-        kernels.product(prepared, w, out, rows)
-        kernels.product_down(out, v, sums, rows)
-        kernels.ffn(prepared, [w, w], v, "silu", ffn, rows)
+        kernels.matmul(quantized, w, out, rows)
+        kernels.matmul_transposed(out, v, sums, rows)
+        kernels.ffn(quantized, [w, w], v, "silu", ffn, rows)
         results.append(torch.cat([out, sums, ffn], 1))
     assert_close(results[0][:, :130], x @ dense(up, rows).T, x.abs() @ spans(up, rows).T)
     for other in results[1:]:
@@ -152,16 +154,16 @@ def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int
 
 
 @pytest.mark.parametrize(("group", "columns"), [(32, 1056), (64, 1100), (128, 1200)])
-@pytest.mark.parametrize("rung", RUNGS)
-def test_no_alignment_changes_a_bit(kernels: CudaKernels, rung: str, group: int, columns: int) -> None:
-    weight, x = matrix(30, columns, group, rung), torch.randn(2, 1200)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group: int, columns: int) -> None:
+    weight, x = matrix(30, columns, group, precision), torch.randn(2, 1200)
     results, found = [], []
     for gap in (None, 8, 4, 1):
         placed = weight if gap is None else strided(weight, gap)
         found.append(launches.matrix(placed, Tensor.data_ptr).aligned)
         out, down = torch.zeros(2, 30), torch.zeros(2, columns)
-        kernels.product(kernels.prepare(x[:, :columns], group), placed, out)
-        kernels.product_down(x[:, :30], placed, down)
+        kernels.matmul(kernels.quantize_activations(x[:, :columns], group), placed, out)
+        kernels.matmul_transposed(x[:, :30], placed, down)
         results.append(torch.cat([out, down], 1))
     assert found[0] == (4 if group == 32 else 8)  # 33 groups of 32: an odd number of 12 bytes
     assert found[2:] == [4, 0]
@@ -169,37 +171,37 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, rung: str, group: int,
         assert torch.equal(results[0], other)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_a_token_is_the_same_in_any_company(library: Path, rung: str) -> None:
-    weight, x = matrix(150, 1500, 64, rung), torch.randn(20, 1500)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_token_is_the_same_in_any_company(library: Path, precision: str) -> None:
+    weight, x = matrix(150, 1500, 64, precision), torch.randn(20, 1500)
     few, many = (CudaKernels(CPU, Emulation(library, multiprocessors=n), switch=24) for n in (1, 100))
     together, down = torch.zeros(20, 150), torch.zeros(20, 1500)
-    few.product(few.prepare(x, 64), weight, together)
-    few.product_down(x[:, :150], weight, down)
+    few.matmul(few.quantize_activations(x, 64), weight, together)
+    few.matmul_transposed(x[:, :150], weight, down)
     for start, tokens in ((0, 1), (3, 2), (5, 3), (7, 8)):
         some = x[start : start + tokens]
         alone, across = torch.zeros(tokens, 150), torch.zeros(tokens, 1500)
-        many.product(many.prepare(some, 64), weight, alone)  # another grid, too
-        few.product_down(some[:, :150], weight, across)
+        many.matmul(many.quantize_activations(some, 64), weight, alone)  # another grid, too
+        few.matmul_transposed(some[:, :150], weight, across)
         assert torch.equal(alone, together[start : start + tokens])
         assert torch.equal(across, down[start : start + tokens])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_not_finite_stays_so_and_spreads_to_no_other_token(
-    kernels: CudaKernels, rung: str, bad: float, tokens: int
+    kernels: CudaKernels, precision: str, bad: float, tokens: int
 ) -> None:
-    weight = matrix(20, 130, 64, rung)
+    weight = matrix(20, 130, 64, precision)
     weight.scales[3] = 0  # rows of nothing but zeros
     x, y = torch.randn(tokens, 130), torch.randn(tokens, 20)
     x[0, 129] = y[0, 19] = bad
     out, down, ffn = torch.zeros(tokens, 20), torch.zeros(tokens, 130), torch.zeros(tokens, 130)
-    prepared = kernels.prepare(x, 64)
-    kernels.product(prepared, weight, out)
-    kernels.product_down(y, weight, down)
-    kernels.ffn(prepared, [weight, weight], weight, "silu", ffn)
+    quantized = kernels.quantize_activations(x, 64)
+    kernels.matmul(quantized, weight, out)
+    kernels.matmul_transposed(y, weight, down)
+    kernels.ffn(quantized, [weight, weight], weight, "silu", ffn)
     for each in (out, down, ffn):
         assert not each[0].isfinite().any()
         assert each[1:].isfinite().all()
@@ -208,12 +210,12 @@ def test_what_is_not_finite_stays_so_and_spreads_to_no_other_token(
 def test_nothing_to_do(kernels: CudaKernels) -> None:
     weight, none = matrix(4, 100, 64, "int4"), torch.zeros(0, dtype=torch.int32)
     out = torch.ones(3, 100)
-    kernels.product_down(torch.randn(3, 0), weight, out, none)
-    kernels.product(kernels.prepare(torch.randn(3, 100), 64), weight, torch.ones(3, 0), none)
-    kernels.ffn(kernels.prepare(torch.randn(3, 100), 64), [weight], weight, "relu", out, none)
+    kernels.matmul_transposed(torch.randn(3, 0), weight, out, none)
+    kernels.matmul(kernels.quantize_activations(torch.randn(3, 100), 64), weight, torch.ones(3, 0), none)
+    kernels.ffn(kernels.quantize_activations(torch.randn(3, 100), 64), [weight], weight, "relu", out, none)
     assert torch.equal(out, torch.ones(3, 100))
-    kernels.product(kernels.prepare(torch.randn(0, 100), 64), weight, torch.ones(0, 4))
-    kernels.product_down(torch.randn(0, 4), weight, torch.ones(0, 100))
+    kernels.matmul(kernels.quantize_activations(torch.randn(0, 100), 64), weight, torch.ones(0, 4))
+    kernels.matmul_transposed(torch.randn(0, 4), weight, torch.ones(0, 100))
     kernels.gather([weight.planes[0]], none, torch.ones(0, dtype=torch.uint8))
 
 
@@ -236,10 +238,10 @@ def test_gather_is_the_reference(
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Path, rung: str) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Path, precision: str) -> None:
     for group in (32, 64, 128):
-        assert in_child(at_the_edge, str(library), rung, group)
+        assert in_child(at_the_edge, str(library), precision, group)
 
 
 def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) -> None:
@@ -278,24 +280,24 @@ def test_what_cannot_be_meant_is_refused(library: Path) -> None:
     launcher = Emulation(library)
     kernels = CudaKernels(CPU, launcher)
     weight = matrix(4, 100, 64, "int4")
-    x, out = kernels.prepare(torch.randn(2, 100), 64), torch.zeros(2, 4)
+    x, out = kernels.quantize_activations(torch.randn(2, 100), 64), torch.zeros(2, 4)
     with pytest.raises(UsageError, match="prepared in groups of 32"):
-        kernels.product(kernels.prepare(torch.randn(2, 100), 32), weight, out)
+        kernels.matmul(kernels.quantize_activations(torch.randn(2, 100), 32), weight, out)
     with pytest.raises(UsageError, match="rows 0 to 4 of a matrix of 4"):
-        kernels.product(x, weight, out, torch.tensor([0, 4]))
+        kernels.matmul(x, weight, out, torch.tensor([0, 4]))
     with pytest.raises(UsageError, match="unknown activation"):
         kernels.ffn(x, [weight], weight, "swish", torch.zeros(2, 100))
     with pytest.raises(UsageError, match="expected fp32"):
-        kernels.product(x, weight, out.double())
+        kernels.matmul(x, weight, out.double())
     with pytest.raises(UsageError, match="tokens in one call"):
-        kernels.prepare(torch.zeros(513, 100), 64)
+        kernels.quantize_activations(torch.zeros(513, 100), 64)
     with pytest.raises(UsageError, match="side by side"):
-        kernels.product(x, Planes((weight.planes[0].T.contiguous().T,), weight.scales, 100, 64), out)
+        kernels.matmul(x, Planes((weight.planes[0].T.contiguous().T,), weight.scales, 100, 64), out)
     with pytest.raises(UsageError, match="of a piece of 4"):
         kernels.gather([weight.planes[0]], torch.tensor([4]), torch.zeros(100, dtype=torch.uint8))
     launcher.refused = weight.planes[1]
     with pytest.raises(UsageError, match="pageable"):
-        kernels.product(x, weight, out)
+        kernels.matmul(x, weight, out)
     assert not out.any()
 
 
@@ -340,27 +342,27 @@ def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 20, 64])
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, rung: str, tokens: int, pinned: bool) -> None:
+def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, precision: str, tokens: int, pinned: bool) -> None:
     for columns, gap in ((3000, 0), (3001, 3)):
-        up, down = matrix(700, columns, group, rung), matrix(700, columns, group, rung, 1)
+        up, down = matrix(700, columns, group, precision), matrix(700, columns, group, precision, 1)
         there = [
             _moved(strided(each, gap) if gap else each, lambda t: t.pin_memory() if pinned else t.to(on_gpu.device))
             for each in (up, down)
         ]
         rows = torch.randint(0, 700, (333,), dtype=torch.int32)
         x, index = torch.randn(tokens, columns), rows.to(on_gpu.device)
-        prepared = on_gpu.prepare(x.to(on_gpu.device), group)
+        quantized = on_gpu.quantize_activations(x.to(on_gpu.device), group)
         out, sums, ffn = (torch.zeros(tokens, n, device=on_gpu.device) for n in (333, columns, columns))
-        on_gpu.product(prepared, there[0], out, index)
-        on_gpu.product_down(out, there[1], sums, index)
-        on_gpu.ffn(prepared, [there[0], there[1]], there[1], "silu", ffn, index)
+        on_gpu.matmul(quantized, there[0], out, index)
+        on_gpu.matmul_transposed(out, there[1], sums, index)
+        on_gpu.ffn(quantized, [there[0], there[1]], there[1], "silu", ffn, index)
         torch.cuda.synchronize()
         assert_close(out.cpu(), x @ dense(up, rows).T, x.abs() @ spans(up, rows).T)
         assert_close(sums.cpu(), out.cpu() @ dense(down, rows), out.cpu().abs() @ spans(down, rows))
         slow, wanted = ReferenceKernels(dtype=torch.float64), torch.zeros(tokens, columns)
-        slow.ffn(slow.prepare(x, group), [up, down], down, "silu", wanted, rows)
+        slow.ffn(slow.quantize_activations(x, group), [up, down], down, "silu", wanted, rows)
         inner = [1 + x.abs() @ spans(each, rows).T for each in (up, down)]
         assert_close(ffn.cpu(), wanted, 2 * (inner[0] * inner[1]) @ spans(down, rows))
 

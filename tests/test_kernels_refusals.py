@@ -35,27 +35,33 @@ WEIGHT = encode(torch.randn(ROWS, COLUMNS), 64)
 BYTES = torch.zeros(4, 4, dtype=torch.uint8)
 ROOM = torch.zeros(99, dtype=torch.uint8)
 CASES: dict[str, tuple[Callable[[CpuKernels], object], str]] = {
-    "no such group": (lambda k: k.prepare(X, 48), "groups of 48"),
-    "group of nothing": (lambda k: k.prepare(X, 0), "groups of 0"),
-    "a number": (lambda k: k.prepare(torch.tensor(1.0), 64), "expected fp32"),
-    "x elsewhere": (lambda k: k.prepare(X.to("meta"), 64), "on meta"),
+    "no such group": (lambda k: k.quantize_activations(X, 48), "groups of 48"),
+    "group of nothing": (lambda k: k.quantize_activations(X, 0), "groups of 0"),
+    "a number": (lambda k: k.quantize_activations(torch.tensor(1.0), 64), "expected fp32"),
+    "x elsewhere": (lambda k: k.quantize_activations(X.to("meta"), 64), "on meta"),
     "x of down elsewhere": (
-        lambda k: k.product_down(torch.zeros(TOKENS, ROWS, device="meta"), WEIGHT, torch.zeros(TOKENS, COLUMNS)),
+        lambda k: k.matmul_transposed(torch.zeros(TOKENS, ROWS, device="meta"), WEIGHT, torch.zeros(TOKENS, COLUMNS)),
         "on meta",
     ),
-    "weights elsewhere": (lambda k: k.product(k.prepare(X, 64), on_meta(WEIGHT), torch.zeros(TOKENS, ROWS)), "on meta"),
+    "weights elsewhere": (
+        lambda k: k.matmul(k.quantize_activations(X, 64), on_meta(WEIGHT), torch.zeros(TOKENS, ROWS)),
+        "on meta",
+    ),
     "parted scales": (
-        lambda k: k.product(k.prepare(X, 64), parted_scales(WEIGHT), torch.zeros(TOKENS, ROWS)),
+        lambda k: k.matmul(k.quantize_activations(X, 64), parted_scales(WEIGHT), torch.zeros(TOKENS, ROWS)),
         "scales",
     ),
     "rows elsewhere": (
-        lambda k: k.product(
-            k.prepare(X, 64), WEIGHT, torch.zeros(TOKENS, 2), torch.zeros(2, dtype=torch.int64, device="meta")
+        lambda k: k.matmul(
+            k.quantize_activations(X, 64),
+            WEIGHT,
+            torch.zeros(TOKENS, 2),
+            torch.zeros(2, dtype=torch.int64, device="meta"),
         ),
         "rows is on meta",
     ),
     "an output missing": (
-        lambda k: k.products(k.prepare(X, 64), [WEIGHT, WEIGHT], [torch.zeros(TOKENS, ROWS)]),
+        lambda k: k.matmuls(k.quantize_activations(X, 64), [WEIGHT, WEIGHT], [torch.zeros(TOKENS, ROWS)]),
         "2 matrices and 1 outputs",
     ),
     "x to transform elsewhere": (lambda k: k.hadamard(X.to("meta")), "x is on meta"),
@@ -80,7 +86,7 @@ def test_refused(name: str, kernels: CpuKernels) -> None:
 def test_a_bad_second_output_leaves_the_first_alone(kernels: CpuKernels) -> None:
     first = torch.zeros(TOKENS, ROWS)
     with pytest.raises(UsageError, match="out is"):
-        kernels.products(kernels.prepare(X, 64), [WEIGHT, WEIGHT], [first, torch.zeros(TOKENS, ROWS + 1)])
+        kernels.matmuls(kernels.quantize_activations(X, 64), [WEIGHT, WEIGHT], [first, torch.zeros(TOKENS, ROWS + 1)])
     assert not first.any()
 
 
@@ -88,4 +94,4 @@ def test_a_bad_second_output_leaves_the_first_alone(kernels: CpuKernels) -> None
 def test_what_another_dialect_prepared(kernels: CpuKernels) -> None:
     other = CpuKernels(build.instruction_sets()[0])
     with pytest.raises(UsageError, match="prepare them again"):
-        other.product(kernels.prepare(X, 64), WEIGHT, torch.zeros(TOKENS, ROWS))
+        other.matmul(kernels.quantize_activations(X, 64), WEIGHT, torch.zeros(TOKENS, ROWS))

@@ -20,7 +20,7 @@ from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.kernels.cuda import backend
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.quant import planes as codes
-from tiercache.quant.planes import GROUPS, RUNGS, Planes, encode
+from tiercache.quant.planes import GROUPS, PRECISIONS, Planes, encode
 
 DIALECTS = (*build.ISAS, "cuda", "cuda, far")
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def slots(case: Case, count: int, room: Sequence[int], kind: torch.dtype = torch
     """`count` neurons drawn from a case's (which may come twice), the slabs larger by `room` (three planes, scales)."""
     draw = torch.Generator().manual_seed(case.seed + 7)
     neurons = torch.randint(0, case.rows, (count,), generator=draw)
-    wanted = [taken(matrix, neurons) for matrix in replace(case, rung="int8").matrices()]
+    wanted = [taken(matrix, neurons) for matrix in replace(case, precision="int8").matrices()]
     kinds = [[matrix.planes[p] for matrix in wanted] for p in range(3)]
     kinds.append([matrix.scales.flatten(1).view(torch.uint8) for matrix in wanted])
     lists, slabs = [], []
@@ -76,8 +76,8 @@ def slots(case: Case, count: int, room: Sequence[int], kind: torch.dtype = torch
         scales = slabs[3][:, part].view(torch.float16).unflatten(1, (-1, 2))
         planes = tuple(slab[:, part] for slab in slabs[:3])
         whole = Planes(planes, scales, case.columns, case.group, slabs=True)
-        matrices.append(whole.at(case.rung))
-    ordinary = [matrix.at(case.rung) for matrix in wanted]
+        matrices.append(whole.at(case.precision))
+    ordinary = [matrix.at(case.precision) for matrix in wanted]
     return Slots(matrices, SlotRows(tuple(lists[:3]), lists[3]), ordinary)
 
 
@@ -92,20 +92,20 @@ def run(kernels: Kernels, operation: str, case: Case, weights: Sequence[Planes],
     shape = replace(case, rows=count, rows_seed=None)
     x, out = shape.x(operation), shape.start(operation)
     if operation == "product_down":
-        kernels.product_down(x, down, out, rows)
+        kernels.matmul_transposed(x, down, out, rows)
         return out
-    ready = kernels.prepare(x, case.group)
+    ready = kernels.quantize_activations(x, case.group)
     if operation == "product":
-        kernels.product(ready, gate, out, rows)
+        kernels.matmul(ready, gate, out, rows)
     elif operation == "products":
-        kernels.products(ready, [gate, up], [out[:, :count], out[:, count:]], rows)
+        kernels.matmuls(ready, [gate, up], [out[:, :count], out[:, count:]], rows)
     else:
         kernels.ffn(ready, [gate] if operation == "fc" else [gate, up], down, case.activation, out, rows)
     return out
 
 
 def assert_right(kernels: Kernels, operation: str, case: Case, found: Slots) -> None:
-    """The bits of ordinary matrices, by lists and by none; the reference's results, as near as a dialect comes."""
+    """The bits of ordinary matrices, by lists and by none; the reference's results, as near as a backend comes."""
     count = found.rows.count
     out = run(kernels, operation, case, found.matrices, count, found.rows)
     assert torch.equal(out, run(kernels, operation, case, found.wanted, count, None))
@@ -120,12 +120,12 @@ def assert_right(kernels: Kernels, operation: str, case: Case, found: Slots) -> 
 def bound(operation: str, case: Case, found: Slots, wanted: Tensor) -> Tensor:
     """`allowed` of a case that has these neurons as its rows."""
 
-    class Placed(Case):
+    class ExactPlan(Case):
         def matrices(self) -> tuple[Planes, ...]:
             return tuple(found.wanted)
 
     shape = replace(case, rows=found.rows.count, rows_seed=None)
-    return allowed(operation, Placed(**vars(shape)), wanted)
+    return allowed(operation, ExactPlan(**vars(shape)), wanted)
 
 
 @st.composite
@@ -135,7 +135,7 @@ def scattered(draw: st.DrawFn) -> tuple[Case, Slots]:
         draw(st.sampled_from((1, 64, 70, 130, 300))),
         draw(st.sampled_from((1, 4, 12, 17))),
         draw(st.sampled_from(GROUPS)),
-        draw(st.sampled_from(sorted(RUNGS))),
+        draw(st.sampled_from(sorted(PRECISIONS))),
         draw(st.sampled_from(DTYPES)),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         seed=draw(st.integers(0, 99)),
@@ -150,18 +150,18 @@ def scattered(draw: st.DrawFn) -> tuple[Case, Slots]:
 @settings(max_examples=25)
 @given(drawn=scattered())
 @example(drawn=(Case(20, 300, 1), slots(Case(20, 300, 1), 530, (0, 40, 9, 200))))  # more than a slice
-@example(drawn=(Case(9, 2100, 4, rung="int8"), slots(Case(9, 2100, 4, rung="int8"), 40, (3, 0, 90, 1))))
+@example(drawn=(Case(9, 2100, 4, precision="int8"), slots(Case(9, 2100, 4, precision="int8"), 40, (3, 0, 90, 1))))
 def test_scattered_neurons_have_the_bits_of_neurons_side_by_side(
     kernels: Kernels, operation: str, drawn: tuple[Case, Slots]
 ) -> None:
     assert_right(kernels, operation, *drawn)
 
 
-@pytest.mark.parametrize("rung", sorted(RUNGS))
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
 @pytest.mark.parametrize("tokens", [1, 4, 17])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_rung_and_number_of_tokens(kernels: Kernels, operation: str, tokens: int, rung: str) -> None:
-    case = Case(30, 200, tokens, rung=rung)
+def test_every_rung_and_number_of_tokens(kernels: Kernels, operation: str, tokens: int, precision: str) -> None:
+    case = Case(30, 200, tokens, precision=precision)
     assert_right(kernels, operation, case, slots(case, 70, (5, 60, 17, 0)))
 
 
@@ -173,7 +173,7 @@ def test_lists_are_cut_with_the_tiles(
     if not isinstance(kernels, CudaKernels):
         pytest.skip("the CPU's kernels have no tiles")
     monkeypatch.setattr(backend, "SCRATCH_BYTES", 20_000)
-    case = Case(30, 200, tokens, rung="int8")
+    case = Case(30, 200, tokens, precision="int8")
     assert_right(kernels, operation, case, slots(case, 70, (5, 60, 17, 0)))
 
 
@@ -193,7 +193,7 @@ def test_a_lower_rung_takes_the_first_lists(kernels: Kernels, operation: str, to
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_lists_of_one_place_are_an_ordinary_list(kernels: Kernels, operation: str, tokens: int) -> None:
-    case = Case(50, 200, tokens, rung="int8")
+    case = Case(50, 200, tokens, precision="int8")
     rows = torch.randint(0, 50, (33,), generator=torch.Generator().manual_seed(1))
     wanted = run(kernels, operation, case, case.matrices(), 33, rows)
     assert torch.equal(run(kernels, operation, case, case.matrices(), 33, SlotRows((rows,) * 3, rows)), wanted)
@@ -215,11 +215,11 @@ def test_int64_lists_in_one_piece_are_not_copied(monkeypatch: pytest.MonkeyPatch
     case, given = Case(30, 200, 1), CpuKernels()
     found = slots(case, 20, (1, 2, 3, 4))
     seen: list[int] = []
-    product = given._library.tc_product
+    matmul = given._library.tc_product
 
     def spy(matrix: object, *rest: object) -> None:
         seen.extend(matrix._obj.index)  # type: ignore[attr-defined]
-        product(matrix, *rest)
+        matmul(matrix, *rest)
 
     monkeypatch.setattr(given._library, "tc_product", spy)
     run(given, "product", case, found.matrices, 20, found.rows)
@@ -265,9 +265,9 @@ WRONG: dict[str, tuple[Callable[[], Selection], str]] = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_no_selection_is_refused(kernels: Kernels, operation: str, wrong: str) -> None:
     given, says = WRONG[wrong]
-    for dialect in (kernels, REFERENCE):
+    for each in (kernels, REFERENCE):
         with pytest.raises(UsageError, match=says):
-            run(dialect, operation, CASE, FOUND.matrices, COUNT, given())
+            run(each, operation, CASE, FOUND.matrices, COUNT, given())
 
 
 @pytest.mark.parametrize("operation", ["fc", "gated"])
@@ -303,4 +303,4 @@ def test_slabs_are_not_decoded() -> None:
     with pytest.raises(UsageError, match="no rows of their own"):
         codes.decode(FOUND.matrices[0], torch.float32)
     with pytest.raises(UsageError, match="no rows of their own"):
-        codes.product(torch.zeros(1, 70), FOUND.matrices[0])
+        codes.matmul(torch.zeros(1, 70), FOUND.matrices[0])

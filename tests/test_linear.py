@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import Prepared
+from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.quant.hadamard import restored, stored
@@ -24,13 +24,13 @@ class Counting(CpuKernels):
         super().__init__("portable")
         self.asked: list[str] = []
 
-    def prepare(self, x: torch.Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: torch.Tensor, group: int) -> QuantizedActivations:
         self.asked.append("prepare")
-        return super().prepare(x, group)
+        return super().quantize_activations(x, group)
 
-    def _product(self, x: Prepared, matrix: object, out: torch.Tensor) -> None:
+    def _matmul(self, x: QuantizedActivations, matrix: object, out: torch.Tensor) -> None:
         self.asked.append("product")
-        super()._product(x, matrix, out)
+        super()._matmul(x, matrix, out)
 
 
 def bundle() -> tuple[torch.Tensor, list[PlaneWeight], list[Planes]]:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHARES = (0.2, 0.3, 0.2)
 IDS = torch.randint(3, 131, (1, 6), generator=torch.Generator().manual_seed(3))
 # Kernels hold activations at 15 bits and add in fp32: 1e-4 of the RMS for one product, a few times that after three
-# layers; the largest seen is 5e-4. One neuron at another rung moves logits further: see `test_the_oracle_notices`.
+# layers; the largest seen is 5e-4. One neuron at another precision moves logits further: see `test_the_oracle_notices`.
 TOLERANCE = 1e-3
 # Of the largest score; the largest seen is 1.3e-4.
 NEAR_TIE = 5e-4

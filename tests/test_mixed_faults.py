@@ -12,7 +12,7 @@ from test_mixed_slots import IDS
 from policies import precision
 from policies.precision import Recipe
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.errors import UsageError
 from tiercache.store.planestore import PlaneStore
 
@@ -24,7 +24,7 @@ def opened(store: Path, hbm: int | None) -> Any:
     config = OffloadConfig(
         **budgets, precision="int8", context=64, mode="mixed", bytes_per_token=Budget.parse(1.0), policy="lru"
     )
-    return lend(store, config, calibration=made_up(store, Recipe("product", 1, 2, (0.2, 0.3, 0.2))))
+    return open_offloaded(store, config, calibration=made_up(store, Recipe("product", 1, 2, (0.2, 0.3, 0.2))))
 
 
 def decode(model: Any, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ def test_a_share_finds_its_own_setting(share: float, plane_store: Folders) -> No
     config = OffloadConfig(
         hbm=None, dram=Budget.parse("64MiB"), precision="int8", context=64, mode="mixed", bytes_per_token=budget
     )
-    with lend(store.folder, config, calibration=made) as model:
+    with open_offloaded(store.folder, config, calibration=made) as model:
         assert model.tiercache.mixed.way.setting.share == share
 
 

@@ -42,7 +42,7 @@ def store(plane_store: Folders) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(store: Path) -> dict[int, int]:
-    """By the ranking's rung: an HBM budget with which everything stays but single neurons, and no slot is left."""
+    """By the ranking's precision: an HBM budget with which everything stays but single neurons, and no slot is left."""
     found = {}
     for rank in (1, 2):
         with mixed(store, Recipe("product", rank, 2, RECIPE.shares), hbm=PLENTY) as model:
@@ -175,7 +175,9 @@ def test_more_neurons_than_pass_at_once(tmp_path: Path) -> None:
         with model.tiercache.passes("exact"):
             assert all(torch.equal(model(ids).logits, exact) for ids, exact in zip(passes, want, strict=True))
         with model.tiercache.every_token():
-            assert apart(model(BOTH).logits, every) < 1e-3  # sums of rungs within chunks, not of chunks within rungs
+            assert (
+                apart(model(BOTH).logits, every) < 1e-3
+            )  # sums of precisions within chunks, not of chunks within precisions
 
 
 # Caps.
@@ -332,11 +334,11 @@ def touched(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
             planes = sum(plane.shape[1] for plane in weight.planes)
             counted[0] += count * (planes + weight.scales[0].numel() * 2)
 
-    products, down = kernels.products, kernels.product_down
+    matmuls, down = kernels.matmuls, kernels.matmul_transposed
 
     def counting_products(x: Any, weights: Any, outs: Any, rows: Any = None) -> None:
         add(weights, rows)
-        products(x, weights, outs, rows)
+        matmuls(x, weights, outs, rows)
 
     def counting_down(x: Any, weight: Any, out: Any, rows: Any = None) -> None:
         add([weight], rows)
@@ -344,7 +346,7 @@ def touched(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
 
     for block in blocks:
         own = type("Counting", (), {"__getattr__": lambda _, name: getattr(kernels, name)})()
-        own.products, own.product_down = counting_products, counting_down
+        own.matmuls, own.matmul_transposed = counting_products, counting_down
         monkeypatch.setattr(block, "_kernels", own)
     return counted
 

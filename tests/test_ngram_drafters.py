@@ -105,7 +105,7 @@ class TestGrow:
                         [*(float(row[t]) if t < len(row) else -math.inf for t, *_ in found), 0.5772156649]
                     )
                 scores = torch.tensor([*(p for _, p, _, _ in found), max(rest, 1e-300)]).double().log() + noise
-                shares = torch.softmax(scores * budget.sharpness, 0).tolist()
+                shares = torch.softmax(scores * budget.score_scale, 0).tolist()
                 found = [(t, share, f, s) for (t, _, f, s), share in zip(found, shares, strict=False)]
                 found.sort(key=lambda c: -c[1] * c[2])
                 for token, p, favour, state_behind in found[: budget.width]:
@@ -131,7 +131,7 @@ class TestGrow:
     )
     @settings(max_examples=60)
     def test_takes_the_best_nodes(
-        self, seed: int, nodes: int, depth: int, width: int, floor: float, room: int, noisy: bool, sharpness: float
+        self, seed: int, nodes: int, depth: int, width: int, floor: float, room: int, noisy: bool, score_scale: float
     ) -> None:
         rng = random.Random(seed)
         table: dict[int, list[tuple[int, float, float, int]]] = {}
@@ -144,7 +144,7 @@ class TestGrow:
                 for t, share in zip(tokens, shares, strict=True)
             ]
             table[state] = sorted(rows, key=lambda c: -c[1] * c[2])
-        budget = TreeBudget(nodes, depth=depth, width=width, floor=floor, sharpness=sharpness)
+        budget = TreeBudget(nodes, depth=depth, width=width, floor=floor, score_scale=score_scale)
         context = Context([1, 2, 3], 6, noise=GumbelNoise(seed, 6) if noisy else None, room=room)
         tree = grow(0, table.__getitem__, budget, context)
         assert tree.order == ("shared_gumbel" if noisy else "deterministic")

@@ -129,17 +129,17 @@ def test_calls_reach_a_driver(
     kernels = CudaKernels(torch.device("cpu"), made)
     assert (str(made.device), kernels.name) == ("cuda:0", "cuda (sm_86)")
     weight, x, out, down = matrix(30, 200, 64, "int3"), torch.randn(3, 200), torch.zeros(3, 30), torch.zeros(3, 200)
-    kernels.product(kernels.prepare(x, 64), weight, out)
-    kernels.product_down(out, weight, down)
+    kernels.matmul(kernels.quantize_activations(x, 64), weight, out)
+    kernels.matmul_transposed(out, weight, down)
     assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
     assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
     assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "rows", "down"}
     library.stub_refuse(ctypes.c_uint64(weight.scales.data_ptr()))
     with pytest.raises(UsageError, match="pageable memory"):
-        kernels.product_down(out, weight, down)
+        kernels.matmul_transposed(out, weight, down)
     with pytest.raises(EnvironmentUnsupportedError, match="there are 1 CUDA devices"):
         Driver(torch.device("cuda", 1), tmp_path)
     for kept in (tmp_path / "kept").iterdir():
         kept.write_bytes(b"spoiled")
     with pytest.raises(EnvironmentUnsupportedError, match=r"stub says no.*empty it"):
-        CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).prepare(x, 64)
+        CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).quantize_activations(x, 64)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import product
+from itertools import matmul
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ IDS = torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], Path]:
     made = {}
-    for name, dtype in product(CONFIGS, DTYPES):
+    for name, dtype in matmul(CONFIGS, DTYPES):
         folder = tmp_path_factory.mktemp("checkpoints") / f"{name} {dtype}"
         save(name, folder, dtype, shard="100KB")
         made[name, dtype] = folder
@@ -92,8 +92,8 @@ def test_source_equals_resident(name: str, dtype: torch.dtype, folders: dict) ->
     assert streamed > 20, "no budget was small enough to stream anything"
 
 
-def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
-    """The resident model with every matrix rounded to `rung`, the head to int8: planes alone, no store."""
+def at_rung(folder: Path, precision: str) -> tf.PreTrainedModel:
+    """The resident model with every matrix rounded to `precision`, the head to int8: planes alone, no store."""
     model = resident(folder)
     found = meta_model.matrices(model)
     bundled = {block.outward.module for block in meta_model.ffns(found)}
@@ -104,18 +104,18 @@ def at_rung(folder: Path, rung: str) -> tf.PreTrainedModel:
         flip = matrix.transposed != outward
         rows = (module.weight.data.T if flip else module.weight.data).contiguous()
         factors = rows.abs().amax(dim=0).float() if outward else None
-        coded = planes.encode(stored(rows, factors)).at(rung if matrix.layer is not None else "int8")
+        coded = planes.encode(stored(rows, factors)).at(precision if matrix.layer is not None else "int8")
         decoded = restored(coded, factors, torch.empty_like(rows))
         module.weight = torch.nn.Parameter(decoded.T.contiguous() if flip else decoded)
     return model
 
 
-@pytest.mark.parametrize("rung", planes.RUNGS)
+@pytest.mark.parametrize("precision", planes.PRECISIONS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rungs_equal_the_resident_reference(name: str, rung: str, folders: dict, tmp_path: Path) -> None:
-    folder = folders[name, torch.bfloat16 if rung == "int4" else torch.float32]
-    want = steps(at_rung(folder, rung))
-    options = {"precision": rung, "store": tmp_path / "store", "kernels": "decode"}
+def test_rungs_equal_the_resident_reference(name: str, precision: str, folders: dict, tmp_path: Path) -> None:
+    folder = folders[name, torch.bfloat16 if precision == "int4" else torch.float32]
+    want = steps(at_rung(folder, precision))
+    options = {"precision": precision, "store": tmp_path / "store", "kernels": "decode"}
     reserved = reserve(folder, **options)
     for kind in BUDGETS:
         sizes = budgets(kind, reserved)
@@ -123,15 +123,15 @@ def test_rungs_equal_the_resident_reference(name: str, rung: str, folders: dict,
             assert equal(steps(model), want), kind
 
 
-@pytest.mark.parametrize("rung", planes.RUNGS)
+@pytest.mark.parametrize("precision", planes.PRECISIONS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fast_kernels_give_the_same_bits_wherever_planes_lie(
-    name: str, rung: str, folders: dict, plane_store: Callable[..., Path]
+    name: str, precision: str, folders: dict, plane_store: Callable[..., Path]
 ) -> None:
     store = plane_store(name)
-    options = {"precision": rung, "kernels": "fast"}
+    options = {"precision": precision, "kernels": "fast"}
     reserved = reserve(store, **options)
-    with tiercache.offload(store, dram="64MiB", context=CONTEXT, precision=rung, kernels="decode") as model:
+    with tiercache.offload(store, dram="64MiB", context=CONTEXT, precision=precision, kernels="decode") as model:
         want = steps(model)
     results = []
     for kind in BUDGETS:

@@ -5,16 +5,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from policies.score_scale import TemperatureScaling
 from test_combine import Fixed
 
 from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
-from policies.pace import Pace
-from policies.sharpness import Sharpness
+from policies.throughput import ThroughputEstimator
 from tiercache.draft.base import Context, Feedback, TreeBudget
 from tiercache.draft.combine import Cascade
 from tiercache.draft.grow import Static
-from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.static import RankRates
 from tiercache.draft.tree import DraftTree, chain
 
@@ -24,19 +24,19 @@ DEPTH, NODES = 16, 64
 @pytest.mark.parametrize("true", [0.4, 1.0, 3.0, 6.0])
 def test_sharpness_makes_confidences_as_high_as_guesses_are_right(true: float) -> None:
     """A guess against one other, their scores a gap apart that is really worth `true` times as much."""
-    chance, sharpness = np.random.default_rng(0), Sharpness()
+    chance, score_scale = np.random.default_rng(0), TemperatureScaling()
     thought = came = 0.0
     for step in range(3000):
         gap = float(chance.exponential(1.0))
-        confidence = 1 / (1 + math.exp(-sharpness.value * gap))
+        confidence = 1 / (1 + math.exp(-score_scale.value * gap))
         accepted = bool(chance.random() < 1 / (1 + math.exp(-true * gap)))
-        sharpness.observe(confidence, accepted)
+        score_scale.observe(confidence, accepted)
         if step >= 1000:
             thought, came = thought + confidence, came + accepted
     assert thought == pytest.approx(came, rel=0.03)
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="probability"):
-            sharpness.observe(wrong, True)
+            score_scale.observe(wrong, True)
 
 
 def test_outcomes_follow_what_was_emitted() -> None:
@@ -63,17 +63,17 @@ def test_a_cascade_asks_on_where_the_budget_says_so_and_learns_from_all() -> Non
     less = Cascade([Fixed(surer), Fixed(sure)], 9.0)
     assert less.propose(TreeBudget(8)).tokens == (3, 4, 5), "the surest"
     assert less.propose(TreeBudget(8, enough=math.inf)).tokens == (1, 2), "who is asked later knows better"
-    before = table.sharpness.value
+    before = table.score_scale.value
     cascade.observe(Feedback(surer, (0, 1), (3, 4, 8)))
-    assert model.sharpness.value != 1.0
-    assert table.sharpness.value < before, "its tree was not taken, but would have been wrong"
-    after = table.sharpness.value
+    assert model.score_scale.value != 1.0
+    assert table.score_scale.value < before, "its tree was not taken, but would have been wrong"
+    after = table.score_scale.value
     cascade.observe(Feedback(DraftTree(), (), (1,)))
-    assert table.sharpness.value == after, "nobody was asked"
+    assert table.score_scale.value == after, "nobody was asked"
 
 
 def test_a_pace_leans_on_what_was_promised_while_it_knows_little() -> None:
-    pace = Pace()
+    pace = ThroughputEstimator()
     assert pace.nodes == 0
     assert pace.round(5.0, 0.5) == (5.0, 0.5)
     assert pace.enough(8.0, 4.0, 0.25) == pytest.approx(2.0)

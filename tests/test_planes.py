@@ -17,18 +17,18 @@ from tiercache.quant.planes import (
     DECODE_SCRATCH_BYTES,
     MIDDLES,
     PLANE_BITS,
-    RUNGS,
+    PRECISIONS,
     Planes,
     decode,
     encode,
+    matmul,
     num_groups,
     plane_row_bytes,
-    product,
     scale_row_bytes,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIDDLE = dict(zip(RUNGS, MIDDLES, strict=True))  # steps
+MIDDLE = dict(zip(PRECISIONS, MIDDLES, strict=True))  # steps
 CELLS = {"int3": 24, "int4": 12, "int8": 1}  # steps from a level to the next
 
 
@@ -102,15 +102,15 @@ def shared_storage(planes: Planes) -> Iterator[Planes]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights(), st.sampled_from(list(RUNGS)))
-def test_error_is_bounded_by_a_cell(drawn: tuple[Tensor, int], rung: str) -> None:
+@given(weights(), st.sampled_from(list(PRECISIONS)))
+def test_error_is_bounded_by_a_cell(drawn: tuple[Tensor, int], precision: str) -> None:
     """int8 is the nearest level; int4 and int3 may be one step further than half a cell, so that int8 is."""
     weight, group = drawn
-    planes = encode(weight, group).at(rung)
+    planes = encode(weight, group).at(precision)
     _, step = scales_of(planes)
     error = (decode(planes, torch.float32).double() - weight.double()).abs()
     rounding = weight.double().abs().amax() * 2**-21 + (step == 0) * fp16_ulp(weight.double()) / 2
-    assert (error <= step * (CELLS[rung] / 2 + (0 if rung == "int8" else CELL / 2 + 1)) + rounding).all()
+    assert (error <= step * (CELLS[precision] / 2 + (0 if precision == "int8" else CELL / 2 + 1)) + rounding).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -135,11 +135,11 @@ def test_scales_cover_the_group_and_no_more(drawn: tuple[Tensor, int]) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from([*DTYPES, torch.float64]))
-def test_decode_is_the_formula_bit_for_bit(drawn: tuple[Tensor, int], rung: str, dtype: torch.dtype) -> None:
-    planes = encode(*drawn).at(rung)
+@given(weights(), st.sampled_from(list(PRECISIONS)), st.sampled_from([*DTYPES, torch.float64]))
+def test_decode_is_the_formula_bit_for_bit(drawn: tuple[Tensor, int], precision: str, dtype: torch.dtype) -> None:
+    planes = encode(*drawn).at(precision)
     lo, step = scales_of(planes)
-    exact = (lo + step * (codes_of(planes) + MIDDLE[rung])).float()  # exact in fp64
+    exact = (lo + step * (codes_of(planes) + MIDDLE[precision])).float()  # exact in fp64
     assert torch.equal(decode(planes, dtype), exact.to(dtype))
 
 
@@ -160,9 +160,9 @@ def test_codes_are_nearest_and_padding_is_zero(drawn: tuple[Tensor, int]) -> Non
 def test_lower_rungs_are_the_first_planes(drawn: tuple[Tensor, int]) -> None:
     planes = encode(*drawn)
     upper = codes_of(planes.at("int4")) // CELL
-    for rung in RUNGS:
-        lower = planes.at(rung)
-        assert (lower.rung, lower.middle) == (rung, MIDDLE[rung])
+    for precision in PRECISIONS:
+        lower = planes.at(precision)
+        assert (lower.precision, lower.middle) == (precision, MIDDLE[precision])
         assert all(a.data_ptr() == b.data_ptr() for a, b in zip(lower.planes, planes.planes, strict=False))
     assert torch.equal(codes_of(planes.at("int3")), upper // 2 * 2 * CELL)
     last = codes_of(planes) - upper * CELL
@@ -207,26 +207,28 @@ def test_single_bits_lie_in_the_places_of_a_two_bit_plane(group: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from([(), (1,), (3,), (2, 2)]))
-def test_product_is_decode_times_x(drawn: tuple[Tensor, int], rung: str, batch: tuple[int, ...]) -> None:
-    planes = encode(*drawn).at(rung)
+@given(weights(), st.sampled_from(list(PRECISIONS)), st.sampled_from([(), (1,), (3,), (2, 2)]))
+def test_product_is_decode_times_x(drawn: tuple[Tensor, int], precision: str, batch: tuple[int, ...]) -> None:
+    planes = encode(*drawn).at(precision)
     x = torch.randn(*batch, planes.columns, dtype=torch.float64)
     dense = decode(planes, torch.float64)
     expected, size = x @ dense.T, x.abs() @ dense.abs().T  # [..., rows]
     lo, step = (scale.abs().amax() for scale in scales_of(planes))
     cancelled = (lo + 256 * step) * x.abs().sum(-1, keepdim=True)  # partial sums may cancel
-    assert ((product(x, planes) - expected).abs() <= 2**-22 * size + 1e-13 * cancelled).all()
-    single = product(x.float(), planes)
+    assert ((matmul(x, planes) - expected).abs() <= 2**-22 * size + 1e-13 * cancelled).all()
+    single = matmul(x.float(), planes)
     assert single.dtype == torch.float32
     assert single.shape == (*batch, planes.rows)
     assert ((single - expected).abs() <= 1e-5 * cancelled).all()
 
 
 @settings(max_examples=25, deadline=None)
-@given(weights(), st.sampled_from(list(RUNGS)), st.sampled_from(DTYPES))
-def test_strides_of_inputs_and_output_change_no_bit(drawn: tuple[Tensor, int], rung: str, dtype: torch.dtype) -> None:
+@given(weights(), st.sampled_from(list(PRECISIONS)), st.sampled_from(DTYPES))
+def test_strides_of_inputs_and_output_change_no_bit(
+    drawn: tuple[Tensor, int], precision: str, dtype: torch.dtype
+) -> None:
     weight, group = drawn
-    planes = encode(weight, group).at(rung)
+    planes = encode(weight, group).at(precision)
     plain = decode(planes, dtype)
     with shared_storage(planes) as strided:
         transposed = torch.empty(planes.columns, planes.rows, dtype=dtype)
@@ -237,9 +239,9 @@ def test_strides_of_inputs_and_output_change_no_bit(drawn: tuple[Tensor, int], r
         assert torch.equal(sliced[:, 1::2], plain)
         assert not sliced[:, ::2].any()
         x = torch.randn(2, planes.columns)
-        assert torch.equal(product(x, strided), product(x, planes))
+        assert torch.equal(matmul(x, strided), matmul(x, planes))
     from_strided = encode(weight.T.contiguous().T, group)
-    assert torch.equal(decode(from_strided.at(rung), dtype), plain)
+    assert torch.equal(decode(from_strided.at(precision), dtype), plain)
 
 
 def test_views_of_a_neuron_bundle_decode_alike() -> None:
@@ -251,9 +253,9 @@ def test_views_of_a_neuron_bundle_decode_alike() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(weights(), st.sampled_from(list(RUNGS)), st.integers(1, 700))
-def test_decode_does_not_depend_on_its_blocks(drawn: tuple[Tensor, int], rung: str, block: int) -> None:
-    planes = encode(*drawn).at(rung)
+@given(weights(), st.sampled_from(list(PRECISIONS)), st.integers(1, 700))
+def test_decode_does_not_depend_on_its_blocks(drawn: tuple[Tensor, int], precision: str, block: int) -> None:
+    planes = encode(*drawn).at(precision)
     whole = decode(planes, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", block)
@@ -270,9 +272,9 @@ def test_encode_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, 0.1, -1e-7, 1e-9, 3e-40, 65504.0, -65504.0])
-@pytest.mark.parametrize("rung", list(RUNGS))
-def test_constant_rows_come_back(value: float, rung: str) -> None:
-    planes = encode(torch.full((2, 70), value)).at(rung)
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_constant_rows_come_back(value: float, precision: str) -> None:
+    planes = encode(torch.full((2, 70), value)).at(precision)
     error = (decode(planes, torch.float64) - torch.tensor(value)).abs().max()
     assert error <= fp16_ulp(torch.tensor(value, dtype=torch.float64)) / 2
     if float(torch.tensor(value).half()) == float(torch.tensor(value)):
@@ -303,11 +305,11 @@ def test_sizes_add_up() -> None:
     assert sum(PLANE_BITS) == 8
 
 
-@pytest.mark.parametrize("rung", list(RUNGS))
-def test_no_rows_are_no_error(rung: str) -> None:
-    planes = encode(torch.empty(0, 40)).at(rung)
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_no_rows_are_no_error(precision: str) -> None:
+    planes = encode(torch.empty(0, 40)).at(precision)
     assert decode(planes, torch.float16).shape == (0, 40)
-    assert product(torch.zeros(2, 40), planes).shape == (2, 0)
+    assert matmul(torch.zeros(2, 40), planes).shape == (2, 0)
 
 
 def test_misuse_is_a_named_error() -> None:
@@ -322,8 +324,8 @@ def test_misuse_is_a_named_error() -> None:
         lambda: planes.at("int2"),
         lambda: decode(planes, torch.float32, out=torch.empty(2, 63)),
         lambda: decode(planes, torch.float32, out=torch.empty(2, 64, dtype=torch.float16)),
-        lambda: product(torch.randn(3, 63), planes),
-        lambda: product(torch.randn(3, 64).half(), planes),
+        lambda: matmul(torch.randn(3, 63), planes),
+        lambda: matmul(torch.randn(3, 64).half(), planes),
         lambda: Planes((), planes.scales, 64, 64),
         lambda: Planes(planes.planes, planes.scales.float(), 64, 64),
         lambda: Planes(planes.planes[1:], planes.scales, 64, 64).at("int8"),

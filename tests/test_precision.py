@@ -31,15 +31,15 @@ def recipes(draw: Callable[..., Any]) -> Recipe:
 def by_hand(recipe: Recipe, count: int, size: Sizes) -> int:
     """Bytes that a token reads, neuron by neuron and row by row."""
     high, middle, low = recipe.counts(count)
-    rungs = [3] * high + [2] * middle + [1] * low + [0] * (count - high - middle - low)
+    levels = [3] * high + [2] * middle + [1] * low + [0] * (count - high - middle - low)
     total = 0
-    for rung in rungs:
+    for level in levels:
         for row in range(size.parts):
             ranked = row < recipe.ranked
             if ranked:
                 total += size.row(recipe.rank)
-            if rung and not (ranked and rung <= recipe.rank):
-                total += size.row(rung)
+            if level and not (ranked and level <= recipe.rank):
+                total += size.row(level)
     return total
 
 
@@ -73,22 +73,22 @@ def test_read_bytes_by_hand(recipe: Recipe, count: int, size: Sizes) -> None:
 
 
 @given(recipes(), neurons, st.integers(1, 3))
-def test_capped(recipe: Recipe, count: int, rung: int) -> None:
-    capped, whole = recipe.capped(rung), recipe.counts(count)
+def test_capped(recipe: Recipe, count: int, precision: int) -> None:
+    capped, whole = recipe.capped(precision), recipe.counts(count)
     assert sum(capped.counts(count)) == sum(whole), "nobody is left out who was in"
     expected = [0, 0, 0, 0]
     for place, number in zip((3, 2, 1), whole, strict=True):
-        expected[min(place, rung)] += number
+        expected[min(place, precision)] += number
     assert list(capped.counts(count)) == expected[:0:-1]
-    assert capped.rank == min(recipe.rank, rung)
-    assert capped.capped(rung) == capped
+    assert capped.rank == min(recipe.rank, precision)
+    assert capped.capped(precision) == capped
     assert recipe.capped(3) == recipe
 
 
 @given(sizes, neurons)
 def test_sizes(size: Sizes, count: int) -> None:
     assert size.row(0) == size.neuron(0) == 0
-    assert [size.row(rung) for rung in (1, 2, 3)] == [
+    assert [size.row(precision) for precision in (1, 2, 3)] == [
         size.planes[0] + size.scales,
         size.planes[0] + size.planes[1] + size.scales,
         sum(size.planes) + size.scales,

@@ -12,7 +12,7 @@ import transformers as tf
 import tiercache
 from benchmarks.real import model as real
 from benchmarks.real import text
-from tiercache.bench.drafting_lane import PLAIN, Cell, Entry, Lane, Setting, lane
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Lane, Setting, lane
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 from tiercache.quality.command import quality
 

@@ -28,7 +28,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
 from tiercache.model.linear import is_down
-from tiercache.model.trace import Rehearsal, rehearse
+from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant import planes
 from tiercache.quant.hadamard import transform
 from tiercache.stats import Stats
@@ -46,25 +46,27 @@ Folders = Callable[..., Path]
 
 
 @contextmanager
-def lent(store: Path, rung: str = "int8", *, resident: bool = True, **options: Any) -> Iterator[tf.PreTrainedModel]:
+def lent(
+    store: Path, precision: str = "int8", *, resident: bool = True, **options: Any
+) -> Iterator[tf.PreTrainedModel]:
     """A store's model, within budgets in bytes; `trace` collects (tier, event, unit)."""
     trace = options.pop("trace", [])
     sizes = {"hbm": None, "dram": "64MiB"} | {name: options.pop(name) for name in ("hbm", "dram") if name in options}
     places = {name: None if size is None else Budget.parse(size) for name, size in sizes.items()}
     options = {"cpu_tokens": 0, "context": CONTEXT, "device": "cpu"} | options
-    config = OffloadConfig(**places, precision=rung, resident=resident, **options)
-    with offload.lend(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
+    config = OffloadConfig(**places, precision=precision, resident=resident, **options)
+    with offload.open_offloaded(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
         yield model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def rehearsed_once() -> Iterator[None]:
     """Half of what opening a toy takes; the same whatever the budgets."""
-    known: dict[str, Rehearsal] = {}
+    known: dict[str, MetaTrace] = {}
 
-    def rehearse_once(model: tf.PreTrainedModel, *arguments: Any) -> Rehearsal:
+    def rehearse_once(model: tf.PreTrainedModel, *arguments: Any) -> MetaTrace:
         key = f"{model.config.to_json_string()} {model.dtype} {arguments}"
-        return known[key] if key in known else known.setdefault(key, rehearse(model, *arguments))
+        return known[key] if key in known else known.setdefault(key, trace_on_meta(model, *arguments))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "rehearse", rehearse_once)
@@ -96,11 +98,11 @@ class Least:
 
 @pytest.fixture(scope="module")
 def least(plane_store: Folders) -> Callable[..., Least]:
-    """`least(name, rung)` of a tiny model."""
+    """`least(name, precision)` of a tiny model."""
 
     @cache
-    def get(name: str, rung: str = "int8") -> Least:
-        with lent(plane_store(name), rung) as model:
+    def get(name: str, precision: str = "int8") -> Least:
+        with lent(plane_store(name), precision) as model:
             return Least(model.tiercache._asked.needs)
 
     return get
@@ -143,9 +145,9 @@ class Oracle:
         for name, weight in self._weights.items():
             module = self.model.get_submodule(name)
             assert isinstance(weight, PlaneWeight)
-            rung = next(rung for rung, number in planes.RUNGS.items() if number == planes_of[name])
+            precision = next(precision for precision, number in planes.PRECISIONS.items() if number == planes_of[name])
             slot, down = self._slots[weight.unit], is_down(module, weight)
-            parts = [weight.part(slot, part).at(rung) for part in weight.own]
+            parts = [weight.part(slot, part).at(precision) for part in weight.own]
             module.forward = partial(_multiply, module, parts, weight.output_factors(slot) if down else None)
         with torch.no_grad():
             return self.model(IDS).logits
@@ -163,12 +165,12 @@ def _multiply(module: nn.Module, parts: Sequence[planes.Planes], factors: Tensor
     tokens = x.reshape(-1, x.shape[-1])
     if factors is not None:
         sums = torch.zeros(len(tokens), parts[0].columns)
-        kernels.product_down(tokens, parts[0], sums)
+        kernels.matmul_transposed(tokens, parts[0], sums)
         result = transform(sums) * factors
     else:
         outs = [torch.zeros(len(tokens), part.rows) for part in parts]
         for part, out in zip(parts, outs, strict=True):
-            kernels.product(kernels.prepare(transform(tokens), part.group), part, out)
+            kernels.matmul(kernels.quantize_activations(transform(tokens), part.group), part, out)
         result = torch.cat(outs, dim=1)
     return (result if module.bias is None else result + module.bias).view(*x.shape[:-1], -1)
 
@@ -204,19 +206,19 @@ def equal(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("rung", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
-    name: str, rung: str, oracle: Callable[[str], Oracle], plane_store: Folders
+    name: str, precision: str, oracle: Callable[[str], Oracle], plane_store: Folders
 ) -> None:
     store = plane_store(name)
-    manifest = PlaneStore.open(store).manifest(rung, cut=True)
-    with lent(store, rung, resident=False) as model:
+    manifest = PlaneStore.open(store).manifest(precision, cut=True)
+    with lent(store, precision, resident=False) as model:
         want, needed = run(model).exact, model.tiercache.pass_bytes()["needed"]
     streamed, mixes = 0, set()
     kinds: list[dict[str, Any]] = [{"hbm": "64MiB", "dram": "8MiB"}]
     for kind in kinds:
-        with lent(store, rung, **kind) as model:
+        with lent(store, precision, **kind) as model:
             seen, each, mix = run(model, (1, 0, 2, 1)), model.tiercache.pass_bytes(), counts(model, manifest)
             if len(kinds) == 1:
                 smallest = Least(model.tiercache._asked.needs)
@@ -232,18 +234,18 @@ def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
             for tier in seen.stats.tiers.values():
                 assert tier.peak_bytes <= tier.capacity_bytes
     assert streamed > 20
-    assert mixes == ({(2,), (1, 2)} if rung == "int8" else {(1, 2)})  # the head has three planes, so two
+    assert mixes == ({(2,), (1, 2)} if precision == "int8" else {(1, 2)})  # the head has three planes, so two
 
 
 @pytest.mark.parametrize("kind", [{}, {"hbm": "64MiB"}], ids=str)
-@pytest.mark.parametrize(("rung", "lower"), [("int8", "int4"), ("int4", "int3")])
+@pytest.mark.parametrize(("precision", "lower"), [("int8", "int4"), ("int4", "int3")])
 def test_with_everything_near_drafting_is_the_rung_below(
-    rung: str, lower: str, kind: dict, plane_store: Folders
+    precision: str, lower: str, kind: dict, plane_store: Folders
 ) -> None:
     with lent(plane_store("llama"), lower, resident=False) as model:
         want = model.model(IDS).last_hidden_state  # the head is at int8 there
         sizes = {"lower": model.tiercache.pass_bytes()["needed"]}
-    with lent(plane_store("llama"), rung, **kind) as model:
+    with lent(plane_store("llama"), precision, **kind) as model:
         with model.tiercache.passes("resident"):
             assert torch.equal(model.model(IDS).last_hidden_state, want)
         head = model.lm_head
@@ -317,24 +319,26 @@ def replayed(trace: Sequence[tuple[str, int]], residency: Residency) -> list[tup
     return said
 
 
-@pytest.mark.parametrize("rung", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_missing_bytes_are_right(name: str, rung: str, plane_store: Folders, least: Callable[..., Least]) -> None:
-    store, smallest = plane_store(name), least(name, rung)
+def test_the_missing_bytes_are_right(
+    name: str, precision: str, plane_store: Folders, least: Callable[..., Least]
+) -> None:
+    store, smallest = plane_store(name), least(name, precision)
     short = r"\(1 bytes\).* first plane.* another drafter"
     for tier, sizes in (
         ("dram", smallest.streaming(-1)),
         ("hbm", smallest.two(0) | {"hbm": smallest.two(0)["hbm"] - 1}),
     ):
-        with pytest.raises(DoesNotFitError, match=rf"{tier}=.*{short}") as refusal, lent(store, rung, **sizes):
+        with pytest.raises(DoesNotFitError, match=rf"{tier}=.*{short}") as refusal, lent(store, precision, **sizes):
             pass
         assert refusal.value.missing_bytes == 1
-    with pytest.raises(DoesNotFitError, match=r"dram=.*\(1 bytes\)"), lent(store, rung, **smallest.two(0, -1)):
+    with pytest.raises(DoesNotFitError, match=r"dram=.*\(1 bytes\)"), lent(store, precision, **smallest.two(0, -1)):
         pass
-    with lent(store, rung, resident=False) as model:
+    with lent(store, precision, resident=False) as model:
         want = run(model).exact
     for sizes in (smallest.streaming(0), smallest.two(0, 0)):
-        with lent(store, rung, **sizes) as model:
+        with lent(store, precision, **sizes) as model:
             assert equal(run(model, (1, 1)).exact, want)
             plan, units = model.tiercache.plan, model.tiercache._asked.needs
             assert units.levels[0] <= set((plan.hbm or plan.dram).placement.pinned)
@@ -424,8 +428,8 @@ def test_without_kernels_planes_are_decoded(plane_store: Folders, monkeypatch: p
 @pytest.mark.parametrize("compress", ["off", "on"])
 def test_a_cut_manifest_has_every_plane_once(compress: str, plane_store: Folders) -> None:
     store = PlaneStore.open(plane_store("phi3", 128, compress))
-    for rung, number in planes.RUNGS.items():
-        whole, cut = store.manifest(rung), store.manifest(rung, cut=True)
+    for precision, number in planes.PRECISIONS.items():
+        whole, cut = store.manifest(precision), store.manifest(precision, cut=True)
         here, there = slots_of(whole), slots_of(cut)
         assert sum(unit.nbytes for unit in whole.units) == sum(unit.nbytes for unit in cut.units)
         assert sum(unit.slot_bytes for unit in whole.units) == sum(unit.slot_bytes for unit in cut.units)
@@ -437,7 +441,7 @@ def test_a_cut_manifest_has_every_plane_once(compress: str, plane_store: Folders
             assert other.units == (other.unit,)
             slots = [there[key] for key in weight.units]
             for some in range(1, len(slots) + 1):
-                name = next(name for name, planes_held in planes.RUNGS.items() if planes_held == some)
+                name = next(name for name, planes_held in planes.PRECISIONS.items() if planes_held == some)
                 for part in weight.own:
                     got = weight.part(slots[0], part, slots[1:some])
                     want = other.part(here[other.unit], part).at(name)

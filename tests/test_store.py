@@ -1,4 +1,4 @@
-"""Plane stores: every weight at every rung, exact sizes, and each way a disk or a user can go wrong."""
+"""Plane stores: every weight at every precision, exact sizes, and each way a disk or a user can go wrong."""
 
 import fcntl
 import hashlib
@@ -77,14 +77,14 @@ def as_outputs_by_inputs(name: str, parameter: torch.Tensor) -> torch.Tensor:
     return parameter.T if ".c_" in name else parameter
 
 
-def expected(module: str, parameter: torch.Tensor, rung: str, group: int) -> torch.Tensor:
+def expected(module: str, parameter: torch.Tensor, precision: str, group: int) -> torch.Tensor:
     """A parameter as it comes back from the codes: quantised by rows, or along its neurons if it is outward."""
     matrix = as_outputs_by_inputs(module, parameter)
     outward = module.endswith(OUTWARD)
     stored = (matrix.T if outward else matrix).contiguous()
     factors = stored.abs().amax(dim=0).float() if outward else None
     back = torch.empty_like(stored)
-    hadamard.restored(planes.encode(hadamard.stored(stored, factors), group).at(rung), factors, back)
+    hadamard.restored(planes.encode(hadamard.stored(stored, factors), group).at(precision), factors, back)
     return as_outputs_by_inputs(module, back.T if module.endswith(OUTWARD) else back)
 
 
@@ -102,16 +102,16 @@ def test_every_weight_at_every_rung(
     model = Source.open(checkpoint(name)).model()
     original = dict(_resident(checkpoint(name)).named_parameters(remove_duplicate=False))
     head = next(module for module, child in model.named_modules() if child is model.get_output_embeddings())
-    for rung in planes.RUNGS:
-        manifest = store.manifest(rung)
+    for precision in planes.PRECISIONS:
+        manifest = store.manifest(precision)
         slots = slots_of(manifest)
         for module, weight in manifest.weights.items():
             assert isinstance(weight, PlaneWeight)
             parameter = original[f"{module}.weight"].detach()
             found = torch.empty_like(parameter)
             weight.decode_into(slots[weight.unit], found)
-            wanted = expected(module, parameter, "int8" if module == head else rung, group)
-            assert torch.equal(found, wanted), f"{module} at {rung}"
+            wanted = expected(module, parameter, "int8" if module == head else precision, group)
+            assert torch.equal(found, wanted), f"{module} at {precision}"
         module, table = manifest.embedding
         assert torch.equal(table.view(slots[table.unit]), original[f"{module}.weight"])
         _check_complete(manifest, original)
@@ -200,8 +200,8 @@ def test_a_dry_run_is_exact_and_writes_nothing(
 def test_compression_changes_no_byte(plane_store: Checkpoint, name: str) -> None:
     plain, packed = (PlaneStore.open(plane_store(name, compress=compress)) for compress in ("off", "on"))
     assert any(extent.frames for record in packed.contents.records for extent in record.extents.values())
-    for rung in planes.RUNGS:
-        one, other = plain.manifest(rung), packed.manifest(rung)
+    for precision in planes.PRECISIONS:
+        one, other = plain.manifest(precision), packed.manifest(precision)
         assert one.weights == other.weights
         for key, slot in slots_of(one).items():
             assert _payload(one, key, slot) == _payload(other, key, slots_of(other)[key])

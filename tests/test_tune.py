@@ -58,12 +58,12 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layer, list
 def losses(layer: Layer, pieces: list[Piece], made: list[Planes], windows: slice) -> dict[str, float]:
     """Mean squared errors of the layer's output at each precision."""
     found = {}
-    for rung in ("int3", "int4", "int8"):
+    for precision in ("int3", "int4", "int8"):
         weights = {piece.parameter: layer.parameters[piece.parameter].clone() for piece in pieces}
         for piece, planes in zip(pieces, made, strict=True):
-            restored(planes.at(rung), piece.factors, piece.of(weights[piece.parameter]))
+            restored(planes.at(precision), piece.factors, piece.of(weights[piece.parameter]))
         outputs = torch.stack([layer.forward(weights, window) for window in layer.inputs[windows]])
-        found[rung] = float((outputs - layer.outputs[windows]).square().mean())
+        found[precision] = float((outputs - layer.outputs[windows]).square().mean())
     return found
 
 
@@ -81,8 +81,8 @@ def test_a_layer_gains_and_int8_keeps_its_weights(pico: tuple[Layer, list[Piece]
     held_out = slice(-max(1, len(layer.inputs) // tune.WATCHED), None)
     was, now = (losses(layer, pieces, some, held_out) for some in (before, made))
     assert now["int8"] == was["int8"]
-    for rung in tune.LEARNED:
-        assert now[rung] < was[rung] or same(made, before)
+    for precision in tune.LEARNED:
+        assert now[precision] < was[precision] or same(made, before)
 
 
 def test_a_bad_code_is_found() -> None:
@@ -188,10 +188,10 @@ def test_a_tuned_stores_int8_and_its_scales_are_those_of_an_untuned_one(
     assert not _same_weights(plain, learned, "int4")
 
 
-def _same_weights(one: PlaneStore, other: PlaneStore, rung: str) -> bool:
+def _same_weights(one: PlaneStore, other: PlaneStore, precision: str) -> bool:
     """Whether all quantised parameters of two stores decode to the same, scales of inputs included."""
     made: list[dict[str, Tensor]] = []
-    for manifest in (one.manifest(rung), other.manifest(rung)):
+    for manifest in (one.manifest(precision), other.manifest(precision)):
         made.append({})
         with Reader() as reader:
             for name, weight in manifest.weights.items():

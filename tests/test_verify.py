@@ -14,25 +14,25 @@ from torch import Tensor
 from tiercache.decode import verify
 from tiercache.decode.verify import Rejection, Rule, Scores, Shifted, TargetWalk, Typical, Walk
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.drawn import Branching
 from tiercache.draft.grow import Candidates, Grower, Sketch, grower
 from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.sampled_growers import Branching
 from tiercache.draft.tree import ROOT, DraftTree, chain
 from tiercache.errors import DraftError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, LENGTH, PROMPT = 5, 3, (9,)
-OUTCOMES = list(itertools.product(range(VOCABULARY), repeat=LENGTH))
+OUTCOMES = list(itertools.matmul(range(VOCABULARY), repeat=LENGTH))
 DRAWING: dict[str, dict] = {"rsd-c": {"branching": (3, 2)}, "rsd-s": {}, "sequoia": {"draws": True}}
 Path = tuple[int, ...]
 
 
 @cache
-def scores_after(path: Path, sharpness: float = 1.5, seed: int = 1) -> Tensor:
+def scores_after(path: Path, score_scale: float = 1.5, seed: int = 1) -> Tensor:
     """The target's scores after a path; one token in some places is banned."""
     chance = torch.Generator().manual_seed(hash((seed, path)) % (1 << 31))
-    scores = sharpness * torch.randn(VOCABULARY, generator=chance)
+    scores = score_scale * torch.randn(VOCABULARY, generator=chance)
     if len(path) == 1:
         scores[path[0]] = -torch.inf
     return scores

@@ -1,4 +1,4 @@
-"""What the user asks for: sizes, rungs and the options of one `offload`, checked before anything is touched.
+"""What the user asks for: sizes, precisions and the options of one `offload`, checked before anything is touched.
 
 Knows nothing of hardware: fractions and "auto" stay symbolic until `Budget.resolve` is given the numbers.
 """
@@ -99,7 +99,7 @@ class MixedOptions(TypedDict, total=False):
 
     Attributes:
         mode: "exact", or "mixed": each token reads its more important neurons at more bits, others at fewer or not at
-            all. That loses something, which `tiercache calibrate` has measured. `precision` is then the rung of
+            all. That loses something, which `tiercache calibrate` has measured. `precision` is then the precision of
             everything that is no neuron.
         bytes_per_token: what a token may read of the neurons, ranking included: a share of what int8 reads of them
             (0.5), or a size ("1.2GB").
@@ -273,7 +273,7 @@ class OffloadConfig:
     Attributes:
         hbm: budget of the fastest tier; None where none was asked for.
         dram: budget of main memory.
-        precision: the rung every pass is computed at.
+        precision: the precision every pass is computed at.
         context: tokens, over the batch, for which the KV cache and the activations are reserved.
         logits: rows of logits one forward pass may return.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -368,7 +368,7 @@ class OffloadConfig:
             return
         if self.precision == "source":
             raise UsageError(
-                "mode='mixed' is made of planes: give precision='int8' or 'int4', the rung of what is no neuron"
+                "mode='mixed' is made of planes: give precision='int8' or 'int4', the precision of what is no neuron"
             )
         if self.kernels == "decode":
             raise UsageError(

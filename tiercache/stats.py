@@ -55,13 +55,13 @@ class NeuronStats:
     Attributes:
         policy: who stays in the slots; "none" without an upper tier.
         tokens: tokens for which neurons were chosen one by one, "resident" passes left out.
-        read_bytes: bytes of neurons that the recipe reads for them, ranking included; what had to do with a lower rung
-            (`at_hand`) reads less.
+        read_bytes: bytes of neurons that the recipe reads for them, ranking included; what had to do with a
+            lower precision (`at_hand`) reads less.
         wanted_bytes, hit_bytes: asked of the slots, and found there.
         moved_bytes: copied up for tokens that chose.
         dense_bytes: copied up for passes that did not: prompts, and exact ones.
         requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
-        at_hand: of them, those that had to do with a lower rung.
+        at_hand: of them, those that had to do with a lower precision.
         below: of them, those whose missing planes the CPU multiplied in DRAM.
         policy_s: seconds that deciding about slots took.
         chance_hits: hits that slots filled by chance would have had.
@@ -233,7 +233,7 @@ class Stats:
 
     Attributes:
         tiers: counters by tier, fastest first.
-        kernels: who multiplies: "torch" for original weights, "decode", or the dialect of the plane kernels.
+        kernels: who multiplies: "torch" for original weights, "decode", or the backend of the plane kernels.
         passes: forward passes, and the tokens they carried.
         cpu_tokens: passes of up to so many tokens had what does not stay in HBM multiplied by the CPU, in DRAM.
         cpu_passes: how many passes did.

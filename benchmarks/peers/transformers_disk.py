@@ -60,10 +60,10 @@ def load(checkpoint: Path, offload_folder: Path, cpu_bytes: int) -> transformers
     """The model in its checkpoint's dtype; mapped, with no copies and no hooks, when everything fits."""
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        meta_model = transformers.AutoModelForCausalLM.from_config(config)
     model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint,
-        device_map=device_map(skeleton, cpu_bytes),
+        device_map=device_map(meta_model, cpu_bytes),
         offload_folder=offload_folder,
         local_files_only=True,
     )
@@ -79,12 +79,12 @@ def keep_in_ram(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def device_map(skeleton: transformers.PreTrainedModel, cpu_bytes: int) -> dict[str, str]:
+def device_map(meta_model: transformers.PreTrainedModel, cpu_bytes: int) -> dict[str, str]:
     """Place each module that owns weights: in RAM while the budget lasts, else on disk."""
-    owned = {name: own_bytes(module) for name, module in skeleton.named_modules() if owns_tensors(module)}
-    embedding = skeleton.get_input_embeddings()
-    head = skeleton.get_output_embeddings()
-    names = {module: name for name, module in skeleton.named_modules()}
+    owned = {name: own_bytes(module) for name, module in meta_model.named_modules() if owns_tensors(module)}
+    embedding = meta_model.get_input_embeddings()
+    head = meta_model.get_output_embeddings()
+    names = {module: name for name, module in meta_model.named_modules()}
     tied = head.weight is embedding.weight
     if tied:
         owned[names[head]] = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.bench.drafting_lane import PLAIN, Cell, Entry, Lane, Sample, Setting, lane
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Lane, Sample, Setting, lane
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import transformers
 
 import tiercache
-from tiercache.quant.planes import RUNGS
+from tiercache.quant.planes import PRECISIONS
 
 from .perplexity import heldout_loss, heldout_tokens
 
@@ -25,7 +25,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tiercache.convert(PICO, Path(folder) / "store", show_progress=False)
-        for precision in ("source", *reversed(RUNGS)):
+        for precision in ("source", *reversed(PRECISIONS)):
             path = PICO if precision == "source" else Path(folder) / "store"
             with tiercache.offload(path, precision=precision, context=_TOKENS, logits=_TOKENS) as model:
                 loss, sizes = heldout_loss(model, tokens), model.tiercache.pass_bytes()

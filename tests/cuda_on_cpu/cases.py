@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiercache.quant.planes import CELL, Planes, decode, encode
-from tiercache.quant.planes import RUNGS as RUNG_PLANES
+from tiercache.quant.planes import PRECISIONS as RUNG_PLANES
 
-RUNGS = tuple(RUNG_PLANES)
+PRECISIONS = tuple(RUNG_PLANES)
 # Of the sum of the magnitudes of what is added up; the contract's own bound is 1e-4.
 NOISE = 3e-6
 REACH = 16 * CELL + 3  # steps that codes reach over
 
 
-def matrix(rows: int, columns: int, group: int, rung: str, seed: int = 0) -> Planes:
+def matrix(rows: int, columns: int, group: int, precision: str, seed: int = 0) -> Planes:
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return encode(values * 0.05 + 0.01, group).at(rung)
+    return encode(values * 0.05 + 0.01, group).at(precision)
 
 
 def strided(weight: Planes, gap: int) -> Planes:

@@ -82,7 +82,7 @@ class MemoryGroup:
     """One memory cgroup that `memory_group` made and removes."""
 
     path: Path
-    dialect: _Dialect
+    backend: _Dialect
 
     @property
     def members(self) -> Path:
@@ -91,18 +91,18 @@ class MemoryGroup:
 
     def set_limit(self, limit_bytes: int) -> None:
         """Cap memory and page cache, and keep the kernel from swapping its way around the cap."""
-        (self.path / self.dialect.limit).write_text(str(limit_bytes))
-        name, counts_both = self.dialect.swap
+        (self.path / self.backend.limit).write_text(str(limit_bytes))
+        name, counts_both = self.backend.swap
         if (self.path / name).exists():  # absent where the kernel does not account swap
             (self.path / name).write_text(str(limit_bytes if counts_both else 0))
 
     def peak_bytes(self) -> int:
         """The most that was ever charged to the group."""
-        return int((self.path / self.dialect.peak).read_text())
+        return int((self.path / self.backend.peak).read_text())
 
     def oom_kills(self) -> int:
         """How many processes of the group the kernel killed for want of memory."""
-        lines = (self.path / self.dialect.events).read_text().splitlines()
+        lines = (self.path / self.backend.events).read_text().splitlines()
         return sum(int(value) for key, value in map(str.split, lines) if key == "oom_kill")
 
     def kill(self) -> None:
@@ -206,8 +206,8 @@ def _wait(launcher: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 def _first_possible_group(limit_bytes: int) -> MemoryGroup:
     refusals: list[str] = []
-    for parent, dialect in _parents():
-        group = MemoryGroup(parent / f"tiercache-{os.getpid()}-{uuid.uuid4().hex[:8]}", dialect)
+    for parent, backend in _parents():
+        group = MemoryGroup(parent / f"tiercache-{os.getpid()}-{uuid.uuid4().hex[:8]}", backend)
         try:
             group.path.mkdir()
             group.set_limit(limit_bytes)

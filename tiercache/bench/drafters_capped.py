@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tiercache.bench.cgroup import drop_caches, run_capped
-from tiercache.bench.drafting_lane import Cell, Entry, Sample, Setting, lane
+from tiercache.bench.timed_generation import Cell, Entry, Sample, Setting, lane
 from tiercache.errors import TiercacheError
 
 _TIMEOUT_S = 7200.0

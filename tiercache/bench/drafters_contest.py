@@ -19,8 +19,8 @@ import torch
 from tiercache.bench.drafters_capped import Visit
 from tiercache.bench.drafters_options import Options
 from tiercache.bench.drafters_rows import Judge, Measured, Turn, Verdict, rate
-from tiercache.bench.drafting_lane import NONE, PLAIN, Cell, Entry, Lane, Sample, Setting, lane
 from tiercache.bench.drafting_prompts import Prompts
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Lane, Sample, Setting, lane
 from tiercache.bench.widened import widen
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError

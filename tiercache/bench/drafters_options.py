@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tiercache.bench.drafting_lane import NAMED, NGRAMS, Entry
+from tiercache.bench.timed_generation import NAMED, NGRAMS, Entry
 from tiercache.bench.widened import Size
 from tiercache.config import GrowerName, Precision
 from tiercache.errors import UsageError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiercache.bench.drafting_lane import NONE, PLAIN, Cell, Entry, Sample, Setting
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting
 from tiercache.errors import TiercacheError
 
 NEAR_TIE = 2.0**-7  # of the logits' size: one step of bf16, within which another order of sums may change the likeliest

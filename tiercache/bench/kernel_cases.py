@@ -81,13 +81,13 @@ def bound_call(
     def call(number: int) -> None:
         chosen = weights[number % len(weights)]
         if case.kernel == "product_down":
-            kernels.product_down(x, chosen[0], out)
+            kernels.matmul_transposed(x, chosen[0], out)
         elif case.kernel == "product":
-            kernels.product(kernels.prepare(x, GROUP), chosen[0], out)
+            kernels.matmul(kernels.quantize_activations(x, GROUP), chosen[0], out)
         elif case.kernel == "products":
-            kernels.products(kernels.prepare(x, GROUP), chosen, out.chunk(2, dim=1))
+            kernels.matmuls(kernels.quantize_activations(x, GROUP), chosen, out.chunk(2, dim=1))
         else:
-            kernels.ffn(kernels.prepare(x, GROUP), chosen[:2], chosen[2], _ACTIVATION, out)
+            kernels.ffn(kernels.quantize_activations(x, GROUP), chosen[:2], chosen[2], _ACTIVATION, out)
 
     return call
 
@@ -105,9 +105,7 @@ def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Expected:
     if case.kernel in ("product", "products"):
         rows = torch.linspace(0, case.rows - 1, min(_SAMPLE_ROWS, case.rows)).long().unique()
         features = torch.cat([rows + part * case.rows for part in range(len(weights))])
-        return Expected(
-            features, torch.cat([_product(x, workset.some_rows(weight, rows)) for weight in weights], dim=1)
-        )
+        return Expected(features, torch.cat([_matmul(x, workset.some_rows(weight, rows)) for weight in weights], dim=1))
     if case.kernel == "ffn":
         gate, up, down = weights
         hidden = activate(_ACTIVATION, _all_rows(x, gate)) * _all_rows(x, up)
@@ -117,7 +115,7 @@ def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Expected:
     kernels, values = ReferenceKernels(), []
     for group in groups:
         out = torch.zeros(len(x), GROUP)
-        kernels.product_down(hidden, workset.one_group(down, group), out)
+        kernels.matmul_transposed(hidden, workset.one_group(down, group), out)
         values.append(out)
     features = torch.cat([torch.arange(group * GROUP, (group + 1) * GROUP) for group in groups])
     return Expected(features, torch.cat(values, dim=1))
@@ -126,12 +124,12 @@ def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Expected:
 def _all_rows(x: Tensor, weight: Planes) -> Tensor:
     """The whole product, a few rows at a time: decoded, the matrices of a large model take gigabytes."""
     pieces = torch.arange(weight.rows).split(_REFERENCE_ROWS)
-    return torch.cat([_product(x, workset.some_rows(weight, rows)) for rows in pieces], dim=1)
+    return torch.cat([_matmul(x, workset.some_rows(weight, rows)) for rows in pieces], dim=1)
 
 
-def _product(x: Tensor, weight: Planes) -> Tensor:
+def _matmul(x: Tensor, weight: Planes) -> Tensor:
     kernels, out = ReferenceKernels(), torch.zeros(len(x), weight.rows)
-    kernels.product(kernels.prepare(x, weight.group), weight, out)
+    kernels.matmul(kernels.quantize_activations(x, weight.group), weight, out)
     return out
 
 

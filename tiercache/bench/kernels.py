@@ -17,13 +17,13 @@ from tiercache import __version__
 from tiercache.bench import kernel_cases, kernels_cuda, torch_peers, workset
 from tiercache.bench.kernel_cases import SHAPE_NAMES, Case
 from tiercache.bench.shapes import GROUP
-from tiercache.bench.stand import CpuStand, Effort, Stand, median_s, working_set_bytes
+from tiercache.bench.timing_device import CpuStand, Effort, Stand, median_s, working_set_bytes
 from tiercache.bench.torch_peers import Peer
 from tiercache.doctor.checks import processor_name
 from tiercache.errors import TiercacheError, UsageError
 from tiercache.kernels.contract import MAX_TOKENS
 from tiercache.progress import Advance, bar
-from tiercache.quant.planes import RUNGS, Planes
+from tiercache.quant.planes import PRECISIONS, Planes
 
 SCHEMA = "tiercache.kernels/1"
 TOLERANCE = 5e-3
@@ -38,7 +38,7 @@ class Options:
 
     Attributes:
         shapes: names from `SHAPE_NAMES`.
-        precisions: names of rungs.
+        precisions: names of precisions.
         token_counts: tokens of a call.
         seed: of weights and activations.
         effort: how long.
@@ -49,14 +49,14 @@ class Options:
     """
 
     shapes: tuple[str, ...] = ("7b",)
-    precisions: tuple[str, ...] = tuple(RUNGS)
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
     token_counts: tuple[int, ...] = TOKEN_COUNTS
     seed: int = 0
     effort: Effort = field(default_factory=Effort)
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for what, chosen, choices in (("shape", self.shapes, SHAPE_NAMES), ("precision", self.precisions, RUNGS)):
+        for what, chosen, choices in (("shape", self.shapes, SHAPE_NAMES), ("precision", self.precisions, PRECISIONS)):
             for name in chosen or ("",):
                 if name not in choices:
                     raise UsageError(f"unknown {what} {name!r}; choose among {', '.join(choices)}")
@@ -145,10 +145,10 @@ class _Run:
         inputs = {case: self._activations(case) for case in layout}
         peers = {case: self._peers(case, inputs[case]) for case in layout}
         first = layout[0]
-        for rung in self._options.precisions:
+        for precision in self._options.precisions:
             rows: list[dict[str, Any]] = []
             shape = (first.rows, first.columns, first.parts)
-            units = workset.make(self._stand, self._options.effort, self._pool, shape, rung)
+            units = workset.make(self._stand, self._options.effort, self._pool, shape, precision)
             before = self._roof(units)
             for case in layout:
                 rows += [row | _beside(peers[case], row["tokens"]) for row in self._case(case, units, inputs[case])]
@@ -183,7 +183,8 @@ class _Run:
             if not error <= TOLERANCE:  # NaN too
                 raise TiercacheError(
                     f"{stand.kernels.name} is wrong: {case.kernel} of {case.all_rows} x {case.columns} at "
-                    f"{units[0][0].rung} and {tokens} tokens is {error:.2g} off the reference, {TOLERANCE} is allowed; "
+                    f"{units[0][0].precision} and {tokens} tokens is {error:.2g} off the reference, "
+                    f"{TOLERANCE} is allowed; "
                     "please report this with your processor's or GPU's name"
                 )
             seconds = median_s(stand, call, self._options.effort)
@@ -191,7 +192,7 @@ class _Run:
                 "kernel": case.kernel,
                 "device": stand.label,
                 "shape": case.shape,
-                "precision": units[0][0].rung,
+                "precision": units[0][0].precision,
                 "tokens": tokens,
                 "rows": case.all_rows,
                 "columns": case.columns,

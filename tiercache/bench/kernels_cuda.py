@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tiercache.bench.stand import Effort, Stand
+from tiercache.bench.timing_device import Effort, Stand
 from tiercache.bench.torch_peers import CUDA_PEERS, Peer
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.select import select

@@ -13,7 +13,7 @@ _PEERS = ("torch bf16", "torch int8", "torch int4")
 
 
 def report(result: dict[str, Any]) -> str:
-    """Hardware and dialects, then a table of every case."""
+    """Hardware and backends, then a table of every case."""
     hardware = result["hardware"]
     lines = [
         f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads; torch {result['torch']}; "

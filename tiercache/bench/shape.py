@@ -14,10 +14,10 @@ import torch
 from profiler import probe
 from tiercache import stats as stats_module
 from tiercache.bench import shapes
-from tiercache.bench.untaught import untaught
+from tiercache.bench.random_calibration import untaught
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, Precision, human
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.store.planestore import PlaneStore
 
 SCHEMA = "tiercache.bench/1"
@@ -69,7 +69,7 @@ def bench(
         options |= {"mode": "mixed", "bytes_per_token": Budget(fraction=1.0)}
         calibration = untaught(PlaneStore.open(path), bytes_per_token)
     config = OffloadConfig(hbm=None if hbm is None else Budget.parse(hbm), dram=Budget.parse(dram), **options)
-    with lend(path, config, show_progress=show_progress, calibration=calibration) as model:
+    with open_offloaded(path, config, show_progress=show_progress, calibration=calibration) as model:
         prefill_s, decode_s, batch_s = _time(model, ids.to(model.device), tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()

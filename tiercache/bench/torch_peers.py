@@ -30,7 +30,7 @@ class Peer:
 
     name: str
     pack: Callable[[int, int, Tensor], Packed]
-    product: Callable[[Tensor, Packed], Tensor]
+    matmul: Callable[[Tensor, Packed], Tensor]
 
 
 def bound_call(peer: Peer, kernel: str, x: Tensor, ready: Sequence[Sequence[Packed]]) -> Callable[[int], Tensor]:
@@ -39,9 +39,9 @@ def bound_call(peer: Peer, kernel: str, x: Tensor, ready: Sequence[Sequence[Pack
     def call(number: int) -> Tensor:
         packed = ready[number % len(ready)]
         if kernel != "ffn":
-            return peer.product(x, packed[0])
+            return peer.matmul(x, packed[0])
         gate, up, down = packed
-        return peer.product(functional.silu(peer.product(x, gate)) * peer.product(x, up), down)
+        return peer.matmul(functional.silu(peer.matmul(x, gate)) * peer.matmul(x, up), down)
 
     return call
 
@@ -105,11 +105,11 @@ def _pack_int4_cuda(rows: int, columns: int, pool: Tensor) -> Packed:
 
 
 def _int4(operator: str) -> Callable[[Tensor, Packed], Tensor]:
-    def product(x: Tensor, packed: Packed) -> Tensor:
+    def matmul(x: Tensor, packed: Packed) -> Tensor:
         result: Tensor = getattr(torch.ops.aten, operator)(x, packed[0], GROUP, packed[1])
         return result
 
-    return product
+    return matmul
 
 
 def _int8(x: Tensor, packed: Packed) -> Tensor:

@@ -2,8 +2,8 @@
 
 It gets further hidden features that are always zero, further neurons whose down columns are zero, and behind its layers
 further ones whose outputs are. What meets them is random, and is read, moved and multiplied like any other weight, at
-every rung; what it adds is nothing. So a model that really predicts can be larger than memory on a machine where no
-large one can be downloaded.
+every precision; what it adds is nothing. So a model that really predicts can be larger than memory on a machine where
+no large one can be downloaded.
 
 Knows Llama checkpoints; nothing of tiers.
 """

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tiercache.bench.shapes import GROUP, LEVELS
-from tiercache.bench.stand import Effort, Stand, working_set_bytes
-from tiercache.quant.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.bench.timing_device import Effort, Stand, working_set_bytes
+from tiercache.quant.planes import PRECISIONS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.format import align
 from tiercache.store.manifest import PlaneWeight
 
@@ -37,18 +37,20 @@ class Pool:
         return cls(codes, scales.flatten().view(torch.uint8))
 
 
-def make(stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int], rung: str) -> list[tuple[Planes, ...]]:
-    """Copies of a unit at a rung, each as the planes of its parts.
+def make(
+    stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int], precision: str
+) -> list[tuple[Planes, ...]]:
+    """Copies of a unit at a precision, each as the planes of its parts.
 
     Args:
         stand: whose memory they take.
         effort: how much of it.
         pool: what they are filled with.
         layout: rows, columns, and how many matrices lie side by side in a row.
-        rung: of the planes.
+        precision: of the planes.
     """
     rows, columns, parts = layout
-    widths = [plane_row_bytes(columns, GROUP, plane) for plane in range(RUNGS[rung])]
+    widths = [plane_row_bytes(columns, GROUP, plane) for plane in range(PRECISIONS[precision])]
     *plane_at, scale_at = _offsets(widths, rows * parts)
     end = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
     unit_bytes = align(end)
@@ -68,7 +70,7 @@ def make(stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int],
 
 
 def nbytes(weight: Planes) -> int:
-    """Codes and scales of one matrix at the rung held."""
+    """Codes and scales of one matrix at the precision held."""
     return sum(plane.numel() for plane in weight.planes) + weight.scales.nbytes
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from policies.precision import RUNGS, TOP
+from policies.precision import PRECISION_NAMES, TOP
 from profiler.trace import Trace
 from tiercache.calibrate.sums import HALVES, PAIRED, POINTS, QUANTILES, RANKS, UNIONS, Sums, scorers
 from tiercache.kernels.contract import MAX_TOKENS
@@ -57,7 +57,7 @@ class _Pending:
     Attributes:
         losses: [2, tokens], of the whole block at int3 and int4.
         output: [tokens], of the block itself.
-        curves: [scorers, ranks, rungs, ordered tokens, points].
+        curves: [scorers, ranks, precisions, ordered tokens, points].
         some: which tokens have curves.
     """
 
@@ -123,8 +123,10 @@ class Collector:
         truth = hidden.abs() * norms
         ordered = truth.argsort(dim=1, descending=True, stable=True)
         self._count(place, truth, ordered, hidden)
-        values = [made_at(block, seen.x, rung) for rung in RANKS]
-        losses = torch.stack([self._lost(block, made, rung, seen) for made, rung in zip(values, RANKS, strict=True)])
+        values = [made_at(block, seen.x, precision) for precision in RANKS]
+        losses = torch.stack(
+            [self._lost(block, made, precision, seen) for made, precision in zip(values, RANKS, strict=True)]
+        )
         step = max(1, len(truth) // _ORDERED)
         some = slice(0, len(truth), step)
         curves = torch.zeros(*sums["curves"].shape[1:4], len(truth[some]), POINTS, device=truth.device)
@@ -145,15 +147,15 @@ class Collector:
         sums["tokens"][place] += len(truth)
 
     def _norms(self, place: int) -> None:
-        """Squared lengths of the down columns at each rung, and how each lies to its best, a few rows at a time."""
+        """Squared lengths of the down columns at each precision, and how each lies to its best, some rows at a time."""
         squares, dots, norms = [], [], []
         planes = self._blocks[place].planes
         for _, parts in planes.chunks(slice(-1, None)):
             for piece in _pieces(parts[-1]):
                 room = torch.empty(1 + len(RANKS), piece.rows, piece.columns, device=piece.scales.device)
                 best, *rough = (
-                    restored(piece.at(RUNGS[rung]), planes.output_factors, out)
-                    for rung, out in zip((TOP, *RANKS), room, strict=True)
+                    restored(piece.at(PRECISION_NAMES[precision]), planes.output_factors, out)
+                    for precision, out in zip((TOP, *RANKS), room, strict=True)
                 )
                 norms.append(best.norm(dim=1))
                 squares.append(torch.stack([_squares(made) for made in rough]))
@@ -198,10 +200,10 @@ class Collector:
         made = self._activation(values[0].to(dtype))
         return made if len(values) == 1 else made * values[1].to(dtype)
 
-    def _lost(self, block: MixedBlock, values: Sequence[Tensor], rung: int, seen: Seen) -> Tensor:
-        """What each token's output is off by, squared, with everything at a rung."""
+    def _lost(self, block: MixedBlock, values: Sequence[Tensor], precision: int, seen: Seen) -> Tensor:
+        """What each token's output is off by, squared, with everything at a precision."""
         pieces = [
-            block.down(self._hidden([value[here] for value in values], seen.x.dtype), rung) - seen.output[here]
+            block.down(self._hidden([value[here] for value in values], seen.x.dtype), precision) - seen.output[here]
             for here in _slices(len(seen.x))
         ]
         return torch.cat([_squares(piece) for piece in pieces])
@@ -221,24 +223,24 @@ class Collector:
     ) -> list[Tensor]:
         """What each neuron's share of the output is off by, squared, if it is skipped, or has 1 or 2 planes.
 
-        Rows that the ranking has read with more planes than the rung has keep those products.
+        Rows that the ranking has read with more planes than the precision has keep those products.
         """
         sums, parts = self.sums, needed(name, self._inward)
         norms = torch.from_numpy(sums["norms"][place]).to(exact.device, torch.float32)
         found = [(exact * norms).square()]
-        for rung in range(len(RANKS)):
-            mixed = [values[max(rung, r) if part in parts else rung][part] for part in range(self._inward)]
+        for precision in range(len(RANKS)):
+            mixed = [values[max(precision, r) if part in parts else precision][part] for part in range(self._inward)]
             made = self._hidden(mixed, dtype).float()
-            dots = torch.from_numpy(sums["dots"][place, rung]).to(exact.device, torch.float32)
-            squares = torch.from_numpy(sums["squares"][place, rung]).to(exact.device, torch.float32)
+            dots = torch.from_numpy(sums["dots"][place, precision]).to(exact.device, torch.float32)
+            squares = torch.from_numpy(sums["squares"][place, precision]).to(exact.device, torch.float32)
             error = found[0] - 2 * exact * made * dots + made.square() * squares
             found.append(error.clamp_min(0))
         return found
 
 
-def made_at(block: MixedBlock, x: Tensor, rung: int) -> list[Tensor]:
-    """All inward products at a rung, of any number of tokens; within the block's turn."""
-    pieces = [block.products(piece, rung) for piece in x.split(MAX_TOKENS)]
+def made_at(block: MixedBlock, x: Tensor, precision: int) -> list[Tensor]:
+    """All inward products at a precision, of any number of tokens; within the block's turn."""
+    pieces = [block.matmuls(piece, precision) for piece in x.split(MAX_TOKENS)]
     return [torch.cat(same) for same in zip(*pieces, strict=True)]
 
 

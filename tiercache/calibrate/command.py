@@ -49,7 +49,7 @@ def calibrate(
         tokens: of it to learn from, at most.
         window: tokens of a pass.
         measure_tokens: on which settings are measured at last, in pieces of 64 tokens spread over the text.
-        precision: rung of what is no neuron, in the settings.
+        precision: precision of what is no neuron, in the settings.
         objective: keep of each share the recipe of least KL from the exact model ("loss"), or of least predictive
             entropy ("entropy": M2Cache, arXiv 2410.14740, Algorithm 1).
         predictor_rank: train low-rank predictors too.

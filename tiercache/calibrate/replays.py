@@ -9,7 +9,7 @@ from typing import Any
 from policies.precision import TOP
 from profiler import replay
 from tiercache.engine import mixed_plan
-from tiercache.engine.mixed_plan import Mixing
+from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
@@ -23,7 +23,7 @@ def policies(calibration: Calibration, store: PlaneStore) -> dict[str, Any] | No
     neurons = calibration.norms.shape[1]
     for setting in _candidates(calibration):
         wanted = [recipe.wanted(neurons)[setting.rank :] for recipe in setting.recipes]
-        trace = Mixing(calibration, setting, (TOP,) * len(wanted)).trace(setting.rank)
+        trace = MixedPlan(calibration, setting, (TOP,) * len(wanted)).trace(setting.rank)
         if trace is None or not any(map(any, wanted)):
             continue
         slots = [[round(SLOTS * neurons) if count else 0 for count in block] for block in wanted]

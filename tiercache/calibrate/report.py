@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from policies.precision import RUNGS
+from policies.precision import PRECISION_NAMES
 
 _WIDTH = 118
 _OF_70B = 80 * 3 * 28672 * 8192  # weights of a 70B's feed-forward blocks
@@ -63,9 +63,9 @@ def _alike(result: Mapping[str, Any]) -> Table:
         for window, values in windows.items():
             table.add_row(f"wanted by any of {window} tokens", half, *_with_mean(values))
     table.add_row("exactly zero", "-", *_with_mean(result["zeros"]))
-    for place, rung in enumerate(("int3", "int4")):
+    for place, precision in enumerate(("int3", "int4")):
         table.add_row(
-            f"loss at {rung}, of the stream", "-", *_with_mean([row[place] for row in result["losses"]], ".1e")
+            f"loss at {precision}, of the stream", "-", *_with_mean([row[place] for row in result["losses"]], ".1e")
         )
     return table
 
@@ -77,7 +77,7 @@ def _settings(result: Mapping[str, Any]) -> Table:
     for name, row in result["uniform"].items():
         table.add_row(f"all at {name}", "-", f"{row['read_bytes'] / 1024:.0f}", "", *_numbers(row))
     for row in result["settings"]:
-        lead = [f"{row['share']:.3f}", RUNGS[row["rank"]], f"{row['read_bytes'] / 1024:.0f}", row["recipe"]]
+        lead = [f"{row['share']:.3f}", PRECISION_NAMES[row["rank"]], f"{row['read_bytes'] / 1024:.0f}", row["recipe"]]
         table.add_row(*lead, *_numbers(row))
     return table
 
@@ -92,8 +92,8 @@ def _policies(result: Mapping[str, Any]) -> Table | None:
     if found is None:
         return None
     title = (
-        f"Policies, on {found['tokens']} tokens at {found['share']:.3f} of the bytes, ranking {RUNGS[found['rank']]}; "
-        f"slots for {found['slots']:.0%} of the neurons in each plane above"
+        f"Policies, on {found['tokens']} tokens at {found['share']:.3f} of the bytes, ranking "
+        f"{PRECISION_NAMES[found['rank']]}; slots for {found['slots']:.0%} of the neurons in each plane above"
     )
     columns = ["policy", "hit rate", "chance", "lift", "missed KiB a token", "Belady's bound"]
     table = _table(title, columns)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from policies.precision import RUNGS, TOP, Recipe
+from policies.precision import PRECISION_NAMES, TOP, Recipe
 from tiercache.calibrate import halving, predictors, replays
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.collect import Collector
@@ -21,7 +21,7 @@ from tiercache.calibrate.measure import Measured, Measurer, room
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, plain, uniform
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine import mixed_plan
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import bar, note
 from tiercache.quality.measure import KeptLogits
@@ -35,7 +35,7 @@ Rest = Literal["int8", "int4"]
 _TRACED = 64
 _TRACE_BYTES, _TRACES_BYTES = 16 << 20, 256 << 20  # of one setting, of all together
 _PREDICTOR_BYTES = 384 << 20
-_UNIFORM = {RUNGS[rung]: rung for rung in range(TOP, 0, -1)}
+_UNIFORM = {PRECISION_NAMES[precision]: precision for precision in range(TOP, 0, -1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +205,8 @@ class Run:
         passes = len(_UNIFORM) * pieces + halving.passes(list(groups.values()), pieces)
         with self._bar(f"measuring {len(tries)} settings", model.tiercache, passes, 0) as after:
             measurer = Measurer(model, model.tiercache.mixed.blocks, self._measured, after)
-            for name, rung in _UNIFORM.items():
-                recipes = uniform(rung, self._inward, self._layers)
+            for name, precision in _UNIFORM.items():
+                recipes = uniform(precision, self._inward, self._layers)
                 self._measured_with(measurer, logits, f"uniform/{name}", recipes, pieces)
 
             def measure(one: Try, some: int) -> Measured:
@@ -242,9 +242,9 @@ class Run:
         each = {
             name: {
                 **_finite(self._journal.plain(f"uniform/{name}")),
-                "read_bytes": self._layers * forecast.neurons * forecast.sizes.neuron(rung),
+                "read_bytes": self._layers * forecast.neurons * forecast.sizes.neuron(precision),
             }
-            for name, rung in _UNIFORM.items()
+            for name, precision in _UNIFORM.items()
         }
         self._journal.put(plain={"uniform": each})
 
@@ -280,7 +280,7 @@ class Run:
             mode="mixed",
             bytes_per_token=Budget.parse(1.0),
         )
-        with lend(
+        with open_offloaded(
             self._store.folder, config, show_progress=options.show_progress, calibration=self._made_up(sums)
         ) as model:
             run: Any = model.tiercache

@@ -1,7 +1,7 @@
 """Which recipes are worth measuring: the bytes to try, and what the sums expect each recipe to lose.
 
 What a recipe loses in a block is expected from curves: with the neurons in the order of a scorer, what the first so
-many of them lose together at each rung. Errors of single neurons are added as if independent, which ranks recipes and
+many of them lose together at each level. Errors of single neurons are added as if independent, which ranks recipes and
 says nothing exact: the best few are measured. Knows recipes, bytes and curves; no tensors.
 """
 
@@ -52,10 +52,10 @@ def shares(sizes: Sizes) -> list[float]:
     return sorted({*SHARES, *(share for share in own if share < 1)})
 
 
-def uniform(rung: int, inward: int, layers: int) -> Recipes:
-    """Every neuron at one rung."""
-    parts = (float(rung == 3), float(rung == 2), float(rung == 1))
-    return (Recipe("product", min(rung, 2), inward, parts),) * layers
+def uniform(level: int, inward: int, layers: int) -> Recipes:
+    """Every neuron at one level."""
+    parts = (float(level == 3), float(level == 2), float(level == 1))
+    return (Recipe("product", min(level, 2), inward, parts),) * layers
 
 
 class Forecast:
@@ -69,7 +69,7 @@ class Forecast:
     def __init__(self, sums: Mapping[str, np.ndarray], sizes: Sizes) -> None:
         self.layers, self.neurons = sums["norms"].shape
         self.sizes = sizes
-        # [blocks, scorers, ranks, rungs, points]: of a token, relative to the residual stream
+        # [blocks, scorers, ranks, levels, points]: of a token, relative to the residual stream
         self._curves = sums["curves"] / sums["ordered"][:, None, None, None, None]
         self._scorers = {name: place for place, name in enumerate(scorers(sizes.inward))}
         self._grid = np.linspace(0, self.neurons, POINTS)
@@ -80,8 +80,8 @@ class Forecast:
         ends = (high, high + middle, high + middle + low, self.neurons)
         curves = self._curves[:, self._scorers[recipe.scorer], RANKS.index(recipe.rank)]
         lost = np.zeros(self.layers)
-        for rung, first, last in zip((2, 1, 0), ends[:3], ends[1:], strict=True):
-            lost += [np.interp(last, self._grid, row) - np.interp(first, self._grid, row) for row in curves[:, rung]]
+        for level, first, last in zip((2, 1, 0), ends[:3], ends[1:], strict=True):
+            lost += [np.interp(last, self._grid, row) - np.interp(first, self._grid, row) for row in curves[:, level]]
         return lost
 
     def tries(self, share: float, rank: int) -> list[Try]:
@@ -138,7 +138,7 @@ def described(recipes: Sequence[Recipe]) -> str:
     if len(ways) > 1:
         return f"by block, {', '.join(sorted({recipe.scorer for recipe in ways}))}"
     recipe = recipes[0]
-    parts = zip(precision.RUNGS[:0:-1], recipe.shares, strict=True)
+    parts = zip(precision.PRECISION_NAMES[:0:-1], recipe.shares, strict=True)
     used = [f"{name} {part:.0%}" for name, part in parts if part > 0]
     return f"{recipe.scorer}: {', '.join(used) or 'nothing'}"
 

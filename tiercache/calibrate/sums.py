@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.precision import RUNGS
+from policies.precision import PRECISION_NAMES
 from tiercache.model.importance import SCORERS
 
 RANKS = (1, 2)
@@ -69,7 +69,7 @@ def means(sums: Mapping[str, np.ndarray], inward: int) -> dict[str, Any]:
     return {
         "recall": {
             name: {
-                RUNGS[rank]: {_percent(half): recall[:, s, r, h].tolist() for h, half in enumerate(HALVES)}
+                PRECISION_NAMES[rank]: {_percent(half): recall[:, s, r, h].tolist() for h, half in enumerate(HALVES)}
                 for r, rank in enumerate(RANKS)
             }
             for s, name in enumerate(scorers(inward))
@@ -87,7 +87,7 @@ def means(sums: Mapping[str, np.ndarray], inward: int) -> dict[str, Any]:
         "own_losses": (sums["own_losses"] / tokens).tolist(),
         "thresholds": {
             name: {
-                RUNGS[rank]: (sums["thresholds"][:, s, r] / sums["chunks"][:, None]).tolist()
+                PRECISION_NAMES[rank]: (sums["thresholds"][:, s, r] / sums["chunks"][:, None]).tolist()
                 for r, rank in enumerate(RANKS)
             }
             for s, name in enumerate(scorers(inward))

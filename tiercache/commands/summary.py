@@ -19,7 +19,7 @@ def of_dry_run(report: dict[str, Any]) -> str:
 
 def _bits(bits: dict[str, float]) -> str:
     """Bits a weight, the highest precision first."""
-    each = ", ".join(f"{rung} {bits[rung]:.2f}" for rung in sorted(bits, key=lambda name: -bits[name]))
+    each = ", ".join(f"{precision} {bits[precision]:.2f}" for precision in sorted(bits, key=lambda name: -bits[name]))
     return f"bits a weight, scales and factors included: {each}"
 
 
@@ -63,8 +63,8 @@ def of_store(found: dict[str, Any]) -> str:
         f"neurons, groups of {found['group']}, planes of {'+'.join(map(str, found['plane_bits']))} bits, codes "
         f"{codes(found['calibration'])}",
         *(
-            f"  a pass at {rung} reads {human(nbytes)}, {found['bits'][rung]:.2f} bits a weight"
-            for rung, nbytes in found["pass_bytes"].items()
+            f"  a pass at {precision} reads {human(nbytes)}, {found['bits'][precision]:.2f} bits a weight"
+            for precision, nbytes in found["pass_bytes"].items()
         ),
     ]
     for name, row in sorted(found["files"].items()):

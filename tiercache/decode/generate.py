@@ -17,7 +17,7 @@ import transformers
 from tiercache import compat
 from tiercache.decode.loop import DecodeLoop
 from tiercache.decode.request import Request
-from tiercache.decode.team import Team
+from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rule
 from tiercache.draft.noise import GumbelNoise
 from tiercache.errors import UsageError
@@ -59,7 +59,7 @@ class DraftingGenerate:
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        team: Team,
+        team: DrafterScheduler,
         rule: RuleMaker,
         limit: int,
         slots: int,

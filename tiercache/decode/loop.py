@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiercache.decode.request import Request
-from tiercache.decode.team import Round, Team
+from tiercache.decode.scheduler import DrafterScheduler, Round
 from tiercache.decode.verify import Rule
 from tiercache.draft.base import Context, Feedback, Noise
 from tiercache.draft.tree import ROOT, DraftTree
@@ -37,7 +37,7 @@ class DecodeLoop:
         self,
         run: TreeRun,
         request: Request,
-        team: Team,
+        team: DrafterScheduler,
         rule: Rule,
         noise: Noise | None,
         vocabulary: int,

@@ -199,7 +199,7 @@ def _compiler(folder: Path) -> list[Check]:
 
 
 def _kernels(folder: Path) -> list[Check]:
-    """Which dialect multiplies planes, on the processor and on the GPU if torch can use one."""
+    """Which backend multiplies planes, on the processor and on the GPU if torch can use one."""
     torch = module("torch")
     if torch is None:
         return []  # said already

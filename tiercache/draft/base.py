@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from policies.sharpness import Sharpness
+from policies.temperature import TemperatureScaling
 from tiercache.draft.tree import DraftTree
 from tiercache.kv.tree_pass import TreeRun
 
@@ -71,7 +71,7 @@ class TreeBudget:
     width: int = 8
     floor: float = 0.0
     grow_floor: float = 0.0
-    sharpness: float = 1.0
+    score_scale: float = 1.0
     enough: float | None = None
     deadline_s: float | None = None
 
@@ -138,7 +138,7 @@ class Drafter(Protocol):
     passes: int
 
     @property
-    def sharpness(self) -> Sharpness:
+    def score_scale(self) -> TemperatureScaling:
         """Of its scores: learnt by whoever asks it, and told in the budget."""
 
     def begin(self, context: Context) -> None:
@@ -181,9 +181,9 @@ class BaseDrafter:
     passes = 0
 
     @cached_property
-    def sharpness(self) -> Sharpness:
+    def score_scale(self) -> TemperatureScaling:
         """See `Drafter`."""
-        return Sharpness()
+        return TemperatureScaling()
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""

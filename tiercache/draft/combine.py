@@ -220,7 +220,7 @@ class Cascade(Several):
         best, surest, self.passes = DraftTree(), 0.0, 0
         self._guesses.clear()
         for drafter in self.drafters:
-            tree = drafter.propose(replace(budget, sharpness=drafter.sharpness.value))
+            tree = drafter.propose(replace(budget, score_scale=drafter.score_scale.value))
             self.passes += drafter.passes
             self._guesses.append((drafter, tree))
             if len(tree) and (sureness := expected(tree)) * later > surest:
@@ -233,7 +233,7 @@ class Cascade(Several):
         """See `Drafter`. How sure a drafter is to be believed is learnt from its trees that were not taken, too."""
         for drafter, tree in self._guesses:
             for confidence, came in tree.outcomes(feedback.emitted):
-                drafter.sharpness.observe(confidence, came)
+                drafter.score_scale.observe(confidence, came)
         self._guesses.clear()
         super().observe(feedback)
 

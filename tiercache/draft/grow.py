@@ -15,8 +15,18 @@ import torch
 from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.drawn import Branching, Draws, Rows, StochasticBeam
-from tiercache.draft.sketch import Candidates, Grower, Passes, Scorer, Siblings, Sketch, safe_log, siblings_of, within
+from tiercache.draft.growing_tree import (
+    Candidates,
+    Grower,
+    Passes,
+    Scorer,
+    Siblings,
+    Sketch,
+    safe_log,
+    siblings_of,
+    within,
+)
+from tiercache.draft.sampled_growers import Branching, Draws, Rows, StochasticBeam
 from tiercache.draft.static import RankRates, Template, best_template
 from tiercache.draft.tree import ROOT, DraftTree, Order
 from tiercache.errors import UsageError
@@ -90,7 +100,7 @@ class Ranked:
         while (nodes := self._frontier(open_, kept, budget)) and passes.another(sketch.score(nodes[0])):
             if self._by_depth:
                 open_.clear()
-            for siblings in _ranked(sketch, nodes, scorer(sketch, nodes), context, budget.width, budget.sharpness):
+            for siblings in _ranked(sketch, nodes, scorer(sketch, nodes), context, budget.width, budget.score_scale):
                 above = sketch.score(siblings.parent)
                 for token, step in zip(siblings.tokens, siblings.steps, strict=True):
                     score = above + step
@@ -145,7 +155,7 @@ class Static:
                 break
             candidates = scorer(sketch, nodes)
             if self._draws is None:
-                found = _ranked(sketch, nodes, candidates, context, most, budget.sharpness)
+                found = _ranked(sketch, nodes, candidates, context, most, budget.score_scale)
             else:
                 found = self._draws(nodes, candidates, most, q)
             below: dict[int, int] = {}
@@ -172,7 +182,7 @@ class Static:
 
 
 def _ranked(
-    sketch: Sketch, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, sharpness: float
+    sketch: Sketch, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, score_scale: float
 ) -> list[Siblings]:
     """The best `count` children of each node."""
     z, tokens = within(candidates, context.vocabulary)
@@ -181,7 +191,7 @@ def _ranked(
         noise = {position: context.noise(position).to(z.device) for position in set(positions)}
         rows = torch.stack([noise[position] for position in positions])
         z = z + (rows[:, : z.shape[1]] if tokens is None else rows.gather(1, tokens))
-    z = z if sharpness == 1 else z * sharpness
+    z = z if score_scale == 1 else z * score_scale
     best, index = z.topk(min(count, z.shape[1]))
     steps = log_confidence(best, z).clamp_(max=0.0)  # nothing is likelier than its parent, not even by rounding
     return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), steps)

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from tiercache.draft.base import Context, Feedback, Needs, TreeBudget
-from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.growing_tree import Grower
+from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.scores import RunScores
-from tiercache.draft.sketch import Grower
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 from tiercache.kv.tree_pass import TreeRun

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from tiercache.draft.base import Needs, TreeBudget
-from tiercache.draft.grown import GrownDrafter
+from tiercache.draft.growing_tree import Grower
+from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.scores import RunScores
-from tiercache.draft.sketch import Grower
 from tiercache.draft.tree import DraftTree
 
 

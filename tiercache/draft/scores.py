@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tiercache.draft.base import Context
-from tiercache.draft.sketch import Candidates, Sketch
+from tiercache.draft.growing_tree import Candidates, Sketch
 from tiercache.draft.tree import ROOT
 from tiercache.kv.tree_pass import TreeRun
 

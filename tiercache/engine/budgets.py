@@ -10,8 +10,8 @@ import torch
 from profiler import hardware
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine import mixed_plan, plan
-from tiercache.engine.memory import Demand, demand
-from tiercache.engine.mixed_plan import Mixing
+from tiercache.engine.memory import MemoryRequirements, demand
+from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
@@ -20,7 +20,7 @@ from tiercache.store.calibration import Calibration
 from tiercache.store.manifest import Manifest
 
 
-def divide(opened: Opened, asked: Demand, config: OffloadConfig, device: torch.device) -> Plan:
+def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, device: torch.device) -> Plan:
     """Resolve the budgets and divide them."""
     main = hardware.memory()
     hbm_bytes: int | None = None
@@ -56,7 +56,7 @@ def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
 
 def choose(
     opened: Opened, config: OffloadConfig, device: torch.device, calibration: Calibration | None
-) -> tuple[Mixing, Opened, Demand, Plan]:
+) -> tuple[MixedPlan, Opened, MemoryRequirements, Plan]:
     """Choose the recipe and plan for it: of several, the best whose ranking planes all stay in HBM."""
     mixed_plan.refuse_unfit(opened)
     assert opened.store is not None
@@ -78,8 +78,8 @@ def choose(
 
 
 def _fit(
-    way: Mixing, opened: Opened, config: OffloadConfig, device: torch.device, slotted: bool
-) -> tuple[Mixing, Opened, Demand, Plan]:
+    way: MixedPlan, opened: Opened, config: OffloadConfig, device: torch.device, slotted: bool
+) -> tuple[MixedPlan, Opened, MemoryRequirements, Plan]:
     """The plan for one recipe; where planes above do not fit DRAM, the least missed stay on the SSD."""
     store = opened.store
     limit: int | None = None
@@ -119,7 +119,7 @@ def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device
     return sum(block.neurons * block.parts * scale_row_bytes(block.columns, block.group) for block in blocks)
 
 
-def _room_for_neurons(asked: Demand, made: Plan, manifest: Manifest) -> int:
+def _room_for_neurons(asked: MemoryRequirements, made: Plan, manifest: Manifest) -> int:
     """What of DRAM is left for neurons that stay, beside everything else."""
     neurons = {key for block in manifest.blocks for key in block.units}
     others = sum(size for key, size in asked.needs.sizes.items() if key in asked.needs.order and key not in neurons)

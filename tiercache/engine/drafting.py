@@ -20,7 +20,7 @@ from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
-from tiercache.decode.team import Team
+from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, Needs
 from tiercache.draft.combine import Cascade, Ngrams
@@ -28,12 +28,12 @@ from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.noise import KEPT, GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.engine.memory import Demand
+from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kv import speckv
 from tiercache.kv.cache import support
-from tiercache.model.trace import rehearse
+from tiercache.model.trace import trace_on_meta
 from tiercache.progress import note
 from tiercache.stats import DraftStats, Stats
 from tiercache.store.source import Source, resolve
@@ -49,7 +49,7 @@ _MODELS, _TABLES = [0.85, 0.06, 0.02], [0.35, 0.08, 0.04]
 
 
 @dataclass(frozen=True)
-class Recruits:
+class DrafterSpec:
     """The drafters that were asked for, before the model is attached.
 
     Attributes:
@@ -117,7 +117,7 @@ def widened(config: OffloadConfig) -> OffloadConfig:
     return config if config.draft is None else replace(config, context=config.context + config.draft.slots)
 
 
-def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
+def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
     """Find out who is to draft, and what that takes; None if nobody is.
 
     Raises:
@@ -128,7 +128,7 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     """
     if config.draft is None:
         return None
-    takes = support(opened.skeleton)
+    takes = support(opened.meta_model)
     if takes.takes == "nothing" and config.draft.drafter != "auto":
         raise UnsupportedModelError(
             f"drafter={config.draft.drafter!r} cannot draft for this model, for {takes.reason}; open it without "
@@ -142,13 +142,13 @@ def recruit(config: OffloadConfig, opened: Opened) -> Recruits | None:
     return replace(found, thin_bytes=speckv.scratch_bytes(opened.model.config, config.context))
 
 
-def nobody(opened: Opened, draft: DraftConfig, reason: str) -> Recruits:
+def nobody(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
     """Nobody, for what `reason` says: of "auto", where drafting has no room or would not pay for it."""
     vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
-    return Recruits(draft, vocabulary, False, Needs(), reason=reason)
+    return DrafterSpec(draft, vocabulary, False, Needs(), reason=reason)
 
 
-def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruits:
+def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterSpec:
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
     if draft.fixed and draft.nodes >= config.logits:
@@ -164,9 +164,9 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruit
         ngrams = partial(Ngrams, vocabulary, _identity(folder, target), folder=learned)
         with closing(ngrams()) as sample:
             needs = sample.needs
-        return Recruits(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
+        return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
     if wanted == "resident":
-        return Recruits(draft, vocabulary, True, Needs(shared_kv=True))
+        return DrafterSpec(draft, vocabulary, True, Needs(shared_kv=True))
     if isinstance(wanted, str | Path):
         try:
             small = resolve(wanted)
@@ -175,7 +175,7 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruit
             raise UsageError(
                 f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}{hint}"
             ) from error
-        return Recruits(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
+        return DrafterSpec(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
     if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
         raise UsageError(
             f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
@@ -183,25 +183,25 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Recruit
     size = wanted.needs.vocabulary
     if size is not None and size != vocabulary:
         raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    return Recruits(draft, vocabulary, False, wanted.needs, (wanted,))
+    return DrafterSpec(draft, vocabulary, False, wanted.needs, (wanted,))
 
 
-def reserve(asked: Demand, recruits: Recruits | None, config: OffloadConfig) -> Demand:
+def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config: OffloadConfig) -> MemoryRequirements:
     """What a model asks of memory, with what drafting takes beside it."""
-    if recruits is None:
+    if drafter_spec is None:
         return asked
-    mask = (recruits.config.nodes + 1) * widened(config).context * _MASK_BYTES
-    compute = {**asked.needs.compute, "drafter and trees": recruits.compute_bytes + mask}
-    if recruits.thin_bytes:
-        compute["looking at the prompt"] = recruits.thin_bytes
-    dram = {**asked.needs.dram, "tables of the drafter": recruits.needs.host_bytes}
+    mask = (drafter_spec.config.nodes + 1) * widened(config).context * _MASK_BYTES
+    compute = {**asked.needs.compute, "drafter and trees": drafter_spec.compute_bytes + mask}
+    if drafter_spec.thin_bytes:
+        compute["looking at the prompt"] = drafter_spec.thin_bytes
+    dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.needs.host_bytes}
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 
 
 def attach(
     stack: ExitStack,
     model: transformers.PreTrainedModel,
-    recruits: Recruits,
+    drafter_spec: DrafterSpec,
     config: OffloadConfig,
     device: torch.device,
     stats: Stats,
@@ -211,15 +211,15 @@ def attach(
 ) -> None:
     """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
     attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
-    drafters = team(recruits, lambda: attached.passes("resident"), config.context, config.logits, device)
+    drafters = team(drafter_spec, lambda: attached.passes("resident"), config.context, config.logits, device)
     stack.callback(drafters.close)
     stats.drafting = drafters.stats
     stats.drafting.room_price = room_price
     stats.lossy = stats.lossy or bool(drafters.stats.lossy)
-    slots = recruits.config.slots
-    keep = recruits.config.speckv
-    rule = rule_of(recruits.config)
-    required, reason = recruits.config.drafter != "auto", recruits.reason
+    slots = drafter_spec.config.slots
+    keep = drafter_spec.config.speckv
+    rule = rule_of(drafter_spec.config)
+    required, reason = drafter_spec.config.drafter != "auto", drafter_spec.reason
     if reason:
         drafters.stats.plain_reasons[reason] = 0
     drafting = DraftingGenerate(
@@ -228,7 +228,9 @@ def attach(
     stack.callback(drafting.close)
 
 
-def team(recruits: Recruits, resident: Passes, context: int, logits: int, device: torch.device) -> Team:
+def team(
+    drafter_spec: DrafterSpec, resident: Passes, context: int, logits: int, device: torch.device
+) -> DrafterScheduler:
     """The team of an attached model.
 
     Args:
@@ -238,15 +240,15 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
         logits: rows that a pass may return; a tree has one less.
         device: where the model computes.
     """
-    config = recruits.config
-    arms: list[Drafter] = list(recruits.made)
-    if recruits.ngrams is not None:
-        arms.append(recruits.ngrams())
-    if recruits.small is not None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(recruits.small, dtype="auto")
+    config = drafter_spec.config
+    arms: list[Drafter] = list(drafter_spec.made)
+    if drafter_spec.ngrams is not None:
+        arms.append(drafter_spec.ngrams())
+    if drafter_spec.small is not None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(drafter_spec.small, dtype="auto")
         nn.Module.to(model, device)
-        arms.append(LmDrafter(model, grower(config.grower), needs=recruits.needs, capacity=context + config.slots))
-    if recruits.resident:
+        arms.append(LmDrafter(model, grower(config.grower), needs=drafter_spec.needs, capacity=context + config.slots))
+    if drafter_spec.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
         arms = [Cascade([*arms, own], _SURE)] if arms else [own]
     nodes = min(config.nodes, logits - 1)
@@ -268,7 +270,7 @@ def team(recruits: Recruits, resident: Passes, context: int, logits: int, device
         budgeter = Budgeter(known, **limits)
     stats = DraftStats(rule=config.verify, grower=config.grower)
     stats.lossy = config.lossy if arms else ""
-    return Team(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
+    return DrafterScheduler(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
 
 
 def _rates(drafter: Drafter, depth: int) -> list[list[float]]:
@@ -290,8 +292,8 @@ def rule_of(config: DraftConfig) -> RuleMaker:
 
 def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> Needs:
     """What a small model takes, from its checkpoint's header and a rehearsal; refuses one of another vocabulary."""
-    skeleton = Source.open(small).model()
-    own = skeleton.config.get_text_config(decoder=True).vocab_size
+    meta_model = Source.open(small).model()
+    own = meta_model.config.get_text_config(decoder=True).vocab_size
     same = _same_tokens(small, folder)
     if same is False or (same is None and own != vocabulary):
         raise UsageError(
@@ -299,10 +301,10 @@ def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Pa
             "target's tokenizer"
         )
     assert config.draft is not None
-    seen = rehearse(skeleton, (), _PIECE, 1)
+    seen = trace_on_meta(meta_model, (), _PIECE, 1)
     slots = config.context + config.draft.slots
     kept = seen.kv_bytes * -(-slots // _PIECE) + seen.workspace_bytes
-    return Needs(device_bytes=sum(parameter.nbytes for parameter in skeleton.parameters()) + kept)
+    return Needs(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)
 
 
 def _identity(folder: Path | None, target: transformers.PreTrainedModel) -> str:

@@ -13,8 +13,8 @@ from policies.room import Rates, Traffic
 from tiercache.config import DraftConfig, OffloadConfig, human
 from tiercache.engine import drafting
 from tiercache.engine.budgets import divide
-from tiercache.engine.drafting import Recruits
-from tiercache.engine.memory import Demand, demand
+from tiercache.engine.drafting import DrafterSpec
+from tiercache.engine.memory import MemoryRequirements, demand
 from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
@@ -26,7 +26,7 @@ _DRAM, _CARD, _LINK, _SSD = 35e9, 900e9, 25e9, 3e9
 
 
 @dataclass(frozen=True)
-class Placed:
+class ExactPlan:
     """A placement of an exact run.
 
     Attributes:
@@ -40,8 +40,8 @@ class Placed:
 
     config: OffloadConfig
     opened: Opened
-    recruits: Recruits | None
-    asked: Demand
+    drafter_spec: DrafterSpec | None
+    asked: MemoryRequirements
     plan: Plan
     room_price: float | None = None
 
@@ -55,7 +55,7 @@ class Placed:
         return Traffic(needed, up, sum(payload[key] for key in self.plan.streamed))
 
 
-def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool, show: bool) -> Placed:
+def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool, show: bool) -> ExactPlan:
     """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
 
     Args:
@@ -71,7 +71,7 @@ def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernel
     """
     cut = config.resident
 
-    def planned(way: OffloadConfig) -> Placed:
+    def planned(way: OffloadConfig) -> ExactPlan:
         own = opened
         if way.resident != cut and opened.store is not None:
             own = replace(opened, manifest=opened.store.manifest(config.precision, cut=way.resident))
@@ -79,17 +79,17 @@ def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernel
 
     if config.draft is None or config.draft.drafter != "auto":
         return planned(config)
-    return _compared(config, config.draft, planned, support(opened.skeleton), _rates(config, device, kernels), show)
+    return _compared(config, config.draft, planned, support(opened.meta_model), _rates(config, device, kernels), show)
 
 
 def _compared(
     config: OffloadConfig,
     draft: DraftConfig,
-    planned: Callable[[OffloadConfig], Placed],
+    planned: Callable[[OffloadConfig], ExactPlan],
     takes: Support,
     rates: Rates,
     show: bool,
-) -> Placed:
+) -> ExactPlan:
     """The first of three that is likely to pay: with the model's own planes and n-grams, these alone, or nobody."""
     plain, price, reason = _fitted(planned, replace(config, resident=False, draft=None)), None, takes.reason
     wanted = draft.fixed or draft.speckv is not None  # a drafter, at any price
@@ -100,7 +100,7 @@ def _compared(
             who = "by its own planes" if own else "at all"
             reason = f"to draft {who} takes {human(found.missing_bytes)} more of {found.tier or 'memory'}"
             continue
-        if isinstance(plain, Placed) and not wanted:
+        if isinstance(plain, ExactPlan) and not wanted:
             price = room.price(plain.traffic, found.traffic, rates)
             if not room.pays(plain.traffic, found.traffic, rates):
                 reason = f"its room would make a pass take {price:.2f} times as long, more than it is likely to win"
@@ -114,10 +114,10 @@ def _compared(
     if isinstance(plain, DoesNotFitError):
         raise plain
     note(f"decoding without drafting, for {reason}", show=show)
-    return replace(plain, recruits=drafting.nobody(plain.opened, draft, reason), room_price=price)
+    return replace(plain, drafter_spec=drafting.nobody(plain.opened, draft, reason), room_price=price)
 
 
-def _fitted(planned: Callable[[OffloadConfig], Placed], way: OffloadConfig) -> Placed | DoesNotFitError:
+def _fitted(planned: Callable[[OffloadConfig], ExactPlan], way: OffloadConfig) -> ExactPlan | DoesNotFitError:
     """The placement, or why there is none."""
     try:
         return planned(way)
@@ -125,12 +125,12 @@ def _fitted(planned: Callable[[OffloadConfig], Placed], way: OffloadConfig) -> P
         return error
 
 
-def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernels: bool) -> Placed:
+def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernels: bool) -> ExactPlan:
     """What these options ask for, and the plan for it."""
-    recruits = drafting.recruit(config, opened)
+    drafter_spec = drafting.find_drafters(config, opened)
     asked = demand(opened, drafting.widened(config), device, kernels=kernels)
-    asked = drafting.reserve(asked, recruits, config)
-    return Placed(config, opened, recruits, asked, divide(opened, asked, config, device))
+    asked = drafting.reserve(asked, drafter_spec, config)
+    return ExactPlan(config, opened, drafter_spec, asked, divide(opened, asked, config, device))
 
 
 def _rates(config: OffloadConfig, device: torch.device, kernels: bool) -> Rates:

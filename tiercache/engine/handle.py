@@ -11,7 +11,7 @@ from typing import get_args
 from policies.types import Key
 from profiler.replay import Row
 from profiler.trace import Trace
-from tiercache.engine.memory import Demand
+from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.plan import Plan
 from tiercache.errors import UsageError
@@ -33,7 +33,7 @@ class Resident:
     read_bytes: int
 
 
-class Attached:
+class OffloadHandle:
     """What `model.tiercache` is: the plan and the statistics of an offloaded model.
 
     Attributes:
@@ -46,13 +46,13 @@ class Attached:
     def __init__(
         self,
         made: Plan,
-        asked: Demand,
+        asked: MemoryRequirements,
         stats: Stats,
         refresh: Callable[[Stats], None],
         mixed: MixedRun | None,
         resident: Resident | None = None,
     ) -> None:
-        self.plan, self.rehearsal, self.mixed, self.resident = made, asked.rehearsal, mixed, resident
+        self.plan, self.meta_trace, self.mixed, self.resident = made, asked.meta_trace, mixed, resident
         self._asked, self._stats, self._refresh = asked, stats, refresh
 
     @property

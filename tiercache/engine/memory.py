@@ -19,7 +19,7 @@ from tiercache.model import meta_model, mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.embedding import FileRows
 from tiercache.model.linear import scratch_bytes
-from tiercache.model.trace import Rehearsal, rehearse
+from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
 from tiercache.store.format import BLOCK_BYTES
@@ -34,7 +34,7 @@ _CUDA_SCRATCH_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
-class Demand:
+class MemoryRequirements:
     """What a model asks for.
 
     Attributes:
@@ -47,25 +47,25 @@ class Demand:
 
     uses: tuple[Use, ...]
     needs: Needs
-    rehearsal: Rehearsal
+    meta_trace: MetaTrace
     workspace_bytes: int
     payload: dict[int, int]
 
 
-def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool) -> Demand:
+def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool) -> MemoryRequirements:
     """Rehearse `opened` and add up what it takes; `kernels`: planes are multiplied as they are.
 
     Raises:
         UnsupportedModelError: modules that a pass never calls, or a forward that cannot be rehearsed.
     """
     manifest = opened.manifest
-    cache = None if config.draft is None else cache_of(opened.skeleton, config.context)
-    rehearsal = rehearse(opened.skeleton, tuple(manifest.weights), config.context, config.logits, cache)
-    if unused := sorted(set(manifest.weights) - set(rehearsal.calls)):
+    cache = None if config.draft is None else cache_of(opened.meta_model, config.context)
+    meta_trace = trace_on_meta(opened.meta_model, tuple(manifest.weights), config.context, config.logits, cache)
+    if unused := sorted(set(manifest.weights) - set(meta_trace.calls)):
         raise UnsupportedModelError(
             f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model"
         )
-    runs = [units for units, _ in groupby(manifest.weights[module].units for module in rehearsal.calls)]
+    runs = [units for units, _ in groupby(manifest.weights[module].units for module in meta_trace.calls)]
     again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
     order = tuple(dict.fromkeys(key for units in runs for key in units))
     cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
@@ -80,20 +80,20 @@ def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kerne
         order=order,
         always=again,
         table=None if table in order or opened.given else table,
-        compute=_compute_reserve(opened, rehearsal, config, workspace, device, kernels),
+        compute=_compute_reserve(opened, meta_trace, config, workspace, device, kernels),
         dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu" and _may_multiply_below(config)),
         below=below,
         neuron_bytes=sum(manifest.units[key].nbytes for key in below),
         together=cut,
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return Demand(_uses(manifest, rehearsal), needs, rehearsal, workspace, payload)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, meta_trace, workspace, payload)
 
 
-def _uses(manifest: Manifest, rehearsal: Rehearsal) -> tuple[Use, ...]:
-    last = {manifest.weights[module].unit: place for place, module in enumerate(rehearsal.calls)}
+def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:
+    last = {manifest.weights[module].unit: place for place, module in enumerate(meta_trace.calls)}
     uses = {}
-    for place, module in enumerate(rehearsal.calls):
+    for place, module in enumerate(meta_trace.calls):
         weight = manifest.weights[module]
         uses[module] = Use(module, weight, last[weight.unit] == place)
     return tuple(uses.values())
@@ -109,7 +109,7 @@ def _workspace(opened: Opened, kernels: bool) -> int:
 
 def _compute_reserve(
     opened: Opened,
-    rehearsal: Rehearsal,
+    meta_trace: MetaTrace,
     config: OffloadConfig,
     workspace: int,
     device: torch.device,
@@ -121,13 +121,13 @@ def _compute_reserve(
     scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
     kept = _kept_bytes(scratch, device) if kernels else _packed_bytes(opened)
     reserve = {
-        "KV cache": rehearsal.kv_bytes,
-        "activations": rehearsal.workspace_bytes,
+        "KV cache": meta_trace.kv_bytes,
+        "activations": meta_trace.workspace_bytes,
         "workspace": workspace + scratch,
-        "allocator": rehearsal.workspace_bytes + kept,
+        "allocator": meta_trace.workspace_bytes + kept,
     }
     if opened.memory is None or device.type != "cpu":
-        own = dict(opened.skeleton.named_parameters())
+        own = dict(opened.meta_model.named_parameters())
         names = opened.manifest.dense or _rest(opened)
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
         reserve["embedding rows"] = _row_bytes(opened) * config.context
@@ -145,7 +145,7 @@ def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device
     for name, weight in opened.manifest.weights.items():
         if isinstance(weight, PlaneWeight):
             tokens = min(config.logits, config.context) if weight is head else config.context
-            taken = scratch_bytes(opened.skeleton.get_submodule(name), weight, tokens)
+            taken = scratch_bytes(opened.meta_model.get_submodule(name), weight, tokens)
             if config.mode == "mixed" and weight is head:
                 taken += shortlist.scratch_bytes(weight, tokens)
             most = max(most, taken)
@@ -193,9 +193,9 @@ def _row_bytes(opened: Opened) -> int:
 
 def _rest(opened: Opened) -> list[str]:
     """Parameters of a model in memory that are neither multiplied by nor looked up in."""
-    _, table = meta_model.embedding(opened.skeleton)
-    multiplied = {matrix.name for matrix in meta_model.matrices(opened.skeleton)}
-    return [name for name, _ in opened.skeleton.named_parameters() if name not in multiplied and name != table]
+    _, table = meta_model.embedding(opened.meta_model)
+    multiplied = {matrix.name for matrix in meta_model.matrices(opened.meta_model)}
+    return [name for name, _ in opened.meta_model.named_parameters() if name not in multiplied and name != table]
 
 
 def _staging(opened: Opened) -> int:

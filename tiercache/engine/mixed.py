@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from policies.precision import RUNGS
+from policies.precision import PRECISION_NAMES
 from profiler import replay
 from profiler.trace import Trace
 from tiercache.config import OffloadConfig, human
 from tiercache.engine import mixed_plan
-from tiercache.engine.mixed_plan import Mixing
+from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.errors import UsageError
@@ -44,7 +44,7 @@ class MixedRun:
         head: the language-model head's planes, if it has some.
     """
 
-    way: Mixing
+    way: MixedPlan
     blocks: tuple[MixedBlock, ...]
     choosing: Choosing
     slots: NeuronSlots | None
@@ -58,7 +58,7 @@ class MixedRun:
     def start(
         cls,
         stack: ExitStack,
-        way: Mixing,
+        way: MixedPlan,
         opened: Opened,
         made: Plan,
         tiers: TierStack,
@@ -109,7 +109,7 @@ class MixedRun:
         read = human(self.read_bytes)
         if math.isnan(setting.kl):
             return f"mixed mode is lossy: a token reads {read} of the neurons; nobody measured what that loses"
-        how = f"{setting.share:.0%} of int8's bytes, ranked by {RUNGS[setting.rank]}"
+        how = f"{setting.share:.0%} of int8's bytes, ranked by {PRECISION_NAMES[setting.rank]}"
         lost = f"KL {setting.kl:.2g} nats a token from int8, perplexity {setting.perplexity:.4g} for "
         lost += f"{setting.exact_perplexity:.4g}, the same likeliest token {setting.top1:.1%} of the time"
         rest = meta["precision"]

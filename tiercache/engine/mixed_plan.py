@@ -35,7 +35,7 @@ _PASSING_ROWS = SLICE  # chunks of whole slices change no bit of a dense pass on
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixedPlan:
     """A way to run a store's neurons.
 
     Attributes:
@@ -63,10 +63,10 @@ class Mixing:
         """Whether every plane of every block is there, so that dense passes are exact."""
         return all(top == TOP for top in self.tops)
 
-    def manifest(self, store: PlaneStore, rung: str, *, slotted: bool) -> Manifest:
+    def manifest(self, store: PlaneStore, level: str, *, slotted: bool) -> Manifest:
         """The store's parts; `slotted`: planes above the ranking's are units of their own, for slots."""
         ranks = [min(recipe.rank, top) if slotted else top for recipe, top in zip(self.recipes, self.tops, strict=True)]
-        return store.manifest(rung, list(zip(ranks, self.tops, strict=True)))
+        return store.manifest(level, list(zip(ranks, self.tops, strict=True)))
 
     def passing(self, manifest: Manifest) -> tuple[int, ...]:
         """Rows of each slotted plane that one token of any block may need at once."""
@@ -133,7 +133,7 @@ class Mixing:
         return Trace(neurons, counts, [row for row in rows if row is not None])
 
 
-def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[Mixing]:
+def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[MixedPlan]:
     """Ways that are within what was asked for, best first: each ranks with fewer planes than the one before.
 
     Raises:
@@ -159,17 +159,17 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
                 raise
             return
         if setting != before:
-            yield Mixing(calibration, setting, (TOP,) * len(setting.recipes))
+            yield MixedPlan(calibration, setting, (TOP,) * len(setting.recipes))
         before = setting
 
 
-def capped(mixing: Mixing, store: PlaneStore, limit_bytes: int, *, slotted: bool) -> Mixing:
+def capped(mixing: MixedPlan, store: PlaneStore, limit_bytes: int, *, slotted: bool) -> MixedPlan:
     """`mixing` without the planes that whole layers may not bring within `limit_bytes`, the least missed left out.
 
     With slots every block keeps the ranking's planes: they lie in HBM, and slots begin above them in all blocks alike.
     """
     sizes = [
-        [block.rows * sizes_of(block, store).neuron(rung) for rung in range(1, TOP + 1)] for block in store.blocks()
+        [block.rows * sizes_of(block, store).neuron(level) for level in range(1, TOP + 1)] for block in store.blocks()
     ]
     least = mixing.setting.rank - 1 if slotted else 0
     tops = precision.divide(mixing.calibration.losses.tolist(), sizes, limit_bytes, start=least)
@@ -218,7 +218,7 @@ def activation_of(model: transformers.PreTrainedModel) -> Activation:
 
 
 def blocks(
-    mixing: Mixing,
+    mixing: MixedPlan,
     opened: Opened,
     supply: Source,
     slots: NeuronSlots | None,

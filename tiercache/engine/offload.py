@@ -18,11 +18,11 @@ from tiercache import compat
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
 from tiercache.engine import drafting
 from tiercache.engine.budgets import choose
-from tiercache.engine.exact import Placed, place
-from tiercache.engine.handle import Attached, Resident
-from tiercache.engine.memory import Demand
+from tiercache.engine.exact import ExactPlan, place
+from tiercache.engine.handle import OffloadHandle, Resident
+from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
-from tiercache.engine.mixed_plan import Mixing
+from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
@@ -32,14 +32,14 @@ from tiercache.kernels.select import select, will_compile
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Use, weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
-from tiercache.model.pass_hooks import Guard, Passes, refuse_closed
+from tiercache.model.pass_hooks import Passes, PassHooks, refuse_closed
 from tiercache.progress import note
-from tiercache.quant.planes import RUNGS
+from tiercache.quant.planes import PRECISIONS
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.encode import load
 from tiercache.store.reader import Reader
-from tiercache.tiers.crossover import tokens_below
+from tiercache.tiers.breakeven import breakeven_tokens
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
@@ -74,7 +74,7 @@ def offload(
             has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
             that the CPU computes straight from DRAM.
         dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
-        precision: "source" for the original weights, or the rung of the planes: "int8", "int4", "int3". By default
+        precision: "source" for the original weights, or the precision of the planes: "int8", "int4", "int3". By default
             "source"; with mode="mixed" "int8".
         context: tokens, over the batch, for which KV cache and activations are reserved.
         logits: rows of logits that one pass may return (generation needs one per sequence).
@@ -103,12 +103,12 @@ def offload(
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
     config = OffloadConfig(**places, **sizes, **chosen, **read_options(options))
-    with lend(model_or_path, config, show_progress=show_progress, observe=observe) as model:
+    with open_offloaded(model_or_path, config, show_progress=show_progress, observe=observe) as model:
         yield model
 
 
 @contextmanager
-def lend(
+def open_offloaded(
     model_or_path: transformers.PreTrainedModel | str | Path,
     config: OffloadConfig,
     *,
@@ -144,8 +144,8 @@ def _open(
             "which resident passes rule out; leave cpu_tokens= out, or choose drafter='ngram'"
         )
     opened = open_model(model_or_path, config, show_progress=show_progress)
-    way: Mixing | None = None
-    placed: Placed | None = None
+    way: MixedPlan | None = None
+    placed: ExactPlan | None = None
     if config.mode == "mixed":
         way, opened, asked, made = choose(opened, config, target, calibration)
     else:
@@ -172,9 +172,9 @@ def _open(
         if calibration is None:  # one that was made up for the occasion knows of no loss
             note(run.loss_line, show=show_progress is not False)
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
-    if placed is not None and placed.recruits is not None:
+    if placed is not None and placed.drafter_spec is not None:
         told: dict[str, Any] = {"show": show_progress is not False, "room_price": placed.room_price}
-        drafting.attach(stack, opened.model, placed.recruits, config, target, stats, **told)
+        drafting.attach(stack, opened.model, placed.drafter_spec, config, target, stats, **told)
     return opened.model
 
 
@@ -210,7 +210,7 @@ def _cpu_tokens(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], 
         return config.cpu_tokens
     if device.type != "cpu":  # the CPU's sums are fixed point, the GPU's fp32: placement would change the logits
         return 0
-    return tokens_below(kernels["cpu"], RUNGS[config.precision], device)
+    return breakeven_tokens(kernels["cpu"], PRECISIONS[config.precision], device)
 
 
 def _below(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], device: torch.device) -> bool:
@@ -219,7 +219,7 @@ def _below(config: OffloadConfig, made: Plan, kernels: dict[str, Kernels], devic
         return False
     if config.cpu_tokens is not None:
         return config.cpu_tokens > 0
-    return device.type != "cpu" and tokens_below(kernels["cpu"], RUNGS["int8"], device) > 0
+    return device.type != "cpu" and breakeven_tokens(kernels["cpu"], PRECISIONS["int8"], device) > 0
 
 
 def resolve_device(name: str) -> torch.device:
@@ -251,7 +251,7 @@ def _reads_directly(opened: Opened, reader: Reader) -> bool:
 def _attach(
     stack: ExitStack,
     opened: Opened,
-    asked: Demand,
+    asked: MemoryRequirements,
     made: Plan,
     tiers: TierStack,
     reader: Reader,
@@ -291,7 +291,7 @@ def _attach(
         tiers.begin(below=below)
 
     limits, passes = {"context": drafting.widened(config).context, "logits": config.logits}, Passes()
-    guard = Guard(model, stats, **limits, passes=passes, start=start, finish=attachment.end_pass)
+    guard = PassHooks(model, stats, **limits, passes=passes, start=start, finish=attachment.end_pass)
     stack.callback(guard.close)
 
     def refresh(account: Stats) -> None:
@@ -304,7 +304,7 @@ def _attach(
             account.peak_device_bytes = torch.cuda.max_memory_reserved(device)
 
     resident = Resident(passes, resident_bytes) if config.resident else None
-    setattr(model, "tiercache", Attached(made, asked, stats, refresh, mixed, resident))  # noqa: B010 - no parameter
+    setattr(model, "tiercache", OffloadHandle(made, asked, stats, refresh, mixed, resident))  # noqa: B010 - no parameter
     stack.callback(_detach, model, opened.given)
 
 
@@ -341,5 +341,5 @@ def _dense(opened: Opened, reader: Reader, device: torch.device) -> dict[str, to
         multiplied = {f"{module}.weight" for module in (*opened.manifest.weights, opened.manifest.embedding[0])}
         named = opened.model.named_parameters(remove_duplicate=False)
         return {name: parameter.data.to(device) for name, parameter in named if name not in multiplied}
-    own = dict(opened.skeleton.named_parameters())
+    own = dict(opened.meta_model.named_parameters())
     return {name: load(reader, ref).to(device, own[name].dtype) for name, ref in opened.manifest.dense.items()}

@@ -99,7 +99,7 @@ class Plan:
         """Of each matrix, given as the units of its planes, those that a resident pass does with.
 
         They stay in the fastest tier, up to the first one that does not; never all of them, so that where everything
-        stays drafting still reads a rung less.
+        stays drafting still reads a precision less.
         """
         staying = frozenset((self.hbm or self.dram).placement.pinned)
         return [tuple(takewhile(staying.__contains__, units[:-1])) for units in matrices]

@@ -39,7 +39,7 @@ class Opened:
     """
 
     model: Model
-    skeleton: Model
+    meta_model: Model
     manifest: Manifest
     memory: list[torch.Tensor] | None
     given: bool

@@ -1,1 +1,1 @@
-"""Products of planes with activations: one contract, and a dialect for each kind of device."""
+"""Products of planes with activations: one contract, and a backend for each kind of device."""

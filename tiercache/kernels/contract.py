@@ -1,6 +1,6 @@
-"""What every dialect of the plane kernels can do; the `reference` says what the results are.
+"""What every backend of the plane kernels can do; the `reference` says what the results are.
 
-Knows planes and activations. A dialect never knows where a plane lay before it was given, nor which tier or module it
+Knows planes and activations. A backend never knows where a plane lay before it was given, nor which tier or module it
 belongs to: planes are merged as integers from as many pointers as there are planes, so that no placement changes a bit.
 
 Shapes: x is [tokens, features], contiguous or not; `Planes` may have any row stride, but the bytes of a row lie side by
@@ -29,20 +29,20 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class QuantizedActivations:
     """Activations made ready for products along the input: quantised, with their group sums, once per input.
 
     Attributes:
         tokens, columns, group: of the activations.
-        data: the dialect's own.
-        dialect: whose it is; another's would read nonsense.
+        data: the backend's own.
+        backend: whose it is; another's would read nonsense.
     """
 
     tokens: int
     columns: int
     group: int
     data: tuple[Tensor, ...]
-    dialect: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,30 +81,32 @@ Selection = Tensor | SlotRows | None
 
 
 class Kernels(Protocol):
-    """A dialect."""
+    """A backend."""
 
     name: str
     device: torch.device
 
-    def prepare(self, x: Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """Transform x [tokens, columns] times `before`, times `after`: a new fp32 tensor (see `quant.hadamard`).
 
-        Factors are fp32 [columns], in one piece; None for ones. The same bits in every dialect.
+        Factors are fp32 [columns], in one piece; None for ones. The same bits in every backend.
         """
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, i] += sum over c of W[rows[i], c] x[t, c]; out is fp32 [tokens, rows].
 
         A token that holds NaN or infinity gets NaN or infinity in every result.
         """
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
+    def matmuls(
+        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
+    ) -> None:
         """`product` of several matrices with as many rows, in one walk where they lie side by side (gate and up)."""
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
 
         The neuron-major layout of down matrices: a neuron's column lies as a row, grouped along its own length. A token
@@ -113,7 +115,7 @@ class Kernels(Protocol):
 
     def ffn(
         self,
-        x: Prepared,
+        x: QuantizedActivations,
         inward: Sequence[Planes],
         down: Planes,
         activation: str,

@@ -1,4 +1,4 @@
-"""The dialect that says what is right: plain torch over decoded weights, in fp32 or fp64, on any device. Slow."""
+"""The backend that says what is right: plain torch over decoded weights, in fp32 or fp64, on any device. Slow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch.nn import functional
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
-    Prepared,
+    QuantizedActivations,
     Selection,
     SlotRows,
     check_activations,
@@ -63,10 +63,10 @@ class ReferenceKernels:
     def __init__(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.device, self._dtype = device or torch.device("cpu"), dtype
 
-    def prepare(self, x: Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         """See `contract.Kernels`."""
         check_activations(x)
-        return Prepared(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
+        return QuantizedActivations(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """See `contract.Kernels`."""
@@ -74,17 +74,19 @@ class ReferenceKernels:
         turned = hadamard.transform(x.float() if before is None else x.float() * before)
         return turned if after is None else turned * after
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
+    def matmuls(
+        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
+    ) -> None:
         """See `contract.Kernels`."""
         for weight, out in zip(weights, outs, strict=True):
-            self.product(x, weight, out, rows)
+            self.matmul(x, weight, out, rows)
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
@@ -92,7 +94,7 @@ class ReferenceKernels:
 
     def ffn(
         self,
-        x: Prepared,
+        x: QuantizedActivations,
         inward: Sequence[Planes],
         down: Planes,
         activation: str,

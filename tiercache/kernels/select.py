@@ -1,6 +1,6 @@
-"""Which dialect serves a device, and what to do where it cannot.
+"""Which backend serves a device, and what to do where it cannot.
 
-Knows the dialects by name; nothing of models.
+Knows the backends by name; nothing of models.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from tiercache.kernels.cpu import build
 
 @cache
 def select(device: torch.device) -> Kernels:
-    """The fast dialect of `device`, made once in a process.
+    """The fast backend of `device`, made once in a process.
 
     Raises:
         EnvironmentUnsupportedError: it cannot be had here (no compiler, an unknown processor); says what would help.
@@ -36,7 +36,7 @@ def will_compile() -> bool:
 
 
 def describe(device: torch.device) -> tuple[bool, str]:
-    """Whether the fast dialect serves `device`, and a line about it for a person; compiles nothing."""
+    """Whether the fast backend serves `device`, and a line about it for a person; compiles nothing."""
     if device.type == "cuda":
         try:
             return True, select(device).name

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tiercache.compat import Conv1D
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
@@ -43,16 +43,18 @@ class Inputs:
         self._prepared: tuple[tuple[Kernels, int, str], _Made] | None = None
         self._results: dict[str, _Made] = {}
 
-    def prepare(self, kernels: Kernels, x: Tensor, tokens: Tensor, weight: PlaneWeight, slot: Tensor) -> Prepared:
+    def quantize_activations(
+        self, kernels: Kernels, x: Tensor, tokens: Tensor, weight: PlaneWeight, slot: Tensor
+    ) -> QuantizedActivations:
         """`tokens` is x as a matrix, where the kernels compute; the newest one is kept for equal scales."""
         wanted = kernels, weight.group, weight.inputs
         if self._prepared is not None:
             kept, made = self._prepared
-            if kept == wanted and made.fits(x) and isinstance(made.what, Prepared):
+            if kept == wanted and made.fits(x) and isinstance(made.what, QuantizedActivations):
                 return made.what
-        prepared = kernels.prepare(transformed(kernels, tokens, weight, slot), weight.group)
-        self._prepared = wanted, _Made(x, prepared)
-        return prepared
+        quantized = kernels.quantize_activations(transformed(kernels, tokens, weight, slot), weight.group)
+        self._prepared = wanted, _Made(x, quantized)
+        return quantized
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
         """Keep what module `name` will be asked for."""
@@ -119,27 +121,27 @@ class PlaneForward:
             result = tokens.new_empty(tokens.shape[0], self._features)
             for at in range(0, tokens.shape[0], MAX_TOKENS):
                 piece = tokens[at : at + MAX_TOKENS]
-                result[at : at + MAX_TOKENS] = self._product(piece, piece, slots, alone=True)
+                result[at : at + MAX_TOKENS] = self._matmul(piece, piece, slots, alone=True)
             return result.to(_result_dtype(x))
-        return self._product(x, tokens, slots).to(x.device, _result_dtype(x))
+        return self._matmul(x, tokens, slots).to(x.device, _result_dtype(x))
 
-    def _product(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
+    def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
         """fp32, on the device of the slots' kernels; slots in main memory may be a GPU's or the CPU's to multiply."""
         kernels = self._kernels[slots[0].device.type]
         tokens = plain(tokens, kernels.device)
         out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
         parts = self._parts(slots)
         if self._down:
-            kernels.product_down(tokens, parts[0], out)
+            kernels.matmul_transposed(tokens, parts[0], out)
             return kernels.hadamard(out, after=self._weight.output_factors(slots[0]).to(out.device))
-        prepared = self._inputs.prepare(kernels, x, tokens, self._weight, slots[0])
+        quantized = self._inputs.quantize_activations(kernels, x, tokens, self._weight, slots[0])
         if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
-            kernels.product(prepared, parts[0], out)
+            kernels.matmul(quantized, parts[0], out)
         elif self._partner is None:
-            kernels.products(prepared, parts, out.split(self._weight.rows, dim=1))
+            kernels.matmuls(quantized, parts, out.split(self._weight.rows, dim=1))
         else:
             other = torch.zeros_like(out)
-            kernels.products(prepared, parts, [out, other])
+            kernels.matmuls(quantized, parts, [out, other])
             self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)))
         return out
 
@@ -192,10 +194,10 @@ def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
     if is_down(module, weight):
         slices = min(rows, _FEW) * -(-weight.rows // _SLICE)  # each has sums of its own when there are few tokens
         return 4 * (2 * rows + slices) * weight.columns  # sums, and what the transform makes of them
-    prepared = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
-    prepared += 4 * weight.columns  # transformed
+    quantized = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
+    quantized += 4 * weight.columns  # transformed
     results = 4 * weight.rows * (4 if weight.parts > 1 and len(weight.own) == 1 else 2 * len(weight.own))
-    return rows * (prepared + results)  # gate and up are made by turns, then parted
+    return rows * (quantized + results)  # gate and up are made by turns, then parted
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

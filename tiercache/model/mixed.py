@@ -3,8 +3,8 @@
 The module that is called first with an input ranks the neurons and makes the inward products; the down matrix then
 reads only the neurons that were chosen. Activation and everything else between them stay the model's own code.
 
-    mixed     each token's neurons at the recipe's rungs; a pass of many tokens runs dense, at the top rung
-    exact     every neuron at the top rung
+    mixed     each token's neurons at the recipe's precisions; a pass of many tokens runs dense, at the top precision
+    exact     every neuron at the top precision
     resident  as mixed, with what lies in the slots of an HBM tier, which stay as they are (without one: as mixed)
 
 Knows modules, recipes and planes; not where planes come from.
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policies.precision import RUNGS, TOP, Recipe, Sizes
+from policies.precision import PRECISION_NAMES, TOP, Recipe, Sizes
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.importance import SCORERS, Activation, first, largest, needed, scores
 from tiercache.model.linear import plain
 from tiercache.model.neurons import BlockPlanes, Group, Parts
@@ -42,7 +42,7 @@ class Choosing:
         few: passes of up to so many tokens, over the batch, choose neurons token by token.
         always: passes of more tokens choose as well, by masks over dense products.
         stats: where to count.
-        in_order: neurons are wanted most important first within a rung, too (where uploads are capped).
+        in_order: neurons are wanted most important first within a precision, too (where uploads are capped).
         trace: is told each token's choice of each block, in turn: (block, neurons by importance).
     """
 
@@ -168,17 +168,17 @@ class MixedBlock:
         self._x, self._values, self._chosen, self._masks = None, [], [], None
         self.planes.close()
 
-    def products(self, x: Tensor, rung: int) -> list[Tensor]:
-        """All inward products of x at a rung that is always there, biases included; within the block's turn."""
-        prepared = self._prepare(self._tokens(x))
-        return self._inward_products(prepared, self.planes.whole(rung), tuple(range(self._inward)))
+    def matmuls(self, x: Tensor, precision: int) -> list[Tensor]:
+        """All inward products of x at a precision that is always there, biases included; within the block's turn."""
+        quantized = self._quantize_activations(self._tokens(x))
+        return self._inward_products(quantized, self.planes.whole(precision), tuple(range(self._inward)))
 
-    def down(self, hidden: Tensor, rung: int) -> Tensor:
-        """hidden [tokens, neurons] times the down matrix at a rung that is always there, fp32; within the turn."""
+    def down(self, hidden: Tensor, precision: int) -> Tensor:
+        """hidden [tokens, neurons] times the down matrix at a precision that is always there, fp32; within the turn."""
         out = torch.zeros(len(hidden), self.planes.block.columns, dtype=torch.float32, device=hidden.device)
-        part = self.planes.whole(rung)[-1]
+        part = self.planes.whole(precision)[-1]
         for at in range(0, len(hidden), MAX_TOKENS):
-            self._kernels.product_down(hidden[at : at + MAX_TOKENS], part, out[at : at + MAX_TOKENS])
+            self._kernels.matmul_transposed(hidden[at : at + MAX_TOKENS], part, out[at : at + MAX_TOKENS])
         return self._outputs(out)
 
     def _begin(self, x: Tensor) -> None:
@@ -199,10 +199,10 @@ class MixedBlock:
             self._dense_inward(tokens)
 
     def _choose(self, x: Tensor, token: int, *, last: bool) -> None:
-        """Rank one token's neurons, and make its inward products at their rungs; `last`: no other token follows."""
+        """Rank one token's neurons, and make its inward products at their precisions; `last`: no other follows."""
         recipe, choosing = self.recipe.capped(self.planes.top), self._choosing
-        prepared = self._prepare(x)
-        ranked = self._rank(x, prepared, recipe, token)
+        quantized = self._quantize_activations(x)
+        ranked = self._rank(x, quantized, recipe, token)
         counts = recipe.counts(self.planes.block.neurons)
         score = scores(
             [self._values[part][token : token + 1] if part in ranked else None for part in range(self._inward)],
@@ -215,8 +215,8 @@ class MixedBlock:
             if group.added:
                 self._raise(x, token, group)
                 continue
-            parts = tuple(p for p in range(self._inward) if group.rung > recipe.rank or p not in ranked)
-            made = self._inward_products(prepared, group.parts, parts, group)
+            parts = tuple(p for p in range(self._inward) if group.precision > recipe.rank or p not in ranked)
+            made = self._inward_products(quantized, group.parts, parts, group)
             for part, value in zip(parts, made, strict=True):
                 self._values[part][token].index_copy_(0, group.neurons, value[0])
         keep_all = last or self._choosing.kind == "resident"
@@ -227,8 +227,8 @@ class MixedBlock:
         """Add to inward products what the planes above give, multiplied in main memory."""
         neurons = group.neurons.to(self.planes.device)
         outs = [torch.zeros(1, len(neurons), dtype=torch.float32) for _ in range(self._inward)]
-        prepared = self._host.prepare(x.cpu(), self.planes.block.group)
-        self._host.products(prepared, group.parts[: self._inward], outs, group.rows)
+        quantized = self._host.quantize_activations(x.cpu(), self.planes.block.group)
+        self._host.matmuls(quantized, group.parts[: self._inward], outs, group.rows)
         for value, out in zip(self._values, outs, strict=True):
             value[token].index_add_(0, neurons, out[0].to(value.device))
 
@@ -236,81 +236,84 @@ class MixedBlock:
         """Add one token's down products of a group to `out`."""
         some = hidden.index_select(1, group.neurons.to(hidden.device))
         if not group.added:
-            self._kernels.product_down(some, group.parts[-1], out, group.rows)
+            self._kernels.matmul_transposed(some, group.parts[-1], out, group.rows)
             return
         below = torch.zeros(out.shape, dtype=torch.float32)
-        self._host.product_down(some.cpu(), group.parts[-1], below, group.rows)
+        self._host.matmul_transposed(some.cpu(), group.parts[-1], below, group.rows)
         out += below.to(out.device)
 
-    def _rank(self, x: Tensor, prepared: Prepared, recipe: Recipe, token: int) -> tuple[int, ...]:
+    def _rank(self, x: Tensor, quantized: QuantizedActivations, recipe: Recipe, token: int) -> tuple[int, ...]:
         """Make the products that the recipe ranks by, of all neurons; which parts they are of."""
         ranked = needed(recipe.scorer, self._inward)
         channels = SCORERS[recipe.scorer].channels
         if channels < 1:  # of the model's own inputs: transformed ones are all about as large
             assert self._x is not None
             own = plain(self._x.reshape(-1, self._x.shape[-1])[token : token + len(x)], self.planes.device)
-            prepared = self._prepare(self._tokens(largest(own, channels)))
-        made = self._inward_products(prepared, self.planes.whole(recipe.rank), ranked)
+            quantized = self._quantize_activations(self._tokens(largest(own, channels)))
+        made = self._inward_products(quantized, self.planes.whole(recipe.rank), ranked)
         for part, value in zip(ranked, made, strict=True):
             self._values[part][token : token + len(x)] = value
         return ranked
 
     def _mask(self, x: Tensor) -> None:
-        """As `_choose`, for many tokens: dense products at each rung, of which each token takes its neurons'."""
+        """As `_choose`, for many tokens: dense products at each precision, of which each token takes its neurons'."""
         recipe = self.recipe.capped(self.planes.top)
         ranked = needed(recipe.scorer, self._inward)
         self._masks = [self._rungs(x[at : at + SLICE], at, recipe) for at in range(0, len(x), SLICE)]
-        rungs = range(1, self.planes.top + 1)
+        precisions = range(1, self.planes.top + 1)
         wanted = {
-            rung: tuple(p for p in range(self._inward) if rung > recipe.rank or p not in ranked) for rung in rungs
+            precision: tuple(p for p in range(self._inward) if precision > recipe.rank or p not in ranked)
+            for precision in precisions
         }
         counts = recipe.counts(self.planes.block.neurons)
         for some, parts in self.planes.chunks(slice(0, self._inward)):
             for at in range(0, len(x), SLICE):
-                prepared, masks = self._prepare(x[at : at + SLICE]), self._masks[at // SLICE][:, some]
-                for rung in (rung for rung in rungs if counts[TOP - rung]):
-                    made = self._inward_products(prepared, [p.at(RUNGS[rung]) for p in parts], wanted[rung], some=some)
-                    for part, value in zip(wanted[rung], made, strict=True):
+                quantized, masks = self._quantize_activations(x[at : at + SLICE]), self._masks[at // SLICE][:, some]
+                for precision in (precision for precision in precisions if counts[TOP - precision]):
+                    made = self._inward_products(
+                        quantized, [p.at(PRECISION_NAMES[precision]) for p in parts], wanted[precision], some=some
+                    )
+                    for part, value in zip(wanted[precision], made, strict=True):
                         target = self._values[part][at : at + SLICE, some]
-                        target.copy_(torch.where(masks == rung, value, target))
+                        target.copy_(torch.where(masks == precision, value, target))
 
     def _rungs(self, x: Tensor, at: int, recipe: Recipe) -> Tensor:
-        """Rank the neurons of tokens from `at` on: the rung of each, uint8 [tokens, neurons]."""
-        ranked = self._rank(x, self._prepare(x), recipe, at)
+        """Rank the neurons of tokens from `at` on: the precision of each, uint8 [tokens, neurons]."""
+        ranked = self._rank(x, self._quantize_activations(x), recipe, at)
         known = [self._values[part][at : at + len(x)] if part in ranked else None for part in range(self._inward)]
         counts = recipe.counts(self.planes.block.neurons)
         order = scores(known, self._activation, self.norms).topk(sum(counts), dim=1).indices
-        rungs = torch.zeros(len(x), self.planes.block.neurons, dtype=torch.uint8, device=x.device)
-        for rung, some in zip((3, 2, 1), order.split(counts, dim=1), strict=True):
-            rungs.scatter_(1, some, rung)
+        precisions = torch.zeros(len(x), self.planes.block.neurons, dtype=torch.uint8, device=x.device)
+        for precision, some in zip((3, 2, 1), order.split(counts, dim=1), strict=True):
+            precisions.scatter_(1, some, precision)
         for token in order:
             self._count(recipe, token)
-        return rungs
+        return precisions
 
     def _dense_inward(self, x: Tensor) -> None:
-        pieces = [self._prepare(x[at : at + MAX_TOKENS]) for at in range(0, len(x), MAX_TOKENS)]
+        pieces = [self._quantize_activations(x[at : at + MAX_TOKENS]) for at in range(0, len(x), MAX_TOKENS)]
         for some, parts in self.planes.chunks(slice(0, self._inward)):
-            for place, prepared in enumerate(pieces):
+            for place, quantized in enumerate(pieces):
                 at = place * MAX_TOKENS
-                made = self._inward_products(prepared, parts, tuple(range(self._inward)), some=some)
+                made = self._inward_products(quantized, parts, tuple(range(self._inward)), some=some)
                 for part, value in enumerate(made):
                     self._values[part][at : at + MAX_TOKENS, some] = value
 
     def _dense_down(self, hidden: Tensor, out: Tensor) -> None:
-        """Every neuron at the top rung, or each token's at their rungs where masks say so."""
-        rungs = None if self._masks is None else torch.cat(self._masks)
+        """Every neuron at the top precision, or each token's at their precisions where masks say so."""
+        precisions = None if self._masks is None else torch.cat(self._masks)
         for some, parts in self.planes.chunks(slice(self._inward, None)):
             for at in range(0, len(hidden), MAX_TOKENS):
                 here = slice(at, at + MAX_TOKENS)
                 piece = hidden[here, some]
-                if rungs is None:
-                    self._kernels.product_down(piece, parts[-1], out[here])
+                if precisions is None:
+                    self._kernels.matmul_transposed(piece, parts[-1], out[here])
                     continue
-                for rung in range(1, self.planes.top + 1):
-                    mask = rungs[here, some] == rung
+                for precision in range(1, self.planes.top + 1):
+                    mask = precisions[here, some] == precision
                     if bool(mask.any()):
                         chosen = piece.where(mask, 0)
-                        self._kernels.product_down(chosen, parts[-1].at(RUNGS[rung]), out[here])
+                        self._kernels.matmul_transposed(chosen, parts[-1].at(PRECISION_NAMES[precision]), out[here])
 
     def _tokens(self, x: Tensor) -> Tensor:
         """The block's inputs as a matrix, as the planes want them; within its turn."""
@@ -321,12 +324,12 @@ class MixedBlock:
         """What sums of down rows stand for; within the turn."""
         return self._kernels.hadamard(sums, after=self.planes.output_factors)
 
-    def _prepare(self, x: Tensor) -> Prepared:
-        return self._kernels.prepare(x, self.planes.block.group)
+    def _quantize_activations(self, x: Tensor) -> QuantizedActivations:
+        return self._kernels.quantize_activations(x, self.planes.block.group)
 
     def _inward_products(
         self,
-        prepared: Prepared,
+        quantized: QuantizedActivations,
         parts: Parts,
         which: Sequence[int],
         group: Group | None = None,
@@ -338,8 +341,8 @@ class MixedBlock:
         rows = None if group is None else group.rows
         count = parts[0].rows if group is None else len(group.neurons)
         device = self.planes.device
-        outs = [torch.zeros(prepared.tokens, count, dtype=torch.float32, device=device) for _ in which]
-        self._kernels.products(prepared, [parts[part] for part in which], outs, rows)
+        outs = [torch.zeros(quantized.tokens, count, dtype=torch.float32, device=device) for _ in which]
+        self._kernels.matmuls(quantized, [parts[part] for part in which], outs, rows)
         for part, out in zip(which, outs, strict=True):
             bias = self._bias_of(part)
             if bias is not None:

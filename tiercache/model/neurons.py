@@ -1,4 +1,4 @@
-"""The planes of one feed-forward block's neurons, as products want them: all of a rung, or some neurons at some rungs.
+"""The planes of one feed-forward block's neurons, as matmuls want them: all at a precision, or some at some.
 
 Knows slots and slabs, not modules: what they are multiplied with, and how neurons are chosen, is `model.mixed`'s.
 """
@@ -24,18 +24,18 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class Group:
-    """Neurons that are multiplied at one rung.
+    """Neurons that are multiplied at one precision.
 
     Attributes:
-        rung: how many planes.
+        precision: how many planes.
         neurons: which, [count].
         rows: where they lie in `parts`.
-        parts: the inward matrices and the down matrix, at the rung; of a held group the down matrix alone.
+        parts: the inward matrices and the down matrix, at the precision; of a held group the down matrix alone.
         added: `parts` hold only the planes above those that another group multiplies, and lie in main memory; the
             products are added to that group's.
     """
 
-    rung: int
+    precision: int
     neurons: Tensor
     rows: Selection
     parts: Parts
@@ -65,11 +65,11 @@ class BlockPlanes(Protocol):
     def close(self) -> None:
         """Its turn is over; harmless when it had none."""
 
-    def whole(self, rung: int) -> Parts:
-        """All neurons at a rung that is always there."""
+    def whole(self, precision: int) -> Parts:
+        """All neurons at a precision that is always there."""
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
-        """The neurons of one token by rung.
+        """The neurons of one token by precision.
 
         Args:
             order: neurons, most important first.
@@ -81,7 +81,7 @@ class BlockPlanes(Protocol):
         """What of a group its down product will read, kept from the choices of the tokens that follow."""
 
     def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
-        """All neurons' `some` of the parts at the top rung, as many at a time as there is room for, until the next."""
+        """All neurons' `some` of the parts at the top precision, as many at a time as fit, until the next."""
 
 
 def cut(
@@ -142,12 +142,12 @@ class _UnitPlanes:
             self._held = False
             self._supply.release(self.block.units[0])
 
-    def whole(self, rung: int) -> Parts:
+    def whole(self, precision: int) -> Parts:
         """See `BlockPlanes`."""
-        return self._placed[1][rung]
+        return self._placed[1][precision]
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
-        """The matrices of each rung over a slot."""
+        """The matrices of each precision over a slot."""
         raise NotImplementedError
 
 
@@ -157,16 +157,16 @@ class DirectPlanes(_UnitPlanes):
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         planes = [self.block.plane(slot, plane) for plane in range(self.top)]
         scales = self.block.scales(slot)
-        return {rung: cut(self.block, planes[:rung], scales) for rung in range(1, self.top + 1)}
+        return {precision: cut(self.block, planes[:precision], scales) for precision in range(1, self.top + 1)}
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
         """See `BlockPlanes`."""
         found, first = [], 0
-        for rung, count in zip((3, 2, 1), counts, strict=True):
+        for precision, count in zip((3, 2, 1), counts, strict=True):
             some = order[first : first + count]
             first += count
             if count:
-                here = min(rung, self.top)
+                here = min(precision, self.top)
                 found.append(Group(here, some, some, self._placed[1][here]))
         return found
 
@@ -183,8 +183,8 @@ class Deltas:
     """What the planes above add to a block's first ones, multiplied in main memory where they lie.
 
     The product is linear in the planes: with the first ones left out (zero), and with each group's `lo` replaced by
-    minus what the first ones alone take for the middle of the unknown bits, what remains is W at the higher rung less
-    W at the lower. Rounding that `lo` to fp16 is off by at most a 256th of a step.
+    minus what the first ones alone take for the middle of the unknown bits, what remains is W at the higher precision
+    less W at the lower. Rounding that `lo` to fp16 is off by at most a 256th of a step.
 
     Args:
         block: which.
@@ -200,10 +200,10 @@ class Deltas:
         flat = halves.view(block.neurons, block.parts, -1).view(torch.uint8)
         self._parts = {block.low + count: cut(block, [*first, *above[:count]], flat) for count in _counts(above)}
 
-    def group(self, rung: int, neurons: IntArray) -> Group:
-        """Neurons to be raised to `rung`."""
+    def group(self, precision: int, neurons: IntArray) -> Group:
+        """Neurons to be raised to `precision`."""
         chosen = torch.from_numpy(neurons)
-        return Group(rung, chosen, chosen, self._parts[rung], added=True)
+        return Group(precision, chosen, chosen, self._parts[precision], added=True)
 
 
 def _counts(above: Sequence[Tensor]) -> range:
@@ -218,7 +218,7 @@ class SlottedPlanes(_UnitPlanes):
         supply: where its first unit comes from.
         slots: of the planes above.
         device: where all of it lies.
-        deltas: multiplies in main memory what has no slot; None leaves such neurons at the rung at hand.
+        deltas: multiplies in main memory what has no slot; None leaves such neurons at the precision at hand.
     """
 
     def __init__(
@@ -237,10 +237,10 @@ class SlottedPlanes(_UnitPlanes):
         block = self.block
         planes, scales = [block.plane(slot, plane) for plane in range(block.low)], block.scales(slot)
         self._low = planes, scales
-        made = {rung: cut(block, planes[:rung], scales) for rung in range(1, block.low + 1)}
+        made = {precision: cut(block, planes[:precision], scales) for precision in range(1, block.low + 1)}
         slabs = [slab.view(len(slab), block.parts, -1) for slab in self._slots.slabs]
-        for rung in range(block.low + 1, self.top + 1):
-            made[rung] = cut(block, [*planes, *slabs[: rung - block.low]], scales, slabs=True)
+        for precision in range(block.low + 1, self.top + 1):
+            made[precision] = cut(block, [*planes, *slabs[: precision - block.low]], scales, slabs=True)
         return made
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
@@ -250,35 +250,37 @@ class SlottedPlanes(_UnitPlanes):
         neurons: IntArray = order.cpu().numpy()
         find = self._slots.peek if keep else self._slots.place
         rows = find(self.block.layer, neurons, wanted[: self.top - self.block.low])
-        rungs = np.repeat((3, 2, 1), counts)
+        precisions = np.repeat((3, 2, 1), counts)
         here = np.full(len(neurons), self.block.low)
         for plane, found in enumerate(rows):
             here[: len(found)] += (found >= 0) & (here[: len(found)] == self.block.low + plane)
         groups: list[Group] = []
         added: list[Group] = []
-        wished, rungs = rungs, np.minimum(rungs, here)
+        wished, precisions = precisions, np.minimum(precisions, here)
         if self._deltas is not None and not keep:
-            lacking = rungs < wished
-            rungs[lacking] = self.block.low
-            for rung in range(self.block.low + 1, self.top + 1):
-                at = np.flatnonzero(lacking & (wished == rung))
+            lacking = precisions < wished
+            precisions[lacking] = self.block.low
+            for precision in range(self.block.low + 1, self.top + 1):
+                at = np.flatnonzero(lacking & (wished == precision))
                 if at.size:
-                    added.append(self._deltas.group(rung, neurons[at]))
-        for rung in (3, 2, 1):
-            at = np.flatnonzero(rungs == rung)
+                    added.append(self._deltas.group(precision, neurons[at]))
+        for precision in (3, 2, 1):
+            at = np.flatnonzero(precisions == precision)
             if at.size:
                 groups.append(
-                    self._group(rung, neurons[at], [found[at] for found in rows[: max(0, rung - self.block.low)]])
+                    self._group(
+                        precision, neurons[at], [found[at] for found in rows[: max(0, precision - self.block.low)]]
+                    )
                 )
         return groups + added
 
-    def _group(self, rung: int, neurons: IntArray, rows: Sequence[IntArray]) -> Group:
+    def _group(self, precision: int, neurons: IntArray, rows: Sequence[IntArray]) -> Group:
         own = torch.from_numpy(neurons).to(self.device)
         above = [torch.from_numpy(found).to(self.device) for found in rows]
         if not above:
-            return Group(rung, own, own, self._placed[1][rung])
+            return Group(precision, own, own, self._placed[1][precision])
         selection = SlotRows((*([own] * self.block.low), *above), own)
-        return Group(rung, own, selection, self._placed[1][rung])
+        return Group(precision, own, selection, self._placed[1][precision])
 
     def held(self, group: Group) -> Group:
         """See `BlockPlanes`: another token may take the slots, and brings its own behind them."""
@@ -290,7 +292,7 @@ class SlottedPlanes(_UnitPlanes):
         kept = replace(down, planes=(*down.planes[:low], *copies), slabs=True)
         here = torch.arange(len(group.neurons), device=self.device)
         rows = SlotRows((*([group.neurons] * low), *([here] * len(copies))), group.neurons)
-        return Group(group.rung, group.neurons, rows, (kept,))
+        return Group(group.precision, group.neurons, rows, (kept,))
 
     def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
         """See `BlockPlanes`."""

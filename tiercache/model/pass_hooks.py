@@ -38,7 +38,7 @@ class Passes:
             self.resident = before
 
 
-class Guard:
+class PassHooks:
     """The hooks of the whole model.
 
     Args:

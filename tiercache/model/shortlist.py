@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tiercache.kernels.contract import MAX_TOKENS, Kernels, Prepared
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
 from tiercache.model.mixed import SLICE, Choosing
-from tiercache.quant.planes import RUNGS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PRECISIONS, Planes, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ONE_IN = 24
@@ -44,31 +44,31 @@ class ShortlistForward(PlaneForward):
         super().__init__(name, module, weight, kernels, inputs)
         self._choosing = choosing
 
-    def _product(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
+    def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
         if not self._choosing.chooses(MAX_TOKENS if alone else len(tokens)):  # alone: a piece of a longer pass
-            return super()._product(x, tokens, slots, alone=alone)
+            return super()._matmul(x, tokens, slots, alone=alone)
         kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
         tokens = transformed(kernels, plain(tokens, kernels.device), self._weight, slots[0])
         out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
         step = 1 if len(tokens) <= self._choosing.few else SLICE
         for at in range(0, len(tokens), step):
-            prepared = kernels.prepare(tokens[at : at + step], self._weight.group)
-            _shortlisted(kernels, prepared, planes, out[at : at + step])
+            quantized = kernels.quantize_activations(tokens[at : at + step], self._weight.group)
+            _shortlisted(kernels, quantized, planes, out[at : at + step])
         return out
 
 
-def _shortlisted(kernels: Kernels, prepared: Prepared, planes: Planes, out: Tensor) -> None:
+def _shortlisted(kernels: Kernels, quantized: QuantizedActivations, planes: Planes, out: Tensor) -> None:
     """Logits of some tokens into `out`, which is 0; of one token the shortlist's rows alone are read again."""
-    kernels.product(prepared, planes.at(_LOW), out)
+    kernels.matmul(quantized, planes.at(_LOW), out)
     again = out.topk(shortlist(planes.rows), dim=1, sorted=False).indices
     if len(out) > 1:
         whole = torch.zeros_like(out)
-        kernels.product(prepared, planes, whole)
+        kernels.matmul(quantized, planes, whole)
         out.scatter_(1, again, whole.gather(1, again))
         return
     rows = again[0].sort().values  # memory is read in its order
     values = torch.zeros(1, len(rows), dtype=torch.float32, device=out.device)
-    kernels.product(prepared, planes, values, rows)
+    kernels.matmul(quantized, planes, values, rows)
     out[0].index_copy_(0, rows, values[0])
 
 
@@ -86,5 +86,5 @@ def read_bytes(weight: PlaneWeight) -> int:
     """What one token's logits read."""
     planes = [plane_row_bytes(weight.columns, weight.group, plane) for plane in range(len(weight.plane_at))]
     scales = scale_row_bytes(weight.columns, weight.group)
-    low, whole = sum(planes[: RUNGS[_LOW]]) + scales, sum(planes) + scales
+    low, whole = sum(planes[: PRECISIONS[_LOW]]) + scales, sum(planes) + scales
     return weight.rows * low + shortlist(weight.rows) * whole

@@ -21,7 +21,7 @@ from tiercache.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class MetaTrace:
     """What a pass does and takes.
 
     Attributes:
@@ -44,13 +44,13 @@ class Rehearsal:
         return max(self.prefill_bytes, self.decode_bytes) - self.kv_bytes
 
 
-def rehearse(
+def trace_on_meta(
     model: transformers.PreTrainedModel,
     watched: Sequence[str],
     tokens: int,
     logits: int,
     cache: transformers.Cache | None = None,
-) -> Rehearsal:
+) -> MetaTrace:
     """Prefill `tokens` and decode one more on a copy of `model` without data.
 
     Args:
@@ -77,7 +77,7 @@ def rehearse(
             f"{type(model).__name__} cannot be rehearsed without data ({str(error).splitlines()[0]}), so its memory "
             "cannot be planned; use an architecture from the README's list"
         ) from error
-    return Rehearsal(order, cache_bytes(kept), prefill_bytes, decode_bytes, tokens)
+    return MetaTrace(order, cache_bytes(kept), prefill_bytes, decode_bytes, tokens)
 
 
 def _recorder(calls: list[str], name: str) -> Callable[[nn.Module, Any], None]:

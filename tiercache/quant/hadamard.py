@@ -46,7 +46,7 @@ def stored(rows: Tensor, factors: Tensor | None = None) -> Tensor:
 
 
 def restored(planes: Planes, factors: Tensor | None, out: Tensor) -> Tensor:
-    """The rows that were given to `stored`, at the rung held, into `out` [rows, columns] of any dtype and strides.
+    """The rows that were given to `stored`, at the precision held, into `out` [rows, columns] of any dtype and strides.
 
     Besides the result it allocates less than DECODE_SCRATCH_BYTES, for rows that are not longer than that.
     """

@@ -37,7 +37,7 @@ from tiercache.errors import QuantizationError, UsageError
 PLANE_BITS: tuple[int, ...] = (3, 1, 4)
 """Bits of each plane, most significant first; they sum to 8."""
 
-RUNGS: Mapping[str, int] = {"int3": 1, "int4": 2, "int8": 3}
+PRECISIONS: Mapping[str, int] = {"int3": 1, "int4": 2, "int8": 3}
 """Precision name -> number of planes read."""
 
 CELL = 12
@@ -83,7 +83,7 @@ def factor_bytes(columns: int) -> int:
 
 @dataclass(frozen=True, eq=False)  # as tensors are: equal only to itself, so that it can be a key
 class Planes:
-    """A matrix held as its first planes; how many are held is its rung.
+    """A matrix held as its first planes; how many are held is its precision.
 
     planes: uint8 [rows, plane_row_bytes(columns, group, p)] each, any strides, most significant first.
     scales: fp16 [rows, groups, 2], lo and step.
@@ -112,20 +112,22 @@ class Planes:
         return self.scales.shape[0]
 
     @property
-    def rung(self) -> str:
-        """Name of the precision held: the key of `RUNGS`."""
-        return next(name for name, count in RUNGS.items() if count == len(self.planes))
+    def precision(self) -> str:
+        """Name of the precision held: the key of `PRECISIONS`."""
+        return next(name for name, count in PRECISIONS.items() if count == len(self.planes))
 
     @property
     def middle(self) -> float:
         """What the bits that are not held count for, in steps."""
         return MIDDLES[len(self.planes) - 1]
 
-    def at(self, rung: str) -> Planes:
-        """The same matrix at a lower (or the same) rung: a view, nothing is copied."""
-        count = RUNGS.get(rung)
+    def at(self, precision: str) -> Planes:
+        """The same matrix at a lower (or the same) precision: a view, nothing is copied."""
+        count = PRECISIONS.get(precision)
         if count is None or count > len(self.planes):
-            raise UsageError(f"rung {rung!r} of a matrix held at {self.rung}; rungs are {', '.join(RUNGS)}")
+            raise UsageError(
+                f"precision {precision!r} of a matrix held at {self.precision}; precisions are {', '.join(PRECISIONS)}"
+            )
         return replace(self, planes=self.planes[:count])
 
 
@@ -186,7 +188,7 @@ def ranges(least: Tensor, most: Tensor, *, first_row: int = 0) -> tuple[Tensor, 
             f"row {first_row + row} holds {float(least[row, at])} to {float(most[row, at])}; weights must be "
             f"finite and within +-{_FP16_MAX:.0f}: repair the checkpoint or leave this matrix unquantised"
         )
-    constant = least == most  # step 0, and lo rounded to nearest: the same value back at every rung
+    constant = least == most  # step 0, and lo rounded to nearest: the same value back at every precision
     below = (least - (most - least) * (_LEAST / (_MOST - _LEAST))).clamp_min(-_FP16_MAX)
     lo = least.half().where(constant, _fp16_below(below))
     step = -_fp16_below((lo.float() - most) / _MOST)
@@ -249,7 +251,7 @@ def unpack(planes: Planes) -> tuple[Tensor, Tensor]:
 
 
 def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The weights [rows, columns] at the rung held, in `dtype`; written into `out` (any strides) when given.
+    """The weights [rows, columns] at the precision held, in `dtype`; written into `out` (any strides) when given.
 
     Works block by block: besides the result it allocates less than DECODE_SCRATCH_BYTES. Every element is the
     same arithmetic on the same codes: no block size, stride or place of a plane changes a bit of the result.
@@ -268,7 +270,7 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
     return out
 
 
-def product(x: Tensor, planes: Planes) -> Tensor:
+def matmul(x: Tensor, planes: Planes) -> Tensor:
     """W x in the fp32 or fp64 of x [..., columns]: sum of (scale_p codes_p) x + offset (group sums of x)."""
     _check_whole(planes)
     if x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] != (planes.columns,):

@@ -68,7 +68,7 @@ class Record:
         rows, columns, parts: of a unit of planes.
         members: the modules whose weights lie in a unit of planes.
         dtype, shape: of a dense tensor.
-        all_planes: read every plane whatever the rung (the head).
+        all_planes: read every plane whatever the precision (the head).
         inputs: of a unit whose inputs have scales, 16 hex digits of these scales' SHA-256; equal ones can be shared.
     """
 

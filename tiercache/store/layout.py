@@ -97,9 +97,9 @@ def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
     """
     coded = [(weights, sizes) for weights, sizes in units if PLANE_FILES[0] in sizes]
     weights = sum(count for count, _ in coded)
-    files = {rung: (*PLANE_FILES[:planes], SCALE_FILE) for rung, planes in codes.RUNGS.items()}
-    taken = {rung: sum(sizes[name] for _, sizes in coded for name in some) for rung, some in files.items()}
-    return {rung: 8 * nbytes / weights for rung, nbytes in taken.items()}
+    files = {precision: (*PLANE_FILES[:planes], SCALE_FILE) for precision, planes in codes.PRECISIONS.items()}
+    taken = {precision: sum(sizes[name] for _, sizes in coded for name in some) for precision, some in files.items()}
+    return {precision: 8 * nbytes / weights for precision, nbytes in taken.items()}
 
 
 def _matrix(matrix: Matrix, group: int) -> UnitPlan:

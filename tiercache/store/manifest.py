@@ -53,7 +53,7 @@ class PlaneWeight:
         rows, columns, group: of each part, as stored.
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
-        plane_at: first byte of each plane in its unit's slot; as many as the rung has.
+        plane_at: first byte of each plane in its unit's slot; as many as the precision has.
         scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the factors of the inputs,
             if they have some, and the factors of the outputs of a bundle's last part.
         transposed: the parameter is the transpose of what is stored.
@@ -86,7 +86,7 @@ class PlaneWeight:
         return (self.columns, rows) if self.transposed else (rows, self.columns)
 
     def decode_into(self, slot: torch.Tensor, out: torch.Tensor, above: Sequence[torch.Tensor] = ()) -> None:
-        """Write the parameter, at the rung that the slots hold (see `part`), into `out` of its shape."""
+        """Write the parameter, at the precision that the slots hold (see `part`), into `out` of its shape."""
         stored = out.T if self.transposed else out  # [rows * own, columns]
         for place, part in enumerate(self.own):
             target = stored[place * self.rows : (place + 1) * self.rows]
@@ -234,7 +234,7 @@ class Manifest:
         weights: what each linear module multiplies by, by module name.
         embedding: module name and weight of the token embedding, which can also be read row by row from its file.
         dense: parameters kept in the computing device's memory for good (norms, biases, position tables), by name.
-        precision: "source", or the rung.
+        precision: "source", or the precision.
         blocks: feed-forward blocks that are served neuron by neuron; none in the exact modes.
     """
 

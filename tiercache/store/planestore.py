@@ -1,4 +1,4 @@
-"""An existing plane store: opens it, describes its contents at a rung, and checks every byte of it.
+"""An existing plane store: opens it, describes its contents at a precision, and checks every byte of it.
 
 Knows the catalogue and the files; not how weights are multiplied or where they are kept.
 """
@@ -91,11 +91,11 @@ class PlaneStore:
         """The model without weights, with its generation defaults."""
         return meta_model.with_defaults(self.config, self.dtype, self.folder)
 
-    def manifest(self, rung: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
-        """What the model is made of when computed at `rung`; the head is always read at int8.
+    def manifest(self, precision: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
+        """What the model is made of when computed at `precision`; the head is always read at int8.
 
         Args:
-            rung: of every matrix; with `blocks`, of every matrix outside of them.
+            precision: of every matrix; with `blocks`, of every matrix outside of them.
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
             cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
@@ -119,7 +119,7 @@ class PlaneStore:
                     weights[name] = NeuronWeight(block.units[0], block.layer, shape)
                 continue
             if record.kind == "planes":
-                count = len(codes.PLANE_BITS) if record.all_planes else codes.RUNGS[rung]
+                count = len(codes.PLANE_BITS) if record.all_planes else codes.PRECISIONS[precision]
                 some, placed = self._planes(len(units), record, count, cut=cut)
                 units += some
                 weights |= placed
@@ -133,7 +133,7 @@ class PlaneStore:
                 dense[record.name] = ref
         if embedding is None:
             raise StoreError(f"{self.folder} lacks the token embedding {table!r}; convert again")
-        return Manifest(tuple(units), weights, embedding, dense, rung, tuple(made))
+        return Manifest(tuple(units), weights, embedding, dense, precision, tuple(made))
 
     def _block(self, key: int, layer: int, record: Record, cut: tuple[int, int]) -> tuple[list[Unit], NeuronBlock]:
         """The units of a feed-forward block: its first planes with the scales, and each plane above."""
@@ -250,7 +250,7 @@ class PlaneStore:
         each = (
             (r.rows * r.columns * r.parts, {n: e.nbytes for n, e in r.extents.items()}) for r in self.contents.records
         )
-        manifests = {rung: self.manifest(rung) for rung in codes.RUNGS}
+        manifests = {precision: self.manifest(precision) for precision in codes.PRECISIONS}
         return {
             "schema": "tiercache.inspect/1",
             "folder": str(self.folder),
@@ -258,8 +258,8 @@ class PlaneStore:
             "files": files,
             "bits": layout.bits(each),
             "pass_bytes": {
-                rung: sum(unit.nbytes for unit in manifest.units if unit.name != _table(manifest))
-                for rung, manifest in manifests.items()
+                precision: sum(unit.nbytes for unit in manifest.units if unit.name != _table(manifest))
+                for precision, manifest in manifests.items()
             },
             "units": len(self.contents.records),
             "neurons": sum(r.rows for r in self.contents.records if r.name.endswith(" neurons")),

@@ -146,7 +146,7 @@ class NeuronSlots:
         """One token's wishes: `order[:counts[plane]]` is wanted in each plane, most important first.
 
         Returns:
-            for each plane the row of its slab in which each of them lies, -1 where the rung at hand must do.
+            for each plane the row of its slab in which each of them lies, -1 where the precision at hand must do.
         """
         found = []
         for plane, count in enumerate(counts):

@@ -52,7 +52,7 @@ class _Growth(Generic[State]):
     def __init__(self, expand: Expand[State], budget: TreeBudget, context: Context) -> None:
         self._expand, self._noise = expand, context.noise
         self._width, self._floor, self._vocabulary = budget.width, max(budget.floor, _LEAST), context.vocabulary
-        self._sharpness = budget.sharpness
+        self._sharpness = budget.score_scale
         self._deepest = min(budget.depth, context.room - 1)
         self._position = len(context.tokens) - 1  # of the root
         self._rows: list[Callable[[int], float]] = []  # the noise of a token, by depth

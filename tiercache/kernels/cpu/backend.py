@@ -1,4 +1,4 @@
-"""The dialect of this machine's processor: C with vector instructions, chosen when it is loaded.
+"""The backend of this machine's processor: C with vector instructions, chosen when it is loaded.
 
 Work is shared among the threads of the OpenMP runtime that torch has loaded, so that no second set of threads competes
 with torch's. The arithmetic, which is the same to the bit for every instruction set, number of threads and number of
@@ -18,7 +18,7 @@ from torch import Tensor
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
-    Prepared,
+    QuantizedActivations,
     Selection,
     SlotRows,
     check_activations,
@@ -87,7 +87,7 @@ class CpuKernels:
         self._placed: WeakKeyDictionary[Planes, _Matrix] = WeakKeyDictionary()
         self._pairs: WeakKeyDictionary[Planes, tuple[ReferenceType[Planes], _Matrix | None]] = WeakKeyDictionary()
 
-    def prepare(self, x: Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         """See `contract.Kernels`."""
         check_activations(x)
         _check_host("x", x)
@@ -102,7 +102,7 @@ class CpuKernels:
         source, keep = _input(x)
         self._library.tc_prepare(byref(source), columns, group, few, memory.data_ptr(), byref(self._team()))
         del keep
-        return Prepared(tokens, columns, group, (memory,), self.name)
+        return QuantizedActivations(tokens, columns, group, (memory,), self.name)
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """See `contract.Kernels`."""
@@ -116,15 +116,17 @@ class CpuKernels:
         del keep
         return out
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
         lists = _lists(rows)
-        self._product(x, _taken(self._matrix(weight), lists), out)
+        self._matmul(x, _taken(self._matrix(weight), lists), out)
         del lists
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
+    def matmuls(
+        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
+    ) -> None:
         """See `contract.Kernels`."""
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
@@ -135,15 +137,15 @@ class CpuKernels:
         pair, lists = self._pair(weights), _lists(rows)
         if pair is None:
             for weight, out in zip(weights, outs, strict=True):
-                self._product(x, _taken(self._matrix(weight), lists), out)
+                self._matmul(x, _taken(self._matrix(weight), lists), out)
             return
         both = torch.zeros(x.tokens, count, 2, **_FLOATS)
-        self._product(x, _taken(pair, lists), both.flatten(1))
+        self._matmul(x, _taken(pair, lists), both.flatten(1))
         for part, out in enumerate(outs):
             out += both[..., part]
         del lists
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         _check_host("x", x)
@@ -158,7 +160,7 @@ class CpuKernels:
 
     def ffn(
         self,
-        x: Prepared,
+        x: QuantizedActivations,
         inward: Sequence[Planes],
         down: Planes,
         activation: str,
@@ -220,19 +222,19 @@ class CpuKernels:
             known = self._pairs[first] = ref(second), _pair(self._matrix(first), self._matrix(second))
         return known[1]
 
-    def _product(self, x: Prepared, matrix: _Matrix, out: Tensor) -> None:
+    def _matmul(self, x: QuantizedActivations, matrix: _Matrix, out: Tensor) -> None:
         few, data = int(x.tokens <= self._few), x.data[0].data_ptr()
         where = (out.data_ptr(), _stride(out), byref(self._team()))
         self._library.tc_product(byref(matrix), x.tokens, few, data, *where)
 
-    def _check_match(self, x: Prepared, weight: Planes) -> None:
+    def _check_match(self, x: QuantizedActivations, weight: Planes) -> None:
         if (x.columns, x.group) != (weight.columns, weight.group):
             raise UsageError(
                 f"activations of {x.columns} in groups of {x.group} for a matrix of {weight.columns} in groups of "
                 f"{weight.group}; prepare them for it"
             )
-        if x.dialect != self.name:
-            raise UsageError(f"activations prepared by {x.dialect or 'others'} for {self.name}; prepare them again")
+        if x.backend != self.name:
+            raise UsageError(f"activations prepared by {x.backend or 'others'} for {self.name}; prepare them again")
 
     def _team(self) -> _Team:
         """The threads that torch uses now."""

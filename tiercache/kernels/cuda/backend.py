@@ -1,4 +1,4 @@
-"""The dialect for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
+"""The backend for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
 
 Up to 8 tokens the kernels read planes once and multiply in fp32 (why fp32: rows.cu). More tokens go in blocks of 8, or
 above `switch` tokens by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit
@@ -23,7 +23,7 @@ from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
     Kernels,
-    Prepared,
+    QuantizedActivations,
     Selection,
     SlotRows,
     check_activations,
@@ -59,7 +59,7 @@ DEFAULT_SWITCH = 32
 int4 matrix's bytes (it writes and reads fp32), a block about twice them; `measure_switch` finds the true one."""
 
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
-_STORED_BYTES = 2  # of a weight, no less than planes and scales take at any rung and group
+_STORED_BYTES = 2  # of a weight, no less than planes and scales take at any precision and group
 
 _Lists = tuple[Tensor, ...]  # int32 on the device: of each plane and, last, the scales; one for all; none: all rows
 
@@ -84,12 +84,12 @@ class CudaKernels:
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
         self._switch = max(switch, FEW_TOKENS)
 
-    def prepare(self, x: Tensor, group: int) -> Prepared:
+    def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         """See `contract.Kernels`."""
         tokens, columns = x.shape
         self._check_input(x, columns)
         if tokens > self._switch:
-            return Prepared(tokens, columns, group, (x.float(),))
+            return QuantizedActivations(tokens, columns, group, (x.float(),))
         blocks, chunks = Blocks.of(tokens), chunks_of(columns)
         packed = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS)
         sums = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS // group)
@@ -99,7 +99,7 @@ class CudaKernels:
             self._launcher.launch(
                 prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
             )
-        return Prepared(tokens, columns, group, (packed, sums))
+        return QuantizedActivations(tokens, columns, group, (packed, sums))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """See `contract.Kernels`."""
@@ -114,28 +114,30 @@ class CudaKernels:
             self._launcher.launch(call)
         return out
 
-    def product(self, x: Prepared, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         _check_prepared(x, weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         for some, (near,), chosen in self._tiles(x.tokens, (weight,), rows):
-            self._product(x, near, out[:, some], chosen)
+            self._matmul(x, near, out[:, some], chosen)
 
-    def products(self, x: Prepared, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None) -> None:
+    def matmuls(
+        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
+    ) -> None:
         """See `contract.Kernels`. One launch each: on a GPU nothing is gained by walking matrices together."""
         for weight, out in zip(weights, outs, strict=True):
-            self.product(x, weight, out, rows)
+            self.matmul(x, weight, out, rows)
 
-    def product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
+    def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """See `contract.Kernels`."""
         self._check_input(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
         for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
-            self._product_down(x[:, some], near, out, chosen)
+            self._matmul_transposed(x[:, some], near, out, chosen)
 
     def ffn(
         self,
-        x: Prepared,
+        x: QuantizedActivations,
         inward: Sequence[Planes],
         down: Planes,
         activation: str,
@@ -159,7 +161,7 @@ class CudaKernels:
                 hidden = self._hidden(x, near[:-1], activation, chosen)
                 self._spread(hidden, x.tokens, near[-1], out, chosen)
             else:
-                self._product_down(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
+                self._matmul_transposed(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`. Pieces and `out` may lie on the device or in page-locked host memory."""
@@ -206,7 +208,7 @@ class CudaKernels:
         for _ in range(4):
             self._launcher.synchronize()
             start = time.perf_counter()
-            kernels.product(kernels.prepare(x, weight.group), weight, out)
+            kernels.matmul(kernels.quantize_activations(x, weight.group), weight, out)
             self._launcher.synchronize()
             best = min(best, time.perf_counter() - start)
         return best
@@ -255,7 +257,7 @@ class CudaKernels:
         scales = parts[-1].view(torch.float16).view(count, -1, 2)
         return replace(weight, planes=planes, scales=scales, slabs=False)
 
-    def _product(self, x: Prepared, weight: Planes, out: Tensor, rows: _Lists) -> None:
+    def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: _Lists) -> None:
         if x.tokens > self._switch:
             with _full_precision():
                 out += x.data[0] @ self._decoded(weight, rows).T
@@ -263,7 +265,7 @@ class CudaKernels:
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
 
     def _launch_rows(
-        self, x: Prepared, weights: Sequence[Planes], out: tuple[int, int], rows: _Lists, activation: int
+        self, x: QuantizedActivations, weights: Sequence[Planes], out: tuple[int, int], rows: _Lists, activation: int
     ) -> None:
         packed, sums = x.data
         matrices = [matrix(weight, self._at) for weight in weights]
@@ -272,23 +274,23 @@ class CudaKernels:
         planes = len(weights[0].planes)
         self._launcher.launch(rows_call(matrices, planes, given, x.columns, _pointers(rows, planes), out, *sizes))
 
-    def _hidden(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
+    def _hidden(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
         blocks = Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, _count(inward[0], rows), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: Prepared, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
-        """The same as [tokens, rows], matrix by matrix: for many tokens, or rungs that differ."""
+    def _act(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
+        """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
         count = _count(inward[0], rows)
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
-            self._product(x, weight, part, rows)
+            self._matmul(x, weight, part, rows)
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _product_down(self, x: Tensor, weight: Planes, out: Tensor, rows: _Lists) -> None:
+    def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: _Lists) -> None:
         tokens = x.shape[0]
         if tokens > self._switch:
             with _full_precision():
@@ -358,7 +360,7 @@ def _pointers(rows: _Lists, planes: int) -> list[int]:
     return [*own, *[0] * (3 - planes), scales]
 
 
-def _check_prepared(x: Prepared, weight: Planes) -> None:
+def _check_prepared(x: QuantizedActivations, weight: Planes) -> None:
     if (x.columns, x.group) != (weight.columns, weight.group):
         raise UsageError(
             f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.sketch import Candidates, Passes, Scorer, Siblings, Sketch, safe_log, siblings_of, within
+from tiercache.draft.growing_tree import Candidates, Passes, Scorer, Siblings, Sketch, safe_log, siblings_of, within
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 

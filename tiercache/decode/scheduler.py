@@ -46,7 +46,7 @@ class Round:
     began_s: float
 
 
-class Team:
+class DrafterScheduler:
     """See the module.
 
     Args:
@@ -111,8 +111,8 @@ class Team:
         self._tell_plain(tuple(self._tokens[-1:]))
         drafter = self._drafters[choice.arm]
         width = choice.width if self._branches else 1
-        sharpness = drafter.sharpness.value
-        budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, sharpness, choice.enough)
+        score_scale = drafter.score_scale.value
+        budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, score_scale, choice.enough)
         return drafter.propose(budget), choice, drafter.passes
 
     @contextmanager
@@ -149,7 +149,7 @@ class Team:
         self.stats.spend(told_s, done.verify_s, plain=not len(tree))
         if choice.arm is not None:
             for confidence, came in tree.outcomes(feedback.emitted):
-                self._drafters[choice.arm].sharpness.observe(confidence, came)
+                self._drafters[choice.arm].score_scale.observe(confidence, came)
         told_s, self._late_s = max(0.0, told_s - self._late_s), 0.0  # of having drafters at all, not of this choice
         if self._budgeter is None:
             return

@@ -4,10 +4,10 @@ Knows growers; not which model they ask.
 """
 
 from tiercache.draft.base import BaseDrafter, Context, Feedback
-from tiercache.draft.drawn import Branching, StochasticBeam
 from tiercache.draft.grow import Ranked, Static
+from tiercache.draft.growing_tree import Grower
 from tiercache.draft.noise import GumbelNoise
-from tiercache.draft.sketch import Grower
+from tiercache.draft.sampled_growers import Branching, StochasticBeam
 from tiercache.draft.tree import DraftTree
 
 

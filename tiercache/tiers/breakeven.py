@@ -21,7 +21,7 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
 
 
-def tokens_below(kernels: Kernels, planes: int, device: torch.device) -> int:
+def breakeven_tokens(kernels: Kernels, planes: int, device: torch.device) -> int:
     """Up to how many tokens a pass is faster with the CPU multiplying in DRAM than with copies to `device`.
 
     Takes up to 75 MB of main memory for as long as it measures, and 8 MB on `device`: call it before tiers are filled.
@@ -38,10 +38,10 @@ def tokens_below(kernels: Kernels, planes: int, device: torch.device) -> int:
         link_s = _link(lower.bytes[:used], device)
         product_s: dict[int, float] = {}
         for tokens in _TOKENS:
-            product_s[tokens] = _product(kernels, weight, tokens)
+            product_s[tokens] = _matmul(kernels, weight, tokens)
             if product_s[tokens] >= link_s:
                 break
-        return offload.tokens_below(link_s, product_s)
+        return offload.breakeven_tokens(link_s, product_s)
     finally:
         lower.close()
 
@@ -75,11 +75,11 @@ def _link(source: torch.Tensor, device: torch.device) -> float:
     return _seconds(copy)
 
 
-def _product(kernels: Kernels, weight: Planes, tokens: int) -> float:
+def _matmul(kernels: Kernels, weight: Planes, tokens: int) -> float:
     """Seconds of a product with `tokens`, the preparation of its input included."""
     floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     x, out = torch.ones(tokens, _COLUMNS, **floats), torch.zeros(tokens, weight.rows, **floats)
-    return _seconds(lambda: kernels.product(kernels.prepare(x, _GROUP), weight, out))
+    return _seconds(lambda: kernels.matmul(kernels.quantize_activations(x, _GROUP), weight, out))
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -49,7 +49,7 @@ class Stand(Protocol):
 
     Attributes:
         label: its name in the results.
-        kernels: the dialect.
+        kernels: the backend.
         device: where activations lie.
         cache_bytes: of the cache that the working set has to exceed.
         batch: calls between two looks at the clock.
@@ -80,7 +80,7 @@ class CpuStand:
     """This machine's processor and main memory, in huge pages as the tiers' slabs are. See `Stand`.
 
     Args:
-        kernels: the dialect; by default the one that is chosen for this processor.
+        kernels: the backend; by default the one that is chosen for this processor.
     """
 
     def __init__(self, kernels: Kernels | None = None) -> None:

@@ -14,7 +14,7 @@ _FIRST_STEP, _LAST_STEP = 1.5, 0.2
 _LEAST, _MOST = 0.125, 32.0
 
 
-class Sharpness:
+class TemperatureScaling:
     """The factor; see the module.
 
     Attributes:

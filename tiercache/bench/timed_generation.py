@@ -19,7 +19,7 @@ from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
-from tiercache.engine.offload import lend
+from tiercache.engine.offload import open_offloaded
 from tiercache.errors import UsageError
 from tiercache.store.planestore import PlaneStore
 
@@ -220,7 +220,7 @@ def lane(setting: Setting, entry: Entry) -> Iterator[Lane]:
         cpu_tokens=0 if setting.link_gbps else None,  # a slow link is asked for to be used
         draft=draft,
     )
-    with lend(setting.store, config, show_progress=False) as model:
+    with open_offloaded(setting.store, config, show_progress=False) as model:
         yield Lane(model)
 
 

@@ -9,7 +9,7 @@ _KEEP = 0.98  # weight of a round after another one
 _PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds that halve this
 
 
-class Pace:
+class ThroughputEstimator:
     """Means over the newest rounds, leaning on a promise while they are few.
 
     Attributes:
