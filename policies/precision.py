@@ -2,8 +2,8 @@
 
 A *level* is a number of planes: 0 skips a neuron, 1 is int3, 2 is int4, 3 is int8. A *recipe* says how a layer's
 neurons are ranked for each token and which share of them, most important first, gets which level (M2Cache, arXiv
-2410.14740, section 5.2, with levels that are nested planes). Knows shares, bytes and measured losses; neither neurons nor
-tensors.
+2410.14740, section 5.2, with levels that are nested planes). Knows shares, bytes and measured losses; neither neurons
+nor tensors.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

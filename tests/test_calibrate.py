@@ -240,7 +240,7 @@ def test_a_setting_loses_what_was_measured(llama: SimpleNamespace) -> None:
         exact = model(input_ids=window[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
     setting = llama.kept.choose(share=0.75, max_loss=None)
     with opened(llama.folder) as model:
-        assert model.tiercache.mixed.way.setting == setting
+        assert model.tiercache.mixed.plan.setting == setting
         with model.tiercache.every_token():
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
         assert model.tiercache.mixed.read_bytes == setting.read_bytes
@@ -269,8 +269,8 @@ def test_settings_stay_within_their_bytes_and_have_traces(llama: SimpleNamespace
             assert (rows.dtype, rows.shape) == (np.uint16, (32, recipe.wanted(neurons)[setting.rank]))
             assert all(len(set(row)) == len(row) for row in rows.tolist())
     with opened(llama.folder) as model:  # and the engine can replay them
-        way = model.tiercache.mixed.way
-        assert way.trace(way.setting.rank).tokens == 32
+        plan = model.tiercache.mixed.plan
+        assert plan.trace(plan.setting.rank).tokens == 32
 
 
 def test_traces_are_of_tokens_that_follow_one_another_inside_the_text(llama: SimpleNamespace) -> None:

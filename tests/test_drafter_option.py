@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from test_drafted_decoding import GROWERS, PROMPT, Oracle, drafting, generate, plain
 from test_lifetime import BoomError, same, snapshot, surroundings
-from test_resident_planes import Folders, Least, lent, rehearsed_once  # noqa: F401 - a fixture of every test here
+from test_resident_planes import Folders, Least, offloaded, rehearsed_once  # noqa: F401 - a fixture of every test here
 from tokenizers import Tokenizer, models
 
 import tiercache
@@ -189,7 +189,10 @@ def test_a_model_in_memory_at_source_precision(kind: str, who: Any, turns: None)
 @pytest.mark.parametrize("kind", ["resident", "lm"])
 def test_growers_and_budgets_change_nothing(kind: str, name: str, plane_store: Folders, texts: Texts) -> None:
     store, want = plane_store("llama"), texts("llama")
-    with lent(store, context=700, logits=513) as model, lent(store, "int4", resident=False, context=700) as other:
+    with (
+        offloaded(store, context=700, logits=513) as model,
+        offloaded(store, "int4", resident=False, context=700) as other,
+    ):
         drafter: Drafter = LmDrafter(other, grower(name))
         if kind == "resident":
             drafter = ResidentDrafter(lambda: model.tiercache.passes("resident"), grower(name))

@@ -100,11 +100,11 @@ def test_a_given_model_is_restored(ending: object, precision: str, tiers: dict, 
 
     def use() -> None:
         store = {} if precision == "source" else {"store": tmp_path / "store"}
-        with tiercache.offload(model, dram="8MiB", context=CONTEXT, precision=precision, **store, **tiers) as lent:
-            assert lent is model
+        with tiercache.offload(model, dram="8MiB", context=CONTEXT, precision=precision, **store, **tiers) as offloaded:
+            assert offloaded is model
             if precision == "source":
-                assert torch.equal(lent(input_ids=IDS).logits, want)
-            ending(lent)
+                assert torch.equal(offloaded(input_ids=IDS).logits, want)
+            ending(offloaded)
 
     if error is None:
         use()
@@ -150,12 +150,12 @@ def test_the_memory_goes_back(folder: Path) -> None:
 
 def test_double_and_nested_use_is_refused() -> None:
     model = build("llama")
-    with tiercache.offload(model, context=CONTEXT) as lent:
-        with pytest.raises(errors.UsageError, match="already"), tiercache.offload(lent):
+    with tiercache.offload(model, context=CONTEXT) as offloaded:
+        with pytest.raises(errors.UsageError, match="already"), tiercache.offload(offloaded):
             pass
-        lent(input_ids=IDS)
-    with tiercache.offload(model, context=CONTEXT) as lent:
-        lent(input_ids=IDS)
+        offloaded(input_ids=IDS)
+    with tiercache.offload(model, context=CONTEXT) as offloaded:
+        offloaded(input_ids=IDS)
 
 
 def test_two_models_at_once(folder: Path) -> None:
@@ -205,8 +205,8 @@ def test_a_model_from_pretrained_is_lent_and_restored(folder: Path) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(folder).eval()  # mapped: its parameters are aligned to nothing
     want, before = model(input_ids=IDS).logits, snapshot(model)
     for options in ({}, {"hbm": "2MiB"}):
-        with tiercache.offload(model, dram="8MiB", context=CONTEXT, **options) as lent:
-            output = lent(input_ids=IDS)
+        with tiercache.offload(model, dram="8MiB", context=CONTEXT, **options) as offloaded:
+            output = offloaded(input_ids=IDS)
             assert torch.equal(output.logits, want)
             assert not output.logits.requires_grad, "gradients through passing weights would be wrong"
     assert same(snapshot(model), before)
@@ -215,8 +215,8 @@ def test_a_model_from_pretrained_is_lent_and_restored(folder: Path) -> None:
 def test_checks_of_a_given_model_s_store(tmp_path: Path) -> None:
     model = build("llama")
     options = {"precision": "int8", "store": tmp_path / "deep" / "store", "dram": "8MiB", "context": CONTEXT}
-    with tiercache.offload(model, **options) as lent:
-        lent(input_ids=IDS)
+    with tiercache.offload(model, **options) as offloaded:
+        offloaded(input_ids=IDS)
     target = tmp_path / "deep" / "store" / "plane-0.bin"
     data = bytearray(target.read_bytes())
     data[100] ^= 1

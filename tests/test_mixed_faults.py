@@ -68,9 +68,9 @@ def test_slots_hold_what_they_say_after_an_interruption(
 
 def test_no_pass_is_called_exact_where_planes_were_left_out(plane_store: Folders) -> None:
     with opened(plane_store("llama"), None) as model:
-        way = model.tiercache.mixed.way
-        assert way.whole
-        object.__setattr__(way, "tops", (3, 2, 3))
+        plan = model.tiercache.mixed.plan
+        assert plan.whole
+        object.__setattr__(plan, "tops", (3, 2, 3))
         with pytest.raises(UsageError, match="left out"):
             model.tiercache.passes("exact")
         model.tiercache.passes("resident")
@@ -91,7 +91,7 @@ def test_a_share_finds_its_own_setting(share: float, plane_store: Folders) -> No
         hbm=None, dram=Budget.parse("64MiB"), precision="int8", context=64, mode="mixed", bytes_per_token=budget
     )
     with open_offloaded(store.folder, config, calibration=made) as model:
-        assert model.tiercache.mixed.way.setting.share == share
+        assert model.tiercache.mixed.plan.setting.share == share
 
 
 def test_the_replay_of_a_run_from_its_start_is_what_it_did(plane_store: Folders) -> None:

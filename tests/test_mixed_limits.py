@@ -177,16 +177,16 @@ def test_a_small_dram_leaves_planes_out(rank: int, least_missed: int, plane_stor
         plan = model.tiercache.plan.dram
         reserved, pinned = sum(plan.reserved_bytes.values()), plan.placement.pinned_bytes
         whole = [model(IDS[:, :1]).logits, model(IDS).logits]
-        assert model.tiercache.mixed.way.measured
+        assert model.tiercache.mixed.plan.measured
         assert model.tiercache.stats().neurons.calibrated_kl == 0.25
         assert "at least" not in model.tiercache.mixed.loss_line
     seen = set()
     for share in (0.7, 0.5, 0.35):
         with mixed(store, made, hbm=PLENTY, dram=reserved + int(share * pinned)) as model:
             run = model.tiercache.mixed
-            seen.add(run.way.tops)
-            assert run.way.tops[least_missed] == rank == min(run.way.tops) < max(run.way.tops)
-            assert not run.way.measured
+            seen.add(run.plan.tops)
+            assert run.plan.tops[least_missed] == rank == min(run.plan.tops) < max(run.plan.tops)
+            assert not run.plan.measured
             assert model.tiercache.stats().neurons.calibrated_kl is None
             assert "planes of some layers do not fit" in model.tiercache.mixed.loss_line
             got = [model(IDS[:, :1]).logits, model(IDS).logits]
@@ -216,7 +216,7 @@ def test_without_hbm_a_small_dram_streams_less_than_exact(plane_store: Folders) 
         sizes, run = model.tiercache.pass_bytes(), model.tiercache.mixed
         assert sizes["ssd"] < exact["ssd"]
         assert sizes["needed"] < exact["needed"]
-        assert not run.way.measured
+        assert not run.plan.measured
         first = model(IDS[:, :1]).logits
         tier = model.tiercache.stats().tiers["dram"]
         before = tier.loaded_bytes
@@ -232,13 +232,13 @@ def test_a_recipe_whose_ranking_fits_is_taken(plane_store: Folders) -> None:
     one, two = (calibration(store, Recipe("product", rank, 2, RECIPE.shares)).settings[0] for rank in (1, 2))
     both = dataclasses.replace(calibration(store, RECIPE), settings=(dataclasses.replace(one, kl=0.5), two))
     with mixed(store, both, hbm=PLENTY) as model:
-        assert model.tiercache.mixed.way.setting.rank == 2
+        assert model.tiercache.mixed.plan.setting.rank == 2
         plan = model.tiercache.plan.hbm
     with mixed(store, both, hbm=sum(plan.reserved_bytes.values()) + plan.slab_bytes - 1000) as model:
-        assert model.tiercache.mixed.way.setting.rank == 1
+        assert model.tiercache.mixed.plan.setting.rank == 1
     only = dataclasses.replace(both, settings=(two,))
     with mixed(store, only, hbm=sum(plan.reserved_bytes.values()) + plan.slab_bytes - 1000) as model:
-        assert model.tiercache.mixed.way.setting.rank == 2, "there is no other"
+        assert model.tiercache.mixed.plan.setting.rank == 2, "there is no other"
 
 
 LARGE = Shape(768, 3072, 6, 12, 4, 2000)
@@ -332,19 +332,19 @@ def test_a_given_model_is_restored(ending: Callable[..., None], hbm: str | None,
     want = model(input_ids=IDS).logits
     before, around = snapshot(model), surroundings()
     blocks = []
-    with mixed(model, made, hbm=hbm, store=given_store) as lent:
-        assert lent is model
-        blocks = [weakref.ref(block) for block in lent.tiercache.mixed.blocks]
-        first = lent(input_ids=IDS[:, :1]).logits
-        lent.tie_weights()
-        assert torch.equal(lent(input_ids=IDS[:, :1]).logits, first)
+    with mixed(model, made, hbm=hbm, store=given_store) as offloaded:
+        assert offloaded is model
+        blocks = [weakref.ref(block) for block in offloaded.tiercache.mixed.blocks]
+        first = offloaded(input_ids=IDS[:, :1]).logits
+        offloaded.tie_weights()
+        assert torch.equal(offloaded(input_ids=IDS[:, :1]).logits, first)
         if ENDINGS[ending] is None:
-            ending(lent)
+            ending(offloaded)
         else:
             with pytest.raises(ENDINGS[ending]):
-                ending(lent)
-        assert lent.tiercache.mixed.choosing.trace is None
-        assert torch.equal(lent(input_ids=IDS[:, :1]).logits, first), "the pass after an interrupted one"
+                ending(offloaded)
+        assert offloaded.tiercache.mixed.choosing.trace is None
+        assert torch.equal(offloaded(input_ids=IDS[:, :1]).logits, first), "the pass after an interrupted one"
     assert same(snapshot(model), before)
     assert surroundings() == around
     assert not any(block() for block in blocks)

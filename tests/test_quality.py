@@ -187,15 +187,15 @@ def test_mixed_modes_are_asked_of_the_engine(store: Path, tmp_path: Path, monkey
     @contextmanager
     def stand_in(model: Any, *, mode: str = "exact", bytes_per_token: Any = None, max_loss: Any = None, **others: Any):
         asked.append((mode, bytes_per_token, max_loss, others["precision"]))
-        with real(model, **others) as lent:
-            attached: Any = lent.tiercache
+        with real(model, **others) as offloaded:
+            attached: Any = offloaded.tiercache
             if mode == "mixed":
                 attached.every_token = lambda: entered.append(mode) or nullcontext()
                 attached.recording = nullcontext
                 attached.mixed = SimpleNamespace(read_bytes=800)
                 attached.pass_bytes = lambda: {"needed": 1000, "ssd": 0}
                 attached.stats().neurons = Account()
-            yield lent
+            yield offloaded
 
     monkeypatch.setattr(tiercache, "offload", stand_in)
     monkeypatch.setattr(command, "_refuse_uncalibrated", lambda folder, store: None)

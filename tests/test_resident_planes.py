@@ -22,7 +22,7 @@ from policies.residency import Residency
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine import memory, offload
-from tiercache.engine.plan import Needs, make
+from tiercache.engine.plan import Needs, fill_tiers
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
@@ -46,7 +46,7 @@ Folders = Callable[..., Path]
 
 
 @contextmanager
-def lent(
+def offloaded(
     store: Path, precision: str = "int8", *, resident: bool = True, **options: Any
 ) -> Iterator[tf.PreTrainedModel]:
     """A store's model, within budgets in bytes; `trace` collects (tier, event, unit)."""
@@ -76,7 +76,7 @@ def rehearsed_once() -> Iterator[None]:
 def missing(asked: Needs, hbm: int | None, dram: int) -> int:
     """Bytes that are missing of a budget, as the planner says."""
     with pytest.raises(DoesNotFitError) as refusal:
-        make(asked, hbm_bytes=hbm, dram_bytes=dram)
+        fill_tiers(asked, hbm_bytes=hbm, dram_bytes=dram)
     return refusal.value.missing_bytes
 
 
@@ -102,7 +102,7 @@ def least(plane_store: Folders) -> Callable[..., Least]:
 
     @cache
     def get(name: str, precision: str = "int8") -> Least:
-        with lent(plane_store(name), precision) as model:
+        with offloaded(plane_store(name), precision) as model:
             return Least(model.tiercache._asked.needs)
 
     return get
@@ -213,12 +213,12 @@ def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
 ) -> None:
     store = plane_store(name)
     manifest = PlaneStore.open(store).manifest(precision, cut=True)
-    with lent(store, precision, resident=False) as model:
+    with offloaded(store, precision, resident=False) as model:
         want, needed = run(model).exact, model.tiercache.pass_bytes()["needed"]
     streamed, mixes = 0, set()
     kinds: list[dict[str, Any]] = [{"hbm": "64MiB", "dram": "8MiB"}]
     for kind in kinds:
-        with lent(store, precision, **kind) as model:
+        with offloaded(store, precision, **kind) as model:
             seen, each, mix = run(model, (1, 0, 2, 1)), model.tiercache.pass_bytes(), counts(model, manifest)
             if len(kinds) == 1:
                 smallest = Least(model.tiercache._asked.needs)
@@ -242,10 +242,10 @@ def test_exact_passes_are_exact_and_resident_ones_do_with_what_stays(
 def test_with_everything_near_drafting_is_the_rung_below(
     precision: str, lower: str, kind: dict, plane_store: Folders
 ) -> None:
-    with lent(plane_store("llama"), lower, resident=False) as model:
+    with offloaded(plane_store("llama"), lower, resident=False) as model:
         want = model.model(IDS).last_hidden_state  # the head is at int8 there
         sizes = {"lower": model.tiercache.pass_bytes()["needed"]}
-    with lent(plane_store("llama"), precision, **kind) as model:
+    with offloaded(plane_store("llama"), precision, **kind) as model:
         with model.tiercache.passes("resident"):
             assert torch.equal(model.model(IDS).last_hidden_state, want)
         head = model.lm_head
@@ -254,7 +254,7 @@ def test_with_everything_near_drafting_is_the_rung_below(
 
 
 def test_resident_passes_are_counted_apart(plane_store: Folders) -> None:
-    with lent(plane_store("llama")) as model:
+    with offloaded(plane_store("llama")) as model:
         model(IDS)
         before = model.tiercache.stats().to_dict()
         for _ in range(3):
@@ -267,7 +267,7 @@ def test_resident_passes_are_counted_apart(plane_store: Folders) -> None:
 
 
 def test_the_clock_of_steps_runs_on_through_drafts(plane_store: Folders) -> None:
-    with lent(plane_store("llama")) as model:
+    with offloaded(plane_store("llama")) as model:
         stats = run(model, (0, 2, 2, 2)).stats
     assert (stats.passes, stats.decode_tokens, stats.draft_passes) == (5, 2, 6)
     assert stats.prefill_tokens == 14
@@ -288,7 +288,7 @@ def test_resident_passes_change_no_decision(
     traces: list[list[tuple[str, str, int]]] = [[], []]
     seen = []
     for trace, before in zip(traces, ((), drafts), strict=True):
-        with lent(store, trace=trace, **kind) as model:
+        with offloaded(store, trace=trace, **kind) as model:
             seen.append(run(model, before))
             sizes, plan = model.tiercache._asked.needs.sizes, model.tiercache.plan
     assert of(tier, traces[0]) == of(tier, traces[1])
@@ -330,15 +330,21 @@ def test_the_missing_bytes_are_right(
         ("dram", smallest.streaming(-1)),
         ("hbm", smallest.two(0) | {"hbm": smallest.two(0)["hbm"] - 1}),
     ):
-        with pytest.raises(DoesNotFitError, match=rf"{tier}=.*{short}") as refusal, lent(store, precision, **sizes):
+        with (
+            pytest.raises(DoesNotFitError, match=rf"{tier}=.*{short}") as refusal,
+            offloaded(store, precision, **sizes),
+        ):
             pass
         assert refusal.value.missing_bytes == 1
-    with pytest.raises(DoesNotFitError, match=r"dram=.*\(1 bytes\)"), lent(store, precision, **smallest.two(0, -1)):
+    with (
+        pytest.raises(DoesNotFitError, match=r"dram=.*\(1 bytes\)"),
+        offloaded(store, precision, **smallest.two(0, -1)),
+    ):
         pass
-    with lent(store, precision, resident=False) as model:
+    with offloaded(store, precision, resident=False) as model:
         want = run(model).exact
     for sizes in (smallest.streaming(0), smallest.two(0, 0)):
-        with lent(store, precision, **sizes) as model:
+        with offloaded(store, precision, **sizes) as model:
             assert equal(run(model, (1, 1)).exact, want)
             plan, units = model.tiercache.plan, model.tiercache._asked.needs
             assert units.levels[0] <= set((plan.hbm or plan.dram).placement.pinned)
@@ -349,7 +355,7 @@ def test_every_plan_has_a_ring_for_the_planes_of_a_matrix(least: Callable[..., L
     smallest, asked = least("llama"), least("llama").asked
     for spare in range(0, 300_000, 3500):
         for sizes in (smallest.streaming(spare), smallest.two(spare, spare // 3)):
-            plan = make(asked, hbm_bytes=sizes.get("hbm"), dram_bytes=sizes["dram"])
+            plan = fill_tiers(asked, hbm_bytes=sizes.get("hbm"), dram_bytes=sizes["dram"])
             for tier in filter(None, (plan.hbm, plan.dram)):
                 passes = set(tier.order) - set(tier.placement.pinned)
                 for matrix in asked.together:
@@ -368,14 +374,14 @@ def test_a_pass_that_is_cut_off_leaves_all_usable(
     tier: str, error: type, plane_store: Folders, least: Callable[..., Least]
 ) -> None:
     store = plane_store("llama")
-    with lent(store, resident=False) as model:
+    with offloaded(store, resident=False) as model:
         want = run(model).exact
 
     def boom(*_: object) -> None:
         raise error
 
     sizes = least("llama").streaming(66_000) if tier == "dram" else least("llama").two(66_000)
-    with lent(store, **sizes) as model:
+    with offloaded(store, **sizes) as model:
         lowest = draft(model)
         for resident in (True, False, True):
             handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(boom)
@@ -393,11 +399,11 @@ def test_planes_of_one_matrix_are_multiplied_where_they_lie(
     most: int, plane_store: Folders, least: Callable[..., Least]
 ) -> None:
     store = plane_store("llama")
-    with lent(store, resident=False) as model:
+    with offloaded(store, resident=False) as model:
         want = run(model).exact
     loaded = []
     for tokens in (0, most):
-        with lent(store, **least("llama").two(66_000), cpu_tokens=tokens) as model:
+        with offloaded(store, **least("llama").two(66_000), cpu_tokens=tokens) as model:
             lowest = draft(model)
             seen = run(model, (1, 1, 1, 1))
             assert equal(seen.exact, want)
@@ -411,13 +417,13 @@ def test_without_kernels_planes_are_decoded(plane_store: Folders, monkeypatch: p
     def refuse(device: torch.device) -> Kernels:
         raise EnvironmentUnsupportedError("no compiler")
 
-    with lent(plane_store("gpt2"), resident=False, kernels="decode") as model:
+    with offloaded(plane_store("gpt2"), resident=False, kernels="decode") as model:
         want = run(model).exact
-    with lent(plane_store("gpt2"), "int4", resident=False, kernels="decode") as model:
+    with offloaded(plane_store("gpt2"), "int4", resident=False, kernels="decode") as model:
         low = model.transformer(IDS).last_hidden_state
     monkeypatch.setattr(offload, "select", refuse)
     with ExitStack() as stack:
-        opened = lent(plane_store("gpt2"))
+        opened = offloaded(plane_store("gpt2"))
         with pytest.warns(UserWarning, match="decoded"):
             model = stack.enter_context(opened)
         assert equal(run(model, (1, 1)).exact, want)
@@ -464,7 +470,7 @@ def test_what_cannot_be_meant_is_refused(options: dict, word: str) -> None:
 
 
 def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    with lent(plane_store("llama")) as model:
+    with offloaded(plane_store("llama")) as model:
         want, lowest = model(IDS).logits, draft(model)
         with model.tiercache.passes("resident"):
             with model.tiercache.passes("exact"):
@@ -473,13 +479,13 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
         for kind in ("mixed", "lazy"):
             with pytest.raises(UsageError, match=kind):
                 model.tiercache.passes(kind)
-    with lent(plane_store("llama"), resident=False) as model:
+    with offloaded(plane_store("llama"), resident=False) as model:
         assert "resident" not in model.tiercache.pass_bytes()
         with pytest.raises(UsageError, match="exactly"):
             model.tiercache.passes("resident")
     monkeypatch.setattr(offload, "resolve_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(offload, "_kernels", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
-    with pytest.raises(UsageError, match="cpu_tokens=4"), lent(plane_store("llama"), cpu_tokens=4):
+    with pytest.raises(UsageError, match="cpu_tokens=4"), offloaded(plane_store("llama"), cpu_tokens=4):
         pass
     for drafter in ("resident", "auto"):
         options: dict[str, Any] = {"precision": "int8", "drafter": drafter, "cpu_tokens": 4}
@@ -492,12 +498,12 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
 
 def test_pico(tmp_path: Path) -> None:
     convert(PICO, tmp_path / "store", show_progress=False)
-    with lent(tmp_path / "store") as model:
+    with offloaded(tmp_path / "store") as model:
         tight = Least(model.tiercache._asked.needs).streaming(200_000)
     ids = torch.randint(3, 2000, (1, 24), generator=torch.Generator().manual_seed(0))
     logits = {}
     for name, options in {"whole": {"resident": False}, "cut": {}, "tight": tight}.items():
-        with lent(tmp_path / "store", **options) as model:
+        with offloaded(tmp_path / "store", **options) as model:
             logits[name] = model(ids).logits
             if options.get("resident", True):
                 with model.tiercache.passes("resident"):

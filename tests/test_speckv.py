@@ -67,7 +67,7 @@ def test_trees_below_a_thinned_cache_see_what_was_kept(ids: torch.Tensor) -> Non
     model, slots = llama(1), oracle(ids, 1)[0]
     run = TreeRun(model)
     run.prefill(ids[:PROMPT])
-    run.thin(ids[PROMPT - RECENT : PROMPT], ids[PROMPT:].tolist(), KEEP)
+    run.evict(ids[PROMPT - RECENT : PROMPT], ids[PROMPT:].tolist(), KEEP)
     assert run.length == KEEP == run.cache.get_seq_length()
     tree = run.run([5, 6, 7], [-1, 0, 0])
     run.commit([0, 2])
@@ -89,7 +89,7 @@ def test_a_short_sequence_stays_whole(ids: torch.Tensor) -> None:
     runs = [TreeRun(model), TreeRun(model)]
     for run in runs:
         run.prefill(ids[:PROMPT])
-    runs[0].thin(ids[PROMPT - RECENT : PROMPT], [1], PROMPT)
+    runs[0].evict(ids[PROMPT - RECENT : PROMPT], [1], PROMPT)
     assert torch.equal(runs[0].run([5, 6], [-1, -1]), runs[1].run([5, 6], [-1, -1]))
 
 
@@ -97,14 +97,14 @@ def test_what_cannot_be_thinned_out_is_refused(ids: torch.Tensor) -> None:
     run = TreeRun(llama(1))
     run.prefill(ids)
     with pytest.raises(DraftError, match="8 newest tokens, 8 to keep"):
-        run.thin(ids[-8:], [], 8)
+        run.evict(ids[-8:], [], 8)
     run.run([3], [-1])
     with pytest.raises(DraftError, match="1 open nodes"):
-        run.thin(ids[-8:], [], 40)
+        run.evict(ids[-8:], [], 40)
     padded = TreeRun(llama(1), torch.tensor([0, 0, *[1] * (PROMPT + 1)]))
     padded.prefill(ids)
     with pytest.raises(UsageError, match="padded"):
-        padded.thin(ids[-8:], [], 40)
+        padded.evict(ids[-8:], [], 40)
     tiny = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     for other in (
         llama(1, "eager"),
@@ -114,7 +114,7 @@ def test_what_cannot_be_thinned_out_is_refused(ids: torch.Tensor) -> None:
         run = TreeRun(other)
         run.prefill(ids)
         with pytest.raises(UnsupportedModelError, match="speckv= keeps a part"):
-            run.thin(ids[-8:], [], 40)
+            run.evict(ids[-8:], [], 40)
 
 
 def write(prompt: torch.Tensor, **options: object) -> tuple[list[int], Stats]:
@@ -132,39 +132,39 @@ def prompt() -> torch.Tensor:
 
 
 @pytest.fixture
-def thinned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Of each sequence that was thinned out: tokens before, drafted ones behind the root, and tokens kept."""
+def evicted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Of each sequence that was evicted: tokens before, drafted ones behind the root, and tokens kept."""
     seen: list[tuple[int, int, int]] = []
-    thin = TreeRun.thin
+    evict = TreeRun.evict
 
     def spy(run: TreeRun, recent: torch.Tensor, ahead: list[int], keep: int) -> None:
         before = run.length
-        thin(run, recent, ahead, keep)
+        evict(run, recent, ahead, keep)
         seen.append((before, len(ahead) - 1, run.length))
 
-    monkeypatch.setattr(TreeRun, "thin", spy)
+    monkeypatch.setattr(TreeRun, "evict", spy)
     return seen
 
 
 @pytest.mark.parametrize("drafter", ["resident", "auto"])
 def test_an_offloaded_model_keeps_a_part_of_the_prompt_and_says_so(
-    drafter: str, prompt: torch.Tensor, thinned: list[tuple[int, int, int]]
+    drafter: str, prompt: torch.Tensor, evicted: list[tuple[int, int, int]]
 ) -> None:
     _, stats = write(prompt, drafter=drafter, speckv=64, lossless=False)
-    [(before, ahead, after)] = thinned
+    [(before, ahead, after)] = evicted
     assert (before, after) == (150, 64)
     assert 1 <= ahead <= 11, "a chain, within the room"
     assert (stats.lossy, stats.drafting.lossy, stats.drafting.plain_calls) == (True, "speckv=64", 0)
 
 
-def test_a_prompt_that_is_short_enough_stays_whole(prompt: torch.Tensor, thinned: list[tuple[int, int, int]]) -> None:
+def test_a_prompt_that_is_short_enough_stays_whole(prompt: torch.Tensor, evicted: list[tuple[int, int, int]]) -> None:
     plain, _ = write(prompt)
     whole, stats = write(prompt, drafter="resident", speckv=150, lossless=False)
     assert stats.drafting.rounds > 0
-    assert (whole, thinned) == (plain, [])
+    assert (whole, evicted) == (plain, [])
 
 
-def test_every_call_thins_its_own_prompt(prompt: torch.Tensor, thinned: list[tuple[int, int, int]]) -> None:
+def test_every_call_evicts_its_own_prompt(prompt: torch.Tensor, evicted: list[tuple[int, int, int]]) -> None:
     options = {"dram": "1GiB", "precision": "int8", "context": 300, "show_progress": False, "draft_depth": 3}
     with tiercache.offload(PICO, **options, drafter="resident", speckv=64, lossless=False) as model:
         given = {"attention_mask": torch.ones_like(prompt), "eos_token_id": None, "pad_token_id": 0}
@@ -179,7 +179,7 @@ def test_every_call_thins_its_own_prompt(prompt: torch.Tensor, thinned: list[tup
             )
             assert out.sequences.shape == (1, 150 + tokens)
             assert (cache_out(out) is None) == (tokens > 1), "what nobody could continue stays here"
-    assert [ahead for _, ahead, _ in thinned] == [0, 3, 3], "not after a single token; within room and depth"
+    assert [ahead for _, ahead, _ in evicted] == [0, 3, 3], "not after a single token; within room and depth"
 
 
 def test_a_padded_prompt_is_decoded_plainly(prompt: torch.Tensor) -> None:
@@ -211,9 +211,9 @@ def test_looking_is_reserved_for() -> None:
     options = {"dram": "1GiB", "precision": "int8", "context": 300, "drafter": "ngram", "show_progress": False}
     reserved = []
     for lossy in ({}, {"speckv": 64, "lossless": False}):
-        with tiercache.offload(PICO, **options, **lossy) as lent:
-            reserved.append(lent.tiercache.plan.dram.reserved_bytes.get("looking at the prompt", 0))
-            assert reserved[-1] == (scratch_bytes(lent.config, 300) if lossy else 0)
+        with tiercache.offload(PICO, **options, **lossy) as offloaded:
+            reserved.append(offloaded.tiercache.plan.dram.reserved_bytes.get("looking at the prompt", 0))
+            assert reserved[-1] == (scratch_bytes(offloaded.config, 300) if lossy else 0)
     looked = Observed(4000 - WINDOW)
     query, key = torch.randn(1, 4, WINDOW + 1 + AHEAD, 16), torch.randn(1, 2, 4000 + 1 + AHEAD, 16)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
 from policies.types import Key, Placement
-from tiercache.engine.plan import Needs, make
+from tiercache.engine.plan import Needs, fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats import TierStats
 from tiercache.store.format import BLOCK_BYTES
@@ -544,7 +544,7 @@ def test_the_stack_hands_out_the_checkpoint(
     needs = needs_of(manifest)
     least, total = max(needs.sizes.values()), sum(needs.sizes.values())
     hbm_bytes = None if hbm is None else 1000 + least + int(hbm * total)
-    plan = make(needs, hbm_bytes=hbm_bytes, dram_bytes=3000 + least + int(dram * total))
+    plan = fill_tiers(needs, hbm_bytes=hbm_bytes, dram_bytes=3000 + least + int(dram * total))
     original = {name: parameter.detach() for name, parameter in _resident(source).items()}
     trace: list[tuple[str, str, Key]] = []
     with Reader() as reader, ExitStack() as exit_stack:
@@ -584,7 +584,7 @@ def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Calla
     shutil.copytree(checkpoint("llama"), tmp_path / "copy")
     manifest = of_source(Source.open(tmp_path / "copy"))
     needs = needs_of(manifest)
-    plan = make(needs, hbm_bytes=1 << 24, dram_bytes=1 << 20)
+    plan = fill_tiers(needs, hbm_bytes=1 << 24, dram_bytes=1 << 20)
     (file,) = (tmp_path / "copy").glob("*.safetensors")
     os.truncate(file, file.stat().st_size // 2)
     before = threading.active_count()
@@ -599,10 +599,10 @@ def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Calla
 def test_a_budget_that_is_too_small_says_by_how_much(checkpoint: Callable[..., Path]) -> None:
     needs = needs_of(of_source(Source.open(checkpoint("llama"))))
     least = max(needs.sizes[key] for key in needs.order)
-    make(needs, hbm_bytes=least + 1000, dram_bytes=least + 2000)
+    fill_tiers(needs, hbm_bytes=least + 1000, dram_bytes=least + 2000)
     with pytest.raises(DoesNotFitError) as refused:
-        make(needs, hbm_bytes=least + 900, dram_bytes=1 << 30)
+        fill_tiers(needs, hbm_bytes=least + 900, dram_bytes=1 << 30)
     assert refused.value.missing_bytes == 100
     with pytest.raises(DoesNotFitError, match="dram=") as refused:
-        make(needs, hbm_bytes=least + 1000, dram_bytes=least + 1999)
+        fill_tiers(needs, hbm_bytes=least + 1000, dram_bytes=least + 1999)
     assert refused.value.missing_bytes == 1

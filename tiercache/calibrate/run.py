@@ -284,7 +284,7 @@ class Run:
             self._store.folder, config, show_progress=options.show_progress, calibration=self._made_up(sums)
         ) as model:
             run: Any = model.tiercache
-            if not run.mixed.way.measured:
+            if not run.mixed.plan.measured:
                 raise UsageError(
                     "calibration needs every plane of every neuron, and not all of them fit DRAM beside an HBM tier; "
                     "give a larger --dram, or --device cpu without --hbm, which streams them"

@@ -81,12 +81,12 @@ def run_command(
     mixed: dict[str, Any] = {"mode": mode, "bytes_per_token": bytes_per_token, "max_loss": max_loss}
     mixed |= {"policy": policy, "uploads": uploads, "link_gbps": link_gbps}
     options |= {"cpu_tokens": cpu_tokens, **drafting}
-    with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as lent:
-        attached: Any = lent.tiercache
+    with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as opened:
+        attached: Any = opened.tiercache
         if as_json and attached.mixed is not None:  # without bars the library is silent, but a loss is always told
             say(attached.mixed.loss_line, quiet)
-        say(summary.outlook(lent, precision), quiet)
-        tokens = _generate(lent, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
+        say(summary.outlook(opened, precision), quiet)
+        tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
         stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}

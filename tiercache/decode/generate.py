@@ -221,7 +221,7 @@ class DraftingGenerate:
         parts: dict[str, Any] = {"sequences": request.text.clone()}
         parts |= {"scores": tuple(request.scores)} if request.keep_scores else {}
         parts |= {"logits": tuple(request.logits)} if request.keep_logits else {}
-        return compat.generation_output(None if run.thinned else run.cache, **parts)
+        return compat.generation_output(None if run.evicted else run.cache, **parts)
 
 
 class _Noisy(transformers.LogitsProcessor):

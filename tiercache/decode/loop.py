@@ -84,8 +84,8 @@ class DecodeLoop:
         drafted = time.perf_counter()
         if self._keep is not None:
             self._thin(tree)
-            thinned = time.perf_counter() - drafted  # part of the prompt
-            begin, drafted = begin + thinned, drafted + thinned
+            evicted = time.perf_counter() - drafted  # part of the prompt
+            begin, drafted = begin + evicted, drafted + evicted
         logits, hidden = self._pass(tree)
         ended, emitted, path = self._accept(tree, logits)
         kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
@@ -101,7 +101,7 @@ class DecodeLoop:
         assert self._keep is not None
         prompt = torch.tensor(self._context.tokens[-1 - WINDOW : -1], device=self._request.text.device)
         chain = [tree.tokens[node] for node in _first_path(tree)]
-        self._run.thin(prompt, [self._context.tokens[-1], *chain], self._keep)
+        self._run.evict(prompt, [self._context.tokens[-1], *chain], self._keep)
         self._keep = None
 
     def _pass(self, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]]:

@@ -9,10 +9,10 @@ import torch
 
 from profiler import hardware
 from tiercache.config import Budget, OffloadConfig, human
-from tiercache.engine import mixed_plan, plan
-from tiercache.engine.memory import MemoryRequirements, demand
+from tiercache.engine import mixed_plan
+from tiercache.engine.memory import MemoryRequirements, memory_requirements
 from tiercache.engine.mixed_plan import MixedPlan
-from tiercache.engine.plan import Plan
+from tiercache.engine.plan import Plan, fill_tiers
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 from tiercache.quant.planes import scale_row_bytes
@@ -37,7 +37,7 @@ def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, dev
     if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
         own = sum(needs.sizes[key] for key in needs.order)
         needs = replace(needs, always=frozenset(needs.order) if hbm_bytes is None else needs.always)
-    made = plan.make(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
+    made = fill_tiers(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
     _check_free(made, main.free_bytes + own, device)
     return made
 
@@ -62,10 +62,10 @@ def choose(
     assert opened.store is not None
     slotted = device.type == "cuda" or config.hbm not in (None, Budget())
     found, refused = None, None
-    for way in mixed_plan.choose(calibration or Calibration.load(opened.store), opened, config):
+    for plan in mixed_plan.choose(calibration or Calibration.load(opened.store), opened, config):
         try:
-            found = _fit(way, opened, config, device, slotted)
-        except DoesNotFitError as error:  # another way may need less
+            found = _fit(plan, opened, config, device, slotted)
+        except DoesNotFitError as error:  # another plan may need less
             refused = error if refused is None or error.missing_bytes < refused.missing_bytes else refused
             continue
         hbm = found[3].hbm
@@ -78,20 +78,20 @@ def choose(
 
 
 def _fit(
-    way: MixedPlan, opened: Opened, config: OffloadConfig, device: torch.device, slotted: bool
+    plan: MixedPlan, opened: Opened, config: OffloadConfig, device: torch.device, slotted: bool
 ) -> tuple[MixedPlan, Opened, MemoryRequirements, Plan]:
     """The plan for one recipe; where planes above do not fit DRAM, the least missed stay on the SSD."""
     store = opened.store
     limit: int | None = None
     assert store is not None
     while True:
-        opened = replace(opened, manifest=way.manifest(store, config.precision, slotted=slotted))
-        asked = demand(opened, config, device, kernels=True)
+        opened = replace(opened, manifest=plan.manifest(store, config.precision, slotted=slotted))
+        asked = memory_requirements(opened, config, device, kernels=True)
         if slotted:
-            reserved = {**asked.needs.compute, "neurons in passing": way.passing_bytes(opened.manifest)}
+            reserved = {**asked.needs.compute, "neurons in passing": plan.passing_bytes(opened.manifest)}
             on_host = {**asked.needs.dram, "scales of deltas": _delta_bytes(opened.manifest, config, device)}
             if device.type != "cpu":
-                on_host["staging of neurons"] = way.passing_bytes(opened.manifest)
+                on_host["staging of neurons"] = plan.passing_bytes(opened.manifest)
             asked = replace(asked, needs=replace(asked.needs, compute=reserved, dram=on_host))
         held = sum(asked.payload[key] for block in opened.manifest.blocks for key in set(block.units))
         try:
@@ -99,16 +99,16 @@ def _fit(
         except DoesNotFitError as error:
             if not slotted or error.tier != "dram":
                 raise
-            before, limit = way.tops, held - max(error.missing_bytes, held // 64)
-            while (way := mixed_plan.capped(way, store, limit, slotted=slotted)).tops == before:
+            before, limit = plan.tops, held - max(error.missing_bytes, held // 64)
+            while (plan := mixed_plan.capped(plan, store, limit, slotted=slotted)).tops == before:
                 if limit <= 0:  # nothing is left to leave out
                     raise
                 limit -= held // 64 + 1
         else:
             if slotted or limit is not None or not made.streamed:
-                return way, opened, asked, made
-            limit = max(_room_for_neurons(asked, made, opened.manifest), way.share_bytes(store))
-            way = mixed_plan.capped(way, store, limit, slotted=slotted)
+                return plan, opened, asked, made
+            limit = max(_room_for_neurons(asked, made, opened.manifest), plan.share_bytes(store))
+            plan = mixed_plan.capped(plan, store, limit, slotted=slotted)
 
 
 def _delta_bytes(manifest: Manifest, config: OffloadConfig, device: torch.device) -> int:

@@ -60,7 +60,7 @@ class DrafterSpec:
         made: the caller's own.
         ngrams: makes the tables; their files stay closed until the model is attached, for it may be refused before.
         small: a small model's folder, to be loaded once its bytes are reserved.
-        thin_bytes: what choosing a part of the prompt takes.
+        eviction_bytes: what choosing a part of the prompt takes.
         reason: why nobody drafts; empty where somebody does.
     """
 
@@ -71,7 +71,7 @@ class DrafterSpec:
     made: tuple[Drafter, ...] = ()
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
-    thin_bytes: int = 0
+    eviction_bytes: int = 0
     reason: str = ""
 
     @property
@@ -122,7 +122,7 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
 
     Raises:
         UsageError: nobody of that name, a model with another vocabulary, passes that have no room for a node, or a
-            KV cache that cannot be thinned out.
+            KV cache that cannot be evicted.
         StoreError: tables are another model's, or the small model's checkpoint is damaged.
         UnsupportedModelError: a drafter that was asked for by name cannot be verified, or is no model.
     """
@@ -139,7 +139,7 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
         return found
     if reason := speckv.refusal(opened.model):
         raise UsageError(f"speckv={kept} keeps a part of the KV cache, but of this model {reason}; leave it out")
-    return replace(found, thin_bytes=speckv.scratch_bytes(opened.model.config, config.context))
+    return replace(found, eviction_bytes=speckv.scratch_bytes(opened.model.config, config.context))
 
 
 def nobody(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
@@ -192,8 +192,8 @@ def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config:
         return asked
     mask = (drafter_spec.config.nodes + 1) * widened(config).context * _MASK_BYTES
     compute = {**asked.needs.compute, "drafter and trees": drafter_spec.compute_bytes + mask}
-    if drafter_spec.thin_bytes:
-        compute["looking at the prompt"] = drafter_spec.thin_bytes
+    if drafter_spec.eviction_bytes:
+        compute["looking at the prompt"] = drafter_spec.eviction_bytes
     dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.needs.host_bytes}
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 

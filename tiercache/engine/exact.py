@@ -14,7 +14,7 @@ from tiercache.config import DraftConfig, OffloadConfig, human
 from tiercache.engine import drafting
 from tiercache.engine.budgets import divide
 from tiercache.engine.drafting import DrafterSpec
-from tiercache.engine.memory import MemoryRequirements, demand
+from tiercache.engine.memory import MemoryRequirements, memory_requirements
 from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
@@ -71,11 +71,11 @@ def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernel
     """
     cut = config.resident
 
-    def planned(way: OffloadConfig) -> ExactPlan:
+    def planned(options: OffloadConfig) -> ExactPlan:
         own = opened
-        if way.resident != cut and opened.store is not None:
-            own = replace(opened, manifest=opened.store.manifest(config.precision, cut=way.resident))
-        return _planned(own, way, device, kernels)
+        if options.resident != cut and opened.store is not None:
+            own = replace(opened, manifest=opened.store.manifest(config.precision, cut=options.resident))
+        return _planned(own, options, device, kernels)
 
     if config.draft is None or config.draft.drafter != "auto":
         return planned(config)
@@ -117,10 +117,10 @@ def _compared(
     return replace(plain, drafter_spec=drafting.nobody(plain.opened, draft, reason), room_price=price)
 
 
-def _fitted(planned: Callable[[OffloadConfig], ExactPlan], way: OffloadConfig) -> ExactPlan | DoesNotFitError:
+def _fitted(planned: Callable[[OffloadConfig], ExactPlan], options: OffloadConfig) -> ExactPlan | DoesNotFitError:
     """The placement, or why there is none."""
     try:
-        return planned(way)
+        return planned(options)
     except DoesNotFitError as error:
         return error
 
@@ -128,7 +128,7 @@ def _fitted(planned: Callable[[OffloadConfig], ExactPlan], way: OffloadConfig) -
 def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernels: bool) -> ExactPlan:
     """What these options ask for, and the plan for it."""
     drafter_spec = drafting.find_drafters(config, opened)
-    asked = demand(opened, drafting.widened(config), device, kernels=kernels)
+    asked = memory_requirements(opened, drafting.widened(config), device, kernels=kernels)
     asked = drafting.reserve(asked, drafter_spec, config)
     return ExactPlan(config, opened, drafter_spec, asked, divide(opened, asked, config, device))
 

@@ -1,4 +1,4 @@
-"""What a lent model carries as `model.tiercache`: its plan, its account, and of which kind its passes are.
+"""What an offloaded model carries as `model.tiercache`: its plan, its account, and of which kind its passes are.
 
 Knows plans, demands and statistics; opens and closes nothing.
 """
@@ -104,7 +104,7 @@ class OffloadHandle:
             if kind == "mixed":
                 raise UsageError("passes of a model that is run exactly are 'exact' or 'resident', not 'mixed'")
             return self.resident.passes.within(resident=kind == "resident")
-        if kind == "exact" and not self._mixed().way.whole:
+        if kind == "exact" and not self._mixed().plan.whole:
             raise UsageError(
                 "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
                 "the model with mode='exact'"

@@ -52,7 +52,9 @@ class MemoryRequirements:
     payload: dict[int, int]
 
 
-def demand(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool) -> MemoryRequirements:
+def memory_requirements(
+    opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool
+) -> MemoryRequirements:
     """Rehearse `opened` and add up what it takes; `kernels`: planes are multiplied as they are.
 
     Raises:

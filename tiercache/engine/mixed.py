@@ -33,7 +33,7 @@ class MixedRun:
     """See the module.
 
     Attributes:
-        way: the recipe, and where it comes from.
+        plan: the recipe, and where it comes from.
         blocks: of the model, in order.
         choosing: what they share.
         slots: of single neurons, with an HBM tier.
@@ -44,7 +44,7 @@ class MixedRun:
         head: the language-model head's planes, if it has some.
     """
 
-    way: MixedPlan
+    plan: MixedPlan
     blocks: tuple[MixedBlock, ...]
     choosing: Choosing
     slots: NeuronSlots | None
@@ -58,7 +58,7 @@ class MixedRun:
     def start(
         cls,
         stack: ExitStack,
-        way: MixedPlan,
+        plan: MixedPlan,
         opened: Opened,
         made: Plan,
         tiers: TierStack,
@@ -76,15 +76,15 @@ class MixedRun:
         """
         choosing = Choosing(in_order=config.uploads is not None)
         capped = made.hbm is not None and config.uploads is not None and not below
-        known = way.measured and not capped and not math.isnan(way.setting.kl)
-        if known and way.calibration.meta.get("precision") == config.precision:
-            choosing.stats.calibrated_kl = way.setting.kl
-        slots, low = None, way.setting.rank
+        known = plan.measured and not capped and not math.isnan(plan.setting.kl)
+        if known and plan.calibration.meta.get("precision") == config.precision:
+            choosing.stats.calibrated_kl = plan.setting.kl
+        slots, low = None, plan.setting.rank
         if made.hbm is not None:
-            slot_plan = way.slot_plan(opened.manifest, made.hbm.neuron_bytes)
+            slot_plan = plan.slot_plan(opened.manifest, made.hbm.neuron_bytes)
             memory = Slab(slot_plan.nbytes, device)
             stack.callback(memory.close)
-            caching = way.caching(config, slot_plan, low, below=below)
+            caching = plan.caching(config, slot_plan, low, below=below)
             choosing.stats.policy = caching.policy
 
             def rows(layer: int, plane: int) -> torch.Tensor:
@@ -95,17 +95,17 @@ class MixedRun:
             stack.callback(slots.close)
             slots.fill()
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
-        blocks = mixed_plan.blocks(way, opened, tiers.top, slots, kernels, choosing, device, deltas)
+        blocks = mixed_plan.blocks(plan, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
         if head is not None:
             units |= {head.unit}
-        return cls(way, tuple(blocks), choosing, slots, units, low, config.precision, capped, head)
+        return cls(plan, tuple(blocks), choosing, slots, units, low, config.precision, capped, head)
 
     @property
     def loss_line(self) -> str:
         """What a lossy run says first: what it reads, and what that lost on the calibration text."""
-        setting, meta = self.way.setting, self.way.calibration.meta
+        setting, meta = self.plan.setting, self.plan.calibration.meta
         read = human(self.read_bytes)
         if math.isnan(setting.kl):
             return f"mixed mode is lossy: a token reads {read} of the neurons; nobody measured what that loses"
@@ -115,9 +115,9 @@ class MixedRun:
         rest = meta["precision"]
         if rest != self.precision:
             lost = f"{lost}, measured with {rest} for what is no neuron, where this run has {self.precision}"
-        if not self.way.measured:
+        if not self.plan.measured:
             lost = f"at least {lost}: planes of some layers do not fit and are left out, which no calibration measured"
-        elif not self.way.whole:
+        elif not self.plan.whole:
             lost += "; planes of some layers do not fit and are left out, so prompts are not read exactly"
         if self.capped:
             lost = f"at least {lost}: uploads are capped, and neurons beyond do with the planes at hand"
@@ -145,8 +145,8 @@ class MixedRun:
         """
         if self.slots is None or self.slots.plan.empty:
             raise UsageError("without slots in an HBM tier there is nothing to replay; raise hbm=")
-        plan, hot = self.slots.plan, self.way.calibration.frequency
-        return replay.compare(trace, plan.slots, self.slots.uploads, plan.widths, hot=hot)
+        slot_plan, hot = self.slots.plan, self.plan.calibration.frequency
+        return replay.compare(trace, slot_plan.slots, self.slots.uploads, slot_plan.widths, hot=hot)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:
@@ -159,7 +159,7 @@ class MixedRun:
         finally:
             self.choosing.trace = before
         if self.slots is not None and trace.tokens:
-            hot = self.way.calibration.frequency
+            hot = self.plan.calibration.frequency
             bound = replay.replay(trace, self.slots.plan.slots, replay.BOUND, hot=hot)
             self.choosing.stats.belady_hits = int(bound.hits.sum())
             self.choosing.stats.belady_requests = int(bound.requests.sum())

@@ -1,4 +1,4 @@
-"""`offload`: puts a model's weights into tiers, lends the model out, and takes everything back.
+"""`offload`: puts a model's weights into tiers, hands the model to the caller, and takes everything back.
 
 Brings the parts together: what was named, its demand, the plan, the tiers, the hooks. Decides nothing itself: what
 stays where is the plan's, what moves when is the tiers'.
@@ -131,7 +131,7 @@ def _open(
     observe: Observer,
     calibration: Calibration | None,
 ) -> transformers.PreTrainedModel:
-    """Everything that `offload` does before it lends the model out; what undoes it goes on `stack`."""
+    """Everything that `offload` does before it hands the model out; what undoes it goes on `stack`."""
     compat.check_version()
     target = resolve_device(config.device)
     if target.type == "cuda":

@@ -109,7 +109,7 @@ class Plan:
         return {"schema": "tiercache.plan/1", "hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
 
 
-def make(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
+def fill_tiers(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
     """Fill the tiers, fastest first.
 
     Raises:

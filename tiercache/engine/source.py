@@ -29,7 +29,7 @@ class Opened:
     """A model and where its weights are.
 
     Attributes:
-        model: the model to lend out; without weights unless it was given in memory.
+        model: the model to offload; without weights unless it was given in memory.
         skeleton: the same model without weights.
         manifest: its parts.
         memory: bytes of the units, for a model in memory that is run as it is.

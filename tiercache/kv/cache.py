@@ -131,7 +131,7 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(transformers.Cache):
-    """Keys and values of one sequence, of which the newest can be thinned out.
+    """Keys and values of one sequence, of which the newest can be evicted.
 
     Args:
         capacity: slots that each layer has room for, trees included; None to grow as needed.
@@ -183,7 +183,7 @@ class Support:
     Attributes:
         takes: "trees"; "chains", in which no node has a sibling; or "nothing" but the next token.
         reason: why not trees; empty where it takes them.
-        recurrent: its state cannot be thinned out, and has to be brought back and replayed.
+        recurrent: its state cannot be evicted, and has to be brought back and replayed.
     """
 
     takes: Literal["trees", "chains", "nothing"]

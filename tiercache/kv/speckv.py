@@ -76,7 +76,7 @@ def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
 
 
 def refusal(model: transformers.PreTrainedModel) -> str | None:
-    """Why a model's keys and values cannot be thinned out; None where they can."""
+    """Why a model's keys and values cannot be evicted; None where they can."""
     takes = support(model)
     if takes.takes != "trees":
         return takes.reason

@@ -40,7 +40,7 @@ class TreeRun:
         capacity: slots of the KV cache, for the sequence and the largest tree; None to grow it as needed.
 
     Attributes:
-        length: committed tokens, padding included; but for those that `thin` dropped.
+        length: committed tokens, padding included; but for those that `evict` dropped.
 
     Raises:
         UnsupportedModelError: the model can run no more than the next token.
@@ -76,7 +76,7 @@ class TreeRun:
         return self._support.takes == "trees"
 
     @property
-    def thinned(self) -> bool:
+    def evicted(self) -> bool:
         """Whether some committed tokens have no slot any more, so that nobody else can go on from the cache."""
         return self._dropped > 0
 
@@ -122,7 +122,7 @@ class TreeRun:
         self.length += ids.shape[0]
         return logits
 
-    def thin(self, recent: Tensor, ahead: Sequence[int], keep: int) -> None:
+    def evict(self, recent: Tensor, ahead: Sequence[int], keep: int) -> None:
         """Drop all committed tokens' keys and values but `keep`: SpecKV, which changes what follows (see `speckv`).
 
         Args:
@@ -131,14 +131,14 @@ class TreeRun:
             keep: tokens, those included; of all others each head keeps its own.
 
         Raises:
-            UnsupportedModelError: this model's cannot be thinned out.
+            UnsupportedModelError: this model's cannot be evicted.
             DraftError: some nodes are open, or `keep` is not more than the newest tokens.
             UsageError: the sequence is padded.
         """
         if reason := speckv.refusal(self._model):
             raise UnsupportedModelError(f"speckv= keeps a part of the KV cache, but {reason}; leave it out")
         if self._masks.padded:
-            raise UsageError("the KV cache of a padded sequence cannot be thinned out; leave the padding out")
+            raise UsageError("the KV cache of a padded sequence cannot be evicted; leave the padding out")
         start = self.length - recent.shape[0]
         if self._tokens or not 0 < recent.shape[0] < keep or start < 0:
             raise DraftError(f"{len(self._tokens)} open nodes, {recent.shape[0]} newest tokens, {keep} to keep")
