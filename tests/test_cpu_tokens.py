@@ -84,7 +84,7 @@ def test_a_card_never_shares_its_products_with_the_cpu_unless_asked_to(
     plane_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card sums in fp32 and the CPU in fixed point: which pass is short must not change its logits."""
-    monkeypatch.setattr(offload, "tokens_below", lambda *_: pytest.fail("nothing is to be measured"))
+    monkeypatch.setattr(offload, "breakeven_tokens", lambda *_: pytest.fail("nothing is to be measured"))
     kernels = {"cpu": select(torch.device("cpu"))}
     passing = SimpleNamespace(hbm=SimpleNamespace(placement=SimpleNamespace(pinned=(0,)), order=(0, 1)))
     for asked, used in ((None, 0), (0, 0), (3, 3)):

@@ -69,7 +69,7 @@ def rehearsed_once() -> Iterator[None]:
         return known[key] if key in known else known.setdefault(key, trace_on_meta(model, *arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "rehearse", rehearse_once)
+        patch.setattr(memory, "trace_on_meta", rehearse_once)
         yield
 
 
