@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 import tiercache
 from policies.offload import breakeven_tokens
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config import Budget, OffloadConfig
-from tiercache.engine import offload
+from tiercache.engine import machine
+from tiercache.engine.on_cpu import OnCpu
 from tiercache.errors import UsageError
 from tiercache.kernels.select import select
 from tiercache.stats import Stats
@@ -80,16 +79,13 @@ def test_it_is_measured_where_it_is_not_said(plane_store: Callable[..., Path]) -
     assert all(torch.equal(one, other) for one, other in zip(logits, want, strict=True))
 
 
-def test_a_card_never_shares_its_products_with_the_cpu_unless_asked_to(
-    plane_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_never_shares_its_products_with_the_cpu_unless_asked_to() -> None:
     """The card sums in fp32 and the CPU in fixed point: which pass is short must not change its logits."""
-    monkeypatch.setattr(offload, "breakeven_tokens", lambda *_: pytest.fail("nothing is to be measured"))
-    kernels = {"cpu": select(torch.device("cpu"))}
-    passing = SimpleNamespace(hbm=SimpleNamespace(placement=SimpleNamespace(pinned=(0,)), order=(0, 1)))
+    card = machine.Machine(torch.device("cuda", 0), {"cpu": select(torch.device("cpu"))})
     for asked, used in ((None, 0), (0, 0), (3, 3)):
-        config = OffloadConfig(hbm=None, dram=Budget(), precision="int8", cpu_tokens=asked)
-        assert offload._cpu_tokens(config, passing, kernels, torch.device("cuda", 0)) == used
+        on_cpu = OnCpu.of_exact(asked, card, resident=False)
+        assert on_cpu.tokens(lambda: pytest.fail("nothing is to be measured")) == used
+        assert on_cpu.allowed == (used > 0), "no more is reserved than is used"
 
 
 def test_cuda_is_initialised_before_it_is_asked_anything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,10 +94,10 @@ def test_cuda_is_initialised_before_it_is_asked_anything(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
-    assert offload.resolve_device("auto") == torch.device("cuda", 0)
-    assert offload.resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert machine.resolve_device("auto") == torch.device("cuda", 0)
+    assert machine.resolve_device("cuda:1") == torch.device("cuda", 1)
     assert calls == ["init", "init"]
-    assert offload.resolve_device("cpu") == torch.device("cpu")
+    assert machine.resolve_device("cpu") == torch.device("cpu")
     assert len(calls) == 2
 
 
@@ -136,7 +132,7 @@ def test_the_decision(link_s: float, product_s: dict[int, float]) -> None:
 
 def test_the_measurement_gives_its_memory_back() -> None:
     host = torch.device("cpu")
-    assert breakeven.breakeven_tokens(select(host), 2, host) in {0, *breakeven._TOKENS}
+    assert breakeven.measure_breakeven(select(host), 2, host) in {0, *breakeven._TOKENS}
 
 
 def test_interrupted_while_the_copies_are_given_up(plane_store: Callable[..., Path]) -> None:

@@ -418,7 +418,7 @@ def test_auto_without_room_for_planes_drafts_by_tables_and_says_so(
     assert "1 B more of dram" in said
     with opened(store, show_progress=None, **options, **asked(store, **options).streaming(0)) as model:
         assert model.tiercache.stats().drafting.drafters != ("ngram",)
-        assert model.tiercache.resident is not None
+        assert model.tiercache.run.resident_bytes > 0
     assert "n-grams alone" not in capsys.readouterr().err
 
 
@@ -543,7 +543,7 @@ def test_a_call_that_is_cut_off_leaves_the_model_usable(
     with opened(plane_store("llama"), drafter="auto", **sizes) as model:
         for after in (1, 2, 4, 9):  # in the prompt, in drafting passes and in verifying ones
             interrupted(model, error, after, 3)
-            assert not model.tiercache.resident.passes.resident
+            assert not model.tiercache.run.next_pass.resident
             assert {seed: generate(model, seed, NEW) for seed in SEEDS} == want
         with pytest.raises(UsageError, match="no weights"):
             model.state_dict()

@@ -21,7 +21,8 @@ from policies.pinned import place, smallest_bytes
 from policies.residency import Residency
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
-from tiercache.engine import memory, offload
+from tiercache.engine import machine, memory
+from tiercache.engine.offload import open_offloaded
 from tiercache.engine.plan import Needs, fill_tiers
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
@@ -55,7 +56,7 @@ def offloaded(
     places = {name: None if size is None else Budget.parse(size) for name, size in sizes.items()}
     options = {"cpu_tokens": 0, "context": CONTEXT, "device": "cpu"} | options
     config = OffloadConfig(**places, precision=precision, resident=resident, **options)
-    with offload.open_offloaded(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
+    with open_offloaded(store, config, observe=lambda *event: trace.append(event)) as model, torch.no_grad():
         yield model
 
 
@@ -421,7 +422,7 @@ def test_without_kernels_planes_are_decoded(plane_store: Folders, monkeypatch: p
         want = run(model).exact
     with offloaded(plane_store("gpt2"), "int4", resident=False, kernels="decode") as model:
         low = model.transformer(IDS).last_hidden_state
-    monkeypatch.setattr(offload, "select", refuse)
+    monkeypatch.setattr(machine, "select", refuse)
     with ExitStack() as stack:
         opened = offloaded(plane_store("gpt2"))
         with pytest.warns(UserWarning, match="decoded"):
@@ -483,8 +484,8 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
         assert "resident" not in model.tiercache.pass_bytes()
         with pytest.raises(UsageError, match="exactly"):
             model.tiercache.passes("resident")
-    monkeypatch.setattr(offload, "resolve_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(offload, "_kernels", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
+    monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(machine, "kernels_for", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
     with pytest.raises(UsageError, match="cpu_tokens=4"), offloaded(plane_store("llama"), cpu_tokens=4):
         pass
     for drafter in ("resident", "auto"):

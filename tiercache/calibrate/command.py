@@ -13,7 +13,7 @@ from tiercache.calibrate import journal as journals
 from tiercache.calibrate.halving import METHOD
 from tiercache.calibrate.run import Objective, Options, Rest, Run
 from tiercache.config import Budget, SizeLike
-from tiercache.engine.offload import resolve_device
+from tiercache.engine.machine import resolve_device
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import note
 from tiercache.store.calibration import PARTIAL_FILE, SCHEMA, Calibration

@@ -6,20 +6,24 @@ Knows demands, plans and who may draft; allocates nothing. Which placement is be
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from policies import room
 from policies.room import Rates, Traffic
 from tiercache.config import DraftConfig, OffloadConfig, human
 from tiercache.engine import drafting
 from tiercache.engine.budgets import divide
 from tiercache.engine.drafting import DrafterSpec
-from tiercache.engine.memory import MemoryRequirements, memory_requirements
+from tiercache.engine.loaded import Loaded
+from tiercache.engine.machine import Machine
+from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
+from tiercache.engine.on_cpu import OnCpu
 from tiercache.engine.plan import Plan
+from tiercache.engine.run import ExactRun, ResidentRun
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 from tiercache.kv.cache import Support, support
 from tiercache.progress import note
+from tiercache.quant.planes import PRECISIONS
+from tiercache.tiers.breakeven import measure_breakeven
 
 # Bytes a second where nobody measured them; of the machines that this is for, and only their proportions matter.
 _DRAM, _CARD, _LINK, _SSD = 35e9, 900e9, 25e9, 3e9
@@ -35,6 +39,7 @@ class ExactPlan:
         recruits: who drafts; None where no drafter was asked for.
         asked: what was asked of memory.
         plan: what lies where.
+        on_cpu: whether the CPU multiplies, in DRAM, by what does not stay in HBM.
         room_price: see `policies.room.price`; None where nothing was compared.
     """
 
@@ -43,6 +48,7 @@ class ExactPlan:
     drafter_spec: DrafterSpec | None
     asked: MemoryRequirements
     plan: Plan
+    on_cpu: OnCpu
     room_price: float | None = None
 
     @property
@@ -54,32 +60,43 @@ class ExactPlan:
         up = sum(payload[key] for key in order if key not in staying)
         return Traffic(needed, up, sum(payload[key] for key in self.plan.streamed))
 
+    def start(self, loaded: Loaded, *, show_progress: bool | None) -> ExactRun:
+        """Fill the tiers, and say how passes go."""
+        tokens = 0
+        hbm = self.plan.hbm
+        if hbm is not None and len(hbm.placement.pinned) < len(hbm.order):  # measured while the tiers are still empty
+            tokens = self.on_cpu.tokens(
+                lambda: measure_breakeven(
+                    loaded.machine.kernels["cpu"], PRECISIONS[self.config.precision], loaded.machine.device
+                )
+            )
+        loaded.tiers.load(show_progress=show_progress)
+        return ResidentRun(tokens, self.asked, self.plan) if self.config.resident else ExactRun(tokens)
 
-def place(opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool, show: bool) -> ExactPlan:
+
+def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool) -> ExactPlan:
     """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
 
     Args:
         opened: the model.
         config: the options, with `resident` where the model's own planes may draft.
-        device: where it computes.
-        kernels: planes are multiplied as they are.
+        machine: where it runs.
         show: whether notes may be printed.
 
     Raises:
         DoesNotFitError: a budget is too small, with "auto" even for plain decoding.
         UsageError, StoreError, UnsupportedModelError: as `drafting.recruit` and `demand` say.
     """
-    cut = config.resident
+    OnCpu.of_exact(config.cpu_tokens, machine, resident=config.resident)  # refuses what cannot be, before all else
 
     def planned(options: OffloadConfig) -> ExactPlan:
-        own = opened
-        if options.resident != cut and opened.store is not None:
-            own = replace(opened, manifest=opened.store.manifest(config.precision, cut=options.resident))
-        return _planned(own, options, device, kernels)
+        same = options.resident == config.resident
+        own = opened if same else opened.cut(config.precision, resident=options.resident)
+        return _planned(own, options, machine)
 
     if config.draft is None or config.draft.drafter != "auto":
         return planned(config)
-    return _compared(config, config.draft, planned, support(opened.meta_model), _rates(config, device, kernels), show)
+    return _compared(config, config.draft, planned, support(opened.meta_model), _rates(config, machine), show)
 
 
 def _compared(
@@ -125,22 +142,24 @@ def _fitted(planned: Callable[[OffloadConfig], ExactPlan], options: OffloadConfi
         return error
 
 
-def _planned(opened: Opened, config: OffloadConfig, device: torch.device, kernels: bool) -> ExactPlan:
+def _planned(opened: Opened, config: OffloadConfig, machine: Machine) -> ExactPlan:
     """What these options ask for, and the plan for it."""
+    on_cpu = OnCpu.of_exact(config.cpu_tokens, machine, resident=config.resident)
     drafter_spec = drafting.find_drafters(config, opened)
-    asked = memory_requirements(opened, drafting.widened(config), device, kernels=kernels)
+    arithmetic = Arithmetic(machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed)
+    asked = memory_requirements(opened, drafting.widened(config), arithmetic)
     asked = drafting.reserve(asked, drafter_spec, config)
-    return ExactPlan(config, opened, drafter_spec, asked, divide(opened, asked, config, device))
+    return ExactPlan(config, opened, drafter_spec, asked, divide(opened, asked, config, machine.device), on_cpu)
 
 
-def _rates(config: OffloadConfig, device: torch.device, kernels: bool) -> Rates:
+def _rates(config: OffloadConfig, machine: Machine) -> Rates:
     """A region of main memory that stands in for a card is as fast as its link, unless that is throttled.
 
     Where the CPU stands in for a card it multiplies in DRAM what does not stay in that region, unless cpu_tokens=0: a
     pass of one token then waits for no link.
     """
-    memory, link = (_DRAM, _DRAM) if device.type == "cpu" else (_CARD, _LINK)
-    crosses = device.type != "cpu" or not kernels or config.cpu_tokens == 0
+    memory, link = (_CARD, _LINK) if machine.is_gpu else (_DRAM, _DRAM)
+    crosses = machine.is_gpu or not OnCpu.of_exact(config.cpu_tokens, machine, resident=False).allowed
     if config.link_gbps is not None and crosses:
         link = config.link_gbps * 1e9
     return Rates(memory, link, _SSD)

@@ -1,11 +1,10 @@
-"""What an offloaded model carries as `model.tiercache`: its plan, its account, and of which kind its passes are.
+"""What an offloaded model carries as `model.tiercache`: its plan, its statistics, and of which kind its passes are.
 
-Knows plans, demands and statistics; opens and closes nothing.
+Knows plans, requirements, statistics and the run; opens and closes nothing.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import get_args
 
 from policies.types import Key
@@ -14,45 +13,29 @@ from profiler.trace import Trace
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.plan import Plan
+from tiercache.engine.run import ExactRun
 from tiercache.errors import UsageError
 from tiercache.model.mixed import Kind
-from tiercache.model.pass_hooks import Passes
 from tiercache.stats import Stats
 
-
-@dataclass(frozen=True)
-class Resident:
-    """Resident passes of a model that is run exactly.
-
-    Attributes:
-        passes: which kind comes next.
-        read_bytes: what one of them reads of the planes that stay.
-    """
-
-    passes: Passes
-    read_bytes: int
+Run = ExactRun | MixedRun
 
 
 class OffloadHandle:
-    """What `model.tiercache` is: the plan and the statistics of an offloaded model.
+    """What `model.tiercache` is.
 
     Attributes:
         plan: what lies where.
-        rehearsal: what a pass does and takes.
+        meta_trace: what a pass does and takes.
         mixed: in mixed mode, how neurons are run.
-        resident: how passes do with the planes that stay, if the model was opened for that.
+        run: how passes go.
     """
 
     def __init__(
-        self,
-        made: Plan,
-        asked: MemoryRequirements,
-        stats: Stats,
-        refresh: Callable[[Stats], None],
-        mixed: MixedRun | None,
-        resident: Resident | None = None,
+        self, made: Plan, asked: MemoryRequirements, stats: Stats, refresh: Callable[[Stats], None], run: Run
     ) -> None:
-        self.plan, self.meta_trace, self.mixed, self.resident = made, asked.meta_trace, mixed, resident
+        self.plan, self.meta_trace, self.run = made, asked.meta_trace, run
+        self.mixed = run if isinstance(run, MixedRun) else None
         self._asked, self._stats, self._refresh = asked, stats, refresh
 
     @property
@@ -61,7 +44,7 @@ class OffloadHandle:
         return dict(self._asked.payload)
 
     def stats(self) -> Stats:
-        """The account so far."""
+        """The statistics so far."""
         self._refresh(self._stats)
         return self._stats
 
@@ -70,14 +53,10 @@ class OffloadHandle:
 
         Where there are resident passes of a model that is run exactly, also what one of them reads, as "resident".
         """
-        payload = self.payload
-        in_part = set() if self.mixed is None else self.mixed.units
-        needed = sum(payload[key] for key in self._asked.needs.order if key not in in_part)
-        found = {
-            "needed": needed + (0 if self.mixed is None else self.mixed.needed_bytes),
-            "ssd": sum(payload[key] for key in self.plan.streamed),
-        }
-        return found if self.resident is None else {**found, "resident": self.resident.read_bytes}
+        payload, found = self.payload, self.run.pass_bytes()
+        found["needed"] += sum(payload[key] for key in self._asked.needs.order if key not in self.run.part_units)
+        found["ssd"] = sum(payload[key] for key in self.plan.streamed)
+        return found
 
     def every_token(self) -> AbstractContextManager[None]:
         """In mixed mode: passes of any length within choose neurons for each token, as passes of one token do.
@@ -85,7 +64,7 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly.
         """
-        return self._mixed().choosing.every_token()
+        return self.run.neurons().choosing.every_token()
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
         """Passes that begin within are "exact" or "resident", or in mixed mode "mixed".
@@ -100,16 +79,7 @@ class OffloadHandle:
         """
         if kind not in get_args(Kind):
             raise UsageError(f"unknown kind of pass {kind!r}; choose one of {', '.join(get_args(Kind))}")
-        if self.resident is not None:
-            if kind == "mixed":
-                raise UsageError("passes of a model that is run exactly are 'exact' or 'resident', not 'mixed'")
-            return self.resident.passes.within(resident=kind == "resident")
-        if kind == "exact" and not self._mixed().plan.whole:
-            raise UsageError(
-                "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
-                "the model with mode='exact'"
-            )
-        return self._mixed().choosing.passes(kind)
+        return self.run.passes(kind)
 
     def recording(self) -> AbstractContextManager[Trace]:
         """In mixed mode: what each token within wishes for, as a trace; afterwards the statistics know Belady's bound.
@@ -119,7 +89,7 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly.
         """
-        return self._mixed().recording()
+        return self.run.neurons().recording()
 
     def replay(self, trace: Trace) -> list[Row]:
         """In mixed mode with an HBM tier: a recorded trace under every policy, in this run's slots from its own start.
@@ -130,9 +100,4 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly, or has no slots.
         """
-        return self._mixed().replay(trace)
-
-    def _mixed(self) -> MixedRun:
-        if self.mixed is None:
-            raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
-        return self.mixed
+        return self.run.neurons().replay(trace)

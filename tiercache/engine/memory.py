@@ -4,7 +4,7 @@ Knows manifests and rehearsals; decides nothing about where things go.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 
@@ -15,16 +15,13 @@ from tiercache.engine.plan import Needs
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
-from tiercache.model import meta_model, mixed, shortlist
+from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
-from tiercache.model.embedding import FileRows
 from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
-from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlaneWeight
-from tiercache.store.reader import Reader
 
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
@@ -52,40 +49,72 @@ class MemoryRequirements:
     payload: dict[int, int]
 
 
-def memory_requirements(
-    opened: Opened, config: OffloadConfig, device: torch.device, *, kernels: bool
-) -> MemoryRequirements:
-    """Rehearse `opened` and add up what it takes; `kernels`: planes are multiplied as they are.
+@dataclass(frozen=True)
+class Arithmetic:
+    """How matrices are multiplied, as far as memory is concerned.
+
+    Attributes:
+        device: where the model computes.
+        kernels: by planes as they are; otherwise each weight is decoded first.
+        on_cpu: the CPU multiplies, in DRAM, by what does not stay in the HBM tier.
+        shortlist: the head reads few planes of all its rows, and all planes of the likeliest ones.
+    """
+
+    device: torch.device
+    kernels: bool
+    on_cpu: bool = False
+    shortlist: bool = False
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device has memory of its own."""
+        return self.device.type == "cuda"
+
+
+def traced(opened: Opened, config: OffloadConfig) -> MetaTrace:
+    """Run one pass on the meta device: the order of modules, and what the KV cache and activations take.
 
     Raises:
-        UnsupportedModelError: modules that a pass never calls, or a forward that cannot be rehearsed.
+        UnsupportedModelError: modules that a pass never calls, or a forward that cannot run without data.
     """
-    manifest = opened.manifest
+    modules = tuple(opened.manifest.weights)
     cache = None if config.draft is None else cache_of(opened.meta_model, config.context)
-    meta_trace = trace_on_meta(opened.meta_model, tuple(manifest.weights), config.context, config.logits, cache)
-    if unused := sorted(set(manifest.weights) - set(meta_trace.calls)):
+    meta_trace = trace_on_meta(opened.meta_model, modules, config.context, config.logits, cache)
+    if unused := sorted(set(modules) - set(meta_trace.calls)):
         raise UnsupportedModelError(
             f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model"
         )
+    return meta_trace
+
+
+def memory_requirements(
+    opened: Opened, config: OffloadConfig, arithmetic: Arithmetic, meta_trace: MetaTrace | None = None
+) -> MemoryRequirements:
+    """Add up what a model takes; `meta_trace` is `traced`'s, where a caller has it already.
+
+    Raises:
+        UnsupportedModelError: as `traced` says.
+    """
+    manifest = opened.manifest
+    meta_trace = meta_trace or traced(opened, config)
     runs = [units for units, _ in groupby(manifest.weights[module].units for module in meta_trace.calls)]
     again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
     order = tuple(dict.fromkeys(key for units in runs for key in units))
     cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
     planes = max(map(len, cut), default=0)
-    workspace = _workspace(opened, kernels)
+    workspace = _workspace(opened, arithmetic.kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
-    table = manifest.embedding[1].unit
-    below = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
+    only_rows = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
     needs = Needs(
         sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
         names=[unit.name for unit in manifest.units],
         order=order,
         always=again,
-        table=None if table in order or opened.given else table,
-        compute=_compute_reserve(opened, meta_trace, config, workspace, device, kernels),
-        dram=_dram_reserve(opened, config, below=kernels and device.type != "cpu" and _may_multiply_below(config)),
-        below=below,
-        neuron_bytes=sum(manifest.units[key].nbytes for key in below),
+        table=None if opened.table_unit in order else opened.table_unit,
+        compute=_compute_reserve(opened, meta_trace, config, workspace, arithmetic),
+        dram=_dram_reserve(opened, config, arithmetic),
+        only_rows=only_rows,
+        neuron_bytes=sum(manifest.units[key].nbytes for key in only_rows),
         together=cut,
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
@@ -110,29 +139,26 @@ def _workspace(opened: Opened, kernels: bool) -> int:
 
 
 def _compute_reserve(
-    opened: Opened,
-    meta_trace: MetaTrace,
-    config: OffloadConfig,
-    workspace: int,
-    device: torch.device,
-    kernels: bool,
+    opened: Opened, meta_trace: MetaTrace, config: OffloadConfig, workspace: int, arithmetic: Arithmetic
 ) -> dict[str, int]:
     """Bytes beside the units where the model computes, by purpose."""
     # The allocator: measured, the C library's heap keeps about as much again as the tensors that come and go in a pass,
     # and in a product.
-    scratch = _product_scratch(opened, config, device) if kernels else _decode_scratch(opened)
-    kept = _kept_bytes(scratch, device) if kernels else _packed_bytes(opened)
+    if arithmetic.kernels:
+        scratch = _product_scratch(opened, config, arithmetic)
+        kept = _kept_bytes(scratch, arithmetic)
+    else:
+        scratch, kept = _decode_scratch(opened), _packed_bytes(opened)
     reserve = {
         "KV cache": meta_trace.kv_bytes,
         "activations": meta_trace.workspace_bytes,
         "workspace": workspace + scratch,
         "allocator": meta_trace.workspace_bytes + kept,
     }
-    if opened.memory is None or device.type != "cpu":
+    if opened.allocates_rest(arithmetic.device):
         own = dict(opened.meta_model.named_parameters())
-        names = opened.manifest.dense or _rest(opened)
-        reserve["norms, biases, positions"] = sum(own[name].nbytes for name in names)
-        reserve["embedding rows"] = _row_bytes(opened) * config.context
+        reserve["norms, biases, positions"] = sum(own[name].nbytes for name in opened.rest())
+        reserve["embedding rows"] = opened.row_bytes * config.context
     return reserve
 
 
@@ -141,39 +167,35 @@ def _decode_scratch(opened: Opened) -> int:
     return min(DECODE_SCRATCH_BYTES, RESTORING_BYTES * max(decoded, default=0))
 
 
-def _product_scratch(opened: Opened, config: OffloadConfig, device: torch.device) -> int:
+def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> int:
     """Of the greediest product; the head makes as many rows as logits may be asked for."""
     most, head = 0, opened.manifest.head
     for name, weight in opened.manifest.weights.items():
         if isinstance(weight, PlaneWeight):
             tokens = min(config.logits, config.context) if weight is head else config.context
             taken = scratch_bytes(opened.meta_model.get_submodule(name), weight, tokens)
-            if config.mode == "mixed" and weight is head:
+            if arithmetic.shortlist and weight is head:
                 taken += shortlist.scratch_bytes(weight, tokens)
             most = max(most, taken)
     for block in opened.manifest.blocks:
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
         most = max(most, rows)
-    return most + (_CUDA_SCRATCH_BYTES if device.type == "cuda" else 0)
+    return most + (_CUDA_SCRATCH_BYTES if arithmetic.is_gpu else 0)
 
 
-def _may_multiply_below(config: OffloadConfig) -> bool:
-    """Whether the CPU may multiply in DRAM beside a GPU: where it was asked to, and for neurons of mixed mode."""
-    return bool(config.cpu_tokens) or (config.mode == "mixed" and config.cpu_tokens is None)
-
-
-def _dram_reserve(opened: Opened, config: OffloadConfig, *, below: bool) -> dict[str, int]:
-    """Bytes in main memory whatever computes; `below`: the CPU may multiply there beside a GPU."""
-    reserve = {"staging": _staging(opened), "embedding rows": _row_bytes(opened) * config.context}
-    if below:
-        scratch = _product_scratch(opened, config, torch.device("cpu"))
-        reserve["products"] = scratch + _kept_bytes(scratch, torch.device("cpu"))
+def _dram_reserve(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> dict[str, int]:
+    """Bytes in main memory whatever computes."""
+    reserve = {"staging": opened.staging_bytes, "embedding rows": opened.row_bytes * config.context}
+    if arithmetic.on_cpu and arithmetic.is_gpu:
+        beside = replace(arithmetic, device=torch.device("cpu"))
+        scratch = _product_scratch(opened, config, beside)
+        reserve["products"] = scratch + _kept_bytes(scratch, beside)
     return reserve
 
 
-def _kept_bytes(scratch: int, device: torch.device) -> int:
+def _kept_bytes(scratch: int, arithmetic: Arithmetic) -> int:
     """What the C library's heap keeps of a product's passing memory; a card's allocator is counted in its scratch."""
-    return min(scratch, _HEAP_BLOCK_BYTES) if device.type == "cpu" else 0
+    return 0 if arithmetic.is_gpu else min(scratch, _HEAP_BLOCK_BYTES)
 
 
 def _packed_bytes(opened: Opened) -> int:
@@ -185,26 +207,3 @@ def _packed_bytes(opened: Opened) -> int:
     cut = (sum(units[key].slot_bytes for key in weight.units) for weight in opened.manifest.weights.values())
     largest = max(*(unit.slot_bytes for unit in units), *cut)
     return min(2 * largest, _PACKED_BYTES)
-
-
-def _row_bytes(opened: Opened) -> int:
-    """A row of the token embedding, in the wider of the file's dtype and the model's; none for the caller's own."""
-    weight = opened.manifest.embedding[1]
-    return 0 if opened.given else weight.shape[1] * max(weight.dtype.itemsize, opened.model.dtype.itemsize)
-
-
-def _rest(opened: Opened) -> list[str]:
-    """Parameters of a model in memory that are neither multiplied by nor looked up in."""
-    _, table = meta_model.embedding(opened.meta_model)
-    multiplied = {matrix.name for matrix in meta_model.matrices(opened.meta_model)}
-    return [name for name, _ in opened.meta_model.named_parameters() if name not in multiplied and name != table]
-
-
-def _staging(opened: Opened) -> int:
-    """The reader's own buffers."""
-    if opened.memory is not None:
-        return 0
-    pieces = [piece for unit in opened.manifest.units for piece in unit.pieces]
-    unit = opened.manifest.units[opened.manifest.embedding[1].unit]
-    rows = FileRows.staging_bytes(unit.nbytes // opened.manifest.embedding[1].shape[0])
-    return Reader.staging_bytes(pieces) + rows + BLOCK_BYTES

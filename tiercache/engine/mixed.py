@@ -1,28 +1,28 @@
 """Mixed mode while a model is attached: its blocks, how they choose, and what is recorded of it."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from policies.precision import PRECISION_NAMES
+from policies.types import Key
 from profiler import replay
 from profiler.trace import Trace
-from tiercache.config import OffloadConfig, human
+from tiercache.config import human
 from tiercache.engine import mixed_plan
+from tiercache.engine.loaded import Loaded
 from tiercache.engine.mixed_plan import MixedPlan
-from tiercache.engine.plan import Plan
-from tiercache.engine.source import Opened
+from tiercache.engine.run import Views
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import Kernels
 from tiercache.model import shortlist
-from tiercache.model.mixed import Choosing, MixedBlock
+from tiercache.model.mixed import Choosing, Kind, MixedBlock
 from tiercache.model.neurons import Deltas
+from tiercache.model.pass_hooks import Passes
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
-from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import TierStack
@@ -37,70 +37,79 @@ class MixedRun:
         blocks: of the model, in order.
         choosing: what they share.
         slots: of single neurons, with an HBM tier.
-        units: of neurons and of the head, of which a token reads a part.
+        part_units: of neurons and of the head, of which a token reads a part.
         low: planes below those that have slots, or would have them with an HBM tier: what ranking reads.
         precision: of everything that is no neuron.
         capped: neurons without a slot may have to do with the planes at hand.
         head: the language-model head's planes, if it has some.
+        next_pass: of the hooks, which know of no mixed passes: never resident there.
+        views, resident_bytes, cpu_tokens: see `engine.run.ExactRun`; a resident pass counts as a mixed one, and neurons
+            are multiplied where they lie whatever the tokens.
     """
 
     plan: MixedPlan
     blocks: tuple[MixedBlock, ...]
     choosing: Choosing
     slots: NeuronSlots | None
-    units: frozenset[int]
+    part_units: frozenset[Key]
     low: int
     precision: str
     capped: bool
     head: PlaneWeight | None
+    next_pass: Passes = field(default_factory=Passes)
+    views: Views = field(default_factory=dict)
+    resident_bytes: int = 0
+    cpu_tokens: int = 0
 
     @classmethod
-    def start(
-        cls,
-        stack: ExitStack,
-        plan: MixedPlan,
-        opened: Opened,
-        made: Plan,
-        tiers: TierStack,
-        link: Link,
-        config: OffloadConfig,
-        kernels: Mapping[str, Kernels],
-        device: torch.device,
-        *,
-        below: bool = False,
-    ) -> "MixedRun":
-        """Fill the slots, if there are any; what undoes it goes on `stack`.
+    def start(cls, plan: MixedPlan, loaded: Loaded, *, on_cpu: bool) -> "MixedRun":
+        """Make the blocks and fill their slots, if there are any.
 
-        With `below`, the CPU multiplies in DRAM what has no slot, and a token brings up only as many neurons as renew
-        the slots.
+        Args:
+            plan: how neurons are run.
+            loaded: the model; what is opened here is closed with it.
+            on_cpu: the CPU multiplies, in DRAM, what has no slot; a token then brings up only as many neurons as renew
+                the slots.
         """
+        config, opened, tiers = loaded.config, loaded.opened, loaded.tiers
         choosing = Choosing(in_order=config.uploads is not None)
-        capped = made.hbm is not None and config.uploads is not None and not below
+        capped = loaded.plan.hbm is not None and config.uploads is not None and not on_cpu
         known = plan.measured and not capped and not math.isnan(plan.setting.kl)
         if known and plan.calibration.meta.get("precision") == config.precision:
             choosing.stats.calibrated_kl = plan.setting.kl
-        slots, low = None, plan.setting.rank
-        if made.hbm is not None:
-            slot_plan = plan.slot_plan(opened.manifest, made.hbm.neuron_bytes)
-            memory = Slab(slot_plan.nbytes, device)
-            stack.callback(memory.close)
-            caching = plan.caching(config, slot_plan, low, below=below)
-            choosing.stats.policy = caching.policy
-
-            def rows(layer: int, plane: int) -> torch.Tensor:
-                block = opened.manifest.blocks[layer]
-                return _above(tiers, block, block.low + plane).view(block.neurons, -1)
-
-            slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, kernels["cpu"], link, choosing.stats)
-            stack.callback(slots.close)
-            slots.fill()
-        deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if below else None
+        slots = None
+        if loaded.plan.hbm is not None:
+            slots = _filled_slots(plan, loaded, loaded.plan.hbm.neuron_bytes, choosing, on_cpu=on_cpu)
+        deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if on_cpu else None
+        kernels, device = loaded.machine.kernels, loaded.machine.device
         blocks = mixed_plan.blocks(plan, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
         if head is not None:
             units |= {head.unit}
-        return cls(plan, tuple(blocks), choosing, slots, units, low, config.precision, capped, head)
+        return cls(plan, tuple(blocks), choosing, slots, units, plan.setting.rank, config.precision, capped, head)
+
+    def pass_bytes(self) -> dict[str, int]:
+        """See `engine.run.ExactRun`."""
+        return {"needed": self.needed_bytes}
+
+    def passes(self, kind: Kind) -> AbstractContextManager[None]:
+        """See `engine.run.ExactRun`."""
+        if kind == "exact" and not self.plan.whole:
+            raise UsageError(
+                "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
+                "the model with mode='exact'"
+            )
+        return self.choosing.passes(kind)
+
+    def neurons(self) -> "MixedRun":
+        """See `engine.run.ExactRun`."""
+        return self
+
+    @property
+    def notice(self) -> str:
+        """See `engine.run.ExactRun`."""
+        return self.loss_line
 
     @property
     def loss_line(self) -> str:
@@ -163,6 +172,26 @@ class MixedRun:
             bound = replay.replay(trace, self.slots.plan.slots, replay.BOUND, hot=hot)
             self.choosing.stats.belady_hits = int(bound.hits.sum())
             self.choosing.stats.belady_requests = int(bound.requests.sum())
+
+
+def _filled_slots(plan: MixedPlan, loaded: Loaded, nbytes: int, choosing: Choosing, *, on_cpu: bool) -> NeuronSlots:
+    """Slots for single neurons' planes in `nbytes` of the HBM tier, with those that are there from the start."""
+    blocks = loaded.opened.manifest.blocks
+    slot_plan = plan.slot_plan(loaded.opened.manifest, nbytes)
+    memory = Slab(slot_plan.nbytes, loaded.machine.device)
+    loaded.stack.callback(memory.close)
+    caching = plan.caching(loaded.config, slot_plan, plan.setting.rank, on_cpu=on_cpu)
+    choosing.stats.policy = caching.policy
+
+    def rows(layer: int, plane: int) -> torch.Tensor:
+        block = blocks[layer]
+        return _above(loaded.tiers, block, block.low + plane).view(block.neurons, -1)
+
+    host = loaded.machine.kernels["cpu"]
+    slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, host, loaded.link, choosing.stats)
+    loaded.stack.callback(slots.close)
+    slots.fill()
+    return slots
 
 
 class _Rows:

@@ -105,15 +105,15 @@ class MixedPlan:
         slots = precision.share_slots(wanted, widths, first.neurons, budget_bytes)
         return SlotPlan(tuple(map(tuple, slots)), self.passing(manifest), widths, first.neurons)
 
-    def caching(self, config: OffloadConfig, plan: SlotPlan, low: int, *, below: bool) -> Caching:
+    def caching(self, config: OffloadConfig, plan: SlotPlan, low: int, *, on_cpu: bool) -> Caching:
         """Who stays in the slots: as asked for, or whoever would have missed least on the calibration's trace."""
         policy, uploads = config.policy, config.uploads
-        if below and uploads is None:  # the processor below is the cheaper one: copies only renew the slots
+        if on_cpu and uploads is None:  # the CPU is the cheaper one: copies only renew the slots
             uploads = max(1, plan.neurons // _RENEWED)
         if policy == "auto":
             rows = self.replayed(plan, low, uploads)
             policy = replay.best(rows) if rows else "lfru"
-        return Caching(policy, uploads, below, self.calibration.frequency)
+        return Caching(policy, uploads, on_cpu, self.calibration.frequency)
 
     def replayed(self, plan: SlotPlan, low: int, uploads: int | None) -> list[replay.Row]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""

@@ -29,7 +29,7 @@ class Needs:
         table: the token embedding's unit where it is not in `order` as well (a tied head is).
         compute: bytes reserved beside the weights where they are multiplied, by purpose.
         dram: bytes reserved in main memory whatever computes, by purpose.
-        below: units that never go up but in rows, and so must stay in DRAM; only beside an HBM tier.
+        only_rows: units that never go up but in rows, and so must stay in DRAM; only beside an HBM tier.
         neuron_bytes: what slots for those rows could use.
         together: units that are held at once: the planes of each matrix that is cut by plane, lowest first.
         levels: of such matrices, the units of each plane: the fastest tier must hold the first level, and prefers the
@@ -43,7 +43,7 @@ class Needs:
     table: Key | None
     compute: Mapping[str, int]
     dram: Mapping[str, int]
-    below: tuple[Key, ...] = ()
+    only_rows: tuple[Key, ...] = ()
     neuron_bytes: int = 0
     together: tuple[tuple[Key, ...], ...] = ()
     levels: tuple[frozenset[Key], ...] = ()
@@ -118,11 +118,11 @@ def fill_tiers(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
     if hbm_bytes is None:
         reserved = {**needs.dram, **needs.compute}
         return Plan(None, _tier("dram", dram_bytes, reserved, needs, needs.order, needs.table))
-    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, None if needs.below else needs.table)
+    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, None if needs.only_rows else needs.table)
     left = hbm_bytes - sum(needs.compute.values()) - hbm.slab_bytes
     hbm = replace(hbm, neuron_bytes=min(left, needs.neuron_bytes))
-    staying = replace(needs, always=needs.always.union(needs.below), levels=())
-    rest = [*(key for key in needs.order if key not in set(hbm.placement.pinned)), *needs.below]
+    staying = replace(needs, always=needs.always.union(needs.only_rows), levels=())
+    rest = [*(key for key in needs.order if key not in set(hbm.placement.pinned)), *needs.only_rows]
     passing = [needs.sizes[key] for key in hbm.placement.pinned]
     largest = max(passing, default=0)  # each passes through main memory once
     dram = _tier("dram", dram_bytes, needs.dram, staying, rest, None if hbm.table else needs.table, largest)

@@ -5,7 +5,8 @@ Knows folders, checkpoints and stores; nothing of budgets or tiers.
 
 import hashlib
 import tempfile
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,18 @@ import transformers
 from tiercache.config import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
+from tiercache.model.binding import weight_of
+from tiercache.model.embedding import FileRows, Rows, TableRows
+from tiercache.model.pass_hooks import refuse_closed
 from tiercache.store import memory
 from tiercache.store.convert import convert
-from tiercache.store.format import CATALOG_FILE, VERSION
+from tiercache.store.encode import load
+from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest, of_source
 from tiercache.store.planestore import DECIDING, PlaneStore
+from tiercache.store.reader import Reader
 from tiercache.store.source import Source, resolve
+from tiercache.tiers.stack import TierStack
 
 Model = transformers.PreTrainedModel
 
@@ -45,6 +52,73 @@ class Opened:
     given: bool
     store: PlaneStore | None = None
     folder: Path | None = None
+
+    def cut(self, precision: str, *, resident: bool) -> "Opened":
+        """The same model with its matrices cut by plane, if `resident`, or whole; as it is without a store."""
+        if self.store is None:
+            return self
+        return replace(self, manifest=self.store.manifest(precision, cut=resident))
+
+    @property
+    def row_bytes(self) -> int:
+        """A row of the token embedding, in the wider of the file's dtype and the model's; none of the caller's own."""
+        weight = self.manifest.embedding[1]
+        return 0 if self.given else weight.shape[1] * max(weight.dtype.itemsize, self.model.dtype.itemsize)
+
+    @property
+    def table_unit(self) -> int | None:
+        """The unit of the token embedding; None for the caller's own, which no tier holds."""
+        return None if self.given else self.manifest.embedding[1].unit
+
+    @property
+    def staging_bytes(self) -> int:
+        """What reading its files takes; nothing for weights that are in main memory."""
+        if self.memory is not None:
+            return 0
+        pieces = [piece for unit in self.manifest.units for piece in unit.pieces]
+        unit = self.manifest.units[self.manifest.embedding[1].unit]
+        rows = FileRows.staging_bytes(unit.nbytes // self.manifest.embedding[1].shape[0])
+        return Reader.staging_bytes(pieces) + rows + BLOCK_BYTES
+
+    def allocates_rest(self, device: torch.device) -> bool:
+        """Whether parameters beside the matrices take memory where the model computes; the caller's own lie there."""
+        return self.memory is None or device.type != "cpu"
+
+    def rest(self) -> list[str]:
+        """Names of the parameters that are neither multiplied by nor looked up in."""
+        if self.manifest.dense:
+            return list(self.manifest.dense)
+        _, table = meta_model.embedding(self.meta_model)
+        multiplied = {matrix.name for matrix in meta_model.matrices(self.meta_model)}
+        return [name for name, _ in self.meta_model.named_parameters() if name not in multiplied and name != table]
+
+    def dense(self, reader: Reader, device: torch.device) -> dict[str, torch.Tensor]:
+        """The values of those parameters, on `device`, by name."""
+        if self.given:  # the caller's own, but frozen: no gradient can be right when weights pass through
+            multiplied = {f"{module}.weight" for module in (*self.manifest.weights, self.manifest.embedding[0])}
+            named = self.model.named_parameters(remove_duplicate=False)
+            return {name: parameter.data.to(device) for name, parameter in named if name not in multiplied}
+        own = dict(self.meta_model.named_parameters())
+        return {name: load(reader, ref).to(device, own[name].dtype) for name, ref in self.manifest.dense.items()}
+
+    def table(self, stack: ExitStack, tiers: TierStack, device: torch.device) -> torch.Tensor | Rows:
+        """Where token embeddings are looked up: a tier, the caller's own table, or the file, which `stack` closes."""
+        module, weight = self.manifest.embedding
+        if self.given:
+            table = weight_of(self.model.get_submodule(module)).data
+            return table if device.type == "cpu" else TableRows(table)
+        found = tiers.table(weight)
+        if found is None:
+            (piece,) = self.manifest.units[weight.unit].pieces
+            rows = FileRows(piece, weight.shape, weight.dtype)
+            stack.callback(rows.close)
+            return rows
+        return found if found.device == device and found.dtype == self.model.dtype else TableRows(found)
+
+    def closed(self) -> None:
+        """The model is no longer offloaded: the caller's own goes on, another has lost its weights for good."""
+        if not self.given:
+            self.model.register_forward_pre_hook(refuse_closed)
 
 
 def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show_progress: bool | None) -> Opened:

@@ -21,7 +21,7 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 _REPEATS = 3
 
 
-def breakeven_tokens(kernels: Kernels, planes: int, device: torch.device) -> int:
+def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> int:
     """Up to how many tokens a pass is faster with the CPU multiplying in DRAM than with copies to `device`.
 
     Takes up to 75 MB of main memory for as long as it measures, and 8 MB on `device`: call it before tiers are filled.

@@ -1,0 +1,184 @@
+"""One offloaded model from its options to the hooks on its modules, in the order in which things are opened.
+
+Brings the parts together and decides nothing itself: what stays where is the plan's, what moves when is the tiers'.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tiercache import compat
+from tiercache.config import OffloadConfig
+from tiercache.engine import drafting, exact, mixed_fit
+from tiercache.engine.exact import ExactPlan
+from tiercache.engine.handle import OffloadHandle, Run
+from tiercache.engine.loaded import Loaded
+from tiercache.engine.machine import Machine
+from tiercache.engine.mixed_fit import MixedPlacement
+from tiercache.engine.source import Opened, open_model
+from tiercache.errors import UsageError
+from tiercache.model.attach import Attachment
+from tiercache.model.binding import Use
+from tiercache.model.embedding import FileRows, Rows
+from tiercache.model.pass_hooks import PassHooks
+from tiercache.progress import note
+from tiercache.stats import Stats, peak_rss_bytes
+from tiercache.store.calibration import Calibration
+from tiercache.store.reader import Reader
+from tiercache.tiers.link import Link
+from tiercache.tiers.slab import Slab
+from tiercache.tiers.stack import Observer, TierStack
+
+
+class Session:
+    """See the module.
+
+    Args:
+        stack: closes what is opened, in reverse order.
+        config: the options.
+        show_progress: draw bars and print notes; None for bars on a terminal.
+        observe: is told (tier, event, unit) of every decision.
+        calibration: stands in for the store's own; None for that.
+    """
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        config: OffloadConfig,
+        *,
+        show_progress: bool | None,
+        observe: Observer,
+        calibration: Calibration | None,
+    ) -> None:
+        self._stack, self._config, self._observe, self._calibration = stack, config, observe, calibration
+        self._show_progress, self._notes = show_progress, show_progress is not False
+
+    def open(self, model_or_path: transformers.PreTrainedModel | str | Path) -> transformers.PreTrainedModel:
+        """The model, ready to run."""
+        compat.check_version()
+        machine = Machine.of(self._config, show=self._show_progress)
+        if machine.is_gpu:
+            self._stack.callback(torch.cuda.empty_cache)  # the last to run: the card is as free as it was before
+        config = drafting.with_planes(self._config, kernels=bool(machine.kernels), show=self._notes)
+        opened = open_model(model_or_path, config, show_progress=self._show_progress)
+        placed: ExactPlan | MixedPlacement
+        if config.mode == "mixed":
+            placed = mixed_fit.place(opened, config, machine, self._calibration)
+        else:
+            placed = exact.place(opened, config, machine, show=self._notes)
+            config = placed.config
+        reader = self._stack.enter_context(Reader())
+        loaded = self._loaded(placed, config, machine, reader)
+        run = placed.start(loaded, show_progress=self._show_progress)
+        stats = self._stats(loaded, reader, run)
+        if run.notice and self._calibration is None:  # a calibration made up for the occasion knows of no loss
+            note(run.notice, show=self._notes)
+        self._attach(loaded, reader, stats, run)
+        if isinstance(placed, ExactPlan) and placed.drafter_spec is not None:
+            told: dict[str, Any] = {"show": self._notes, "room_price": placed.room_price}
+            spec, device = placed.drafter_spec, machine.device
+            drafting.attach(self._stack, loaded.opened.model, spec, config, device, stats, **told)
+        return loaded.opened.model
+
+    def _loaded(
+        self, placed: ExactPlan | MixedPlacement, config: OffloadConfig, machine: Machine, reader: Reader
+    ) -> Loaded:
+        """Allocate the tiers; they are empty still."""
+        if config.link_gbps is not None and placed.plan.hbm is None:
+            raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
+        link, opened = Link(config.link_gbps), placed.opened
+        tiers = TierStack(placed.plan, opened.manifest, reader, machine.device, opened.memory, self._observe, link)
+        self._stack.callback(tiers.close)
+        return Loaded(self._stack, config, machine, opened, placed.asked, placed.plan, tiers, link)
+
+    def _stats(self, loaded: Loaded, reader: Reader, run: Run) -> Stats:
+        """Statistics that have counted nothing yet."""
+        config, machine = loaded.config, loaded.machine
+        name = "torch" if config.precision == "source" else machine.kernels_name
+        direct = _reads_directly(loaded.opened, reader)
+        stats = Stats(config.precision, str(machine.device), direct, loaded.tiers.stats, kernels=name)
+        stats.cpu_tokens = run.cpu_tokens
+        if loaded.link.gbps is not None:
+            stats.link = f"emulated, {loaded.link.gbps:g} GB/s"
+        if run.choosing is not None:
+            stats.neurons, stats.lossy = run.choosing.stats, True
+        return stats
+
+    def _attach(self, loaded: Loaded, reader: Reader, stats: Stats, run: Run) -> None:
+        """Put parameters and hooks in."""
+        opened, tiers, device = loaded.opened, loaded.tiers, loaded.machine.device
+        model = opened.model
+        table = opened.table(self._stack, tiers, device)
+        attachment = Attachment(
+            model,
+            [_placed(use, tiers, run) for use in loaded.asked.uses],
+            tiers.top,
+            Slab(loaded.asked.workspace_bytes, device).bytes,
+            opened.dense(reader, device),
+            opened.manifest.embedding[0],
+            table,
+            device,
+            loaded.machine.kernels,
+            run.blocks,
+            run.choosing,
+        )
+        self._stack.callback(attachment.close)
+
+        def start(tokens: int, resident: bool) -> None:
+            attachment.begin_pass(resident=resident)
+            if resident:  # what is on its way for the next exact pass goes on
+                stats.resident_bytes += run.resident_bytes
+                return
+            on_cpu = 0 < tokens <= stats.cpu_tokens
+            stats.cpu_passes += on_cpu
+            tiers.begin(below=on_cpu)
+
+        hooks = PassHooks(
+            model,
+            stats,
+            context=drafting.widened(loaded.config).context,
+            logits=loaded.config.logits,
+            passes=run.next_pass,
+            start=start,
+            finish=attachment.end_pass,
+        )
+        self._stack.callback(hooks.close)
+        handle = OffloadHandle(loaded.plan, loaded.asked, stats, _refresher(reader, table, loaded.machine), run)
+        setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
+        self._stack.callback(_detach, opened)
+
+
+def _reads_directly(opened: Opened, reader: Reader) -> bool:
+    paths = {piece.path for unit in opened.manifest.units for piece in unit.pieces}
+    return bool(paths) and all(reader.direct(path) for path in paths)
+
+
+def _placed(use: Use, tiers: TierStack, run: Run) -> Use:
+    """`use` with its weight as it lies in the uppermost tier, and the slots of its planes that stay."""
+    staying = tuple(tiers.resident(key) for key in run.views.get(use.weight.units, ()))
+    return replace(use, weight=tiers.weights[use.module], resident=staying)
+
+
+def _refresher(reader: Reader, table: torch.Tensor | Rows, machine: Machine) -> Callable[[Stats], None]:
+    """Brings those statistics up to date that others count."""
+
+    def refresh(stats: Stats) -> None:
+        stats.ssd_bytes = reader.read_bytes
+        if isinstance(table, FileRows):
+            stats.ssd_bytes += table.ssd_bytes
+            stats.embedding_bytes = table.read_bytes
+        stats.peak_rss_bytes = peak_rss_bytes()
+        if machine.is_gpu:
+            stats.peak_device_bytes = torch.cuda.max_memory_reserved(machine.device)
+
+    return refresh
+
+
+def _detach(opened: Opened) -> None:
+    delattr(opened.model, "tiercache")
+    opened.closed()
