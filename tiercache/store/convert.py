@@ -188,10 +188,7 @@ class _Conversion:
         journal = self.partial / _JOURNAL
         if not journal.exists() or _unborn(journal):
             return 0
-        with (
-            catalog.environment(journal, readonly=False) as env,
-            env.begin() as transaction,
-        ):  # a journal has no checksum
+        with catalog.environment(journal, readonly=False) as env, env.begin() as transaction:
             known = catalog.contents(transaction, journal)
         same = all(known.meta.get(key) == value for key, value in self.meta.items())
         return self._bytes_of(len(known.records)) if same else 0
