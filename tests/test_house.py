@@ -26,7 +26,6 @@ LADDER = (
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
     *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
     *("store.layers", "store.estimate", "store.folders", "store.convert", "store.planestore", "store.calibration"),
-    "engine.plan",
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
     *("model.trace", "model.linear", "model.importance", "model.neurons", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import tiercache
 from policies.pinned import place, smallest_bytes
+from policies.plan import PlanInputs
 from policies.residency import Residency
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine import machine, memory
+from tiercache.engine.budgets import fill_tiers
 from tiercache.engine.offload import open_offloaded
-from tiercache.engine.plan import Needs, fill_tiers
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
@@ -74,7 +75,7 @@ def rehearsed_once() -> Iterator[None]:
         yield
 
 
-def missing(asked: Needs, hbm: int | None, dram: int) -> int:
+def missing(asked: PlanInputs, hbm: int | None, dram: int) -> int:
     """Bytes that are missing of a budget, as the planner says."""
     with pytest.raises(DoesNotFitError) as refusal:
         fill_tiers(asked, hbm_bytes=hbm, dram_bytes=dram)
@@ -85,7 +86,7 @@ def missing(asked: Needs, hbm: int | None, dram: int) -> int:
 class Least:
     """The smallest budgets that the planner takes for what a model asks."""
 
-    asked: Needs
+    asked: PlanInputs
 
     def streaming(self, spare: int) -> dict[str, int]:
         """Main memory alone, with so much above the least."""

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from policies.pinned import place, smallest_bytes
+from policies.plan import PlanInputs
 from policies.residency import Residency
 from policies.types import Key, Placement
-from tiercache.engine.plan import Needs, fill_tiers
+from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats import TierStats
 from tiercache.store.format import BLOCK_BYTES
@@ -517,11 +518,11 @@ def test_memory_hits_always() -> None:
 # ---------------------------------------------------------------- the whole stack, over real files
 
 
-def needs_of(manifest: Manifest) -> Needs:
+def needs_of(manifest: Manifest) -> PlanInputs:
     sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
     table = manifest.embedding[1].unit
     order = [key for key in sizes if key != table or manifest.embedding[1] in manifest.weights.values()]
-    return Needs(
+    return PlanInputs(
         sizes=sizes,
         names=[unit.name for unit in manifest.units],
         order=order,

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
+from policies import plan
+from policies.plan import Plan, PlanInputs, TooSmallError
 from profiler import hardware
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine.memory import MemoryRequirements
-from tiercache.engine.plan import Plan, fill_tiers
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 
@@ -44,3 +45,27 @@ def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
             "are missing; lower dram=, or close other programs",
             missing_bytes=total - free_bytes,
         )
+
+
+def fill_tiers(inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
+    """`policies.plan.fill_tiers`, with an error for people.
+
+    Raises:
+        DoesNotFitError: the smallest working set does not fit; says of which tier how many bytes are missing.
+    """
+    try:
+        return plan.fill_tiers(inputs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes)
+    except TooSmallError as small:
+        what, way_out = "matrix", f"raise {small.tier}= or lower context="
+        parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in small.reserved.items() if nbytes]
+        if small.first_level_bytes is not None:
+            first = human(small.first_level_bytes)
+            parts.append(f"{first} of every matrix's first plane, which the resident drafter does with")
+            what, way_out = "unit", f"raise {small.tier}=, lower context=, or choose another drafter"
+        parts.append(f"{human(small.largest_bytes)} for {small.largest}, the largest {what}")
+        raise DoesNotFitError(
+            f"{small.tier}={human(small.capacity_bytes)} is too small by {human(small.missing_bytes)} "
+            f"({small.missing_bytes} bytes): it must hold {', '.join(parts)}; {way_out}",
+            missing_bytes=small.missing_bytes,
+            tier=small.tier,
+        ) from small

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from policies import room
+from policies.plan import Plan
 from policies.room import Rates, Traffic
 from tiercache.config import DraftConfig, OffloadConfig, human
 from tiercache.engine import drafting
@@ -16,7 +17,6 @@ from tiercache.engine.loaded import Loaded
 from tiercache.engine.machine import Machine
 from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
 from tiercache.engine.on_cpu import OnCpu
-from tiercache.engine.plan import Plan
 from tiercache.engine.run import ExactRun, ResidentRun
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError

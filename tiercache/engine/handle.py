@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import get_args
 
+from policies.plan import Plan
 from policies.types import Key
 from profiler.replay import Row
 from profiler.trace import Trace
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
-from tiercache.engine.plan import Plan
 from tiercache.engine.run import ExactRun
 from tiercache.errors import UsageError
 from tiercache.model.mixed import Kind

@@ -3,10 +3,10 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from policies.plan import Plan
 from tiercache.config import OffloadConfig
 from tiercache.engine.machine import Machine
 from tiercache.engine.memory import MemoryRequirements
-from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.tiers.link import Link
 from tiercache.tiers.stack import TierStack

@@ -10,8 +10,8 @@ from math import prod
 
 import torch
 
+from policies.plan import PlanInputs
 from tiercache.config import OffloadConfig
-from tiercache.engine.plan import Needs
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
@@ -43,7 +43,7 @@ class MemoryRequirements:
     """
 
     uses: tuple[Use, ...]
-    needs: Needs
+    needs: PlanInputs
     meta_trace: MetaTrace
     workspace_bytes: int
     payload: dict[int, int]
@@ -105,7 +105,7 @@ def memory_requirements(
     workspace = _workspace(opened, arithmetic.kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     only_rows = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
-    needs = Needs(
+    needs = PlanInputs(
         sizes={key: unit.slot_bytes for key, unit in enumerate(manifest.units)},
         names=[unit.name for unit in manifest.units],
         order=order,

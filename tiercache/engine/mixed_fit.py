@@ -5,6 +5,7 @@ Knows recipes, requirements and plans; allocates nothing.
 
 from dataclasses import dataclass, replace
 
+from policies.plan import Plan
 from tiercache.config import Budget, OffloadConfig
 from tiercache.engine import mixed_plan
 from tiercache.engine.budgets import divide
@@ -14,7 +15,6 @@ from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requi
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.on_cpu import OnCpu
-from tiercache.engine.plan import Plan
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 from tiercache.model.trace import MetaTrace

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
+from policies.plan import Plan
 from policies.types import Key
 from tiercache.engine.memory import MemoryRequirements
-from tiercache.engine.plan import Plan
 from tiercache.errors import UsageError
 from tiercache.model.mixed import Choosing, Kind, MixedBlock
 from tiercache.model.pass_hooks import Passes

@@ -11,9 +11,9 @@ from math import prod
 
 import torch
 
+from policies.plan import Plan, TierPlan
 from policies.residency import Residency
 from policies.types import Key, Placement
-from tiercache.engine.plan import Plan, TierPlan
 from tiercache.progress import bar
 from tiercache.stats import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight

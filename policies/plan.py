@@ -10,15 +10,13 @@ from typing import Any
 
 from policies import pinned
 from policies.types import Key, Placement
-from tiercache.config import human
-from tiercache.errors import DoesNotFitError
 
 # What the loader keeps in flight; a ring this much larger than two units never waits for room.
 AHEAD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class Needs:
+class PlanInputs:
     """What a model asks of memory.
 
     Attributes:
@@ -109,24 +107,45 @@ class Plan:
         return {"schema": "tiercache.plan/1", "hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
 
 
-def fill_tiers(needs: Needs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
+@dataclass
+class TooSmallError(Exception):
+    """A tier's budget does not hold the smallest working set.
+
+    Attributes:
+        tier: its name.
+        missing_bytes, capacity_bytes: of its budget.
+        reserved: what is spoken for beside the units, by purpose.
+        largest, largest_bytes: the largest unit.
+        first_level_bytes: what all first planes take where these must stay; None where matrices are whole.
+    """
+
+    tier: str
+    missing_bytes: int
+    capacity_bytes: int
+    reserved: Mapping[str, int]
+    largest: str
+    largest_bytes: int
+    first_level_bytes: int | None
+
+
+def fill_tiers(inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
     """Fill the tiers, fastest first.
 
     Raises:
-        DoesNotFitError: the smallest working set does not fit; says of which tier how many bytes are missing.
+        TooSmallError: the smallest working set does not fit; says of which tier how many bytes are missing.
     """
     if hbm_bytes is None:
-        reserved = {**needs.dram, **needs.compute}
-        return Plan(None, _tier("dram", dram_bytes, reserved, needs, needs.order, needs.table))
-    hbm = _tier("hbm", hbm_bytes, needs.compute, needs, needs.order, None if needs.only_rows else needs.table)
-    left = hbm_bytes - sum(needs.compute.values()) - hbm.slab_bytes
-    hbm = replace(hbm, neuron_bytes=min(left, needs.neuron_bytes))
-    staying = replace(needs, always=needs.always.union(needs.only_rows), levels=())
-    rest = [*(key for key in needs.order if key not in set(hbm.placement.pinned)), *needs.only_rows]
-    passing = [needs.sizes[key] for key in hbm.placement.pinned]
+        reserved = {**inputs.dram, **inputs.compute}
+        return Plan(None, _tier("dram", dram_bytes, reserved, inputs, inputs.order, inputs.table))
+    hbm = _tier("hbm", hbm_bytes, inputs.compute, inputs, inputs.order, None if inputs.only_rows else inputs.table)
+    left = hbm_bytes - sum(inputs.compute.values()) - hbm.slab_bytes
+    hbm = replace(hbm, neuron_bytes=min(left, inputs.neuron_bytes))
+    staying = replace(inputs, always=inputs.always.union(inputs.only_rows), levels=())
+    rest = [*(key for key in inputs.order if key not in set(hbm.placement.pinned)), *inputs.only_rows]
+    passing = [inputs.sizes[key] for key in hbm.placement.pinned]
     largest = max(passing, default=0)  # each passes through main memory once
-    dram = _tier("dram", dram_bytes, needs.dram, staying, rest, None if hbm.table else needs.table, largest)
-    spare = dram_bytes - sum(needs.dram.values())
+    dram = _tier("dram", dram_bytes, inputs.dram, staying, rest, None if hbm.table else inputs.table, largest)
+    spare = dram_bytes - sum(inputs.dram.values())
     return Plan(hbm, replace(dram, transit_bytes=min(spare, 2 * largest + AHEAD_BYTES, sum(passing))))
 
 
@@ -134,43 +153,34 @@ def _tier(
     name: str,
     capacity_bytes: int,
     reserved: Mapping[str, int],
-    needs: Needs,
+    inputs: PlanInputs,
     order: Sequence[Key],
     table: Key | None,
     least_bytes: int = 0,
 ) -> TierPlan:
-    always = needs.always.union(*needs.levels[:1]).intersection(order)
+    always = inputs.always.union(*inputs.levels[:1]).intersection(order)
     spare = capacity_bytes - sum(reserved.values())
-    smallest = max(least_bytes, pinned.smallest_bytes(order, needs.sizes, always, needs.together))
-    _refuse_if_small(name, spare - smallest, capacity_bytes, reserved, needs)
+    smallest = max(least_bytes, pinned.smallest_bytes(order, inputs.sizes, always, inputs.together))
+    _refuse_if_small(name, spare - smallest, capacity_bytes, reserved, inputs)
     if table is not None:
-        size = needs.sizes[table]
-        whole = sum(needs.sizes[key] for key in order) + size
-        if whole <= spare:  # the table is the last to get room: a token needs only one row of it
+        size = inputs.sizes[table]
+        whole = sum(inputs.sizes[key] for key in order) + size
+        if whole <= spare:  # the table is the last to get room: a token inputs only one row of it
             placement = Placement((*order, table), whole, 0)
             return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
-    ahead, levels, groups = min(AHEAD_BYTES, spare // 4), needs.levels, needs.together
-    placement = pinned.place(order, needs.sizes, spare, ahead, always, prefer=levels, together=groups)
+    ahead, levels, groups = min(AHEAD_BYTES, spare // 4), inputs.levels, inputs.together
+    placement = pinned.place(order, inputs.sizes, spare, ahead, always, prefer=levels, together=groups)
     return TierPlan(capacity_bytes, reserved, tuple(order), placement, False)
 
 
 def _refuse_if_small(
-    name: str, left_bytes: int, capacity_bytes: int, reserved: Mapping[str, int], needs: Needs
+    name: str, left_bytes: int, capacity_bytes: int, reserved: Mapping[str, int], inputs: PlanInputs
 ) -> None:
     if left_bytes >= 0:
         return
-    what = "unit" if needs.levels else "matrix"
-    largest = max(needs.sizes, key=lambda key: needs.sizes[key] if key in set(needs.order) else 0)
-    parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in reserved.items() if nbytes]
-    way_out = f"raise {name}= or lower context="
-    if needs.levels:
-        first = sum(needs.sizes[key] for key in needs.levels[0])
-        parts.append(f"{human(first)} of every matrix's first plane, which the resident drafter does with")
-        way_out = f"raise {name}=, lower context=, or choose another drafter"
-    parts.append(f"{human(needs.sizes[largest])} for {needs.names[largest]}, the largest {what}")
-    raise DoesNotFitError(
-        f"{name}={human(capacity_bytes)} is too small by {human(-left_bytes)} ({-left_bytes} bytes): it must hold "
-        f"{', '.join(parts)}; {way_out}",
-        missing_bytes=-left_bytes,
-        tier=name,
+    in_order = set(inputs.order)
+    largest = max(inputs.sizes, key=lambda key: inputs.sizes[key] if key in in_order else 0)
+    first = sum(inputs.sizes[key] for key in inputs.levels[0]) if inputs.levels else None
+    raise TooSmallError(
+        name, -left_bytes, capacity_bytes, reserved, inputs.names[largest], inputs.sizes[largest], first
     )
