@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ class Fixed(BaseDrafter):
         self.tree, self.name, self.needs = tree, name, needs or Needs()
         self.asked: list[int] = []
         self.told: list[Any] = []
-        self.learnt: Any = 0
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         self.asked.append(budget.nodes)
@@ -39,24 +37,6 @@ class Fixed(BaseDrafter):
 
     def observe(self, feedback: Feedback) -> None:
         self.told.append(feedback)
-
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        self.told.append((tree, deadline_s))
-
-    def snapshot(self) -> int:
-        return len(self.told)
-
-    def rollback(self, snapshot: int) -> None:
-        del self.told[snapshot:]
-
-    def train_step(self, batch: Sequence[Feedback]) -> float | None:
-        return self.learnt or None
-
-    def state(self) -> dict[str, Any]:
-        return {"learnt": self.learnt}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.learnt = state["learnt"]
 
     def close(self) -> None:
         self.told.append("closed")
@@ -153,28 +133,15 @@ class TestUnion:
 
     def test_passes_everything_on(self) -> None:
         vocabulary = Needs(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
-        heads = Needs(topk=2, logits=True, hidden_layers=(3, 1), extends=True, device_bytes=7, host_bytes=1)
+        heads = Needs(topk=2, logits=True, device_bytes=7, host_bytes=1)
         one, two = Fixed(chain([1]), needs=vocabulary, name="one"), Fixed(chain([2]), needs=heads, name="two")
         union = Union([one, two])
-        assert union.needs == Needs(8, True, (1, 3), False, True, 9, 7, 6, 1)
+        assert union.needs == Needs(8, True, False, 9, 7, 6, 1)
         union.begin(context := Context([1], 4))
         assert one.context is two.context is context
-        before = union.snapshot()
         feedback = Feedback(union.propose(TreeBudget(4)), (0,), (1,))
         union.observe(feedback)
-        union.extend(feedback.tree, 0.5)
-        assert one.told == [feedback]
-        assert two.told == [feedback, (feedback.tree, 0.5)]
-        union.rollback(before)
-        assert one.told == two.told == []
-        assert union.train_step([feedback]) is None
-        one.learnt, two.learnt = 1.0, 2.0
-        assert union.train_step([feedback]) == 3.0
-        other = Union([Fixed(chain([1]), name="one"), Fixed(chain([2]), name="two")])
-        other.load_state(union.state())
-        assert [drafter.learnt for drafter in other.drafters] == [1.0, 2.0]  # type: ignore[attr-defined]
-        with pytest.raises(StoreError, match="drop"):
-            Union([one]).load_state(union.state())
+        assert one.told == two.told == [feedback]
 
     def test_closes_all_whatever_one_raises(self) -> None:
         one, bad, two = (Fixed(chain([1]), name=name) for name in ("one", "bad", "two"))

@@ -5,7 +5,6 @@ decision alone.
 """
 
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,18 +57,14 @@ class DecodeLoop:
 
     def _prefill(self, piece: int | None) -> bool:
         """The prompt; returns whether the text has ended with the first token."""
-        begin = time.perf_counter()
-        needs = self._team.needs
         self._refuse_beyond()
         prompt = self._request.text[0]
         rows = torch.empty(0)
-        with self._run.watching(needs.hidden_layers) as hidden:
-            for part in prompt.split(piece or len(prompt)):
-                rows = self._run.prefill(part)
+        for part in prompt.split(piece or len(prompt)):
+            rows = self._run.prefill(part)
         self._team.begin(self._context)
         ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        seconds = time.perf_counter() - begin
-        self._team.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:], _nodes(hidden, 1)), seconds)
+        self._team.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
         return ended
 
     def _round(self) -> bool:
@@ -86,13 +81,13 @@ class DecodeLoop:
             self._thin(tree)
             evicted = time.perf_counter() - drafted  # part of the prompt
             begin, drafted = begin + evicted, drafted + evicted
-        logits, hidden = self._pass(tree)
+        logits = run.run((context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents)))
         ended, emitted, path = self._accept(tree, logits)
         kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
         run.commit((0, *(node + 1 for node in kept)))
         done = time.perf_counter()
-        feedback = Feedback(tree, path, emitted, None, logits, hidden)
-        del logits, hidden
+        feedback = Feedback(tree, path, emitted, None, logits)
+        del logits
         team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
         return ended
 
@@ -103,16 +98,6 @@ class DecodeLoop:
         chain = [tree.tokens[node] for node in _first_path(tree)]
         self._run.evict(prompt, [self._context.tokens[-1], *chain], self._keep)
         self._keep = None
-
-    def _pass(self, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]]:
-        """The target's pass over the root and a tree: logits of each, and hidden states if somebody wants them."""
-        nodes = (self._context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents))
-        needs = self._team.needs
-        if not (needs.extends or needs.hidden_layers):
-            return self._run.run(*nodes), {}
-        with self._team.extending(tree), self._run.watching(needs.hidden_layers) as hidden:
-            logits = self._run.run(*nodes)
-        return logits, _nodes(hidden, len(logits))
 
     def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
         """Write the accepted tokens and the target's own; whether the text ended, the tokens, the accepted nodes."""
@@ -164,8 +149,3 @@ def _first_path(tree: DraftTree) -> list[int]:
     while children := tree.children.get(chain[-1] if chain else ROOT):
         chain.append(children[0])
     return chain
-
-
-def _nodes(hidden: Mapping[int, Tensor], rows: int) -> dict[int, Tensor]:
-    """Of hidden states [tokens, hidden] the last, which are the nodes'."""
-    return {layer: states[-rows:] for layer, states in hidden.items()}

@@ -4,11 +4,10 @@ Knows drafters by their contract only, and the n-gram drafters that `Ngrams` is 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget, joined
 from tiercache.draft.ngram.learned import Learned
@@ -16,7 +15,7 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.tree import ROOT, DraftTree, Order
-from tiercache.errors import DraftError, StoreError, UsageError
+from tiercache.errors import DraftError, UsageError
 
 _FADING = 0.9  # what a pass leaves of the weight of those before it
 _LEAST = 0.1  # a share of the nodes, as a part of the best drafter's, that the worst one is still tried with
@@ -51,42 +50,6 @@ class Several(BaseDrafter):
         """See `Drafter`; each sees the whole tree."""
         for drafter in self.drafters:
             drafter.observe(feedback)
-
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        """See `Drafter`."""
-        for drafter in self.drafters:
-            if drafter.needs.extends:
-                drafter.extend(tree, deadline_s)
-
-    def snapshot(self) -> Any:
-        """See `Drafter`."""
-        return [drafter.snapshot() for drafter in self.drafters]
-
-    def rollback(self, snapshot: Any) -> None:
-        """See `Drafter`."""
-        for drafter, before in zip(self.drafters, snapshot, strict=True):
-            drafter.rollback(before)
-
-    def train_step(self, batch: Sequence[Feedback]) -> float | None:
-        """See `Drafter`; the sum of the losses."""
-        losses = [loss for drafter in self.drafters if (loss := drafter.train_step(batch)) is not None]
-        return sum(losses) if losses else None
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {"drafters": [[drafter.name, drafter.state()] for drafter in self.drafters]}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is of other drafters.
-        """
-        names, own = [name for name, _ in state["drafters"]], [drafter.name for drafter in self.drafters]
-        if names != own:
-            raise StoreError(f"a state of the drafters {', '.join(names)}, not {', '.join(own)}; drop it")
-        for drafter, (_, part) in zip(self.drafters, state["drafters"], strict=True):
-            drafter.load_state(part)
 
     def close(self) -> None:
         """See `Drafter`; all are closed, whatever one raises."""
@@ -148,24 +111,6 @@ class Union(Several):
         """See `Drafter`."""
         self._judge(feedback.emitted)
         super().observe(feedback)
-
-    def rollback(self, snapshot: Any) -> None:
-        """See `Drafter`."""
-        super().rollback(snapshot)
-        self._tree = DraftTree()
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {**super().state(), "proposed": list(self._proposed), "true": list(self._true)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is of other drafters.
-        """
-        super().load_state(state)
-        self._proposed, self._true = list(state["proposed"]), list(state["true"])
 
     def _judge(self, emitted: Sequence[int]) -> None:
         """By the tree that was merged here: of what was verified, others may have cut or added parts."""

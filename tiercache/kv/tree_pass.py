@@ -8,21 +8,18 @@ Knows transformers' forward and the cache; nothing of who guessed the tokens, or
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiercache.compat import DynamicCache, attention_of, cache_kwargs
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
 from tiercache.kv import speckv
 from tiercache.kv.cache import Rewind, TreeCache, support
-from tiercache.model import meta_model
 
 _REPLAYED = 64  # committed tokens that may ride along in front of nodes, before they get a pass of their own
 
@@ -86,26 +83,6 @@ class TreeRun:
         self._settle()
         cache: transformers.Cache = self._cache
         return cache
-
-    @contextmanager
-    def watching(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """What decoder layers, counted from 0, give in the newest pass within: of each [tokens, hidden].
-
-        Tokens that a pass takes up beside those asked for come first.
-
-        Raises:
-            UsageError: the model has no such layer.
-        """
-        seen: dict[int, Tensor] = {}
-        with ExitStack() as stack:
-            for layer in layers:
-                named = self._model.named_modules()  # a layer comes before its parts
-                module = next((part for name, part in named if meta_model.layer_of(name) == layer), None)
-                if module is None:
-                    count = self._model.config.get_text_config(decoder=True).num_hidden_layers
-                    raise UsageError(f"no layer {layer} to take hidden states of; choose from 0 to {count - 1}")
-                stack.callback(module.register_forward_hook(partial(_keep, seen, layer)).remove)
-            yield seen
 
     def prefill(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Commit tokens [length] in one causal pass; logits of the last `keep` [keep, vocabulary].
@@ -358,11 +335,6 @@ class _Masks:
             return seen
         least = torch.finfo(self._dtype).min
         return torch.zeros(seen.shape, dtype=self._dtype, device=self.device).masked_fill_(~seen, least)
-
-
-def _keep(seen: dict[int, Tensor], layer: int, module: nn.Module, arguments: object, output: Any) -> None:
-    """A forward hook: what a layer gives, which some models wrap in a tuple."""
-    seen[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
 
 def _hidden(padding: Tensor | None, device: torch.device) -> Tensor | None:

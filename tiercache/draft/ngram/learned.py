@@ -135,14 +135,6 @@ class Learned(Follower):
         if self._waiting >= self._batch:
             self.commit()
 
-    def _reenter(self, tokens: Sequence[int], dropped: int) -> None:
-        text, given = self._pending[-1]
-        if 0 < dropped <= len(text) - given:
-            del text[-dropped:]
-            self._waiting -= dropped
-        else:  # it was put there already
-            self._enter(tokens)
-
 
 def _given(tokens: Sequence[int]) -> tuple[list[int], int]:
     before = list(tokens[-LONGEST:])

@@ -1,7 +1,6 @@
 """Prompt look-up: what followed the last time that the newest tokens occurred."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -69,18 +68,6 @@ class PromptLookup(Follower):
         self._copied = (), 0
         super().observe(feedback)
 
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {"rates": self._rates.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is the state of look-ups with other n-grams.
-        """
-        self._rates.load_state(state["rates"])
-
     def _match(self) -> tuple[int, int]:
         """The longest n-gram at the end that occurred before, and the place behind its newest occurrence."""
         text, end = self._text[: self._size], self._size
@@ -109,6 +96,3 @@ class PromptLookup(Follower):
             self._size = kept
         self._text[self._size : self._size + len(tokens)] = tokens
         self._size += len(tokens)
-
-    def _reenter(self, tokens: Sequence[int], dropped: int) -> None:
-        self._enter(tokens)
