@@ -212,19 +212,14 @@ class TestNgrams:
             drafter.begin(context)
             while len(context.tokens) < len(tokens):
                 tree = drafter.propose(TreeBudget(16))
-                came, node, path = tokens[len(context.tokens) :], -1, list[int]()
+                came = tokens[len(context.tokens) :]
+                path = tree.along(came)
                 rows = [likeliest[context.tokens[-2] % 2][context.tokens[-1]]]
                 for token, parent in zip(tree.tokens, tree.parents, strict=True):
                     rows.append(likeliest[(context.tokens[-1] if parent < 0 else tree.tokens[parent]) % 2][token])
-                for token in came:
-                    right = [child for child in tree.children.get(node, ()) if tree.tokens[child] == token]
-                    if not right:
-                        break
-                    node = right[0]
-                    path.append(node)
                 emitted = tuple(came[: len(path) + 1])
                 context.tokens.extend(emitted)
-                drafter.observe(Feedback(tree, tuple(path), emitted, torch.tensor(rows)))
+                drafter.observe(Feedback(tree, path, emitted, torch.tensor(rows)))
                 passes += 1
             gained.append(len(tokens) / passes)
         assert gained[0] > max(gained[1:]) > 1.5

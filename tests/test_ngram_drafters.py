@@ -41,20 +41,9 @@ def ranked(before: int, last: int, vocabulary: int) -> list[int]:
     return rng.sample(range(max(0, vocabulary - 20), vocabulary), min(8, vocabulary))
 
 
-def walk(tree: DraftTree, came: Sequence[int]) -> tuple[int, ...]:
-    path: list[int] = []
-    for token in came:
-        node = path[-1] if path else -1
-        right = [child for child in tree.children.get(node, ()) if tree.tokens[child] == token]
-        if not right:
-            break
-        path.append(right[0])
-    return tuple(path)
-
-
 def step(drafter: BaseDrafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
     """A pass of a target that says `coming`: up to the token after the accepted ones it is committed and told."""
-    path, vocabulary = walk(tree, coming), context.vocabulary
+    path, vocabulary = tree.along(coming), context.vocabulary
     emitted = tuple(coming[: len(path) + 1])
     root = context.tokens[-1]
     pairs = [(context.tokens[-2] if len(context.tokens) > 1 else 0, root)]
@@ -334,7 +323,7 @@ class TestRecycling:
                 before = context.tokens[-1] if parent < 0 else tree.tokens[parent]
                 assert tree.tokens[node] in oracle[before]
             coming = [rng.randrange(9) for _ in range(4)]
-            path = walk(tree, coming)
+            path = tree.along(coming)
             rows = [rng.sample(range(9), 8) for _ in range(1 + len(tree))]
             order = [*range(1 + len(tree)), 0, *(node + 1 for node in path)]
             for row in order:  # of one token, what holds of the text counts

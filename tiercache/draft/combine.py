@@ -117,13 +117,7 @@ class Union(Several):
         tree, owners = self._tree, self._tree.owners
         if not owners:
             return
-        came, node = [], ROOT
-        for token in emitted:
-            children = [child for child in tree.children.get(node, ()) if tree.tokens[child] == token]
-            if not children:
-                break
-            node = children[0]
-            came.append(owners[node])
+        came = [owners[node] for node in tree.along(emitted)]
         for number in range(len(self.drafters)):
             bit = 1 << number
             guessed = sum(1 for owner in owners if owner & bit)
