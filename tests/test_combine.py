@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.combine import Cascade, Ngrams, Union, expected
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
@@ -26,8 +26,8 @@ class Fixed(BaseDrafter):
 
     passes = 1
 
-    def __init__(self, tree: DraftTree, *, needs: Needs | None = None, name: str = "fixed") -> None:
-        self.tree, self.name, self.needs = tree, name, needs or Needs()
+    def __init__(self, tree: DraftTree, *, needs: DrafterRequirements | None = None, name: str = "fixed") -> None:
+        self.tree, self.name, self.needs = tree, name, needs or DrafterRequirements()
         self.asked: list[int] = []
         self.told: list[Any] = []
 
@@ -132,11 +132,11 @@ class TestUnion:
             Union([Fixed(drawn)]).propose(TreeBudget(4))
 
     def test_passes_everything_on(self) -> None:
-        vocabulary = Needs(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
-        heads = Needs(topk=2, logits=True, device_bytes=7, host_bytes=1)
+        vocabulary = DrafterRequirements(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
+        heads = DrafterRequirements(topk=2, logits=True, device_bytes=7, host_bytes=1)
         one, two = Fixed(chain([1]), needs=vocabulary, name="one"), Fixed(chain([2]), needs=heads, name="two")
         union = Union([one, two])
-        assert union.needs == Needs(8, True, False, 9, 7, 6, 1)
+        assert union.needs == DrafterRequirements(8, True, False, 9, 7, 6, 1)
         union.begin(context := Context([1], 4))
         assert one.context is two.context is context
         feedback = Feedback(union.propose(TreeBudget(4)), (0,), (1,))
@@ -153,7 +153,12 @@ class TestUnion:
         with pytest.raises(UsageError, match="no drafters"):
             Union([])
         with pytest.raises(UsageError, match="vocabulary"):
-            Union([Fixed(chain([1]), needs=Needs(vocabulary=5)), Fixed(chain([1]), needs=Needs(vocabulary=6))])
+            Union(
+                [
+                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=5)),
+                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=6)),
+                ]
+            )
 
 
 class TestCascade:

@@ -23,7 +23,7 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.combine import Cascade, Union
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
@@ -334,7 +334,7 @@ def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None
 
 class Foreign(BaseDrafter):
     name = "foreign"
-    needs = Needs(vocabulary=97)
+    needs = DrafterRequirements(vocabulary=97)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -640,7 +640,7 @@ class Curious(Oracle):
     """Knows what comes, writes down what it is told, and checks it."""
 
     name = "curious"
-    needs = Needs(topk=3, logits=True, host_bytes=12345, device_bytes=777)
+    needs = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
 
     def __init__(self, text: Sequence[int]) -> None:
         super().__init__(text)

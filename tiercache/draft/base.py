@@ -23,7 +23,7 @@ Shape = Callable[[Sequence[Sequence[int]], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Needs:
+class DrafterRequirements:
     """What a drafter wants to be told of every pass, and what it takes.
 
     Attributes:
@@ -126,7 +126,7 @@ class Drafter(Protocol):
     """
 
     name: str
-    needs: Needs
+    needs: DrafterRequirements
     open_ended: bool
     tables: bool
     passes: int
@@ -152,7 +152,7 @@ class BaseDrafter:
     """The parts of `Drafter` that most leave empty."""
 
     name = "base"
-    needs = Needs()
+    needs = DrafterRequirements()
     open_ended = tables = False
     passes = 0
 
@@ -176,9 +176,9 @@ class BaseDrafter:
         """See `Drafter`."""
 
 
-def joined(needs: Sequence[Needs]) -> Needs:
+def joined(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
     """What several drafters need that are asked one at a time, for any vocabulary."""
-    return Needs(
+    return DrafterRequirements(
         topk=max((need.topk for need in needs), default=0),
         logits=any(need.logits for need in needs),
         shared_kv=any(need.shared_kv for need in needs),

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget, joined
+from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget, joined
 from tiercache.draft.ngram.learned import Learned
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
@@ -272,7 +272,7 @@ class _Merged:
         )
 
 
-def _joint(needs: Sequence[Needs]) -> Needs:
+def _joint(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
     vocabularies = {need.vocabulary for need in needs if need.vocabulary is not None}
     if len(vocabularies) > 1:
         raise UsageError(f"drafters of {sorted(vocabularies)} tokens in one; they must share a vocabulary")

@@ -22,7 +22,7 @@ from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
-from tiercache.draft.base import Drafter, Needs
+from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.combine import Cascade, Ngrams
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
@@ -67,7 +67,7 @@ class DrafterSpec:
     config: DraftConfig
     vocabulary: int
     resident: bool
-    needs: Needs
+    needs: DrafterRequirements
     made: tuple[Drafter, ...] = ()
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
@@ -145,7 +145,7 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
 def nobody(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
     """Nobody, for what `reason` says: of "auto", where drafting has no room or would not pay for it."""
     vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
-    return DrafterSpec(draft, vocabulary, False, Needs(), reason=reason)
+    return DrafterSpec(draft, vocabulary, False, DrafterRequirements(), reason=reason)
 
 
 def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterSpec:
@@ -166,7 +166,7 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Drafter
             needs = sample.needs
         return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
     if wanted == "resident":
-        return DrafterSpec(draft, vocabulary, True, Needs(shared_kv=True))
+        return DrafterSpec(draft, vocabulary, True, DrafterRequirements(shared_kv=True))
     if isinstance(wanted, str | Path):
         try:
             small = resolve(wanted)
@@ -290,7 +290,7 @@ def rule_of(config: DraftConfig) -> RuleMaker:
     return make
 
 
-def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> Needs:
+def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> DrafterRequirements:
     """What a small model takes, from its checkpoint's header and a rehearsal; refuses one of another vocabulary."""
     meta_model = Source.open(small).model()
     own = meta_model.config.get_text_config(decoder=True).vocab_size
@@ -304,7 +304,7 @@ def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Pa
     seen = trace_on_meta(meta_model, (), _PIECE, 1)
     slots = config.context + config.draft.slots
     kept = seen.kv_bytes * -(-slots // _PIECE) + seen.workspace_bytes
-    return Needs(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)
+    return DrafterRequirements(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)
 
 
 def _identity(folder: Path | None, target: transformers.PreTrainedModel) -> str:

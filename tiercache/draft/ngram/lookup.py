@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tiercache.draft.base import Feedback, Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.follow import Follower
 from tiercache.draft.ngram.rates import Rates
 from tiercache.draft.ngram.trie import Candidate, grow
@@ -39,7 +39,7 @@ class PromptLookup(Follower):
         self._size = 0
         self._rates = Rates([_PRIOR] * (ngram + 1))
         self._copied: tuple[tuple[int, ...], int] = ((), 0)  # what was guessed last, and the match it came of
-        self.needs = Needs(host_bytes=self._text.nbytes + 16384)
+        self.needs = DrafterRequirements(host_bytes=self._text.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """A chain; see `Drafter`."""

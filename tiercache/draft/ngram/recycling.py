@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.rates import Ranks
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
 from tiercache.draft.ngram.trie import Candidate, grow
@@ -34,7 +34,7 @@ class TokenRecycling(BaseDrafter):
             raise UsageError(f"token recycling for {vocabulary} tokens; give the target's vocabulary")
         self._table = np.full((vocabulary, _KEPT), NONE, dtype=np.int32)
         self._ranks = Ranks(_PRIOR)
-        self.needs = Needs(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
+        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""

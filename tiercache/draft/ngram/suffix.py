@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
 
-from tiercache.draft.base import Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, TreeBudget
 from tiercache.draft.ngram.automaton import ROOT, Automaton
 from tiercache.draft.ngram.follow import Follower
 from tiercache.draft.ngram.rates import Rates
@@ -55,7 +55,7 @@ class SuffixAutomaton(Follower):
         self._text = array("q")  # that the automaton holds; the present sequence begins at `_start`
         self._start = 0
         self._automaton = Automaton()
-        self.needs = Needs(host_bytes=limit * _TOKEN_BYTES + 65536)
+        self.needs = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""

@@ -4,7 +4,7 @@ from math import sqrt
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.rates import Ranks
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
 from tiercache.draft.ngram.trie import Candidate, grow
@@ -57,7 +57,7 @@ class AdaptiveTrigram(BaseDrafter):
         self._visits = np.zeros(slots, dtype=np.int32)
         self._ranks = Ranks(_PRIOR)
         held = (self._pairs, self._tokens, self._weights, self._visits)
-        self.needs = Needs(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
+        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`; the prompt's own tri-grams are learnt too."""
