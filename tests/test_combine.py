@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
-from tiercache.draft.combine import Cascade, Ngrams, Union, expected
+from tiercache.draft.cascade import Cascade, expected
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
+from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.tree import DraftTree, chain
+from tiercache.draft.union import Union
 from tiercache.errors import DraftError, StoreError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
-from tiercache.draft.combine import Cascade, Union
+from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.ngram.learned import Learned
@@ -34,6 +34,7 @@ from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.resident import ResidentDrafter
 from tiercache.draft.tree import DraftTree
+from tiercache.draft.union import Union
 from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, StoreError, UsageError
 from tiercache.kv.cache import support
 from tiercache.store.convert import convert

@@ -32,7 +32,7 @@ class DraftTree:
         q: where `order` is a drawing, the distribution that the children of each parent were really drawn from
             [vocabulary], after every processor, by parent; None otherwise.
         logq: log of the drafter's probability of each node given its parent, if it has any.
-        owners: which of several drafters guessed each node (see `combine`), for their payoff.
+        owners: which of several drafters guessed each node (see `Union`), for their payoff.
 
     Raises:
         DraftError: anything of this does not hold.

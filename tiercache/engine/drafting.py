@@ -23,9 +23,10 @@ from tiercache.decode.generate import DraftingGenerate, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
 from tiercache.draft.base import Drafter, DrafterRequirements
-from tiercache.draft.combine import Cascade, Ngrams
+from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
+from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.noise import KEPT, GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
 from tiercache.engine.memory import MemoryRequirements
