@@ -95,7 +95,7 @@ def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def turns(at_any_price: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each drafter of a team has its turn, and a plain pass, with trees of all sizes."""
+    """Each drafter has its turn, and a plain pass, with trees of all sizes."""
     rounds: dict[int, int] = {}
 
     def decide(budgeter: Budgeter, room: int | None = None) -> Choice:
@@ -574,7 +574,7 @@ def test_drafters_go_when_the_context_ends(checkpoint: Folders, plane_store: Fol
             with opened(plane_store("llama"), drafter=drafter) as model:
                 generate(model, 3, NEW)
                 (hook,) = (cell.cell_contents for cell in type(model)._sample.__closure__)
-                found = [weakref.ref(one) for one in hook._team._drafters]
+                found = [weakref.ref(one) for one in hook._scheduler._drafters]
                 del hook
             assert not any(one() for one in found)
     finally:

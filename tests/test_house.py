@@ -32,6 +32,7 @@ LADDER = (
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),
     *("kv", "draft", "decode"),
     *("engine.source", "engine.memory", "engine.mixed_plan", "engine.mixed", "engine.budgets", "engine.drafting"),
+    "engine.attach_drafters",
     *("engine.exact", "engine.handle", "engine.offload"),
     "tiercache",
     *("doctor", "bench", "quality", "calibrate", "commands", "cli"),

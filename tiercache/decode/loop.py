@@ -25,7 +25,7 @@ class DecodeLoop:
     Args:
         run: the target; nothing is committed yet.
         request: the call.
-        team: who drafts, and how much.
+        scheduler: who drafts, and how much.
         rule: what of a tree is accepted.
         noise: of the rule, by position; None in greedy decoding.
         vocabulary: of the target.
@@ -36,13 +36,13 @@ class DecodeLoop:
         self,
         run: TreeRun,
         request: Request,
-        team: DrafterScheduler,
+        scheduler: DrafterScheduler,
         rule: Rule,
         noise: Noise | None,
         vocabulary: int,
         keep: int | None = None,
     ) -> None:
-        self._run, self._request, self._team, self._rule = run, request, team, rule
+        self._run, self._request, self._scheduler, self._rule = run, request, scheduler, rule
         self._keep = None if keep is None or keep >= request.length else keep  # until that is done
         tokens = request.text[0, request.padding :].tolist()
         shape = request.shape()
@@ -53,7 +53,7 @@ class DecodeLoop:
         ended = self._prefill(piece)
         while not ended:
             ended = self._round()
-        self._team.end()
+        self._scheduler.end()
 
     def _prefill(self, piece: int | None) -> bool:
         """The prompt; returns whether the text has ended with the first token."""
@@ -62,18 +62,18 @@ class DecodeLoop:
         rows = torch.empty(0)
         for part in prompt.split(piece or len(prompt)):
             rows = self._run.prefill(part)
-        self._team.begin(self._context)
+        self._scheduler.begin(self._context)
         ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        self._team.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
+        self._scheduler.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
         return ended
 
     def _round(self) -> bool:
         """One tree; returns whether the text has ended."""
-        run, context, team = self._run, self._context, self._team
+        run, context, scheduler = self._run, self._context, self._scheduler
         begin = time.perf_counter()
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
-        tree, choice, passes = team.propose(context.room, None if self._keep is None else AHEAD)
+        tree, choice, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
         if len(tree):
             tree = self._fit(tree)
         drafted = time.perf_counter()
@@ -88,7 +88,7 @@ class DecodeLoop:
         done = time.perf_counter()
         feedback = Feedback(tree, path, emitted, None, logits)
         del logits
-        team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
+        scheduler.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
         return ended
 
     def _thin(self, tree: DraftTree) -> None:
@@ -121,7 +121,7 @@ class DecodeLoop:
 
     def _refuse_beyond(self) -> None:
         """As a plain pass would: the KV cache that was reserved is full."""
-        length, context = self._request.length, self._team.context
+        length, context = self._request.length, self._scheduler.context
         if length > context:
             raise ContextExceededError(
                 f"this pass needs a KV cache of {length} tokens, context={context} was reserved; open the model with "
@@ -133,7 +133,7 @@ class DecodeLoop:
         deepest = self._context.room - 1
         keep = [
             node
-            for node, token in enumerate(tree.tokens[: self._team.most_nodes])
+            for node, token in enumerate(tree.tokens[: self._scheduler.most_nodes])
             if 0 <= token < self._context.vocabulary and tree.depths[node] <= deepest
         ]
         if len(keep) < len(tree):

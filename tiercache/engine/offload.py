@@ -17,6 +17,7 @@ import transformers
 from tiercache import compat
 from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
 from tiercache.engine import drafting
+from tiercache.engine.attach_drafters import attach_drafters
 from tiercache.engine.budgets import choose
 from tiercache.engine.exact import ExactPlan, place
 from tiercache.engine.handle import OffloadHandle, Resident
@@ -174,7 +175,7 @@ def _open(
     _attach(stack, opened, asked, made, tiers, reader, target, stats, config, kernels, run)
     if placed is not None and placed.drafter_spec is not None:
         told: dict[str, Any] = {"show": show_progress is not False, "room_price": placed.room_price}
-        drafting.attach(stack, opened.model, placed.drafter_spec, config, target, stats, **told)
+        attach_drafters(stack, opened.model, placed.drafter_spec, config, target, stats, **told)
     return opened.model
 
 
