@@ -157,7 +157,7 @@ def test_statistics_of_a_block_are_those_of_its_matrices(llama: SimpleNamespace,
     true = direct.sets(direct.truth, 0.5)
     counts = np.bincount([n for some in true for n in some], minlength=direct.truth.shape[1])
     assert np.abs(kept.frequency[place] * len(true) - counts).max() <= 1  # one tie at the border
-    for name, precision, share in itertools.matmul(("product", "gate", "up"), ("int3", "int4"), (0.25, 0.5)):
+    for name, precision, share in itertools.product(("product", "gate", "up"), ("int3", "int4"), (0.25, 0.5)):
         gate, up = direct.inward(precision)
         guess = {"product": functional.silu(gate) * up, "gate": functional.silu(gate), "up": up}[name]
         found = direct.sets(guess.abs() * direct.norms, share)

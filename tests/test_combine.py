@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, Needs, TreeBudget
-from tiercache.draft.combine import Cascade, Ngrams, Union, expected
+from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.cascade import Cascade, expected
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
+from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.tree import DraftTree, chain
+from tiercache.draft.union import Union
 from tiercache.errors import DraftError, StoreError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,11 +28,10 @@ class Fixed(BaseDrafter):
 
     passes = 1
 
-    def __init__(self, tree: DraftTree, *, needs: Needs | None = None, name: str = "fixed") -> None:
-        self.tree, self.name, self.needs = tree, name, needs or Needs()
+    def __init__(self, tree: DraftTree, *, needs: DrafterRequirements | None = None, name: str = "fixed") -> None:
+        self.tree, self.name, self.needs = tree, name, needs or DrafterRequirements()
         self.asked: list[int] = []
         self.told: list[Any] = []
-        self.learnt: Any = 0
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         self.asked.append(budget.nodes)
@@ -39,24 +39,6 @@ class Fixed(BaseDrafter):
 
     def observe(self, feedback: Feedback) -> None:
         self.told.append(feedback)
-
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        self.told.append((tree, deadline_s))
-
-    def snapshot(self) -> int:
-        return len(self.told)
-
-    def rollback(self, snapshot: int) -> None:
-        del self.told[snapshot:]
-
-    def train_step(self, batch: Sequence[Feedback]) -> float | None:
-        return self.learnt or None
-
-    def state(self) -> dict[str, Any]:
-        return {"learnt": self.learnt}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.learnt = state["learnt"]
 
     def close(self) -> None:
         self.told.append("closed")
@@ -152,29 +134,16 @@ class TestUnion:
             Union([Fixed(drawn)]).propose(TreeBudget(4))
 
     def test_passes_everything_on(self) -> None:
-        vocabulary = Needs(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
-        heads = Needs(topk=2, logits=True, hidden_layers=(3, 1), extends=True, device_bytes=7, host_bytes=1)
+        vocabulary = DrafterRequirements(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
+        heads = DrafterRequirements(topk=2, logits=True, device_bytes=7, host_bytes=1)
         one, two = Fixed(chain([1]), needs=vocabulary, name="one"), Fixed(chain([2]), needs=heads, name="two")
         union = Union([one, two])
-        assert union.needs == Needs(8, True, (1, 3), False, True, 9, 7, 6, 1)
+        assert union.needs == DrafterRequirements(8, True, False, 9, 7, 6, 1)
         union.begin(context := Context([1], 4))
         assert one.context is two.context is context
-        before = union.snapshot()
         feedback = Feedback(union.propose(TreeBudget(4)), (0,), (1,))
         union.observe(feedback)
-        union.extend(feedback.tree, 0.5)
-        assert one.told == [feedback]
-        assert two.told == [feedback, (feedback.tree, 0.5)]
-        union.rollback(before)
-        assert one.told == two.told == []
-        assert union.train_step([feedback]) is None
-        one.learnt, two.learnt = 1.0, 2.0
-        assert union.train_step([feedback]) == 3.0
-        other = Union([Fixed(chain([1]), name="one"), Fixed(chain([2]), name="two")])
-        other.load_state(union.state())
-        assert [drafter.learnt for drafter in other.drafters] == [1.0, 2.0]  # type: ignore[attr-defined]
-        with pytest.raises(StoreError, match="drop"):
-            Union([one]).load_state(union.state())
+        assert one.told == two.told == [feedback]
 
     def test_closes_all_whatever_one_raises(self) -> None:
         one, bad, two = (Fixed(chain([1]), name=name) for name in ("one", "bad", "two"))
@@ -186,7 +155,12 @@ class TestUnion:
         with pytest.raises(UsageError, match="no drafters"):
             Union([])
         with pytest.raises(UsageError, match="vocabulary"):
-            Union([Fixed(chain([1]), needs=Needs(vocabulary=5)), Fixed(chain([1]), needs=Needs(vocabulary=6))])
+            Union(
+                [
+                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=5)),
+                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=6)),
+                ]
+            )
 
 
 class TestCascade:
@@ -245,19 +219,14 @@ class TestNgrams:
             drafter.begin(context)
             while len(context.tokens) < len(tokens):
                 tree = drafter.propose(TreeBudget(16))
-                came, node, path = tokens[len(context.tokens) :], -1, list[int]()
+                came = tokens[len(context.tokens) :]
+                path = tree.along(came)
                 rows = [likeliest[context.tokens[-2] % 2][context.tokens[-1]]]
                 for token, parent in zip(tree.tokens, tree.parents, strict=True):
                     rows.append(likeliest[(context.tokens[-1] if parent < 0 else tree.tokens[parent]) % 2][token])
-                for token in came:
-                    right = [child for child in tree.children.get(node, ()) if tree.tokens[child] == token]
-                    if not right:
-                        break
-                    node = right[0]
-                    path.append(node)
                 emitted = tuple(came[: len(path) + 1])
                 context.tokens.extend(emitted)
-                drafter.observe(Feedback(tree, tuple(path), emitted, torch.tensor(rows)))
+                drafter.observe(Feedback(tree, path, emitted, torch.tensor(rows)))
                 passes += 1
             gained.append(len(tokens) / passes)
         assert gained[0] > max(gained[1:]) > 1.5

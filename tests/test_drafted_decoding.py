@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 
 from policies.drafting import Choice
-from tiercache.decode.generate import DraftingGenerate
+from tiercache.decode.generate import DraftingGenerate, DraftingLimits
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import TargetWalk
 from tiercache.draft.base import BaseDrafter, Drafter, TreeBudget
@@ -78,13 +78,13 @@ def drafting(
     """The model's `generate` drafts with the first drafter, at this budget."""
     stats = DraftStats()
     fixed = Choice(0 if nodes else None, nodes, depth, width, 0.0, 0.0)
-    team = DrafterScheduler(drafters, None, fixed, most_nodes=512, context=4096, stats=stats)
-    hook = DraftingGenerate(model, team, TargetWalk, 4097, 513, show=show)
+    scheduler = DrafterScheduler(drafters, None, fixed, most_nodes=512, context=4096, stats=stats)
+    hook = DraftingGenerate(model, scheduler, TargetWalk, DraftingLimits(4097, 513), show=show)
     try:
         yield stats
     finally:
         hook.close()
-        team.close()
+        scheduler.close()
 
 
 def plain(model: Any, seed: int | None, new: int = NEW, temperature: float = 0.8) -> list[int]:

@@ -17,7 +17,7 @@ from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.bench.shapes import Shape, make_store
 from tiercache.config import DraftConfig
-from tiercache.draft.combine import Ngrams
+from tiercache.draft.ngram.union import Ngrams
 from tiercache.stats import peak_rss_bytes
 
 LARGE = Shape(768, 3072, 6, 12, 4, 2000)

@@ -3,8 +3,6 @@
 import gc
 import re
 import shutil
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +23,8 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.draft.base import BaseDrafter, Context, Drafter, Feedback, Needs, TreeBudget
-from tiercache.draft.combine import Cascade, Union
+from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
 from tiercache.draft.ngram.learned import Learned
@@ -35,7 +33,8 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.draft.tree import DraftTree, chain
+from tiercache.draft.tree import DraftTree
+from tiercache.draft.union import Union
 from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, StoreError, UsageError
 from tiercache.kv.cache import support
 from tiercache.store.convert import convert
@@ -96,7 +95,7 @@ def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def turns(at_any_price: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each drafter of a team has its turn, and a plain pass, with trees of all sizes."""
+    """Each drafter has its turn, and a plain pass, with trees of all sizes."""
     rounds: dict[int, int] = {}
 
     def decide(budgeter: Budgeter, room: int | None = None) -> Choice:
@@ -336,7 +335,7 @@ def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None
 
 class Foreign(BaseDrafter):
     name = "foreign"
-    needs = Needs(vocabulary=97)
+    needs = DrafterRequirements(vocabulary=97)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -575,7 +574,7 @@ def test_drafters_go_when_the_context_ends(checkpoint: Folders, plane_store: Fol
             with opened(plane_store("llama"), drafter=drafter) as model:
                 generate(model, 3, NEW)
                 (hook,) = (cell.cell_contents for cell in type(model)._sample.__closure__)
-                found = [weakref.ref(one) for one in hook._team._drafters]
+                found = [weakref.ref(one) for one in hook._scheduler._drafters]
                 del hook
             assert not any(one() for one in found)
     finally:
@@ -639,34 +638,21 @@ def test_the_context_is_the_limit_that_it_is_for_plain_decoding(plane_store: Fol
 
 
 class Curious(Oracle):
-    """Knows what comes, writes down what it is told, and checks it against a pass of its own."""
+    """Knows what comes, writes down what it is told, and checks it."""
 
     name = "curious"
-    needs = Needs(topk=3, logits=True, hidden_layers=(0, 2), extends=True, host_bytes=12345, device_bytes=777)
+    needs = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
 
-    def __init__(self, text: Sequence[int], resident: tf.PreTrainedModel) -> None:
+    def __init__(self, text: Sequence[int]) -> None:
         super().__init__(text)
-        self._resident = resident
         self.calls: list[str] = []
-        self.overlapped = 0
-        self.started, self.go_on = threading.Event(), threading.Event()
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         self.calls.append("propose")
-        self.started.clear()
-        self.go_on.clear()
         path = super().propose(budget).tokens[:3]
         beside = [(token + 1) % 131 for token in path]  # each has a sibling that is wrong
         parents = [parent for depth in range(len(path)) for parent in [2 * depth - 2 if depth else -1] * 2]
         return DraftTree(tuple(token for pair in zip(path, beside, strict=True) for token in pair), tuple(parents))
-
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        assert deadline_s > 0
-        assert threading.current_thread() is not threading.main_thread()
-        self.started.set()
-        self.overlapped += self.go_on.wait(10)  # set from within the target's pass
-        time.sleep(0.02)  # longer than the rest of that pass
-        self.calls.append("extend")
 
     def observe(self, feedback: Feedback) -> None:
         self.calls.append("observe")
@@ -675,52 +661,20 @@ class Curious(Oracle):
     def _check(self, feedback: Feedback) -> None:
         assert feedback.topk is not None
         assert feedback.logits is not None
-        tree, before = feedback.tree, self.context.tokens[: -len(feedback.emitted)]
-        rows = 1 + len(tree)
-        assert feedback.logits.shape == (rows, 131)
+        assert feedback.logits.shape == (1 + len(feedback.tree), 131)
         assert torch.equal(feedback.topk, feedback.logits.topk(3).indices)
-        assert {layer: tuple(states.shape) for layer, states in feedback.hidden.items()} == {
-            0: (rows, 56),
-            2: (rows, 56),
-        }
-        paths: list[list[int]] = [before]
-        for token, parent in zip(tree.tokens, tree.parents, strict=True):
-            paths.append([*paths[parent + 1], token])
-        wanted = {layer: _outputs(self._resident, layer, paths) for layer in (0, 2)}
-        for layer, states in feedback.hidden.items():
-            torch.testing.assert_close(states, wanted[layer], rtol=1e-4, atol=1e-4)
-
-
-def _outputs(model: tf.PreTrainedModel, layer: int, paths: Sequence[Sequence[int]]) -> torch.Tensor:
-    """What a layer gives at the end of each path, by a whole causal pass."""
-    rows: list[torch.Tensor] = []
-    handle = model.model.layers[layer].register_forward_hook(lambda module, given, output: rows.append(output[0, -1]))
-    with torch.no_grad():
-        for path in paths:
-            model(torch.tensor([path]))
-    handle.remove()
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("piece", [None, 3])
 def test_a_drafter_gets_what_it_asks_for(piece: int | None, checkpoint: Folders) -> None:
     resident = tf.AutoModelForCausalLM.from_pretrained(checkpoint("llama")).eval()
     want = generate(resident, None, NEW)
-    drafter = Curious(want, resident)
+    drafter = Curious(want)
     with opened(checkpoint("llama"), precision="source", drafter=drafter, draft_fixed=True) as model:
-
-        def within(*_: object) -> None:
-            if drafter.calls and drafter.calls[-1] == "propose":  # a verifying pass
-                assert drafter.started.wait(10)
-                drafter.go_on.set()
-
-        model.model.layers[1].register_forward_pre_hook(within)
         assert generate(model, None, NEW, prefill_chunk_size=piece) == want
         stats, plan = model.tiercache.stats().drafting, model.tiercache.plan
-        assert not model.model.layers[0]._forward_hooks
-        assert not model.model.layers[2]._forward_hooks
-    assert drafter.calls == ["observe", *["propose", "extend", "observe"] * stats.rounds]
-    assert drafter.overlapped == stats.rounds > 1
+    assert drafter.calls == ["observe", *["propose", "observe"] * stats.rounds]
+    assert stats.rounds > 1
     assert stats.accepted == stats.tokens - stats.rounds > stats.rounds
     assert plan.dram.reserved_bytes["tables of the drafter"] == 12345
     assert plan.dram.reserved_bytes["drafter and trees"] > 777
@@ -728,19 +682,10 @@ def test_a_drafter_gets_what_it_asks_for(piece: int | None, checkpoint: Folders)
 
 def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
     class Breaks(BaseDrafter):
-        needs = Needs(extends=True)
-
         def propose(self, budget: TreeBudget) -> DraftTree:
-            return chain([5])
-
-        def extend(self, tree: DraftTree, deadline_s: float) -> None:
             raise BoomError
 
-    class Deep(BaseDrafter):
-        needs = Needs(hidden_layers=(3,))
-
-    for drafter, error in ((Breaks(), BoomError), (Deep(), UsageError)):
-        with opened(checkpoint("llama"), precision="source", drafter=drafter, draft_fixed=True) as model:
-            with pytest.raises(error):
-                generate(model, None, NEW)
-            assert model(IDS).logits.shape == (1, len(PROMPT), 131)
+    with opened(checkpoint("llama"), precision="source", drafter=Breaks(), draft_fixed=True) as model:
+        with pytest.raises(BoomError):
+            generate(model, None, NEW)
+        assert model(IDS).logits.shape == (1, len(PROMPT), 131)

@@ -100,7 +100,7 @@ def every_path(toy: Toy, depth: int, noise: GumbelNoise | None) -> dict[tuple[in
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_tree_keeps_to_its_budget(name: str, options: dict, nodes: int, sampled: bool) -> None:
     noise = GumbelNoise(5, VOCABULARY) if sampled else None
-    for depth, width, partial, room in itertools.matmul([1, 5], [1, 3, 8], [0, 2], [1, 3, 100]):
+    for depth, width, partial, room in itertools.product([1, 5], [1, 3, 8], [0, 2], [1, 3, 100]):
         toy = Toy(partial=partial)
         tree = grow(name, options, toy, TreeBudget(nodes, depth, width), noise=noise, room=room)
         deepest = min(depth, room - 1)
@@ -133,7 +133,7 @@ def test_a_tree_keeps_to_its_budget(name: str, options: dict, nodes: int, sample
 @pytest.mark.parametrize("name", ["best-first", "fixed-width"])
 def test_the_likeliest_tree_is_found(name: str, nodes: int, sampled: bool) -> None:
     noise = GumbelNoise(9, VOCABULARY) if sampled else None
-    for seed, depth in itertools.matmul(range(3), [1, 2, 3, 4]):
+    for seed, depth in itertools.product(range(3), [1, 2, 3, 4]):
         toy = Toy(seed)
         every = every_path(toy, depth, noise)
         best = sorted(every, key=lambda path: -every[path])[:nodes]
@@ -280,7 +280,7 @@ def sequoia(rates: Sequence[float], nodes: int, depth: int) -> float:
 
 def shapes(nodes: int) -> Iterator[tuple[int, ...]]:
     """Every tree of `nodes` nodes, as parents."""
-    return itertools.matmul(*(range(-1, node) for node in range(nodes)))
+    return itertools.product(*(range(-1, node) for node in range(nodes)))
 
 
 def worth(parents: Sequence[int], rates: Sequence[float], depth: int) -> float:

@@ -39,7 +39,7 @@ LADDER = (
         "engine.loaded",
         "engine.run",
     ),
-    *("engine.mixed_plan", "engine.mixed", "engine.mixed_fit", "engine.drafting"),
+    *("engine.mixed_plan", "engine.mixed", "engine.mixed_fit", "engine.drafting", "engine.attach_drafters"),
     *("engine.exact", "engine.handle", "engine.session", "engine.offload"),
     "tiercache",
     *("doctor", "bench", "quality", "calibrate", "commands", "cli"),

@@ -84,25 +84,6 @@ def test_counts_what_was_emitted_and_no_prompt(tmp_path: Path, batch: int) -> No
     assert everything(tmp_path) == counted(texts)
 
 
-@pytest.mark.parametrize("batch", [3, 1000])
-def test_what_was_taken_back_is_not_counted_while_it_waits(tmp_path: Path, batch: int) -> None:
-    drafter, context = learned(tmp_path, batch=batch), Context([0, 1], 6)
-    drafter.begin(context)
-    say(drafter, context, [2, 3])
-    before = drafter.snapshot()
-    say(drafter, context, [4, 4, 4])
-    del context.tokens[4:]
-    drafter.rollback(before)
-    say(drafter, context, [5])
-    drafter.close()
-    kept, right = everything(tmp_path), counted([([0, 1], [2, 3, 5])])
-    if batch == 1000:
-        assert kept == right
-    else:  # it was put there; what follows is counted behind what it follows
-        assert all(Counter(kept[gram]) >= right[gram] for gram in right)
-        assert kept[3,] == {4: 1, 5: 1}
-
-
 def test_guesses_what_earlier_runs_said(tmp_path: Path) -> None:
     first, context = learned(tmp_path), Context([0], 6)
     first.begin(context)

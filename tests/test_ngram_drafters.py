@@ -23,7 +23,7 @@ from tiercache.draft.ngram.trie import grow
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.tree import DraftTree
-from tiercache.errors import StoreError, UsageError
+from tiercache.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,20 +41,9 @@ def ranked(before: int, last: int, vocabulary: int) -> list[int]:
     return rng.sample(range(max(0, vocabulary - 20), vocabulary), min(8, vocabulary))
 
 
-def walk(tree: DraftTree, came: Sequence[int]) -> tuple[int, ...]:
-    path: list[int] = []
-    for token in came:
-        node = path[-1] if path else -1
-        right = [child for child in tree.children.get(node, ()) if tree.tokens[child] == token]
-        if not right:
-            break
-        path.append(right[0])
-    return tuple(path)
-
-
 def step(drafter: BaseDrafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
     """A pass of a target that says `coming`: up to the token after the accepted ones it is committed and told."""
-    path, vocabulary = walk(tree, coming), context.vocabulary
+    path, vocabulary = tree.along(coming), context.vocabulary
     emitted = tuple(coming[: len(path) + 1])
     root = context.tokens[-1]
     pairs = [(context.tokens[-2] if len(context.tokens) > 1 else 0, root)]
@@ -284,7 +273,7 @@ class TestSuffixAutomaton:
         drafter.begin(Context([7, 2, 3], 10))
         assert drafter.propose(TreeBudget(64)).tokens[:2] == (4, 5)
         drafter.begin(Context([7, 2, 3, 8, 6, 2], 10))  # its next turn: what it was is not read twice
-        assert drafter.state()["text"] == [1, 2, 3, 4, 5, -1, 7, 2, 3, 8, 6, 2]
+        assert drafter._text.tolist() == [1, 2, 3, 4, 5, -1, 7, 2, 3, 8, 6, 2]
 
     @given(st.integers(0, 1000), st.integers(2, 40))
     def test_keeps_no_more_than_its_limit(self, seed: int, limit: int) -> None:
@@ -296,13 +285,11 @@ class TestSuffixAutomaton:
             for _ in range(rng.randrange(30)):
                 context.tokens.append(rng.randrange(4))
                 drafter.observe(Feedback(DraftTree(), (), context.tokens[-1:]))
-        kept = drafter.state()["text"]
+        kept = drafter._text.tolist()
         assert len(kept) < limit
         own = min(len(kept), len(context.tokens))
         assert kept[len(kept) - own :] == context.tokens[-own:] or -1 in kept
         assert kept[-1] == context.tokens[-1]
-        fresh = SuffixAutomaton(limit=limit)
-        fresh.load_state(drafter.state())
         oracle = Automaton(kept)
         state = oracle.link[oracle.last]
         tree = drafter.propose(TreeBudget(1, depth=1))
@@ -336,7 +323,7 @@ class TestRecycling:
                 before = context.tokens[-1] if parent < 0 else tree.tokens[parent]
                 assert tree.tokens[node] in oracle[before]
             coming = [rng.randrange(9) for _ in range(4)]
-            path = walk(tree, coming)
+            path = tree.along(coming)
             rows = [rng.sample(range(9), 8) for _ in range(1 + len(tree))]
             order = [*range(1 + len(tree)), 0, *(node + 1 for node in path)]
             for row in order:  # of one token, what holds of the text counts
@@ -344,7 +331,7 @@ class TestRecycling:
             emitted = tuple(coming[: len(path) + 1])
             context.tokens.extend(emitted)
             drafter.observe(Feedback(tree, path, emitted, torch.tensor(rows)))
-            table = drafter.state()["table"].tolist()
+            table = drafter._table.tolist()
             assert {token: row for token, row in enumerate(table) if row[0] >= 0} == oracle
 
     def test_a_prompt_tells_of_its_last_tokens(self) -> None:
@@ -353,7 +340,7 @@ class TestRecycling:
         context.tokens.append(8)
         rows = torch.tensor([[1, 2], [3, 4]])
         drafter.observe(Feedback(DraftTree(), (), (8,), rows))
-        table = drafter.state()["table"].tolist()
+        table = drafter._table.tolist()
         assert table[6][:3] == [1, 2, -1]
         assert table[7][:3] == [3, 4, -1]
         assert table[5] == table[8] == [-1] * 8
@@ -380,11 +367,9 @@ class TestTrigram:
             row = rng.sample(range(11), 5)
             context.tokens.append(rng.randrange(2))
             drafter.observe(Feedback(DraftTree(), (), context.tokens[-1:], torch.tensor([row])))
-            shares = Ranks([0.0] * 8)
-            shares.load_state(drafter.state()["ranks"])
             newest = max(1 / (1 + visits[pair]), 0.25)
             mixed = {token: share * (1 - newest) for token, share in oracle.get(pair, {}).items()}
-            for token, share in zip(row, shares.shares(), strict=False):
+            for token, share in zip(row, drafter._ranks.shares(), strict=False):
                 mixed[token] = mixed.get(token, 0.0) + newest * share
             visits[pair] += 1
             oracle[pair] = dict(sorted(mixed.items(), key=lambda item: -item[1])[:8])
@@ -424,11 +409,10 @@ class TestTrigram:
     def test_newer_pairs_take_the_places_of_older_ones(self) -> None:
         drafter = AdaptiveTrigram(1000, slots=2)
         drafter.begin(Context(list(range(300)), 1000))
-        held = drafter.state()
-        pairs = [divmod(pair, 1000) for pair in held["pairs"].tolist()]
+        pairs = [divmod(pair, 1000) for pair in drafter._pairs.tolist()]
         assert len(pairs) == 2
-        assert [row[:2] for row in held["tokens"].tolist()] == [[last + 1, -1] for _, last in pairs]  # of them alone
-        assert held["visits"].tolist() == [1, 1]
+        assert [row[:2] for row in drafter._tokens.tolist()] == [[last + 1, -1] for _, last in pairs]  # of them alone
+        assert drafter._visits.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -484,56 +468,6 @@ class TestEach:
                 context.tokens.append(3)
                 drafter.observe(Feedback(strange, (1,), (3,), torch.tensor([[1, 2]] * 4)))
             drafter.observe(Feedback(DraftTree(), (), ()))  # nothing came
-
-    def test_going_back_leaves_the_sequence_as_it_was(self, name: str) -> None:
-        drafter, context = DRAFTERS[name](40), Context(text(40, 60), 40)
-        drafter.begin(context)
-        before = drafter.snapshot()
-        tokens, tree = list(context.tokens), drafter.propose(TreeBudget(9))
-        drafter.rollback(before)
-        assert drafter.propose(TreeBudget(9)) == tree
-        run(drafter, context, [39, 38, 37, 36, 35], TreeBudget(4))
-        context.tokens[:] = tokens
-        drafter.rollback(before)
-        drafter.rollback(before)
-        fresh = DRAFTERS[name](40)
-        fresh.begin(Context(list(tokens), 40))
-        fresh.load_state({**drafter.state(), "text": []})  # as much learnt, but never anything else read
-        assert drafter.propose(TreeBudget(9)).tokens == fresh.propose(TreeBudget(9)).tokens
-        assert drafter.state().get("text", tokens) == tokens
-
-    def test_cut_short_without_being_told(self, name: str) -> None:
-        drafter, context = DRAFTERS[name](9), Context([1, 2, 3, 4, 1, 2], 9)
-        drafter.begin(context)
-        context.tokens[:] = [1, 2, 3, 1]
-        drafter.observe(Feedback(DraftTree(), (), (1,)))
-        self.legal(drafter.propose(TreeBudget(4)), TreeBudget(4), context)
-
-    def test_what_was_learnt_is_taken_up(self, name: str) -> None:
-        tokens = text(60, 300)
-        drafter, context = DRAFTERS[name](60), Context(tokens[:1], 60)
-        drafter.begin(context)
-        run(drafter, context, tokens[1:200], TreeBudget(8))
-        other = DRAFTERS[name](60)
-        other.load_state(drafter.state())
-        trees = []
-        for each in (drafter, other):
-            each.begin(Context(tokens[150:154], 60))
-            trees.append(each.propose(TreeBudget(8)))
-        assert trees[0].tokens == trees[1].tokens
-        if name == "lookup":  # has learnt nothing of the text itself
-            assert trees[0].logq == trees[1].logq
-        else:
-            assert len(trees[0])
-        state = drafter.state()
-        if "table" in state:
-            state["table"] = state["table"][:-1]
-        elif "vocabulary" in state:
-            state["vocabulary"] = 61
-        else:
-            state["rates"] = {"hits": [1.0], "trials": [2.0]}
-        with pytest.raises(StoreError, match="drop"):
-            other.load_state(state)
 
     @pytest.mark.parametrize("topk", [True, False])
     def test_it_pays(self, name: str, topk: bool) -> None:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from policies.score_scale import TemperatureScaling
 from test_combine import Fixed
 
 from policies.budgeter import Budgeter
 from policies.drafting import Arm, Choice
+from policies.temperature import TemperatureScaling
 from policies.throughput import ThroughputEstimator
 from tiercache.draft.base import Context, Feedback, TreeBudget
-from tiercache.draft.combine import Cascade
+from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import Static
 from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.static import RankRates

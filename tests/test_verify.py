@@ -23,7 +23,7 @@ from tiercache.errors import DraftError, UsageError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, LENGTH, PROMPT = 5, 3, (9,)
-OUTCOMES = list(itertools.matmul(range(VOCABULARY), repeat=LENGTH))
+OUTCOMES = list(itertools.product(range(VOCABULARY), repeat=LENGTH))
 DRAWING: dict[str, dict] = {"rsd-c": {"branching": (3, 2)}, "rsd-s": {}, "sequoia": {"draws": True}}
 Path = tuple[int, ...]
 

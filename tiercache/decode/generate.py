@@ -9,6 +9,7 @@ Knows the arguments of `generate`; nothing of weights or tiers.
 import copy
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -41,17 +42,30 @@ _given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
 RuleMaker = Callable[[GumbelNoise | None], Rule]
 
 
+@dataclass(frozen=True)
+class DraftingLimits:
+    """How large the KV cache of a request may become.
+
+    Attributes:
+        tokens: that a sequence may have.
+        tree_slots: slots of the KV cache that a draft tree may take beside the sequence.
+        kept_prompt: tokens of a prompt whose keys and values are kept (SpecKV); None for all.
+    """
+
+    tokens: int
+    tree_slots: int
+    kept_prompt: int | None = None
+
+
 class DraftingGenerate:
     """Replaces the model's sampling loop until `close`.
 
     Args:
         model: the attached model.
-        team: who drafts.
-        rule: makes the rule of a request.
-        limit: tokens that a sequence may have.
-        slots: of the KV cache that a tree may take beside them.
-        keep: tokens of a prompt whose keys and values are kept; None for all.
-        required: a call that cannot be drafted for is refused; else it is decoded plainly, counted and told once.
+        scheduler: chooses the drafter and the size of each tree.
+        rule: makes the verification rule of a request.
+        limits: of a request.
+        required: a call that cannot be drafted for is refused. Otherwise it is decoded plainly, counted and told once.
         reason: why no call is drafted for; empty where some are.
         show: whether notes may be printed.
     """
@@ -59,20 +73,25 @@ class DraftingGenerate:
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        team: DrafterScheduler,
+        scheduler: DrafterScheduler,
         rule: RuleMaker,
-        limit: int,
-        slots: int,
+        limits: DraftingLimits,
         *,
-        keep: int | None = None,
         required: bool = False,
         reason: str = "",
         show: bool = True,
     ) -> None:
-        self._model, self._team, self._rule, self._limit, self._slots = model, team, rule, limit, slots
-        self._keep, self._required, self._reason, self._show = keep, required, reason, show
+        self._model, self._scheduler, self._rule, self._limits = model, scheduler, rule, limits
+        self._required, self._reason, self._show = required, reason, show
         self._support = support(model)
         self.transformers_class = cast(Any, model.__class__)
+        self._methods = self._replacements() | {name: _undrafted(self, name) for name in compat.other_loops(model)}
+        self.subclass = cast(Any, compat.sampling_class(model, self._methods))
+        self.plain = self.transformers_class._sample
+        model.__class__ = self.subclass
+
+    def _replacements(self) -> dict[str, Callable[..., Any]]:
+        """The methods of the subclass that draft, by name."""
         drafting = self
 
         def _sample(
@@ -103,11 +122,7 @@ class DraftingGenerate:
             finally:
                 _given_cache.reset(token)
 
-        self._methods: dict[str, Callable[..., Any]] = {"generate": generate, "_sample": _sample}
-        self._methods |= {name: _undrafted(self, name) for name in compat.other_loops(model)}
-        self.subclass = cast(Any, compat.sampling_class(model, self._methods))
-        self.plain = self.transformers_class._sample
-        model.__class__ = self.subclass
+        return {"generate": generate, "_sample": _sample}
 
     def close(self) -> None:
         """The model has its own class again; harmless when done twice."""
@@ -140,10 +155,10 @@ class DraftingGenerate:
         others = sorted(name for name, value in model_kwargs.items() if name not in _OURS and value is not None)
         if others or synced_gpus:
             return f"the argument {others[0]!r}" if others else "synced_gpus"
-        mask = model_kwargs.get("attention_mask")
+        mask, kept = model_kwargs.get("attention_mask"), self._limits.kept_prompt
         if mask is not None and not bool((mask[0].diff() >= 0).all()):
             return "an attention mask that is no left padding"
-        if mask is not None and self._keep is not None and self._keep < input_ids.shape[1] and not bool(mask.all()):
+        if mask is not None and kept is not None and kept < input_ids.shape[1] and not bool(mask.all()):
             return "a padded prompt with speckv="
         return self._reason or None
 
@@ -158,7 +173,7 @@ class DraftingGenerate:
                 f"this call cannot be drafted for, because of {reason}; leave that out, or open the model with "
                 "drafter='auto', which then decodes plainly, or without a drafter"
             )
-        reasons = self._team.stats.plain_reasons
+        reasons = self._scheduler.stats.plain_reasons
         if reason not in reasons:
             note(f"decoding without drafting, which this call does not take: {reason}", show=self._show)
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -201,7 +216,7 @@ class DraftingGenerate:
         """What `_sample` returns, drafted."""
         mask = model_kwargs.get("attention_mask")
         length = input_ids.shape[1]
-        limit = min(criteria.max_length or config.max_length, self._limit)
+        limit = min(criteria.max_length or config.max_length, self._limits.tokens)
         ids = torch.cat([input_ids, input_ids.new_empty(1, max(limit - length, 1))], dim=1)
         padding = 0 if mask is None else int((mask[0] == 0).sum())
         request = Request(ids, length, padding, processors, criteria, streamer, limit)
@@ -209,10 +224,10 @@ class DraftingGenerate:
             request.keep_scores, request.keep_logits = bool(config.output_scores), bool(config.output_logits)
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
         noise = self._noise(input_ids) if config.do_sample else None
-        run = TreeRun(
-            self._model, None if mask is None else mask[0], limit - 1 + self._slots
-        )  # the last token needs no slot
-        loop = DecodeLoop(run, request, self._team, self._rule(noise), noise, vocabulary, self._keep)
+        slots = limit - 1 + self._limits.tree_slots  # the last token needs no slot
+        run = TreeRun(self._model, None if mask is None else mask[0], slots)
+        kept = self._limits.kept_prompt
+        loop = DecodeLoop(run, request, self._scheduler, self._rule(noise), noise, vocabulary, kept)
         loop.write(config.prefill_chunk_size)
         if streamer is not None:
             streamer.end()

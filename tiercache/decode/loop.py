@@ -5,7 +5,6 @@ decision alone.
 """
 
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class DecodeLoop:
     Args:
         run: the target; nothing is committed yet.
         request: the call.
-        team: who drafts, and how much.
+        scheduler: who drafts, and how much.
         rule: what of a tree is accepted.
         noise: of the rule, by position; None in greedy decoding.
         vocabulary: of the target.
@@ -37,13 +36,13 @@ class DecodeLoop:
         self,
         run: TreeRun,
         request: Request,
-        team: DrafterScheduler,
+        scheduler: DrafterScheduler,
         rule: Rule,
         noise: Noise | None,
         vocabulary: int,
         keep: int | None = None,
     ) -> None:
-        self._run, self._request, self._team, self._rule = run, request, team, rule
+        self._run, self._request, self._scheduler, self._rule = run, request, scheduler, rule
         self._keep = None if keep is None or keep >= request.length else keep  # until that is done
         tokens = request.text[0, request.padding :].tolist()
         shape = request.shape()
@@ -54,31 +53,27 @@ class DecodeLoop:
         ended = self._prefill(piece)
         while not ended:
             ended = self._round()
-        self._team.end()
+        self._scheduler.end()
 
     def _prefill(self, piece: int | None) -> bool:
         """The prompt; returns whether the text has ended with the first token."""
-        begin = time.perf_counter()
-        needs = self._team.needs
         self._refuse_beyond()
         prompt = self._request.text[0]
         rows = torch.empty(0)
-        with self._run.watching(needs.hidden_layers) as hidden:
-            for part in prompt.split(piece or len(prompt)):
-                rows = self._run.prefill(part)
-        self._team.begin(self._context)
+        for part in prompt.split(piece or len(prompt)):
+            rows = self._run.prefill(part)
+        self._scheduler.begin(self._context)
         ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        seconds = time.perf_counter() - begin
-        self._team.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:], _nodes(hidden, 1)), seconds)
+        self._scheduler.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
         return ended
 
     def _round(self) -> bool:
         """One tree; returns whether the text has ended."""
-        run, context, team = self._run, self._context, self._team
+        run, context, scheduler = self._run, self._context, self._scheduler
         begin = time.perf_counter()
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
-        tree, choice, passes = team.propose(context.room, None if self._keep is None else AHEAD)
+        tree, choice, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
         if len(tree):
             tree = self._fit(tree)
         drafted = time.perf_counter()
@@ -86,14 +81,14 @@ class DecodeLoop:
             self._thin(tree)
             evicted = time.perf_counter() - drafted  # part of the prompt
             begin, drafted = begin + evicted, drafted + evicted
-        logits, hidden = self._pass(tree)
+        logits = run.run((context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents)))
         ended, emitted, path = self._accept(tree, logits)
         kept = path if len(path) < len(emitted) else path[:-1]  # the text ended within: its last token has no KV yet
         run.commit((0, *(node + 1 for node in kept)))
         done = time.perf_counter()
-        feedback = Feedback(tree, path, emitted, None, logits, hidden)
-        del logits, hidden
-        team.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
+        feedback = Feedback(tree, path, emitted, None, logits)
+        del logits
+        scheduler.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
         return ended
 
     def _thin(self, tree: DraftTree) -> None:
@@ -103,16 +98,6 @@ class DecodeLoop:
         chain = [tree.tokens[node] for node in _first_path(tree)]
         self._run.evict(prompt, [self._context.tokens[-1], *chain], self._keep)
         self._keep = None
-
-    def _pass(self, tree: DraftTree) -> tuple[Tensor, dict[int, Tensor]]:
-        """The target's pass over the root and a tree: logits of each, and hidden states if somebody wants them."""
-        nodes = (self._context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents))
-        needs = self._team.needs
-        if not (needs.extends or needs.hidden_layers):
-            return self._run.run(*nodes), {}
-        with self._team.extending(tree), self._run.watching(needs.hidden_layers) as hidden:
-            logits = self._run.run(*nodes)
-        return logits, _nodes(hidden, len(logits))
 
     def _accept(self, tree: DraftTree, logits: Tensor) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
         """Write the accepted tokens and the target's own; whether the text ended, the tokens, the accepted nodes."""
@@ -136,7 +121,7 @@ class DecodeLoop:
 
     def _refuse_beyond(self) -> None:
         """As a plain pass would: the KV cache that was reserved is full."""
-        length, context = self._request.length, self._team.context
+        length, context = self._request.length, self._scheduler.context
         if length > context:
             raise ContextExceededError(
                 f"this pass needs a KV cache of {length} tokens, context={context} was reserved; open the model with "
@@ -148,7 +133,7 @@ class DecodeLoop:
         deepest = self._context.room - 1
         keep = [
             node
-            for node, token in enumerate(tree.tokens[: self._team.most_nodes])
+            for node, token in enumerate(tree.tokens[: self._scheduler.most_nodes])
             if 0 <= token < self._context.vocabulary and tree.depths[node] <= deepest
         ]
         if len(keep) < len(tree):
@@ -164,8 +149,3 @@ def _first_path(tree: DraftTree) -> list[int]:
     while children := tree.children.get(chain[-1] if chain else ROOT):
         chain.append(children[0])
     return chain
-
-
-def _nodes(hidden: Mapping[int, Tensor], rows: int) -> dict[int, Tensor]:
-    """Of hidden states [tokens, hidden] the last, which are the nodes'."""
-    return {layer: states[-rows:] for layer, states in hidden.items()}

@@ -2,15 +2,11 @@
 
 Knows drafters and the policy; nothing of the target but what feedback says. Lives as long as the model is attached, so
 what was learnt of costs and acceptance serves the next call as well.
-
-Ordering: while the target verifies, drafters that ask for it are called in one thread of their own, which ends before
-anything else is asked of them.
 """
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,7 +72,6 @@ class DrafterScheduler:
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
         self._late_s = 0.0  # of this round, telling of rounds before it
         self._tokens: list[int] = []  # of the text
-        self._pass_s = 0.0  # of the target's newest pass, which the next is thought to take as well
         self.needs = joined([drafter.needs for drafter in drafters])
         self.name = " or ".join(drafter.name for drafter in drafters)
 
@@ -89,9 +84,8 @@ class DrafterScheduler:
         for drafter in self._drafters:
             drafter.begin(context)
 
-    def prefilled(self, feedback: Feedback, seconds: float) -> None:
+    def prefilled(self, feedback: Feedback) -> None:
         """The prompt's pass is done and the first token is out; `feedback` as in `Round`."""
-        self._pass_s = seconds
         self._tell(feedback)
 
     def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, Choice, int]:
@@ -115,28 +109,10 @@ class DrafterScheduler:
         budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, score_scale, choice.enough)
         return drafter.propose(budget), choice, drafter.passes
 
-    @contextmanager
-    def extending(self, tree: DraftTree) -> Iterator[None]:
-        """The target runs meanwhile; what a drafter raises there is raised here, after both have ended."""
-        busy = [drafter for drafter in self._drafters if drafter.needs.extends]
-        if not busy:
-            yield
-            return
-        failures: list[Exception] = []
-        thread = threading.Thread(target=_extend, args=(busy, tree, self._pass_s, failures), name="tiercache-extend")
-        thread.start()
-        try:
-            yield
-        finally:
-            thread.join()
-        if failures:
-            raise failures[0]
-
     def observe(self, done: Round) -> None:
         """Account for a round, and tell everybody."""
-        self._pass_s = done.verify_s
         feedback, choice = done.feedback, done.choice
-        if choice.arm is None and not (self.needs.logits or self.needs.hidden_layers):
+        if choice.arm is None and not self.needs.logits:
             assert feedback.logits is not None
             self._plain.append(feedback.logits)
             if len(self._plain) == min(_AT_ONCE, self.most_nodes):  # as many rows as a tree would have
@@ -188,11 +164,3 @@ class DrafterScheduler:
         with ExitStack() as stack:
             for drafter in self._drafters:
                 stack.callback(drafter.close)
-
-
-def _extend(drafters: Sequence[Drafter], tree: DraftTree, pass_s: float, failures: list[Exception]) -> None:
-    for drafter in drafters:
-        try:
-            drafter.extend(tree, pass_s)
-        except Exception as error:
-            failures.append(error)

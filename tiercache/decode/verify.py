@@ -73,7 +73,7 @@ class TargetWalk:
         best, token = (scores if self._noise is None else scores + self._noise(position)).max(-1)
         if not best > -math.inf:  # NaN is no more than anything
             raise _no_token(scores, node)
-        return _with_child(tree, node, int(token))
+        return int(token), tree.child(node, int(token))
 
 
 class Rejection:
@@ -229,11 +229,6 @@ def _steps(tree: DraftTree, scores: Scores, position: int, choose: _Choose) -> W
         token, node = choose(tree, node, scores(node), position)
         yield token, node
         position += 1
-
-
-def _with_child(tree: DraftTree, node: int, token: int) -> tuple[int, int | None]:
-    """`token`, and the first child of `node` that has it."""
-    return token, next((child for child in tree.children.get(node, ()) if tree.tokens[child] == token), None)
 
 
 def _probabilities(scores: Tensor, node: int) -> Tensor:

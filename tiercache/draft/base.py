@@ -4,10 +4,10 @@ Knows trees and tokens; nothing of the target. A drafter never decides what is e
 nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,15 +23,13 @@ Shape = Callable[[Sequence[Sequence[int]], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Needs:
+class DrafterRequirements:
     """What a drafter wants to be told of every pass, and what it takes.
 
     Attributes:
         topk: the target's likeliest tokens of each node, so many.
         logits: the whole rows of logits of each node.
-        hidden_layers: hidden states of these layers, at each node (for trained heads).
         shared_kv: it runs the target's own model on the target's KV cache.
-        extends: `extend` is worth calling while the target runs.
         vocabulary: it guesses tokens of this many; None for any.
         device_bytes: what it holds where the model computes.
         host_bytes: what it holds in main memory.
@@ -40,9 +38,7 @@ class Needs:
 
     topk: int = 0
     logits: bool = False
-    hidden_layers: tuple[int, ...] = ()
     shared_kv: bool = False
-    extends: bool = False
     vocabulary: int | None = None
     device_bytes: int = 0
     host_bytes: int = 0
@@ -109,7 +105,6 @@ class Feedback:
         topk: likeliest tokens of the root and of every node [1 + nodes, k], best first, if asked for; after a prompt
             one row for each of its last tokens, the root's last.
         logits: whole rows likewise, if asked for; valid only during the call.
-        hidden: by layer [1 + nodes, hidden], if asked for; valid only during the call.
     """
 
     tree: DraftTree
@@ -117,7 +112,6 @@ class Feedback:
     emitted: tuple[int, ...]
     topk: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Drafter(Protocol):
@@ -132,7 +126,7 @@ class Drafter(Protocol):
     """
 
     name: str
-    needs: Needs
+    needs: DrafterRequirements
     open_ended: bool
     tables: bool
     passes: int
@@ -150,24 +144,6 @@ class Drafter(Protocol):
     def observe(self, feedback: Feedback) -> None:
         """What came of it; the context's tokens hold the emitted ones already."""
 
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        """Prepare, while the target still verifies `tree`, for what may follow; in another thread than the target's."""
-
-    def snapshot(self) -> Any:
-        """The state of this sequence, for `rollback`."""
-
-    def rollback(self, snapshot: Any) -> None:
-        """The sequence is again what it was."""
-
-    def train_step(self, batch: Sequence[Feedback]) -> float | None:
-        """Learn from passes; returns a loss, or None where there is nothing to train."""
-
-    def state(self) -> dict[str, Any]:
-        """What was learnt, as plain data, for `load_state`."""
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what was learnt before."""
-
     def close(self) -> None:
         """Give back what it holds, and put what was learnt where it is kept; harmless when done twice."""
 
@@ -176,7 +152,7 @@ class BaseDrafter:
     """The parts of `Drafter` that most leave empty."""
 
     name = "base"
-    needs = Needs()
+    needs = DrafterRequirements()
     open_ended = tables = False
     passes = 0
 
@@ -196,39 +172,16 @@ class BaseDrafter:
     def observe(self, feedback: Feedback) -> None:
         """See `Drafter`."""
 
-    def extend(self, tree: DraftTree, deadline_s: float) -> None:
-        """See `Drafter`."""
-
-    def snapshot(self) -> Any:
-        """See `Drafter`."""
-        return None
-
-    def rollback(self, snapshot: Any) -> None:
-        """See `Drafter`."""
-
-    def train_step(self, batch: Sequence[Feedback]) -> float | None:
-        """See `Drafter`."""
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`."""
-
     def close(self) -> None:
         """See `Drafter`."""
 
 
-def joined(needs: Sequence[Needs]) -> Needs:
+def joined(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
     """What several drafters need that are asked one at a time, for any vocabulary."""
-    return Needs(
+    return DrafterRequirements(
         topk=max((need.topk for need in needs), default=0),
         logits=any(need.logits for need in needs),
-        hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
         shared_kv=any(need.shared_kv for need in needs),
-        extends=any(need.extends for need in needs),
         device_bytes=sum(need.device_bytes for need in needs),
         host_bytes=sum(need.host_bytes for need in needs),
         node_bytes=max((need.node_bytes for need in needs), default=0),

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tiercache.draft.base import Context, Feedback, Needs, TreeBudget
+from tiercache.draft.base import Context, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.growing_tree import Grower
 from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.scores import RunScores
@@ -44,13 +44,13 @@ class LmDrafter(GrownDrafter):
         grower: Grower,
         *,
         vocabulary: Iterable[int] | None = None,
-        needs: Needs | None = None,
+        needs: DrafterRequirements | None = None,
         capacity: int | None = None,
         name: str = "lm",
     ) -> None:
         super().__init__(grower)
         self.model, self.name, self._capacity = model, name, capacity
-        self.needs = needs or Needs()
+        self.needs = needs or DrafterRequirements()
         self._head: nn.Module | None = None
         self._kept = None if vocabulary is None else self._trim(sorted(set(vocabulary)))
         self._run: TreeRun | None = None

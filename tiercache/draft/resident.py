@@ -9,7 +9,7 @@ Knows the run that it shares; where planes lie is the business of whoever gives 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from tiercache.draft.base import Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, TreeBudget
 from tiercache.draft.growing_tree import Grower
 from tiercache.draft.lm_base import GrownDrafter
 from tiercache.draft.scores import RunScores
@@ -32,7 +32,7 @@ class ResidentDrafter(GrownDrafter):
     ) -> None:
         super().__init__(grower)
         self._resident = resident
-        self.needs = Needs(shared_kv=True, node_bytes=node_bytes)
+        self.needs = DrafterRequirements(shared_kv=True, node_bytes=node_bytes)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""

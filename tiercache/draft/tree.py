@@ -32,7 +32,7 @@ class DraftTree:
         q: where `order` is a drawing, the distribution that the children of each parent were really drawn from
             [vocabulary], after every processor, by parent; None otherwise.
         logq: log of the drafter's probability of each node given its parent, if it has any.
-        owners: which of several drafters guessed each node (see `combine`), for their payoff.
+        owners: which of several drafters guessed each node (see `Union`), for their payoff.
 
     Raises:
         DraftError: anything of this does not hold.
@@ -100,12 +100,15 @@ class DraftTree:
             node = self.parents[node]
         return tuple(reversed(path))
 
+    def child(self, node: int, token: int) -> int | None:
+        """The first child of `node` (`ROOT` for the root) that has `token`; None where no child has it."""
+        return next((child for child in self.children.get(node, ()) if self.tokens[child] == token), None)
+
     def along(self, emitted: Sequence[int]) -> tuple[int, ...]:
         """The nodes that `emitted` leads through, as far as there are any."""
         path: list[int] = []
         for token in emitted:
-            children = self.children.get(path[-1] if path else ROOT, ())
-            if (child := next((child for child in children if self.tokens[child] == token), None)) is None:
+            if (child := self.child(path[-1] if path else ROOT, token)) is None:
                 break
             path.append(child)
         return tuple(path)

@@ -1,33 +1,22 @@
-"""Who drafts for an offloaded model: drafters made from what was asked for, sized before anything is planned.
+"""Finds the drafters that were asked for and the memory that they take, before a model's memory is planned.
 
-Knows options, checkpoints and drafters; nothing of tiers.
+Knows options, checkpoints and drafters; it does not know tiers, and it makes no drafter.
 """
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import transformers
 from tokenizers import Tokenizer
-from torch import nn
 
-from policies.budgeter import Budgeter
-from policies.drafting import Arm, Choice
 from tiercache.config import DraftConfig, OffloadConfig
-from tiercache.decode.generate import DraftingGenerate, RuleMaker
-from tiercache.decode.scheduler import DrafterScheduler
-from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
-from tiercache.draft.base import Drafter, Needs
-from tiercache.draft.combine import Cascade, Ngrams
-from tiercache.draft.grow import grower
-from tiercache.draft.lm import LmDrafter
-from tiercache.draft.noise import KEPT, GumbelNoise
-from tiercache.draft.resident import ResidentDrafter
+from tiercache.draft.base import Drafter, DrafterRequirements
+from tiercache.draft.ngram.union import Ngrams
+from tiercache.draft.noise import KEPT
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
@@ -35,17 +24,11 @@ from tiercache.kv import speckv
 from tiercache.kv.cache import support
 from tiercache.model.trace import trace_on_meta
 from tiercache.progress import note
-from tiercache.stats import DraftStats, Stats
 from tiercache.store.source import Source, resolve
 
-Passes = Callable[[], AbstractContextManager[None]]
-
-_PIECE = 256  # tokens of a small model's pass that are rehearsed
-_ROWS = 8  # rows of a vocabulary's size that choosing a token takes in passing
+_PIECE = 256  # tokens of a small model's pass that is traced
+_ROWS = 8  # rows of a vocabulary's size that choosing a token takes for a moment
 _MASK_BYTES = 5  # of each pair of a node and a token: a truth value, and what attention makes of it
-# Acceptance by rank, as it was on the project's own toy: of a model that is much like the target, and of n-grams.
-_SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
-_MODELS, _TABLES = [0.85, 0.06, 0.02], [0.35, 0.08, 0.04]
 
 
 @dataclass(frozen=True)
@@ -56,18 +39,19 @@ class DrafterSpec:
         config: the options.
         vocabulary: of the target.
         resident: the target's own planes draft.
-        needs: what all of them take, but for what is the target's own.
-        made: the caller's own.
-        ngrams: makes the tables; their files stay closed until the model is attached, for it may be refused before.
-        small: a small model's folder, to be loaded once its bytes are reserved.
-        eviction_bytes: what choosing a part of the prompt takes.
-        reason: why nobody drafts; empty where somebody does.
+        needs: the memory that all drafters take beside the target's own.
+        made: the caller's own drafters.
+        ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
+            model may be refused before.
+        small: a small model's folder; the model is loaded once its bytes are reserved.
+        eviction_bytes: what choosing the part of the prompt that stays in the KV cache takes.
+        reason: why no drafter drafts; empty where one does.
     """
 
     config: DraftConfig
     vocabulary: int
     resident: bool
-    needs: Needs
+    needs: DrafterRequirements
     made: tuple[Drafter, ...] = ()
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
@@ -76,10 +60,10 @@ class DrafterSpec:
 
     @property
     def compute_bytes(self) -> int:
-        """What is reserved where the model computes, weights of a small model included."""
+        """What is reserved where the model computes; the weights of a small model count."""
         config = self.config
         rows = KEPT + _ROWS * (1 + config.width)
-        if config.grower.startswith("rsd"):  # whoever was drawn from stays until the tree is verified
+        if config.grower.startswith("rsd"):  # what children were drawn from stays until the tree is verified
             rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
         return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
 
@@ -118,11 +102,11 @@ def widened(config: OffloadConfig) -> OffloadConfig:
 
 
 def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
-    """Find out who is to draft, and what that takes; None if nobody is.
+    """Find the drafters that were asked for and what they take; None where no drafter was asked for.
 
     Raises:
-        UsageError: nobody of that name, a model with another vocabulary, passes that have no room for a node, or a
-            KV cache that cannot be evicted.
+        UsageError: no drafter has this name, a model has another vocabulary, passes have no room for a node, or the KV
+            cache cannot be evicted.
         StoreError: tables are another model's, or the small model's checkpoint is damaged.
         UnsupportedModelError: a drafter that was asked for by name cannot be verified, or is no model.
     """
@@ -134,7 +118,7 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
             f"drafter={config.draft.drafter!r} cannot draft for this model, for {takes.reason}; open it without "
             "drafter=, or with drafter='auto', which then decodes plainly"
         )
-    found, kept = _found(config, config.draft, opened), config.draft.speckv
+    found, kept = _spec(config, config.draft, opened), config.draft.speckv
     if kept is None:
         return found
     if reason := speckv.refusal(opened.model):
@@ -142,13 +126,13 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
     return replace(found, eviction_bytes=speckv.scratch_bytes(opened.model.config, config.context))
 
 
-def nobody(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
-    """Nobody, for what `reason` says: of "auto", where drafting has no room or would not pay for it."""
+def no_drafters(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
+    """The spec without a drafter, for `reason`: of "auto", where drafting has no room or would not pay for it."""
     vocabulary = opened.model.config.get_text_config(decoder=True).vocab_size
-    return DrafterSpec(draft, vocabulary, False, Needs(), reason=reason)
+    return DrafterSpec(draft, vocabulary, False, DrafterRequirements(), reason=reason)
 
 
-def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterSpec:
+def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterSpec:
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
     if draft.fixed and draft.nodes >= config.logits:
@@ -162,11 +146,11 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Drafter
     if isinstance(wanted, str) and wanted in ("auto", "ngram"):
         learned = None if draft.learned is None else Path(draft.learned).expanduser()
         ngrams = partial(Ngrams, vocabulary, _identity(folder, target), folder=learned)
-        with closing(ngrams()) as sample:
-            needs = sample.needs
+        with closing(ngrams()) as made:
+            needs = made.needs
         return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
     if wanted == "resident":
-        return DrafterSpec(draft, vocabulary, True, Needs(shared_kv=True))
+        return DrafterSpec(draft, vocabulary, True, DrafterRequirements(shared_kv=True))
     if isinstance(wanted, str | Path):
         try:
             small = resolve(wanted)
@@ -175,7 +159,9 @@ def _found(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> Drafter
             raise UsageError(
                 f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}{hint}"
             ) from error
-        return DrafterSpec(draft, vocabulary, False, _small_needs(small, config, vocabulary, folder), small=small)
+        return DrafterSpec(
+            draft, vocabulary, False, _small_requirements(small, config, vocabulary, folder), small=small
+        )
     if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
         raise UsageError(
             f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
@@ -198,100 +184,10 @@ def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config:
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 
 
-def attach(
-    stack: ExitStack,
-    model: transformers.PreTrainedModel,
-    drafter_spec: DrafterSpec,
-    config: OffloadConfig,
-    device: torch.device,
-    stats: Stats,
-    *,
-    show: bool,
-    room_price: float | None = None,
-) -> None:
-    """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
-    attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
-    drafters = team(drafter_spec, lambda: attached.passes("resident"), config.context, config.logits, device)
-    stack.callback(drafters.close)
-    stats.drafting = drafters.stats
-    stats.drafting.room_price = room_price
-    stats.lossy = stats.lossy or bool(drafters.stats.lossy)
-    slots = drafter_spec.config.slots
-    keep = drafter_spec.config.speckv
-    rule = rule_of(drafter_spec.config)
-    required, reason = drafter_spec.config.drafter != "auto", drafter_spec.reason
-    if reason:
-        drafters.stats.plain_reasons[reason] = 0
-    drafting = DraftingGenerate(
-        model, drafters, rule, config.context + 1, slots, keep=keep, required=required, reason=reason, show=show
-    )
-    stack.callback(drafting.close)
-
-
-def team(
-    drafter_spec: DrafterSpec, resident: Passes, context: int, logits: int, device: torch.device
-) -> DrafterScheduler:
-    """The team of an attached model.
-
-    Args:
-        recruits: who drafts.
-        resident: passes of the target within are resident ones.
-        context: tokens that a sequence may have.
-        logits: rows that a pass may return; a tree has one less.
-        device: where the model computes.
-    """
-    config = drafter_spec.config
-    arms: list[Drafter] = list(drafter_spec.made)
-    if drafter_spec.ngrams is not None:
-        arms.append(drafter_spec.ngrams())
-    if drafter_spec.small is not None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(drafter_spec.small, dtype="auto")
-        nn.Module.to(model, device)
-        arms.append(LmDrafter(model, grower(config.grower), needs=drafter_spec.needs, capacity=context + config.slots))
-    if drafter_spec.resident:
-        own: Drafter = ResidentDrafter(resident, grower(config.grower))
-        arms = [Cascade([*arms, own], _SURE)] if arms else [own]
-    nodes = min(config.nodes, logits - 1)
-    fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
-    limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
-    budgeter = None
-    if arms and not config.fixed:
-        known = [
-            Arm(
-                arm.name,
-                rates=_rates(arm, config.depth),
-                max_depth=config.depth,
-                max_nodes=nodes,
-                open_ended=arm.open_ended,
-                passes=not arm.tables,
-            )
-            for arm in arms
-        ]
-        budgeter = Budgeter(known, **limits)
-    stats = DraftStats(rule=config.verify, grower=config.grower)
-    stats.lossy = config.lossy if arms else ""
-    return DrafterScheduler(arms, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)
-
-
-def _rates(drafter: Drafter, depth: int) -> list[list[float]]:
-    """What to think of a drafter's acceptance by depth and rank before anything was seen."""
-    return [_MODELS if drafter.needs.shared_kv or isinstance(drafter, LmDrafter) else _TABLES] * depth
-
-
-def rule_of(config: DraftConfig) -> RuleMaker:
-    """Makes the rule of one request from its noise, which is None in greedy decoding."""
-
-    def make(noise: GumbelNoise | None) -> Rule:
-        generator = None if noise is None else torch.Generator().manual_seed(noise.seed)
-        if config.verify == "rejection":
-            return Shifted(Rejection(generator), config.shift) if config.shift else Rejection(generator)
-        return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
-
-    return make
-
-
-def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None) -> Needs:
-    """What a small model takes, from its checkpoint's header and a rehearsal; refuses one of another vocabulary."""
+def _small_requirements(
+    small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None
+) -> DrafterRequirements:
+    """What a small model takes, from its checkpoint's header and a trace; refuses one of another vocabulary."""
     meta_model = Source.open(small).model()
     own = meta_model.config.get_text_config(decoder=True).vocab_size
     same = _same_tokens(small, folder)
@@ -304,7 +200,7 @@ def _small_needs(small: Path, config: OffloadConfig, vocabulary: int, folder: Pa
     seen = trace_on_meta(meta_model, (), _PIECE, 1)
     slots = config.context + config.draft.slots
     kept = seen.kv_bytes * -(-slots // _PIECE) + seen.workspace_bytes
-    return Needs(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)
+    return DrafterRequirements(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)
 
 
 def _identity(folder: Path | None, target: transformers.PreTrainedModel) -> str:

@@ -85,7 +85,7 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
 
     Raises:
         DoesNotFitError: a budget is too small, with "auto" even for plain decoding.
-        UsageError, StoreError, UnsupportedModelError: as `drafting.recruit` and `demand` say.
+        UsageError, StoreError, UnsupportedModelError: as `drafting.find_drafters` and `memory_requirements` say.
     """
     OnCpu.of_exact(config.cpu_tokens, machine, resident=config.resident)  # refuses what cannot be, before all else
 
@@ -131,7 +131,7 @@ def _compared(
     if isinstance(plain, DoesNotFitError):
         raise plain
     note(f"decoding without drafting, for {reason}", show=show)
-    return replace(plain, drafter_spec=drafting.nobody(plain.opened, draft, reason), room_price=price)
+    return replace(plain, drafter_spec=drafting.no_drafters(plain.opened, draft, reason), room_price=price)
 
 
 def _fitted(planned: Callable[[OffloadConfig], ExactPlan], options: OffloadConfig) -> ExactPlan | DoesNotFitError:

@@ -15,6 +15,7 @@ import transformers
 from tiercache import compat
 from tiercache.config import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit
+from tiercache.engine.attach_drafters import attach_drafters
 from tiercache.engine.exact import ExactPlan
 from tiercache.engine.handle import OffloadHandle, Run
 from tiercache.engine.loaded import Loaded
@@ -82,7 +83,7 @@ class Session:
         if isinstance(placed, ExactPlan) and placed.drafter_spec is not None:
             told: dict[str, Any] = {"show": self._notes, "room_price": placed.room_price}
             spec, device = placed.drafter_spec, machine.device
-            drafting.attach(self._stack, loaded.opened.model, spec, config, device, stats, **told)
+            attach_drafters(self._stack, loaded.opened.model, spec, config, device, stats, **told)
         return loaded.opened.model
 
     def _loaded(

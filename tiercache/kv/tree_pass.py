@@ -8,21 +8,18 @@ Knows transformers' forward and the cache; nothing of who guessed the tokens, or
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from tiercache.compat import DynamicCache, attention_of, cache_kwargs
+from tiercache.compat import DynamicCache, cache_kwargs
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
 from tiercache.kv import speckv
 from tiercache.kv.cache import Rewind, TreeCache, support
-from tiercache.model import meta_model
+from tiercache.kv.tree_mask import TreeMasks
 
 _REPLAYED = 64  # committed tokens that may ride along in front of nodes, before they get a pass of their own
 
@@ -60,7 +57,7 @@ class TreeRun:
         self._model = model
         self._with_positions = "position_ids" in accepts
         self._cache: Any = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
-        self._masks = _Masks(config, model.dtype, model.device, _hidden(padding, model.device))
+        self._masks = TreeMasks(config, model.dtype, model.device, padding)
         self.length = 0
         self._dropped = 0  # committed tokens that have no slot any more
         self._tokens: list[int] = []  # of the open nodes, which are neither committed nor dropped
@@ -86,26 +83,6 @@ class TreeRun:
         self._settle()
         cache: transformers.Cache = self._cache
         return cache
-
-    @contextmanager
-    def watching(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """What decoder layers, counted from 0, give in the newest pass within: of each [tokens, hidden].
-
-        Tokens that a pass takes up beside those asked for come first.
-
-        Raises:
-            UsageError: the model has no such layer.
-        """
-        seen: dict[int, Tensor] = {}
-        with ExitStack() as stack:
-            for layer in layers:
-                named = self._model.named_modules()  # a layer comes before its parts
-                module = next((part for name, part in named if meta_model.layer_of(name) == layer), None)
-                if module is None:
-                    count = self._model.config.get_text_config(decoder=True).num_hidden_layers
-                    raise UsageError(f"no layer {layer} to take hidden states of; choose from 0 to {count - 1}")
-                stack.callback(module.register_forward_hook(partial(_keep, seen, layer)).remove)
-            yield seen
 
     def prefill(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Commit tokens [length] in one causal pass; logits of the last `keep` [keep, vocabulary].
@@ -287,89 +264,3 @@ class TreeRun:
             output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=wanted, **named)
         logits: Tensor = output.logits[0]
         return logits
-
-
-class _Masks:
-    """What each token of a pass may see.
-
-    Args:
-        config: of the language model, for its kinds of layers and its window.
-        dtype: of the model.
-        device: of the masks.
-        hidden: slots that no token may see [prompt], bool; None where there are none.
-    """
-
-    def __init__(
-        self, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device, hidden: Tensor | None
-    ) -> None:
-        window = getattr(config, "sliding_window", None)
-        kinds = set(
-            getattr(config, "layer_types", None) or ("full_attention" if window is None else "sliding_attention",)
-        )
-        self.device, self.padded = device, 0 if hidden is None else int(hidden.sum())
-        self._hidden, self._dtype = hidden, dtype
-        self._window: int | None = window if "sliding_attention" in kinds else None
-        self._mixed = len(kinds) > 1
-        self._additive = attention_of(config) == "eager"
-
-    def causal(self, start: int, end: int) -> tuple[Tensor | None, Tensor]:
-        """For the slots from `start` to `end`: the model's own 2-D mask [1, end], and positions [1, end - start]."""
-        if self._hidden is None:
-            return None, torch.arange(start, end, device=self.device)[None]
-        shown = torch.ones(1, end, dtype=torch.long, device=self.device)
-        prompt = min(end, self._hidden.shape[0])
-        shown[0, :prompt] = ~self._hidden[:prompt]
-        return shown, (shown.cumsum(1) - 1).clamp_(min=0)[:, start:]
-
-    def tree(self, lines: Sequence[int], depths: Sequence[int], first: int, length: int) -> Any:
-        """For the nodes from `first` on, below `length` committed tokens: one mask, or one for each kind of layer.
-
-        A mask is [1, 1, nodes, length + all open nodes]; None where every new node sees every slot, which the model's
-        own fast path for one token does by itself.
-        """
-        nodes, new = len(lines), len(lines) - first
-        window = self._window
-        if window is not None and length + max(depths[first:]) < window:
-            window = None  # it reaches to the beginning
-        if new == 1 and window is None and self._hidden is None and lines[first] == (1 << nodes) - 1:
-            return None
-        seen = torch.ones(new, length + nodes, dtype=torch.bool, device=self.device)
-        width = (nodes + 7) // 8
-        packed = np.frombuffer(b"".join(line.to_bytes(width, "little") for line in lines[first:]), np.uint8)
-        bits = np.unpackbits(packed.reshape(new, width), axis=1, count=nodes, bitorder="little")
-        seen[:, length:] = torch.from_numpy(bits).to(self.device)
-        if self._hidden is not None:
-            seen[:, : self._hidden.shape[0]].masked_fill_(self._hidden, False)
-        near = seen if window is None else self._near(seen, depths, first, length, window)
-        if self._mixed:
-            full = self._for_attention(seen)
-            return {"full_attention": full, "sliding_attention": full if near is seen else self._for_attention(near)}
-        return self._for_attention(near)
-
-    def _near(self, seen: Tensor, depths: Sequence[int], first: int, length: int, window: int) -> Tensor:
-        """Of what nodes see, what is within their window: by the place that a node would take, not by its slot."""
-        below = torch.tensor(depths, device=self.device) + length
-        places = torch.cat((torch.arange(length, device=self.device), below))
-        return (places > below[first:, None] - window).logical_and_(seen)
-
-    def _for_attention(self, seen: Tensor) -> Tensor:
-        seen = seen[None, None]
-        if not self._additive:
-            return seen
-        least = torch.finfo(self._dtype).min
-        return torch.zeros(seen.shape, dtype=self._dtype, device=self.device).masked_fill_(~seen, least)
-
-
-def _keep(seen: dict[int, Tensor], layer: int, module: nn.Module, arguments: object, output: Any) -> None:
-    """A forward hook: what a layer gives, which some models wrap in a tuple."""
-    seen[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-
-def _hidden(padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """The slots of padding [prompt]; None where there is none."""
-    if padding is None:
-        return None
-    if padding.dim() > 2 or (padding.dim() == 2 and padding.shape[0] != 1):
-        raise UsageError(f"padding of shape {tuple(padding.shape)} is not that of one sequence; give one row of it")
-    hidden = (padding.reshape(-1) == 0).to(device)
-    return hidden if bool(hidden.any()) else None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
-from tiercache.draft.base import Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, TreeBudget
 from tiercache.draft.ngram.counts import KEPT, LONGEST, Counts, CountStore, Gram
 from tiercache.draft.ngram.follow import Follower
 from tiercache.draft.ngram.trie import Candidate, grow
@@ -53,7 +53,7 @@ class Learned(Follower):
         self._pending: list[tuple[list[int], int]] = []
         self._waiting = 0
         self._closed = False
-        self.needs = Needs(host_bytes=_CACHED * _CACHED_BYTES + batch * _PENDING_BYTES + 65536)
+        self.needs = DrafterRequirements(host_bytes=_CACHED * _CACHED_BYTES + batch * _PENDING_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`.
@@ -134,14 +134,6 @@ class Learned(Follower):
         self._waiting += len(tokens)
         if self._waiting >= self._batch:
             self.commit()
-
-    def _reenter(self, tokens: Sequence[int], dropped: int) -> None:
-        text, given = self._pending[-1]
-        if 0 < dropped <= len(text) - given:
-            del text[-dropped:]
-            self._waiting -= dropped
-        else:  # it was put there already
-            self._enter(tokens)
 
 
 def _given(tokens: Sequence[int]) -> tuple[list[int], int]:

@@ -1,11 +1,10 @@
 """Prompt look-up: what followed the last time that the newest tokens occurred."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from tiercache.draft.base import Feedback, Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.follow import Follower
 from tiercache.draft.ngram.rates import Rates
 from tiercache.draft.ngram.trie import Candidate, grow
@@ -40,7 +39,7 @@ class PromptLookup(Follower):
         self._size = 0
         self._rates = Rates([_PRIOR] * (ngram + 1))
         self._copied: tuple[tuple[int, ...], int] = ((), 0)  # what was guessed last, and the match it came of
-        self.needs = Needs(host_bytes=self._text.nbytes + 16384)
+        self.needs = DrafterRequirements(host_bytes=self._text.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """A chain; see `Drafter`."""
@@ -68,18 +67,6 @@ class PromptLookup(Follower):
                 break
         self._copied = (), 0
         super().observe(feedback)
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {"rates": self._rates.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is the state of look-ups with other n-grams.
-        """
-        self._rates.load_state(state["rates"])
 
     def _match(self) -> tuple[int, int]:
         """The longest n-gram at the end that occurred before, and the place behind its newest occurrence."""
@@ -109,6 +96,3 @@ class PromptLookup(Follower):
             self._size = kept
         self._text[self._size : self._size + len(tokens)] = tokens
         self._size += len(tokens)
-
-    def _reenter(self, tokens: Sequence[int], dropped: int) -> None:
-        self._enter(tokens)

@@ -3,10 +3,7 @@
 They turn counts and ranks into probabilities that can be compared between drafters.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from tiercache.errors import StoreError
+from collections.abc import Sequence
 
 
 class Rates:
@@ -35,18 +32,6 @@ class Rates:
             self._hits[kind] /= 2
             self._trials[kind] /= 2
 
-    def state(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"hits": list(self._hits), "trials": list(self._trials)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave.
-
-        Raises:
-            StoreError: it has another number of kinds.
-        """
-        self._hits, self._trials = (_sized(state[name], len(self._hits)) for name in ("hits", "trials"))
-
 
 class Ranks:
     """How often the token that came stood at each rank of a list.
@@ -73,21 +58,3 @@ class Ranks:
         if self._trials > self._memory:
             self._hits = [hits / 2 for hits in self._hits]
             self._trials /= 2
-
-    def state(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"hits": list(self._hits), "trials": self._trials}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave.
-
-        Raises:
-            StoreError: it has another number of ranks.
-        """
-        self._hits, self._trials = _sized(state["hits"], len(self._hits)), float(state["trials"])
-
-
-def _sized(values: Sequence[float], size: int) -> list[float]:
-    if len(values) != size:
-        raise StoreError(f"a drafter's state has {len(values)} shares, not {size}; it is another drafter's: drop it")
-    return [float(value) for value in values]

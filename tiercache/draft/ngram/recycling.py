@@ -1,16 +1,13 @@
 """Token recycling: what the target ranked highest the last time that it saw a token."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.rates import Ranks
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
 from tiercache.draft.ngram.trie import Candidate, grow
 from tiercache.draft.tree import DraftTree
-from tiercache.errors import StoreError, UsageError
+from tiercache.errors import UsageError
 
 _KEPT = 8
 _PRIOR = (0.35, 0.12, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)  # of each rank, before anything was measured
@@ -37,7 +34,7 @@ class TokenRecycling(BaseDrafter):
             raise UsageError(f"token recycling for {vocabulary} tokens; give the target's vocabulary")
         self._table = np.full((vocabulary, _KEPT), NONE, dtype=np.int32)
         self._ranks = Ranks(_PRIOR)
-        self.needs = Needs(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
+        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
@@ -69,18 +66,3 @@ class TokenRecycling(BaseDrafter):
                 of, what = seen[rows], told[rows]
                 known = (of >= 0) & (of < len(self._table))
                 self._table[of[known]] = what[known]
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {"table": self._table.copy(), "ranks": self._ranks.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is of another vocabulary.
-        """
-        if state["table"].shape != self._table.shape:
-            raise StoreError(f"recycled tokens of {len(state['table'])} tokens, not {len(self._table)}; drop them")
-        self._ranks.load_state(state["ranks"])
-        self._table[:] = state["table"]

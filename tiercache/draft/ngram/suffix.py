@@ -1,12 +1,11 @@
 """Suffix decoding: what followed earlier occurrences of the longest suffix of the text, as a tree."""
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any
 
-from tiercache.draft.base import Needs, TreeBudget
+from tiercache.draft.base import DrafterRequirements, TreeBudget
 from tiercache.draft.ngram.automaton import ROOT, Automaton
 from tiercache.draft.ngram.follow import Follower
 from tiercache.draft.ngram.rates import Rates
@@ -56,7 +55,7 @@ class SuffixAutomaton(Follower):
         self._text = array("q")  # that the automaton holds; the present sequence begins at `_start`
         self._start = 0
         self._automaton = Automaton()
-        self.needs = Needs(host_bytes=limit * _TOKEN_BYTES + 65536)
+        self.needs = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
@@ -66,24 +65,6 @@ class SuffixAutomaton(Follower):
         match = self._automaton.length[state]
         nodes = min(budget.nodes, int(self._factor * match + self._offset))
         return grow((state, match), self._continuations, replace(budget, nodes=nodes), self.context)
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`; the text is what was learnt."""
-        return {"text": self._text.tolist(), "rates": self._rates.state()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is another drafter's.
-        """
-        self._rates.load_state(state["rates"])
-        present = self._text[self._start :]
-        self._text = array("q", state["text"])
-        self._text.append(_BREAK)
-        self._start = len(self._text)
-        self._text.extend(present)
-        self._rebuild()
 
     def _continuations(self, at: _STATE) -> list[Candidate[_STATE]]:
         automaton, (state, match) = self._automaton, at
@@ -133,12 +114,6 @@ class SuffixAutomaton(Follower):
             self._append([_BREAK])
         self._start = len(self._text)
         self._append(tokens[-self._limit :])
-
-    def _reenter(self, tokens: Sequence[int], dropped: int) -> None:
-        left = len(self._text) - self._start - dropped
-        del self._text[self._start :]
-        self._text.extend(tokens[-left if left > 0 else -(self._limit // 2) :])  # all of it may have been dropped since
-        self._rebuild()
 
     def _rebuild(self) -> None:
         """An automaton of the text alone, its older half dropped where it is too long."""

@@ -1,17 +1,15 @@
 """ADED's adaptive tri-gram: the target's own distribution behind each two tokens, followed with some curiosity."""
 
-from collections.abc import Mapping
 from math import sqrt
-from typing import Any
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, Needs, TreeBudget
+from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.rates import Ranks
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
 from tiercache.draft.ngram.trie import Candidate, grow
 from tiercache.draft.tree import DraftTree
-from tiercache.errors import StoreError, UsageError
+from tiercache.errors import UsageError
 
 _KEPT = 8
 _PRIOR = (0.45, 0.13, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)  # of each rank, before anything was measured
@@ -59,7 +57,7 @@ class AdaptiveTrigram(BaseDrafter):
         self._visits = np.zeros(slots, dtype=np.int32)
         self._ranks = Ranks(_PRIOR)
         held = (self._pairs, self._tokens, self._weights, self._visits)
-        self.needs = Needs(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
+        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`; the prompt's own tri-grams are learnt too."""
@@ -98,32 +96,6 @@ class AdaptiveTrigram(BaseDrafter):
         else:
             before = newest(self.context, feedback, len(told))
         self._learn(before, told, self._ranks.shares())
-
-    def state(self) -> dict[str, Any]:
-        """See `Drafter`."""
-        return {
-            "vocabulary": self._vocabulary,
-            "ranks": self._ranks.state(),
-            "pairs": self._pairs.copy(),
-            "tokens": self._tokens.copy(),
-            "weights": self._weights.copy(),
-            "visits": self._visits.copy(),
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Drafter`.
-
-        Raises:
-            StoreError: it is of another vocabulary, or of another number of slots.
-        """
-        if state["vocabulary"] != self._vocabulary or len(state["pairs"]) != len(self._pairs):
-            raise StoreError(
-                f"tri-grams of {state['vocabulary']} tokens in {len(state['pairs'])} slots, not {self._vocabulary} in "
-                f"{len(self._pairs)}; drop them"
-            )
-        self._ranks.load_state(state["ranks"])
-        self._pairs[:], self._tokens[:] = state["pairs"], state["tokens"]
-        self._weights[:], self._visits[:] = state["weights"], state["visits"]
 
     def _slot(self, before: int, last: int) -> int | None:
         """Where a pair is, if it is there."""

@@ -1,0 +1,55 @@
+"""The base of a drafter that is made of several drafters.
+
+It knows drafters by their protocol only; it does not know how their trees become one.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, joined
+from tiercache.errors import UsageError
+
+
+class CompositeDrafter(BaseDrafter):
+    """Tells each of several drafters everything; subclasses say how their trees become one.
+
+    Args:
+        drafters: at least one; they are closed with this one.
+
+    Raises:
+        UsageError: there is none, or they are for different vocabularies.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        if not drafters:
+            raise UsageError("a combination of no drafters; give one at least")
+        self.drafters = tuple(drafters)
+        self.needs = _joint_requirements([drafter.needs for drafter in drafters])
+        self.open_ended = all(drafter.open_ended for drafter in drafters)
+        self.tables = all(drafter.tables for drafter in drafters)
+
+    def begin(self, context: Context) -> None:
+        """See `Drafter`."""
+        super().begin(context)
+        for drafter in self.drafters:
+            drafter.begin(context)
+
+    def observe(self, feedback: Feedback) -> None:
+        """See `Drafter`; each sees the whole tree."""
+        for drafter in self.drafters:
+            drafter.observe(feedback)
+
+    def close(self) -> None:
+        """See `Drafter`; all are closed, whatever one raises."""
+        with ExitStack() as stack:
+            for drafter in self.drafters:
+                stack.callback(drafter.close)
+
+
+def _joint_requirements(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
+    vocabularies = {need.vocabulary for need in needs if need.vocabulary is not None}
+    if len(vocabularies) > 1:
+        raise UsageError(f"drafters of {sorted(vocabularies)} tokens in one; they must share a vocabulary")
+    vocabulary = next(iter(vocabularies), None)
+    return replace(joined(needs), vocabulary=vocabulary, node_bytes=sum(need.node_bytes for need in needs))
