@@ -24,7 +24,7 @@ LADDER = (
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
-    *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
+    *("store.manifest", "store.manifests", "store.loaded", "store.encode", "store.writer", "store.activations"),
     *("store.layers", "store.estimate", "store.folders", "store.convert", "store.planestore", "store.calibration"),
     "engine.plan",
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
