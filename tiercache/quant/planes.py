@@ -71,6 +71,11 @@ def plane_row_bytes(columns: int, group: int, plane: int) -> int:
     return num_groups(columns, group) * group * PLANE_BITS[plane] // 8
 
 
+def plane_widths(columns: int, group: int, planes: int = len(PLANE_BITS)) -> tuple[int, ...]:
+    """Bytes of one row of each of the first `planes` planes."""
+    return tuple(plane_row_bytes(columns, group, plane) for plane in range(planes))
+
+
 def scale_row_bytes(columns: int, group: int) -> int:
     """Bytes of one row of scales: fp16 lo and fp16 step, interleaved, per group."""
     return 4 * num_groups(columns, group)
@@ -148,10 +153,8 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     rows, columns = weight.shape
     groups = num_groups(columns, group)
     scales = torch.empty(rows, groups, 2, dtype=torch.float16, device=weight.device)
-    planes = [
-        torch.empty(rows, plane_row_bytes(columns, group, p), dtype=torch.uint8, device=weight.device)
-        for p in range(len(PLANE_BITS))
-    ]
+    widths = plane_widths(columns, group)
+    planes = [torch.empty(rows, width, dtype=torch.uint8, device=weight.device) for width in widths]
     table = _upper_codes(weight.device)
     high = max(1, _BLOCK // (groups * group))
     for first in range(0, rows, high):

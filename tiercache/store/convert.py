@@ -215,7 +215,8 @@ class _Conversion:
         expected = self.estimate()
         with clear_io_errors(self.partial), ExitStack() as stack:
             self.partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(self.partial))
+            taken = f"another conversion is writing {self.partial}; wait for it, or name another folder"
+            stack.enter_context(locked(self.partial, taken))
             if self.already_done():  # by another, meanwhile
                 self.partial.rmdir()
                 return self.estimate()

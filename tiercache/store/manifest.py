@@ -165,7 +165,7 @@ class NeuronBlock:
     @property
     def widths(self) -> tuple[int, ...]:
         """Bytes of a row in each plane."""
-        return tuple(codes.plane_row_bytes(self.columns, self.group, plane) for plane in range(len(self.units)))
+        return codes.plane_widths(self.columns, self.group, len(self.units))
 
     def plane(self, slot: torch.Tensor, plane: int) -> torch.Tensor:
         """Plane `plane` in its unit's slot: [neurons, parts, bytes of a row]."""
