@@ -20,7 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # the engine.
 LADDER = (
     *("errors", "compat", "config", "stats", "progress", "text"),
-    *("quant.planes", "quant.hadamard", "model.meta_model"),
+    *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),

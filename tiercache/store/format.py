@@ -6,7 +6,7 @@ and the plane store, so that tiers and readers need not know which of the two th
 
 The plane store is a folder:
 
-    plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.quant.planes`)
+    plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.quant.packing`)
     scales.bin                            fp16 pairs (lo, step) of every group; factors of inputs and outputs
     dense.bin                             everything that is not quantised, in its original dtype
     catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
