@@ -55,7 +55,8 @@ def _manifest(model: transformers.PreTrainedModel, unit: Callable[[int, str], tu
 
     weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in meta_model.matrices(model)}
     module, table = meta_model.embedding(model)
-    return Manifest(tuple(units), weights, (module, place(table)), {})
+    embedding = module, place(table)
+    return Manifest(tuple(units), weights, embedding, {})
 
 
 def store_manifest(
