@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from profiler.direct import BLOCK_BYTES, open_direct
+
 LEFTOVERS = ".tiercache-probe-*"  # what a probe that was killed leaves in its folder
-_BLOCK_BYTES = 4096
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -50,9 +51,9 @@ def disk_read(
         settings: what to try.
         limit_bytes: the most to read per setting.
     """
-    descriptor, direct = _open(path)
+    descriptor, direct = open_direct(path)
     try:
-        size = min(os.fstat(descriptor).st_size, limit_bytes) // _BLOCK_BYTES * _BLOCK_BYTES
+        size = min(os.fstat(descriptor).st_size, limit_bytes) // BLOCK_BYTES * BLOCK_BYTES
         best = (0.0, *settings[0])
         for threads, chunk_bytes in settings:
             best = max(best, (_read_all(descriptor, size, threads, chunk_bytes), threads, chunk_bytes))
@@ -104,14 +105,6 @@ def dram_read(
         jobs = [lambda at=at: compare(at, at, share) for at in starts]
         rates.append(share * workers / _together(jobs) / 1e9)
     return statistics.median(rates)
-
-
-def _open(path: Path) -> tuple[int, bool]:
-    flag = getattr(os, "O_DIRECT", 0)
-    try:
-        return os.open(path, os.O_RDONLY | flag), bool(flag)
-    except OSError:
-        return os.open(path, os.O_RDONLY), False
 
 
 def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> float:

@@ -15,7 +15,8 @@ import tiercache
 from policies.precision import Recipe
 from tiercache.errors import QuantizationError, StoreError, UsageError
 from tiercache.model import meta_model
-from tiercache.quant import gptq, planes
+from tiercache.quant import codes as code_choice
+from tiercache.quant import gptq, packing
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
 from tiercache.quant.hadamard import restored, stored, transform
@@ -68,11 +69,11 @@ def slow_codes(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
         if at == 0 or index // group != order[at - 1] // group:
             own = [i for i in order if i // group == index // group]
             least, most = states[:, :, own].float().amin((0, 2)), states[:, :, own].float().amax((0, 2))
-            lo, step = (some[:, 0] for some in planes.ranges(least[:, None], most[:, None]))
+            lo, step = (some[:, 0] for some in code_choice.ranges(least[:, None], most[:, None]))
         wanted = states[:, :, index].float()
-        h, c = planes.choose(wanted[0], wanted[1], wanted[2], lo, step)
+        h, c = code_choice.choose(wanted[0], wanted[1], wanted[2], lo, step)
         codes[0, :, index], codes[1, :, index] = h, c
-        error = (states[:, :, index] - planes.values(h, c, lo, step).double()) / inverse[0, 0]
+        error = (states[:, :, index] - code_choice.values(h, c, lo, step).double()) / inverse[0, 0]
         states[:, :, left] -= error[..., None] * inverse[0]
     return codes[0], codes[1]
 
@@ -85,7 +86,7 @@ def test_codes_are_those_of_the_slow_way(inputs: int, group: int, monkeypatch: p
     made = quantize_rows(weight, Moments.of(x.T @ x, group), group)
     h, c = slow_codes(weight, x.T @ x, group)
     padded = -(-inputs // group) * group - inputs
-    packed = planes.pack(*(torch.nn.functional.pad(some, (0, padded)).view(24, -1, group) for some in (h, c)))
+    packed = packing.pack(*(torch.nn.functional.pad(some, (0, padded)).view(24, -1, group) for some in (h, c)))
     same = [(one == other).float().mean() for one, other in zip(made.planes, packed, strict=True)]
     assert min(same) > 0.98  # sums in fp32 and in fp64 part at ties, and what follows a tie differs
 

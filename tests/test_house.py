@@ -20,12 +20,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # the engine.
 LADDER = (
     *("errors", "compat", "config", "stats", "progress", "text"),
-    *("quant.planes", "quant.hadamard", "model.meta_model"),
+    *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),
     *("store.format", "store.header", "store.source", "store.reader", "store.catalog", "store.layout"),
-    *("store.manifest", "store.memory", "store.encode", "store.writer", "store.activations"),
-    *("store.layers", "store.estimate", "store.folders", "store.convert", "store.planestore", "store.calibration"),
+    *("store.manifest", "store.manifests", "store.loaded", "store.encode", "store.writer", "store.activations"),
+    *("store.layers", "store.estimate", "store.folders", "store.report", "store.journal", "store.conversion_plan"),
+    *("store.convert", "store.planestore", "store.calibration"),
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
     *("model.trace", "model.linear", "model.importance", "model.neurons", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiercache.errors import QuantizationError, TiercacheError, UsageError
+from tiercache.quant import codes as code_choice
+from tiercache.quant import packing
 from tiercache.quant import planes as module
+from tiercache.quant.codes import CELL, MIDDLES
 from tiercache.quant.planes import (
-    CELL,
     DECODE_SCRATCH_BYTES,
-    MIDDLES,
     PLANE_BITS,
     PRECISIONS,
     Planes,
@@ -174,9 +175,9 @@ def test_the_last_plane_reaches_beyond_its_cell() -> None:
     one = torch.ones((), dtype=torch.float16)
     w4 = torch.arange(7.5, 188, 12.0)  # right on each level of int4
     for offset in (-7.0, -3.0, 0.0, 3.0, 7.0):  # a cell ends at 6
-        h, c = module.choose(w4, w4, w4 + offset, one - 1, one)
+        h, c = code_choice.choose(w4, w4, w4 + offset, one - 1, one)
         assert torch.equal(h, torch.arange(16, dtype=torch.uint8))
-        made = module.values(h, c, one - 1, one)
+        made = code_choice.values(h, c, one - 1, one)
         assert torch.equal(made[1], w4)
         assert ((made[2] - w4 - offset).abs() <= 0.5).all()
 
@@ -191,19 +192,19 @@ def test_packing_is_the_documented_layout(group: int, bits: int) -> None:
         for g in range(2):
             for i in range(group):
                 packed[r][g][i % width] |= int(codes[r, g, i]) << bits * (i // width)
-    assert module._pack(codes, bits).tolist() == packed
-    assert torch.equal(module._unpack(torch.tensor(packed, dtype=torch.uint8), bits), codes)
+    assert packing.pack_fields(codes, bits).tolist() == packed
+    assert torch.equal(packing.unpack(torch.tensor(packed, dtype=torch.uint8), bits), codes)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_single_bits_lie_in_the_places_of_a_two_bit_plane(group: int) -> None:
     codes = torch.randint(2, (3, 2, group), dtype=torch.uint8)
-    packed = module._pack_bits(codes)
+    packed = packing.pack_bits(codes)
     assert packed.shape == (3, 2, group // 8)
     for r in range(3):
         for g in range(2):
             assert [bit_of(packed[r, g], 0, group, i) for i in range(group)] == codes[r, g].tolist()
-    assert torch.equal(module._unpack(module._spread(packed), 2), codes)
+    assert torch.equal(packing.unpack(packing.spread(packed), 2), codes)
 
 
 @settings(max_examples=40, deadline=None)

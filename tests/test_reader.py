@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
-from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, Piece, align, lay_out
+from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, FileRange, Piece, align, unit_of
 from tiercache.store.reader import Buffer, Reader, aligned_buffer
 
 SIZE = 70_001  # no multiple of 4096
@@ -103,7 +103,7 @@ def test_pieces_are_the_file_s_bytes_and_touch_nothing_else(file: Path, layout: 
 def test_tensors_laid_out_keep_their_alignment_and_share_no_block(
     file: Path, extents: list[tuple[int, int, int]]
 ) -> None:
-    unit = lay_out("unit", [(file, offset, nbytes, itemsize) for offset, nbytes, itemsize in extents])
+    unit = unit_of("unit", [FileRange(file, offset, nbytes, itemsize) for offset, nbytes, itemsize in extents])
     assert unit.nbytes == sum(nbytes for _, nbytes, _ in extents)
     assert unit.slot_bytes % BLOCK_BYTES == 0
     end = 0

@@ -15,7 +15,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
-from tiercache.store import memory
+from tiercache.store import loaded
 from tiercache.store.encode import load
 from tiercache.store.header import read_checkpoint, read_file
 from tiercache.store.reader import Reader
@@ -195,7 +195,7 @@ def test_identity_knows_the_weights_and_not_the_files(
     assert Source.open(copy("llama")).identity() == original
     assert Source.open(checkpoint("llama", shard="60KB")).identity() == original
     model = tf.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
-    assert memory.identity(model) == original
+    assert loaded.identity(model) == original
     others = [Source.open(checkpoint("llama", dtype=torch.bfloat16)).identity()]
     architectures.build("llama", seed=1).save_pretrained(tmp_path / "other")
     others.append(Source.open(tmp_path / "other").identity())
@@ -205,7 +205,7 @@ def test_identity_knows_the_weights_and_not_the_files(
 @pytest.mark.parametrize("name", ["llama-tied-bias", "gpt2", "opt", "falcon"])
 def test_identity_is_the_same_in_memory(checkpoint: Checkpoint, name: str) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(checkpoint(name))
-    assert memory.identity(model) == Source.open(checkpoint(name)).identity()
+    assert loaded.identity(model) == Source.open(checkpoint(name)).identity()
 
 
 def test_identity_sees_a_change_at_either_end_of_a_tensor(copy: Callable[..., Path]) -> None:

@@ -228,7 +228,7 @@ def test_frames_are_cut_and_joined_again(
     plane_store: Checkpoint, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With frames of 4 KB in place of 4 MiB, a tiny model has several to an extent."""
-    for module in ("writer", "planestore"):
+    for module in ("writer", "format"):
         monkeypatch.setattr(f"tiercache.store.{module}.FRAME_BYTES", 4000)
     convert(checkpoint("llama"), tmp_path / "store", compress="on")
     store = PlaneStore.open(tmp_path / "store")

@@ -28,7 +28,8 @@ from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats import TierStats
 from tiercache.store.format import BLOCK_BYTES
-from tiercache.store.manifest import Manifest, PlainWeight, of_source
+from tiercache.store.manifest import Manifest, PlainWeight
+from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
 from tiercache.tiers.slab import Slab
@@ -541,7 +542,7 @@ def test_the_stack_hands_out_the_checkpoint(
     checkpoint: Callable[..., Path], name: str, hbm: float | None, dram: float
 ) -> None:
     source = Source.open(checkpoint(name))
-    manifest = of_source(source)
+    manifest = checkpoint_manifest(source)
     needs = needs_of(manifest)
     least, total = max(needs.sizes.values()), sum(needs.sizes.values())
     hbm_bytes = None if hbm is None else 1000 + least + int(hbm * total)
@@ -583,7 +584,7 @@ def _resident(source: Source) -> dict[str, torch.nn.Parameter]:
 
 def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "copy")
-    manifest = of_source(Source.open(tmp_path / "copy"))
+    manifest = checkpoint_manifest(Source.open(tmp_path / "copy"))
     needs = needs_of(manifest)
     plan = fill_tiers(needs, hbm_bytes=1 << 24, dram_bytes=1 << 20)
     (file,) = (tmp_path / "copy").glob("*.safetensors")
@@ -598,7 +599,7 @@ def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Calla
 
 
 def test_a_budget_that_is_too_small_says_by_how_much(checkpoint: Callable[..., Path]) -> None:
-    needs = needs_of(of_source(Source.open(checkpoint("llama"))))
+    needs = needs_of(checkpoint_manifest(Source.open(checkpoint("llama"))))
     least = max(needs.sizes[key] for key in needs.order)
     fill_tiers(needs, hbm_bytes=least + 1000, dram_bytes=least + 2000)
     with pytest.raises(DoesNotFitError) as refused:

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from tiercache import cli
 from tiercache.errors import StoreError, UsageError
 from tiercache.quant import tune
+from tiercache.quant.codes import CELL, MIDDLES
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import LayerMoments
 from tiercache.quant.hadamard import restored, stored
-from tiercache.quant.planes import CELL, MIDDLES, Planes, decode, encode, unpack
+from tiercache.quant.planes import Planes, codes_of, decode, encode
 from tiercache.quant.tune import Layer, Piece, tuned
 from tiercache.store import encode as encoder
 from tiercache.store import estimate, layout
@@ -126,15 +127,15 @@ def test_codes_come_back_from_planes_and_go_up_and_down_without_a_change_at_int8
     planes = encode(stored(torch.randn(9, 150), factors), 64)
     piece = Piece("w", 0, False, planes, factors)
     latent = tune._Latent(piece, restored(planes, factors, torch.empty(9, 150)))
-    assert torch.equal(latent.rounded(), unpack(planes)[0])
+    assert torch.equal(latent.rounded(), codes_of(planes)[0])
     least, most = latent.bounds()
     assert bool((least <= most).all())
     assert set((most - least).unique().tolist()) == {0, 1}
-    begun = latent.h + tune._TOWARDS * (unpack(planes)[1] - MIDDLES[1]) / CELL  # halfway to where int8 has the weight
+    begun = latent.h + tune._TOWARDS * (codes_of(planes)[1] - MIDDLES[1]) / CELL  # halfway to where int8 has the weight
     assert torch.allclose(latent._z, begun, atol=1e-3)
     for h in (least, most):
         moved = latent.planes(h.to(torch.uint8))
-        assert torch.equal(unpack(moved)[0], h.to(torch.uint8))
+        assert torch.equal(codes_of(moved)[0], h.to(torch.uint8))
         assert torch.equal(decode(moved, torch.float32), decode(planes, torch.float32))
 
 

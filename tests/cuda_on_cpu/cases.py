@@ -7,8 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tiercache.quant.planes import CELL, Planes, decode, encode
+from tiercache.quant.codes import CELL
 from tiercache.quant.planes import PRECISIONS as RUNG_PLANES
+from tiercache.quant.planes import Planes, decode, encode
 
 PRECISIONS = tuple(RUNG_PLANES)
 # Of the sum of the magnitudes of what is added up; the contract's own bound is 1e-4.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tiercache.bench.shapes import GROUP, LEVELS
 from tiercache.bench.timing_device import Effort, Stand, working_set_bytes
-from tiercache.quant.planes import PRECISIONS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.format import align
 from tiercache.store.manifest import PlaneWeight
 
@@ -50,7 +50,7 @@ def make(
         precision: of the planes.
     """
     rows, columns, parts = layout
-    widths = [plane_row_bytes(columns, GROUP, plane) for plane in range(PRECISIONS[precision])]
+    widths = list(plane_widths(columns, GROUP, PRECISIONS[precision]))
     *plane_at, scale_at = _offsets(widths, rows * parts)
     end = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
     unit_bytes = align(end)
@@ -90,7 +90,7 @@ def one_group(weight: Planes, group: int) -> Planes:
 
     first, *others = weight.planes  # the first has two bits of every group, then one bit of every group
     halves = torch.cat([cut(first, size // 4), cut(first, size // 8, groups * size // 4)], dim=1)
-    widths = [plane_row_bytes(size, size, plane) for plane in range(1, len(weight.planes))]
+    widths = plane_widths(size, size, len(weight.planes))[1:]
     planes = (halves, *(cut(plane, width) for plane, width in zip(others, widths, strict=True)))
     return Planes(planes, weight.scales[:, group : group + 1].cpu(), size, size)
 

@@ -5,7 +5,6 @@ any moment goes on behind its last finished step. Knows arguments, arrays and pl
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.store import catalog
 from tiercache.store.calibration import PARTIAL_FILE
+from tiercache.store.folders import locked
 
 Arrays = dict[str, np.ndarray]
 _ASKED, _SECONDS = "asked", "seconds"
@@ -119,16 +119,10 @@ def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Pat
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold `folder` against a second calibration."""
-    with clear_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another calibration is writing into {folder}; wait for it") from error
+    with ExitStack() as stack:
+        with clear_errors(folder):
+            stack.enter_context(locked(folder, f"another calibration is writing into {folder}; wait for it"))
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.model.importance import Activation
 from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import BlockPlanes, Deltas, DirectPlanes, SlottedPlanes
-from tiercache.quant.planes import PLANE_BITS, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import plane_widths, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.catalog import Record
 from tiercache.store.manifest import Manifest
@@ -83,7 +83,7 @@ class MixedPlan:
         wanted = [
             recipe.wanted(block.neurons)[low:] for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
         ]
-        widths = _widths(first.columns, first.group)[low:]
+        widths = plane_widths(first.columns, first.group)[low:]
         held = sum(max(layer[plane] for layer in wanted) * width for plane, width in enumerate(widths))
         return self.slot_plan(manifest, 0).nbytes + (Choosing().few - 1) * held
 
@@ -94,7 +94,7 @@ class MixedPlan:
     def slot_plan(self, manifest: Manifest, budget_bytes: int) -> SlotPlan:
         """Slots of every block within a budget."""
         first = manifest.blocks[0]
-        widths = tuple(first.parts * width for width in _widths(first.columns, first.group)[first.low :])
+        widths = tuple(first.parts * width for width in plane_widths(first.columns, first.group)[first.low :])
         wanted = [
             [
                 count if first.low + plane < len(block.units) else 0
@@ -184,7 +184,7 @@ def exact_bytes(store: PlaneStore) -> int:
 def sizes_of(record: Record, store: PlaneStore) -> Sizes:
     """Bytes of a row of a block, by plane."""
     group: int = store.contents.meta["group"]
-    return Sizes(_widths(record.columns, group), scale_row_bytes(record.columns, group), record.parts - 1)
+    return Sizes(plane_widths(record.columns, group), scale_row_bytes(record.columns, group), record.parts - 1)
 
 
 def refuse_unfit(opened: Opened) -> None:
@@ -239,7 +239,3 @@ def blocks(
         weights = torch.from_numpy(norms).to(device)
         made.append(MixedBlock(planes, modules, activation, kernels, choosing, recipe, weights))
     return made
-
-
-def _widths(columns: int, group: int) -> tuple[int, ...]:
-    return tuple(plane_row_bytes(columns, group, plane) for plane in range(len(PLANE_BITS)))

@@ -18,11 +18,12 @@ from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
-from tiercache.store import memory
+from tiercache.store import loaded
 from tiercache.store.convert import convert
 from tiercache.store.encode import load
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
-from tiercache.store.manifest import Manifest, of_source
+from tiercache.store.manifest import Manifest
+from tiercache.store.manifests import checkpoint_manifest, memory_manifest
 from tiercache.store.planestore import DECIDING, PlaneStore
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source, resolve
@@ -140,7 +141,7 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if config.precision != "source":
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
-    return Opened(model := source.model(), model, of_source(source), None, False, folder=folder)
+    return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
 
 def default_store(source: Source, group: int = 64) -> Path:
@@ -177,11 +178,11 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
-    memory.check(model)
+    loaded.check(model)
     bare = meta_model.build(model.config, model.dtype)
     if config.precision == "source":
         _refuse_checks(config)
-        manifest, slots = memory.of_model(model)
+        manifest, slots = memory_manifest(model)
         return Opened(model, bare, manifest, slots, True)
     if config.store is None:
         raise UsageError(
@@ -193,7 +194,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
             model.save_pretrained(folder)
             convert(folder, config.store, show_progress=show_progress)
     store = PlaneStore.open(config.store)
-    if store.contents.meta["identity"] != memory.identity(model):
+    if store.contents.meta["identity"] != loaded.identity(model):
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)

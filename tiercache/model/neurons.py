@@ -13,7 +13,8 @@ from torch import Tensor
 
 from policies.neurons import IntArray
 from tiercache.kernels.contract import Selection, SlotRows
-from tiercache.quant.planes import MIDDLES, Planes
+from tiercache.quant.codes import MIDDLES
+from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.tier import Source

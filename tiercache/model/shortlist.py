@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
 from tiercache.model.mixed import SLICE, Choosing
-from tiercache.quant.planes import PRECISIONS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
 ONE_IN = 24
@@ -84,7 +84,7 @@ def scratch_bytes(weight: PlaneWeight, tokens: int) -> int:
 
 def read_bytes(weight: PlaneWeight) -> int:
     """What one token's logits read."""
-    planes = [plane_row_bytes(weight.columns, weight.group, plane) for plane in range(len(weight.plane_at))]
+    planes = plane_widths(weight.columns, weight.group, len(weight.plane_at))
     scales = scale_row_bytes(weight.columns, weight.group)
     low, whole = sum(planes[: PRECISIONS[_LOW]]) + scales, sum(planes) + scales
     return weight.rows * low + shortlist(weight.rows) * whole

@@ -6,7 +6,7 @@ GPTQ (arXiv 2210.17323, algorithm 1) quantises a matrix input by input. What rou
 taken back by the inputs after j, as the Hessian of the squared output error, X^T X, says. Here one pair of codes serves
 three precisions, which make different errors. So the weights that remain are kept three times, one state for each
 precision, and each takes back its own errors alone. The codes of an input are those whose weighted errors against the
-three states are least (`planes.choose`). Inputs with the largest second moments come first, for their errors can still
+three states are least (`codes.choose`). Inputs with the largest second moments come first, for their errors can still
 be taken back; inputs that share a group stay together, because they share its scales.
 """
 
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tiercache.errors import QuantizationError
 from tiercache.quant import hadamard
-from tiercache.quant.planes import Planes, choose, num_groups, pack, ranges, values
+from tiercache.quant.codes import choose, ranges, values
+from tiercache.quant.packing import pack
+from tiercache.quant.planes import Planes, num_groups
 
 DAMPING = 0.1
 """Share of the mean second moment that is added to each input's; with .3 int4 lost 7 % more."""
@@ -30,7 +32,7 @@ INPUT_POWER = 0.25
 section 3.2), whose search finds powers around 1/2: it has no error feedback beside it."""
 
 _SIZES = (1e-2, 1e2)  # an input's root mean square over the mean one: bounds scales, also of inputs that never come
-STATES = 3  # int3, int4 and int8, in the order of `planes.choose`
+STATES = 3  # int3, int4 and int8, in the order of `codes.choose`
 REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
 CHUNK_WEIGHTS = 4 << 20  # of a matrix at a time

@@ -1,38 +1,21 @@
-"""Weights as sums of planes: nested group-wise quantisation, one stored copy for three precisions.
+"""A matrix as bit planes: one stored copy that can be read at three precisions.
 
-Knows tensors; nothing of files, tiers or models. `decode` and `product` are the oracles of `kernels/`.
-
-**Codes.** A row of `columns` weights is cut into groups of `group` consecutive columns (the last one padded). Each
-group stores `lo` and `step` in fp16, each weight an 8-bit pair of codes, h and c of 4 bits each:
-
-    w ~ lo + step * (12 h + c)                           planes: the upper 3 bits of h, its last bit, the 4 bits of c
-
-**Rungs.** Reading only the first planes (int3, int4; int8: all) leaves bits unknown. They count as the middle of what
-they could be: c as 7.5, the last bit of h as 1/2. So w ~ lo + step * (integer + middle), with the middle 13.5, 7.5
-or 0. The product of a step (11 significant bits) and a bracket (9) is exact in fp32: a decoder gets the same bits with
-or without fused multiply-add; only the sum is rounded (then, once more, to the output type).
-
-**Overlap.** An int4 cell is 12 steps wide and c reaches over 16: 2 steps into either neighbour. So h may be the code
-that compensates int4's other errors best and c can still say what int8 needs (`quant.gptq`). With cells of 16, which do
-not overlap, int4 loses a fifth more; with cells of 8 int8 loses half as much again (docs/measured.md).
-
-**Packing.** A plane of 2 or 4 bits takes B = group * bits / 8 bytes per group; code i of the group lies in byte
-`i % B` at bit `bits * (i // B)`: one shift and mask of all bytes yields B consecutive codes. Single bits are packed so
-that they fall into the places of a 2-bit plane: with its B = group / 4, the bit of code i lies in byte
-`i % B % (B / 2)` at bit `2 * (i // B) + (i % B) // (B / 2)`. A row of the first plane is the 2-bit codes of all its
-groups (the top of h), then the single bits of all its groups (the next). Padding has code 0.
+A *plane* holds some of the bits of every weight's codes (`quant.codes`), packed as `quant.packing` says. The first
+plane alone gives int3, the first two int4, all three int8. A *group* is a run of weights in a row that share scales.
+Knows tensors; nothing of files, tiers or models. `decode` and `matmul` are the oracles of `kernels/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
 
-from tiercache.errors import QuantizationError, UsageError
+from tiercache.errors import UsageError
+from tiercache.quant.codes import CELL, MIDDLES, ranges, upper_codes
+from tiercache.quant.packing import pack, spread, unpack
 
 PLANE_BITS: tuple[int, ...] = (3, 1, 4)
 """Bits of each plane, most significant first; they sum to 8."""
@@ -40,22 +23,12 @@ PLANE_BITS: tuple[int, ...] = (3, 1, 4)
 PRECISIONS: Mapping[str, int] = {"int3": 1, "int4": 2, "int8": 3}
 """Precision name -> number of planes read."""
 
-CELL = 12
-"""Steps from one int4 level to the next: what h counts."""
-
-MIDDLES: tuple[float, ...] = (7.5 + CELL / 2, 7.5, 0.0)
-"""What the bits below count for, in steps, where 1, 2 or 3 planes are read."""
-
 GROUPS: tuple[int, ...] = (32, 64, 128)  # allowed sizes, in columns
 
 DECODE_SCRATCH_BYTES = 8 << 20
 """Upper bound of what `decode` allocates besides its output, whatever the matrix."""
 
-_TOP = 15  # the largest h, and the largest c
-_LEAST, _MOST = 7.5 - CELL / 2, 7.5 + CELL * (_TOP + 0.5)  # what the int4 cells cover, in steps above lo
-_WEIGHTS = (0.5, 1.0, 64.0)  # what a squared error counts at int3, int4 and int8
 _BLOCK = 1 << 20  # weights decoded or encoded at a time; decode needs less than 6 bytes of scratch for each
-_FP16_MAX = 65504.0
 _EACH_BYTE = 0x0101010101010101  # times a byte below 256: that byte eight times, in an int64
 
 
@@ -69,6 +42,11 @@ def num_groups(columns: int, group: int) -> int:
 def plane_row_bytes(columns: int, group: int, plane: int) -> int:
     """Bytes of one row of plane `plane` (0 is the most significant)."""
     return num_groups(columns, group) * group * PLANE_BITS[plane] // 8
+
+
+def plane_widths(columns: int, group: int, planes: int = len(PLANE_BITS)) -> tuple[int, ...]:
+    """Bytes of one row of each of the first `planes` planes."""
+    return tuple(plane_row_bytes(columns, group, plane) for plane in range(planes))
 
 
 def scale_row_bytes(columns: int, group: int) -> int:
@@ -148,11 +126,9 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     rows, columns = weight.shape
     groups = num_groups(columns, group)
     scales = torch.empty(rows, groups, 2, dtype=torch.float16, device=weight.device)
-    planes = [
-        torch.empty(rows, plane_row_bytes(columns, group, p), dtype=torch.uint8, device=weight.device)
-        for p in range(len(PLANE_BITS))
-    ]
-    table = _upper_codes(weight.device)
+    widths = plane_widths(columns, group)
+    planes = [torch.empty(rows, width, dtype=torch.uint8, device=weight.device) for width in widths]
+    table = upper_codes(weight.device)
     high = max(1, _BLOCK // (groups * group))
     for first in range(0, rows, high):
         r = slice(first, min(rows, first + high))
@@ -174,78 +150,11 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     return Planes(tuple(planes), scales, columns, group)
 
 
-def ranges(least: Tensor, most: Tensor, *, first_row: int = 0) -> tuple[Tensor, Tensor]:
-    """fp16 lo and step of groups whose weights reach from `least` to `most` (fp32, [rows, groups]).
-
-    The int4 cells cover the groups: lo is rounded down and step, measured from it, up.
-
-    Raises QuantizationError for NaN, infinity or a magnitude above 65504.
-    """
-    held = (least >= -_FP16_MAX) & (most <= _FP16_MAX)
-    if not bool(held.all()):
-        row, at = (int(i) for i in (~held).nonzero()[0])
-        raise QuantizationError(
-            f"row {first_row + row} holds {float(least[row, at])} to {float(most[row, at])}; weights must be "
-            f"finite and within +-{_FP16_MAX:.0f}: repair the checkpoint or leave this matrix unquantised"
-        )
-    constant = least == most  # step 0, and lo rounded to nearest: the same value back at every precision
-    below = (least - (most - least) * (_LEAST / (_MOST - _LEAST))).clamp_min(-_FP16_MAX)
-    lo = least.half().where(constant, _fp16_below(below))
-    step = -_fp16_below((lo.float() - most) / _MOST)
-    return lo, step.where(~constant, 0)
-
-
-def choose(w3: Tensor, w4: Tensor, w8: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes h and c (uint8) whose weighted squared errors against int3's, int4's and int8's targets are least.
-
-    Targets are fp32 of one shape; lo and step (fp16) broadcast against them. Tried are the h nearest to int4's
-    target, its neighbours, and those nearest to int8's and to int3's; of equal ones the first is taken.
-    """
-    lo, step = lo.float(), step.float()
-    scale = torch.where(step > 0, 1 / step, 0)
-    t3, t4, t8 = ((w - lo) * scale for w in (w3, w4, w8))
-    near = ((t4 - MIDDLES[1]) / CELL).round_()
-    pair = ((t3 - MIDDLES[0]) / (2 * CELL)).round_() * 2  # the lower of the two h that are int3's nearest level
-    best: Tensor | None = None
-    for h in (near, near - 1, near + 1, ((t8 - MIDDLES[1]) / CELL).round_(), pair + (t4 > pair * CELL + MIDDLES[0])):
-        h.clamp_(0, _TOP)
-        base = h * CELL
-        c = (t8 - base).round_().clamp_(0, _TOP)
-        cost = _WEIGHTS[1] * (t4 - base - MIDDLES[1]).square_()
-        cost += _WEIGHTS[2] * (t8 - base - c).square_()
-        cost += _WEIGHTS[0] * (t3 - (h / 2).floor_() * (2 * CELL) - MIDDLES[0]).square_()
-        if best is None:
-            best, best_h, best_c = cost, h, c
-            continue
-        better = cost < best
-        best = torch.where(better, cost, best)
-        best_h, best_c = torch.where(better, h, best_h), torch.where(better, c, best_c)
-    return best_h.to(torch.uint8), best_c.to(torch.uint8)
-
-
-def values(h: Tensor, c: Tensor, lo: Tensor, step: Tensor) -> Tensor:
-    """What codes stand for at int3, int4 and int8, in fp32: [3, *their shape]."""
-    upper = torch.stack([(h & 14) * CELL + MIDDLES[0], h * CELL + MIDDLES[1], (h * CELL + c).float()])
-    return lo.float() + step.float() * upper
-
-
-def _upper_codes(device: torch.device) -> Tensor:
-    """h for each sum 12 h + c that can be."""
-    sums, one = torch.arange(CELL * _TOP + _TOP + 1.0, device=device), torch.ones((), device=device)
-    return choose(sums, sums, sums, one - 1, one)[0]
-
-
-def pack(h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (uint8 [rows, groups, group]) -> the rows of the three planes, as in the module docstring."""
-    upper, middle, lower = _pack(h >> 2, 2), _pack_bits((h >> 1) & 1), _pack_bits(h & 1)
-    return torch.cat([upper.flatten(1), middle.flatten(1)], dim=1), lower.flatten(1), _pack(c, 4).flatten(1)
-
-
-def unpack(planes: Planes) -> tuple[Tensor, Tensor]:
+def codes_of(planes: Planes) -> tuple[Tensor, Tensor]:
     """Codes of a matrix held whole: h and c, uint8 [rows, columns]."""
     whole = slice(0, planes.rows), slice(0, planes.scales.shape[1])
     top, low, c = (
-        _unpack(packed, bits).view(planes.rows, -1)[:, : planes.columns] for packed, bits, _ in _fields(planes, *whole)
+        unpack(packed, bits).view(planes.rows, -1)[:, : planes.columns] for packed, bits, _ in _fields(planes, *whole)
     )
     return 4 * top + low, c
 
@@ -282,39 +191,9 @@ def matmul(x: Tensor, planes: Planes) -> Tensor:
     result: Tensor = grouped.sum(-1) @ (lo + step * planes.middle).T  # [tokens, rows]
     whole = slice(0, planes.rows), slice(0, groups)
     for packed, bits, weight in _fields(planes, *whole):
-        codes = _unpack(packed, bits).view(planes.rows, groups, planes.group).to(x.dtype)
+        codes = unpack(packed, bits).view(planes.rows, groups, planes.group).to(x.dtype)
         result += grouped.flatten(1) @ (codes * (step * weight)[..., None]).flatten(1).T
     return result.reshape(*x.shape[:-1], planes.rows)
-
-
-def _fp16_below(x: Tensor) -> Tensor:
-    """The largest fp16 not above fp32 `x`. fp16 is sign and magnitude: a neighbour is one integer away."""
-    near = x.half()
-    bits = near.view(torch.int16)
-    below = torch.where(near > 0, bits - 1, torch.where(near < 0, bits + 1, -0x7FFF))  # 0: the least negative
-    return torch.where(near.float() > x, below, bits).view(torch.float16)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., group] below 2**bits -> bytes [..., group * bits / 8], as in the module docstring."""
-    parts = (part << (bits * i) for i, part in enumerate(codes.chunk(8 // bits, dim=-1)))
-    return reduce(torch.bitwise_or, parts)
-
-
-def _pack_bits(codes: Tensor) -> Tensor:
-    """Single bits [..., group] -> bytes [..., group / 8], in the places of a 2-bit plane."""
-    first, second = _pack(codes, 2).chunk(2, dim=-1)
-    return first | (second << 1)
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`."""
-    return torch.cat([(packed >> (bits * i)) & ((1 << bits) - 1) for i in range(8 // bits)], dim=-1)
-
-
-def _spread(packed: Tensor) -> Tensor:
-    """Bytes of single bits -> those of a 2-bit plane that holds the same codes."""
-    return torch.cat([packed & 0x55, (packed >> 1) & 0x55], dim=-1)
 
 
 def _blocks(rows: int, groups: int, group: int) -> Iterator[tuple[slice, slice]]:
@@ -336,9 +215,9 @@ def _fields(planes: Planes, r: slice, g: slice) -> Iterator[tuple[Tensor, int, i
     pair, bit = planes.group // 4, planes.group // 8
     first = planes.planes[0]
     yield cut(first, pair), 2, 4 * CELL
-    lower = _spread(cut(first, bit, groups * pair)) << 1
+    lower = spread(cut(first, bit, groups * pair)) << 1
     if len(planes.planes) > 1:
-        lower |= _spread(cut(planes.planes[1], bit))
+        lower |= spread(cut(planes.planes[1], bit))
     yield lower, 2, CELL
     if len(planes.planes) > 2:
         yield cut(planes.planes[2], planes.group // 2), 4, 1

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.quant import hadamard
-from tiercache.quant.planes import CELL, MIDDLES, Planes, num_groups, pack, unpack, values
+from tiercache.quant.codes import CELL, MIDDLES, TOP, values
+from tiercache.quant.packing import pack
+from tiercache.quant.planes import Planes, codes_of, num_groups
 
 LEARNED = ("int3", "int4")
 """Precisions whose losses are learned from; int8's weights do not change."""
@@ -36,7 +38,6 @@ _LOOKS = 10  # times that the watched windows are looked at
 _TOWARDS = 0.5  # of the way from h to the weight's own place a latent number begins,
 _NEAREST = 0.49  # but short of the middle between two h
 _TRAVEL = 0.25  # how far it can get in all
-_TOP = 15
 
 BYTES = 32
 """Memory for each weight of the layer: two parameters and their slopes, the latent number, codes and planes twice, and
@@ -143,7 +144,7 @@ class _Latent:
 
     def __init__(self, piece: Piece, weight: Tensor) -> None:
         self.piece = piece
-        self.h, c = unpack(piece.planes)
+        self.h, c = codes_of(piece.planes)
         self._sum = self.h.short() * CELL + c
         lo, step = self._scales()
         scale = torch.where(step > 0, 1 / step.float(), 0)
@@ -157,8 +158,8 @@ class _Latent:
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The least and the largest h that leave 12 h + c as it is: [rows, columns] each."""
-        least = (self._sum - _TOP + CELL - 1).div_(CELL, rounding_mode="floor").clamp_(0)
-        return least, (self._sum // CELL).clamp_(max=_TOP)
+        least = (self._sum - TOP + CELL - 1).div_(CELL, rounding_mode="floor").clamp_(0)
+        return least, (self._sum // CELL).clamp_(max=TOP)
 
     def rounded(self) -> Tensor:
         """h, as it stands."""

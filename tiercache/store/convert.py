@@ -9,73 +9,36 @@ transaction per layer) says so, so that a conversion killed at any moment goes o
 ends with the same bytes as one that ran through. The finished folder is renamed into place.
 """
 
-import hashlib
-import mmap
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from profiler import probe
 from tiercache.config import CALIBRATION_TOKENS, human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
-from tiercache.quant import planes as codes
 from tiercache.quant.corpus import Corpus
+from tiercache.quant.planes import GROUPS
 from tiercache.quant.tune import check
-from tiercache.store import activations, catalog, encode, estimate, layers, layout
+from tiercache.store import catalog, encode
+from tiercache.store.activations import FILES as HIDDEN_FILES
 from tiercache.store.activations import Walk
-from tiercache.store.catalog import Extent, Record
-from tiercache.store.folders import clear_io_errors, existing, locked
-from tiercache.store.format import CATALOG_FILE, FRAME_BYTES, VERSION, align
+from tiercache.store.catalog import Record
+from tiercache.store.conversion_plan import Compress, ConversionPlan
+from tiercache.store.folders import clear_io_errors, locked
+from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
+from tiercache.store.journal import FILE as JOURNAL_FILE
+from tiercache.store.journal import ConversionJournal, opened
+from tiercache.store.layers import Quantiser
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Reader
+from tiercache.store.report import ConversionReport
 from tiercache.store.source import Source
-from tiercache.store.writer import Weighed, Writer, record_of, sync, weigh
-
-Compress = Literal["auto", "on", "off"]
-ROUNDING = {"method": "rounding"}
-_JOURNAL = "journal.mdb"
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did, or would do.
-
-    Attributes:
-        store: the folder.
-        source_bytes: bytes of the checkpoint's tensors.
-        store_bytes: bytes of the finished store, catalogue and copied files included; exact when nothing is
-            compressed, else what it came to.
-        free_bytes: free on the store's disk before the start.
-        resumed_bytes: bytes of the checkpoint that an earlier run had done.
-        seconds: how long it took; 0 for a dry run.
-        calibrating_s: how long calibrating will take, as samples on this machine say; 0 where codes are rounded.
-        calibrating_bytes: the memory that it will take, beside what the process holds already.
-        bits: a weight, at each precision, with scales and factors.
-        calibration: how codes were chosen: "gptq" with the text's hash and tokens, or "rounding".
-        compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
-    """
-
-    store: str
-    source_bytes: int
-    store_bytes: int
-    free_bytes: int
-    resumed_bytes: int = 0
-    seconds: float = 0.0
-    calibrating_s: float = 0.0
-    calibrating_bytes: int = 0
-    bits: dict[str, float] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
-    compression: Weighed | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the schema's version."""
-        return {"schema": "tiercache.convert/1", **asdict(self)}
+from tiercache.store.writer import Weighed, Writer, sync, weigh
 
 
 def convert(
@@ -91,7 +54,7 @@ def convert(
     dry_run: bool = False,
     restart: bool = False,
     show_progress: bool | None = None,
-) -> Report:
+) -> ConversionReport:
     """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped.
 
     Args:
@@ -113,252 +76,27 @@ def convert(
         StoreError: a damaged checkpoint, or a store of another checkpoint or other parameters in that place.
         EnvironmentUnsupportedError: not enough disk, or no permission.
     """
+    _check_options(group, compress, calibrate, plain, tune)
+    source = Source.open(checkpoint)
+    corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
+    job = ConversionPlan(source, Path(store).expanduser(), group, compress, corpus, tune)
+    if dry_run or job.already_done():
+        return job.report()
+    return _Conversion(job).run(restart=restart, show_progress=show_progress)
+
+
+def _check_options(group: int, compress: str, calibrate: str | Path | None, plain: bool, tune: int) -> None:
+    """Refuse options that mean nothing, or nothing together."""
     if compress not in ("auto", "on", "off"):
         raise UsageError(f"compress={compress!r} is not known; choose 'auto', 'on' or 'off'")
-    if group not in codes.GROUPS:
-        raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, codes.GROUPS))}")
+    if group not in GROUPS:
+        raise UsageError(f"group={group!r} is no group size; choose one of {', '.join(map(str, GROUPS))}")
     if plain and calibrate is not None:
         raise UsageError("a calibration text and plain rounding exclude each other; leave one of the two out")
     if tune < 0:
         raise UsageError(f"tune={tune} steps are fewer than none; give 0 or more")
     if tune and plain:
         raise UsageError("plain rounding looks at no text, so nothing can be tuned by one; leave tune= or plain= out")
-    source = Source.open(checkpoint)
-    corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
-    job = _Conversion(source, Path(store).expanduser(), group, compress, corpus, tune)
-    if dry_run:
-        return job.estimate()
-    if job.already_done():
-        return job.estimate()
-    return job.run(restart=restart, show_progress=show_progress)
-
-
-class _Conversion:
-    def __init__(
-        self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None, tune: int
-    ) -> None:
-        self.source, self.store, self.group, self.compress = source, store, group, compress
-        self.corpus, self.tune = corpus, tune
-        self.partial = store.with_name(store.name + ".partial")
-        self.units = layout.plan(source, group, scaled=corpus is not None)
-        self.meta: dict[str, Any] = {
-            "version": VERSION,
-            "identity": source.identity(),
-            "model_type": source.config.model_type,
-            "dtype": str(source.dtype).removeprefix("torch."),
-            "group": group,
-            "plane_bits": list(codes.PLANE_BITS),
-            "compress": compress,
-            "calibration": ROUNDING if corpus is None else corpus.describe() | ({"tune": tune} if tune else {}),
-            "units": len(self.units),
-            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self._copied()},
-        }
-
-    def already_done(self) -> bool:
-        """Whether the finished store of the same checkpoint and parameters is there; another's is refused."""
-        if not self.store.exists():
-            return False
-        if not (self.store / CATALOG_FILE).is_file():
-            if self.store.is_dir() and not any(self.store.iterdir()):
-                return False
-            raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
-        self._refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
-        if (self.store / _JOURNAL).exists():
-            with clear_io_errors(self.store):
-                (self.store / _JOURNAL).unlink()
-        return True
-
-    def estimate(self) -> Report:
-        """What the store will take; measures nothing."""
-        data = sum(layout.total_sizes(self.units).values())
-        copied = sum(path.stat().st_size for path in self._copied())
-        return Report(
-            str(self.store),
-            sum(encode.weight_bytes(unit, self.source) for unit in self.units),
-            data + copied + self._catalog_bytes(),
-            shutil.disk_usage(existing(self.store)).free,
-            resumed_bytes=self._done_bytes(),
-            **self._calibrating(),
-            bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
-            calibration=self.meta["calibration"],
-        )
-
-    def _done_bytes(self) -> int:
-        """Bytes of the checkpoint that an interrupted conversion has done, if there is one."""
-        journal = self.partial / _JOURNAL
-        if not journal.exists() or _unborn(journal):
-            return 0
-        with catalog.environment(journal, readonly=False) as env, env.begin() as transaction:
-            known = catalog.contents(transaction, journal)
-        same = all(known.meta.get(key) == value for key, value in self.meta.items())
-        return self._bytes_of(len(known.records)) if same else 0
-
-    def _bytes_of(self, units: int) -> int:
-        return sum(encode.weight_bytes(unit, self.source) for unit in self.units[:units])
-
-    def _calibrating(self) -> dict[str, Any]:
-        """Seconds and memory of calibrating, for the report."""
-        if self.corpus is None:
-            return {}
-        tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
-        return {
-            "calibrating_s": estimate.seconds(self.units, tokens, window, self.tune, estimate.Rates.measure()),
-            "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window, tuned=self.tune > 0),
-        }
-
-    def run(self, *, restart: bool, show_progress: bool | None) -> Report:
-        """Convert what is left, and publish."""
-        begin = time.perf_counter()
-        expected = self.estimate()
-        with clear_io_errors(self.partial), ExitStack() as stack:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(self.partial))
-            if self.already_done():  # by another, meanwhile
-                self.partial.rmdir()
-                return self.estimate()
-            for path in self.partial.iterdir() if restart else self.partial.glob(probe.LEFTOVERS):
-                path.unlink()
-            _discard_unborn(self.partial / _JOURNAL)
-            journal = stack.enter_context(catalog.environment(self.partial / _JOURNAL, readonly=False))
-            with journal.begin() as transaction:
-                known = catalog.contents(transaction, self.partial / _JOURNAL)
-            if known.meta:
-                self._refuse_other(known.meta, self.partial)
-            records = list(known.records)
-            self._check_space(expected)
-            self._announce(expected, show=show_progress)
-            compression = known.meta.get("compression") or self._choose_compression()
-            with journal.begin(write=True) as transaction:
-                catalog.put_meta(transaction, {**self.meta, "compression": compression})
-            done = self._bytes_of(len(records))
-            if done:
-                share = done / expected.source_bytes
-                note(f"going on where an interrupted conversion stopped, {share:.0%} are done", show=show_progress)
-            reader = stack.enter_context(Reader())
-            advance = stack.enter_context(
-                bar(f"converting {self.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
-            )
-            writer = stack.enter_context(Writer(self.partial, records, compression))
-            self._write_layers(writer, records, reader, journal, advance)
-            self._finish(records, compression)
-        return Report(
-            str(self.store),
-            expected.source_bytes,
-            sum(path.stat().st_size for path in self.store.iterdir()),
-            expected.free_bytes,
-            calibrating_s=expected.calibrating_s,
-            calibrating_bytes=expected.calibrating_bytes,
-            bits=expected.bits,
-            resumed_bytes=done,
-            seconds=time.perf_counter() - begin,
-            calibration=self.meta["calibration"],
-            compression=compression,
-        )
-
-    def _write_layers(
-        self, writer: Writer, records: list[Record], reader: Reader, journal: Any, advance: Advance
-    ) -> None:
-        todo = self.units[len(records) :]
-        quantiser = layers.Quantiser(self.source, self.group, reader, self._walk(todo, reader), self.tune)
-        for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
-            first, some = len(records), list(units)
-            for unit, blocks, inputs in quantiser.blocks(some):
-                record = writer.write(unit, self.source.tensors, blocks)
-                records.append(replace(record, inputs=inputs))
-                advance(encode.weight_bytes(unit, self.source))
-            writer.sync()
-            quantiser.keep()
-            with journal.begin(write=True) as transaction:
-                for index in range(first, len(records)):
-                    catalog.put_record(transaction, index, records[index])
-            quantiser.forget()
-
-    def _walk(self, todo: list[UnitPlan], reader: Reader) -> Walk | None:
-        """The calibration text on its way, before the first layer that is left; None where none is needed any more."""
-        if self.corpus is None or todo[:1] == [] or todo[0].dense:
-            return None
-        walk = Walk(self.source, self.corpus.windows, reader, self.partial, looks_back=self.tune > 0)
-        walk.resume(walk.layers if todo[0].layer is None else todo[0].layer)
-        return walk
-
-    def _finish(self, records: list[Record], compression: dict[str, Any]) -> None:
-        """Everything but the rename is repeated harmlessly when interrupted."""
-        for path in self.partial.glob(activations.FILES):
-            path.unlink()
-        for path in self._copied():
-            shutil.copyfile(path, self.partial / path.name)
-        ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
-        catalog.write(self.partial / CATALOG_FILE, {**self.meta, "compression": ratios}, records)
-        for path in self.partial.iterdir():
-            sync(path)
-        sync(self.partial)
-        if self.store.is_dir():
-            self.store.rmdir()  # was empty
-        self.partial.rename(self.store)
-        sync(self.store.parent)
-        (self.store / _JOURNAL).unlink()  # if this is interrupted, the next run does it
-
-    def _refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
-        way_out = "name another folder, or remove that one"
-        if folder == self.partial:
-            way_out = "begin anew with restart=True (--restart), or name another folder"
-        for key, value in self.meta.items():
-            if meta.get(key) == value:
-                continue
-            was, now = f"{meta.get(key)!r}", f"{key}={value!r}"
-            if key == "calibration":
-                was, now = _in_words(meta.get(key) or {}), _in_words(value)
-            raise StoreError(f"{folder} was made with {key}={was}, this conversion has {now}; {way_out}")
-
-    def _announce(self, expected: Report, *, show: bool | None) -> None:
-        """Say what calibrating will take, before it begins."""
-        if self.corpus is not None:
-            minutes = max(1, round(expected.calibrating_s / 60))
-            steps = f", and tuning in {self.tune} steps a layer," if self.tune else ""
-            note(
-                f"calibrating{steps} on {self.corpus.windows.numel()} tokens: some {minutes} min in all, and up to "
-                f"{human(expected.calibrating_bytes)} of memory beside the process's own "
-                "(tiercache convert --plain rounds instead)",
-                show=show,
-            )
-
-    def _check_space(self, expected: Report) -> None:
-        have = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
-        missing = expected.store_bytes - have - shutil.disk_usage(self.partial).free
-        if missing > 0:
-            raise EnvironmentUnsupportedError(
-                f"{self.store} will take {human(expected.store_bytes)}, its disk lacks {human(missing)} ({missing} "
-                "bytes); free some space or name a folder on another disk"
-            )
-
-    def _choose_compression(self) -> Weighed:
-        """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
-        if self.compress == "off":
-            return {}
-        sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(self.partial).free // 4))
-        disk_gbps = 0.0
-        if self.compress == "auto":
-            disk_gbps = probe.folder_read(self.partial, sample_bytes=sample_bytes).gbps
-        with Reader() as reader:
-            sample = next(encode.blocks(self.units[0], self.source, reader, self.group))
-        return {name: weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
-
-    def _catalog_bytes(self) -> int:
-        """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
-        end: dict[str, int] = {}
-        records = []
-        for unit in self.units:
-            extents = {}
-            for name, nbytes in unit.sizes.items():
-                offset = align(end.get(name, 0))
-                extents[name] = Extent(offset, nbytes, "0" * 64)
-                end[name] = offset + nbytes
-            records.append(record_of(unit, self.source.tensors, extents))
-        return catalog.size_bytes({**self.meta, "compression": {}}, records)
-
-    def _copied(self) -> list[Path]:
-        found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
-        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
 
 def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, show: bool | None) -> Corpus | None:
@@ -377,19 +115,128 @@ def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, sho
     return found
 
 
-def _discard_unborn(journal: Path) -> None:
-    """Remove a journal whose making was cut short by a full disk, before anything could be entered."""
-    if journal.exists() and _unborn(journal):
-        journal.unlink()
+class _Conversion:
+    """A conversion under way."""
 
+    def __init__(self, plan: ConversionPlan) -> None:
+        self._plan = plan
 
-def _unborn(journal: Path) -> bool:
-    return journal.stat().st_size < 2 * mmap.PAGESIZE
+    def run(self, *, restart: bool, show_progress: bool | None) -> ConversionReport:
+        """Convert what is left, and publish."""
+        begin, plan = time.perf_counter(), self._plan
+        expected = plan.report()
+        with clear_io_errors(plan.partial), ExitStack() as stack:
+            plan.partial.mkdir(parents=True, exist_ok=True)
+            taken = f"another conversion is writing {plan.partial}; wait for it, or name another folder"
+            stack.enter_context(locked(plan.partial, taken))
+            if plan.already_done():  # by another, meanwhile
+                plan.partial.rmdir()
+                return plan.report()
+            for path in plan.partial.iterdir() if restart else plan.partial.glob(probe.LEFTOVERS):
+                path.unlink()
+            journal = stack.enter_context(opened(plan.partial))
+            if journal.known.meta:
+                plan.refuse_other(journal.known.meta, plan.partial)
+            records = list(journal.known.records)
+            self._check_space(expected)
+            self._announce(expected, show=show_progress)
+            compression = journal.known.meta.get("compression") or self._choose_compression()
+            journal.put_meta({**plan.meta, "compression": compression})
+            done = plan.source_bytes(len(records))
+            if done:
+                share = done / expected.source_bytes
+                note(f"going on where an interrupted conversion stopped, {share:.0%} are done", show=show_progress)
+            reader = stack.enter_context(Reader())
+            advance = stack.enter_context(
+                bar(f"converting {plan.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
+            )
+            writer = stack.enter_context(Writer(plan.partial, records, compression))
+            self._write_layers(writer, records, reader, journal, advance)
+            self._finish(records, compression)
+        return replace(
+            expected,
+            store_bytes=sum(path.stat().st_size for path in plan.store.iterdir()),
+            resumed_bytes=done,
+            seconds=time.perf_counter() - begin,
+            compression=compression,
+        )
 
+    def _write_layers(
+        self, writer: Writer, records: list[Record], reader: Reader, journal: ConversionJournal, advance: Advance
+    ) -> None:
+        plan = self._plan
+        todo = plan.units[len(records) :]
+        quantiser = Quantiser(plan.source, plan.group, reader, self._walk(todo, reader), plan.tune)
+        for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
+            first, some = len(records), list(units)
+            for unit, blocks, inputs in quantiser.blocks(some):
+                record = writer.write(unit, plan.source.tensors, blocks)
+                records.append(replace(record, inputs=inputs))
+                advance(encode.weight_bytes(unit, plan.source))
+            writer.sync()
+            quantiser.keep()
+            journal.put_records(records, first)
+            quantiser.forget()
 
-def _in_words(calibration: dict[str, Any]) -> str:
-    """How codes were chosen, for a person."""
-    if calibration.get("method") != "gptq":
-        return "plain rounding"
-    steps = f", tuned in {calibration['tune']} steps" if calibration.get("tune") else ""
-    return f"{calibration['tokens']} tokens of the text {calibration['text'][:8]}{steps}"
+    def _walk(self, todo: list[UnitPlan], reader: Reader) -> Walk | None:
+        """The calibration text on its way, before the first layer that is left; None where none is needed any more."""
+        plan = self._plan
+        if plan.corpus is None or todo[:1] == [] or todo[0].dense:
+            return None
+        walk = Walk(plan.source, plan.corpus.windows, reader, plan.partial, looks_back=plan.tune > 0)
+        walk.resume(walk.layers if todo[0].layer is None else todo[0].layer)
+        return walk
+
+    def _finish(self, records: list[Record], compression: dict[str, Any]) -> None:
+        """Everything but the rename is repeated harmlessly when interrupted."""
+        plan = self._plan
+        for path in plan.partial.glob(HIDDEN_FILES):
+            path.unlink()
+        for path in plan.copied():
+            shutil.copyfile(path, plan.partial / path.name)
+        ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
+        catalog.write(plan.partial / CATALOG_FILE, {**plan.meta, "compression": ratios}, records)
+        for path in plan.partial.iterdir():
+            sync(path)
+        sync(plan.partial)
+        if plan.store.is_dir():
+            plan.store.rmdir()  # was empty
+        plan.partial.rename(plan.store)
+        sync(plan.store.parent)
+        (plan.store / JOURNAL_FILE).unlink()  # if this is interrupted, the next run does it
+
+    def _announce(self, expected: ConversionReport, *, show: bool | None) -> None:
+        """Say what calibrating will take, before it begins."""
+        plan = self._plan
+        if plan.corpus is not None:
+            minutes = max(1, round(expected.calibrating_s / 60))
+            steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
+            note(
+                f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: some {minutes} min in all, and up to "
+                f"{human(expected.calibrating_bytes)} of memory beside the process's own "
+                "(tiercache convert --plain rounds instead)",
+                show=show,
+            )
+
+    def _check_space(self, expected: ConversionReport) -> None:
+        plan = self._plan
+        have = sum(path.stat().st_blocks * 512 for path in plan.partial.iterdir())
+        missing = expected.store_bytes - have - shutil.disk_usage(plan.partial).free
+        if missing > 0:
+            raise EnvironmentUnsupportedError(
+                f"{plan.store} will take {human(expected.store_bytes)}, its disk lacks {human(missing)} ({missing} "
+                "bytes); free some space or name a folder on another disk"
+            )
+
+    def _choose_compression(self) -> Weighed:
+        """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
+        plan = self._plan
+        if plan.compress == "off":
+            return {}
+        sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(plan.partial).free // 4))
+        disk_gbps = 0.0
+        if plan.compress == "auto":
+            disk_gbps = probe.folder_read(plan.partial, sample_bytes=sample_bytes).gbps
+        with Reader() as reader:
+            sample = next(encode.blocks(plan.units[0], plan.source, reader, plan.group))
+        return {name: weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}

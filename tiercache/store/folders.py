@@ -11,18 +11,23 @@ from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second conversion.
+def locked(folder: Path, refusal: str | None) -> Iterator[None]:
+    """Hold `folder` against other processes.
+
+    Args:
+        folder: to hold.
+        refusal: what the error says where another process holds it; None to wait for that process instead.
 
     Raises:
-        UsageError: another holds it.
+        UsageError: another process holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UsageError(refusal) from error
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"another conversion is writing {folder}; wait for it, or name another folder") from error
     finally:
         os.close(descriptor)
 

@@ -6,7 +6,7 @@ and the plane store, so that tiers and readers need not know which of the two th
 
 The plane store is a folder:
 
-    plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.quant.planes`)
+    plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.quant.packing`)
     scales.bin                            fp16 pairs (lo, step) of every group; factors of inputs and outputs
     dense.bin                             everything that is not quantised, in its original dtype
     catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
@@ -25,6 +25,7 @@ extent's stored bytes, padding left out. Extents MUST NOT overlap. With compress
 frames, each of at most 4 MiB of plain bytes, whose lengths the catalogue lists.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,37 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class FileRange:
+    """Bytes of a file that lie together.
+
+    Attributes:
+        path: the file.
+        offset: first byte in the file.
+        nbytes: plain bytes.
+        itemsize: bytes of one element.
+        frames: stored bytes of each zstd frame; empty where they are stored plain.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    itemsize: int = 1
+    frames: tuple[int, ...] = ()
+
+    def pieces(self, at: int) -> list[Piece]:
+        """The pieces that put it into a slot, from byte `at` on."""
+        if not self.frames:
+            return [Piece(self.path, self.offset, self.nbytes, at, self.nbytes)]
+        pieces = []
+        offset, left = self.offset, self.nbytes
+        for stored in self.frames:
+            plain = min(FRAME_BYTES, left)
+            pieces.append(Piece(self.path, offset, plain, at, stored, compressed=True))
+            offset, at, left = offset + stored, at + plain, left - plain
+        return pieces
+
+
+@dataclass(frozen=True)
 class Unit:
     """What moves in one piece.
 
@@ -86,18 +118,18 @@ def align(nbytes: int) -> int:
     return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def lay_out(name: str, extents: list[tuple[Path, int, int, int]]) -> Unit:
-    """A unit of plain extents (path, offset, nbytes, itemsize), one after another in the slot.
+def unit_of(name: str, ranges: Iterable[FileRange]) -> Unit:
+    """The unit of some ranges, one after another in the slot.
 
     Each keeps its place within a block of the file, so direct reads need no second copy, and a tensor lies at
     the same address modulo 4096 as if the file were mapped: some matrix kernels (fp32 products of one row among
     them) round differently on data that is not aligned to 16 bytes, and the resident model of transformers is
     mapped. A tensor that its file does not align to its own element size is moved to the start of a block.
     """
-    pieces = []
+    pieces: list[Piece] = []
     cursor = 0
-    for path, offset, nbytes, itemsize in extents:
-        within = offset % BLOCK_BYTES if offset % itemsize == 0 else 0
-        pieces.append(Piece(path, offset, nbytes, cursor + within, nbytes))
-        cursor = align(cursor + within + nbytes)
-    return Unit(name, tuple(pieces), sum(extent[2] for extent in extents), cursor)
+    for part in ranges:
+        at = cursor + (part.offset % BLOCK_BYTES if part.offset % part.itemsize == 0 else 0)
+        pieces += part.pieces(at)
+        cursor = align(at + part.nbytes)
+    return Unit(name, tuple(pieces), sum(piece.nbytes for piece in pieces), cursor)

@@ -4,7 +4,7 @@ Decides from the skeleton alone: matrices in the model's order layer by layer, e
 neuron, then the head, then everything that stays as it is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from tiercache.model import meta_model
@@ -138,11 +138,6 @@ def _dense(name: str, nbytes: int) -> UnitPlan:
 
 
 def _sizes(rows: int, columns: int, parts: int, group: int) -> dict[str, int]:
-    return dict(row_widths(rows * parts, columns, group))
-
-
-def row_widths(rows: int, columns: int, group: int) -> Iterator[tuple[str, int]]:
-    """Bytes that `rows` rows of codes and scales take in each file."""
-    for plane, name in enumerate(PLANE_FILES):
-        yield name, rows * codes.plane_row_bytes(columns, group, plane)
-    yield SCALE_FILE, rows * codes.scale_row_bytes(columns, group)
+    """Bytes of the unit's codes and scales in each file."""
+    widths = (*codes.plane_widths(columns, group), codes.scale_row_bytes(columns, group))
+    return {name: rows * parts * width for name, width in zip((*PLANE_FILES, SCALE_FILE), widths, strict=True)}

@@ -1,7 +1,7 @@
 """What a model is made of, ready to be placed: units, and how each parameter comes out of its unit's slot.
 
-The checkpoint read in place and the plane store both describe themselves by a `Manifest`; whoever places and binds
-weights need not know which of the two it is.
+A checkpoint that is read in place, a model in memory and a plane store are all described by a `Manifest`
+(`store.manifests` makes it). Whoever places and binds weights need not know which of the three it is.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,8 @@ import torch
 from tiercache.model import meta_model
 from tiercache.quant import hadamard
 from tiercache.quant import planes as codes
-from tiercache.store.format import Unit, lay_out
+from tiercache.store.format import FileRange, Unit, unit_of
 from tiercache.store.header import DTYPES, TensorRef
-from tiercache.store.source import Source
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class NeuronBlock:
     @property
     def widths(self) -> tuple[int, ...]:
         """Bytes of a row in each plane."""
-        return tuple(codes.plane_row_bytes(self.columns, self.group, plane) for plane in range(len(self.units)))
+        return codes.plane_widths(self.columns, self.group, len(self.units))
 
     def plane(self, slot: torch.Tensor, plane: int) -> torch.Tensor:
         """Plane `plane` in its unit's slot: [neurons, parts, bytes of a row]."""
@@ -251,29 +250,8 @@ class Manifest:
         return next((weight for name, weight in self.weights.items() if meta_model.layer_of(name) is None), None)
 
 
-def of_source(source: Source) -> Manifest:
-    """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
-    model = source.model()
-    units: list[Unit] = []
-    weights: dict[str, Weight] = {}
-    by_parameter: dict[str, PlainWeight] = {}
-
-    def plain(parameter: str) -> PlainWeight:
-        if parameter not in by_parameter:  # a tied head shares the embedding's unit
-            unit, by_parameter[parameter] = plain_unit(len(units), parameter, source.tensors[parameter])
-            units.append(unit)
-        return by_parameter[parameter]
-
-    for matrix in meta_model.matrices(model):
-        weights[matrix.module] = plain(matrix.name)
-    module, parameter = meta_model.embedding(model)
-    embedding = (module, plain(parameter))
-    dense = {name: ref for name, ref in source.tensors.items() if name not in by_parameter}
-    return Manifest(tuple(units), weights, embedding, dense)
-
-
 def plain_unit(key: int, name: str, ref: TensorRef) -> tuple[Unit, PlainWeight]:
     """A unit of one tensor as it lies in its file."""
     dtype = DTYPES[ref.dtype]
-    unit = lay_out(name, [(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
+    unit = unit_of(name, [FileRange(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
     return unit, PlainWeight(key, unit.pieces[0].at, dtype, ref.shape)

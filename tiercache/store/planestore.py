@@ -21,19 +21,9 @@ from tiercache.progress import bar
 from tiercache.quant import planes as codes
 from tiercache.store import catalog, layout
 from tiercache.store.catalog import Contents, Extent, Record
-from tiercache.store.format import (
-    CATALOG_FILE,
-    DENSE_FILE,
-    FRAME_BYTES,
-    PLANE_FILES,
-    SCALE_FILE,
-    VERSION,
-    Piece,
-    Unit,
-    align,
-)
-from tiercache.store.header import TensorRef
-from tiercache.store.manifest import Manifest, NeuronBlock, NeuronWeight, PlaneWeight, Weight, plain_unit
+from tiercache.store.format import CATALOG_FILE, VERSION, align
+from tiercache.store.manifest import Manifest
+from tiercache.store.manifests import store_manifest
 from tiercache.store.reader import aligned_buffer, open_for_reading
 
 _CHECK_BYTES = 8 << 20  # read and hashed at once
@@ -103,74 +93,8 @@ class PlaneStore:
         Raises:
             StoreError: the token embedding is missing.
         """
-        module, table = meta_model.embedding(self.model())
-        units: list[Unit] = []
-        weights: dict[str, Weight] = {}
-        dense: dict[str, TensorRef] = {}
-        embedding = None
-        made: list[NeuronBlock] = []
-        for record in self.contents.records:
-            if blocks and record.parts > 1:
-                some, block = self._block(len(units), len(made), record, blocks[len(made)])
-                units += some
-                made.append(block)
-                shape = record.rows, record.columns
-                for name in (*(name for name, _ in block.inward), block.outward):
-                    weights[name] = NeuronWeight(block.units[0], block.layer, shape)
-                continue
-            if record.kind == "planes":
-                count = len(codes.PLANE_BITS) if record.all_planes else codes.PRECISIONS[precision]
-                some, placed = self._planes(len(units), record, count, cut=cut)
-                units += some
-                weights |= placed
-                continue
-            ref = self._dense(record)
-            if record.name == table:
-                unit, plain = plain_unit(len(units), table, ref)
-                units.append(unit)
-                embedding = (module, plain)
-            else:
-                dense[record.name] = ref
-        if embedding is None:
-            raise StoreError(f"{self.folder} lacks the token embedding {table!r}; convert again")
-        return Manifest(tuple(units), weights, embedding, dense, precision, tuple(made))
-
-    def _block(self, key: int, layer: int, record: Record, cut: tuple[int, int]) -> tuple[list[Unit], NeuronBlock]:
-        """The units of a feed-forward block: its first planes with the scales, and each plane above."""
-        low, top = cut
-        laid = self._lay_out(
-            key, record, ((*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top]))
-        )
-        members = record.members
-        group: int = self.contents.meta["group"]
-        block = NeuronBlock(
-            layer=layer,
-            inward=tuple((member.module, member.own) for member in members[:-1]),
-            outward=members[-1].module,
-            neurons=record.rows,
-            columns=record.columns,
-            group=group,
-            parts=record.parts,
-            units=tuple(laid.unit_of[name] for name in PLANE_FILES[:top]),
-            plane_at=tuple(laid.at[name] for name in PLANE_FILES[:top]),
-            scale_at=laid.at[SCALE_FILE],
-            inputs=record.inputs,
-        )
-        return laid.units, block
-
-    def _lay_out(self, key: int, record: Record, groups: Sequence[Sequence[str]]) -> "_Laid":
-        """Units from `key` on, each of some files' extents of a record, one behind the other."""
-        laid = _Laid([], {}, {})
-        for names in groups:
-            pieces: list[Piece] = []
-            cursor = 0
-            for name in names:
-                laid.unit_of[name], laid.at[name] = key + len(laid.units), cursor
-                pieces += _pieces(self.folder / name, record.extents[name], cursor)
-                cursor += align(record.extents[name].nbytes)
-            title = record.name if len(groups) == 1 else f"{record.name}, {' and '.join(names)}"
-            laid.units.append(Unit(title, tuple(pieces), sum(piece.nbytes for piece in pieces), cursor))
-        return laid
+        embedding = meta_model.embedding(self.model())
+        return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
 
     def blocks(self) -> tuple[Record, ...]:
         """The feed-forward blocks that lie neuron by neuron, in the model's order."""
@@ -180,37 +104,6 @@ class PlaneStore:
     def digest(self) -> str:
         """Of the catalogue, and so of every byte that it lists."""
         return catalog.digest(self.folder / CATALOG_FILE)
-
-    def _planes(self, key: int, record: Record, count: int, *, cut: bool) -> tuple[list[Unit], dict[str, Weight]]:
-        """The unit of a record's first planes, or with `cut` one for each plane; the scales lie with the first."""
-        names = PLANE_FILES[:count]
-        low = 1 if cut else count
-        laid = self._lay_out(key, record, ((*names[:low], SCALE_FILE), *((name,) for name in names[low:])))
-        weights: dict[str, Weight] = {
-            member.module: PlaneWeight(
-                unit=key,
-                rows=record.rows,
-                columns=record.columns,
-                group=self.contents.meta["group"],
-                parts=record.parts,
-                own=member.own,
-                plane_at=tuple(laid.at[name] for name in names),
-                scale_at=laid.at[SCALE_FILE],
-                transposed=member.transposed,
-                above=tuple(laid.unit_of[name] for name in names[low:]),
-                inputs=record.inputs,
-            )
-            for member in record.members
-        }
-        return laid.units, weights
-
-    def _dense(self, record: Record) -> TensorRef:
-        extent = record.extents[DENSE_FILE]
-        if extent.frames:
-            raise StoreError(
-                f"{self.folder}: {record.name!r} is compressed, which dense tensors never are; convert again"
-            )
-        return TensorRef(self.folder / DENSE_FILE, extent.offset, extent.nbytes, record.dtype, record.shape)
 
     def verify(self, *, show_progress: bool | None = None) -> "Verification":
         """Hash every extent and compare with the catalogue; also that what lies between extents is zero.
@@ -267,15 +160,6 @@ class PlaneStore:
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """Units of one record; in which unit, and from which byte of its slot, the extent of each file lies."""
-
-    units: list[Unit]
-    unit_of: dict[str, int]
-    at: dict[str, int]
-
-
-@dataclass(frozen=True)
 class Verification:
     """A store without fault: how many extents and bytes were checked."""
 
@@ -291,18 +175,6 @@ def _table(manifest: Manifest) -> str:
 def _is_file_with(path: Path, digest: str) -> bool:
     with permissions_named(path):
         return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
-
-
-def _pieces(path: Path, extent: Extent, at: int) -> list[Piece]:
-    if not extent.frames:
-        return [Piece(path, extent.offset, extent.nbytes, at, extent.nbytes)]
-    pieces = []
-    offset, left = extent.offset, extent.nbytes
-    for stored in extent.frames:
-        plain = min(FRAME_BYTES, left)
-        pieces.append(Piece(path, offset, plain, at, stored, compressed=True))
-        offset, at, left = offset + stored, at + plain, left - plain
-    return pieces
 
 
 def _check_lengths(folder: Path, contents: Contents) -> None:

@@ -6,7 +6,6 @@ Ordering: reads are queued in the order of the calls and started in that order; 
 buffer belongs to the reader from `read` until its ticket is done, or was cancelled; nobody else may touch it.
 """
 
-import mmap
 import os
 import threading
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from profiler.direct import open_direct
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
 from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, Piece, align
 
@@ -209,25 +209,8 @@ def aligned_buffer(nbytes: int) -> Buffer:
 def open_for_reading(path: Path) -> tuple[int, bool]:
     """A descriptor of `path`, and whether its I/O is direct; plain where the file system has no direct I/O."""
     try:
-        return _open_direct(path)
+        return open_direct(path)
     except FileNotFoundError as error:
         raise StoreError(f"{path} is gone; download or convert it again") from error
     except OSError as error:
         raise EnvironmentUnsupportedError(f"cannot open {path}: {error.strerror}; check its permissions") from error
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0))
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        return os.open(path, flags), False
-    try:  # some file systems take the flag and refuse the read
-        with mmap.mmap(-1, BLOCK_BYTES) as probe:
-            os.preadv(descriptor, [probe], 0)
-    except OSError:
-        os.close(descriptor)
-        return os.open(path, flags), False
-    return descriptor, hasattr(os, "O_DIRECT")

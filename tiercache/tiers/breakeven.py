@@ -12,7 +12,7 @@ import torch
 
 from policies import offload
 from tiercache.kernels.contract import Kernels
-from tiercache.quant.planes import PLANE_BITS, Planes, plane_row_bytes, scale_row_bytes
+from tiercache.quant.planes import PLANE_BITS, Planes, plane_row_bytes, plane_widths, scale_row_bytes
 from tiercache.tiers.slab import Slab
 
 _COLUMNS, _GROUP = 4096, 64
@@ -47,7 +47,7 @@ def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> in
 
 
 def _row_bytes(planes: int) -> int:
-    return sum(plane_row_bytes(_COLUMNS, _GROUP, p) for p in range(planes)) + scale_row_bytes(_COLUMNS, _GROUP)
+    return sum(plane_widths(_COLUMNS, _GROUP, planes)) + scale_row_bytes(_COLUMNS, _GROUP)
 
 
 def _matrix(memory: torch.Tensor, planes: int) -> Planes:

@@ -213,7 +213,7 @@ def _layout(
 ) -> tuple[dict[str, Weight], dict[Key, list[Span]]]:
     """How units lie in the uppermost tier, and which bytes move there.
 
-    On the host a tensor keeps its place within a block (see `store.format.lay_out`); on a GPU plain tensors start
+    On the host a tensor keeps its place within a block (see `store.format.unit_of`); on a GPU plain tensors start
     their slot, since its matrix kernels want alignment. Parameters in
     memory that are multiplied where they are start their own bytes.
     """

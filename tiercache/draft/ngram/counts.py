@@ -8,7 +8,6 @@ Knows tokens; nothing of trees or drafters.
 """
 
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -23,6 +22,7 @@ import lmdb
 
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
 from tiercache.store.catalog import sealed, unsealed
+from tiercache.store.folders import locked
 
 FILE = "ngrams.mdb"
 SCHEMA = "tiercache.ngrams/1"
@@ -68,7 +68,7 @@ class CountStore:
         meta = {"schema": SCHEMA, "identity": identity, "vocabulary": vocabulary}
         with _clear_errors(self._path):
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked(folder, None):  # against another process that would make the same file
                 if not self._path.exists():
                     _make(self._path, meta, max_bytes)
             size_bytes = self._path.stat().st_size
@@ -229,17 +229,6 @@ def _after(transaction: lmdb.Transaction, hand: bytes, most: int) -> list[bytes]
         keys.append(key)
         cursor.next()
     return keys
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` against another process that would make the same file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

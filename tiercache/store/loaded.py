@@ -1,19 +1,12 @@
-"""A model that is in memory already: its own parameters are the units, and nothing has to be read.
-
-Knows parameters; the caller's memory is not counted in any budget, since tiercache did not take it.
-"""
+"""A model that is in memory already: whether its parameters can be used in place, and which checkpoint it is."""
 
 import torch
 import transformers
 
 from tiercache.errors import UsageError
 from tiercache.model import meta_model
-from tiercache.store.format import Unit, align
 from tiercache.store.header import DTYPES
-from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.source import fingerprint
-
-_ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
 
 
 def check(model: transformers.PreTrainedModel) -> None:
@@ -35,27 +28,6 @@ def check(model: transformers.PreTrainedModel) -> None:
                 f"{name} lies on {parameter.device} or in a strided view; give a model in main memory, or its path"
             )
     meta_model.refuse_experts(model.config)
-
-
-def of_model(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
-    """The model's parts, and the bytes of each unit (uint8), which are the parameters' own."""
-    parameters = dict(model.named_parameters())
-    units: list[Unit] = []
-    slots: list[torch.Tensor] = []
-    plain: dict[str, PlainWeight] = {}
-
-    def place(name: str) -> PlainWeight:
-        if name not in plain:
-            data = parameters[name].data
-            at = data.data_ptr() % _ALIGNMENT
-            plain[name] = PlainWeight(len(units), at, data.dtype, tuple(data.shape))
-            units.append(Unit(name, (), data.nbytes, align(at + data.nbytes)))
-            slots.append(data.view(-1).view(torch.uint8))
-        return plain[name]
-
-    weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in meta_model.matrices(model)}
-    module, table = meta_model.embedding(model)
-    return Manifest(tuple(units), weights, (module, place(table)), {}), slots
 
 
 def identity(model: transformers.PreTrainedModel) -> str:

@@ -1,0 +1,154 @@
+"""What a conversion will make: its units, what the catalogue will say of it, and what it will take.
+
+Writes nothing, but for the journal that a finished store still has.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from tiercache.errors import StoreError, UsageError
+from tiercache.quant.corpus import Corpus
+from tiercache.quant.planes import PLANE_BITS
+from tiercache.store import catalog, encode, estimate, journal, layout
+from tiercache.store.catalog import Extent
+from tiercache.store.folders import clear_io_errors, existing
+from tiercache.store.format import CATALOG_FILE, VERSION, align
+from tiercache.store.report import ConversionReport
+from tiercache.store.source import Source
+from tiercache.store.writer import record_of
+
+Compress = Literal["auto", "on", "off"]
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+class ConversionPlan:
+    """A conversion that was asked for.
+
+    Args:
+        source: the checkpoint.
+        store: the folder to make.
+        group: weights that share scales.
+        compress: when to use zstd.
+        corpus: the calibration text; None where codes are rounded.
+        tune: steps of learned rounding in each layer.
+
+    Attributes:
+        partial: the folder in which the store grows.
+        units: what will be written, in order.
+        meta: what the catalogue will say of the whole store.
+    """
+
+    def __init__(
+        self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None, tune: int
+    ) -> None:
+        self.source, self.store, self.group, self.compress = source, store, group, compress
+        self.corpus, self.tune = corpus, tune
+        self.partial = store.with_name(store.name + ".partial")
+        self.units = layout.plan(source, group, scaled=corpus is not None)
+        chosen = {"method": "rounding"} if corpus is None else corpus.describe() | ({"tune": tune} if tune else {})
+        self.meta: dict[str, Any] = {
+            "version": VERSION,
+            "identity": source.identity(),
+            "model_type": source.config.model_type,
+            "dtype": str(source.dtype).removeprefix("torch."),
+            "group": group,
+            "plane_bits": list(PLANE_BITS),
+            "compress": compress,
+            "calibration": chosen,
+            "units": len(self.units),
+            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.copied()},
+        }
+
+    def already_done(self) -> bool:
+        """Whether the finished store of the same checkpoint and parameters is there; another's is refused."""
+        if not self.store.exists():
+            return False
+        if not (self.store / CATALOG_FILE).is_file():
+            if self.store.is_dir() and not any(self.store.iterdir()):
+                return False
+            raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
+        self.refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
+        if (self.store / journal.FILE).exists():
+            with clear_io_errors(self.store):
+                (self.store / journal.FILE).unlink()
+        return True
+
+    def report(self) -> ConversionReport:
+        """What the store will take; measures nothing."""
+        data = sum(layout.total_sizes(self.units).values())
+        copied = sum(path.stat().st_size for path in self.copied())
+        return ConversionReport(
+            str(self.store),
+            self.source_bytes(),
+            data + copied + self._catalog_bytes(),
+            shutil.disk_usage(existing(self.store)).free,
+            resumed_bytes=self._resumed_bytes(),
+            **self._calibrating(),
+            bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
+            calibration=self.meta["calibration"],
+        )
+
+    def _resumed_bytes(self) -> int:
+        """Bytes of the checkpoint that an interrupted conversion has done, if there is one."""
+        known = journal.read(self.partial)
+        same = all(known.meta.get(key) == value for key, value in self.meta.items())
+        return self.source_bytes(len(known.records)) if same else 0
+
+    def source_bytes(self, units: int | None = None) -> int:
+        """Bytes of the checkpoint that the first `units` units are made from; of all by default."""
+        return sum(encode.weight_bytes(unit, self.source) for unit in self.units[:units])
+
+    def _calibrating(self) -> dict[str, Any]:
+        """Seconds and memory of calibrating, for the report."""
+        if self.corpus is None:
+            return {}
+        tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
+        return {
+            "calibrating_s": estimate.seconds(self.units, tokens, window, self.tune, estimate.Rates.measure()),
+            "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window, tuned=self.tune > 0),
+        }
+
+    def refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
+        """Refuse a folder that was made from another checkpoint or with other parameters.
+
+        Raises:
+            StoreError: it was.
+        """
+        way_out = "name another folder, or remove that one"
+        if folder == self.partial:
+            way_out = "begin anew with restart=True (--restart), or name another folder"
+        for key, value in self.meta.items():
+            if meta.get(key) == value:
+                continue
+            was, now = f"{meta.get(key)!r}", f"{key}={value!r}"
+            if key == "calibration":
+                was, now = _in_words(meta.get(key) or {}), _in_words(value)
+            raise StoreError(f"{folder} was made with {key}={was}, this conversion has {now}; {way_out}")
+
+    def copied(self) -> list[Path]:
+        """The checkpoint's files that the store has too."""
+        found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
+        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
+
+    def _catalog_bytes(self) -> int:
+        """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
+        end: dict[str, int] = {}
+        records = []
+        for unit in self.units:
+            extents = {}
+            for name, nbytes in unit.sizes.items():
+                offset = align(end.get(name, 0))
+                extents[name] = Extent(offset, nbytes, "0" * 64)
+                end[name] = offset + nbytes
+            records.append(record_of(unit, self.source.tensors, extents))
+        return catalog.size_bytes({**self.meta, "compression": {}}, records)
+
+
+def _in_words(calibration: dict[str, Any]) -> str:
+    """How codes were chosen, for a person."""
+    if calibration.get("method") != "gptq":
+        return "plain rounding"
+    steps = f", tuned in {calibration['tune']} steps" if calibration.get("tune") else ""
+    return f"{calibration['tokens']} tokens of the text {calibration['text'][:8]}{steps}"

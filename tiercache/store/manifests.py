@@ -1,0 +1,178 @@
+"""Makes manifests: of a checkpoint in place, of a model in memory, and of a plane store at a precision."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from tiercache.errors import StoreError
+from tiercache.model import meta_model
+from tiercache.quant.planes import PLANE_BITS, PRECISIONS
+from tiercache.store.catalog import Contents, Record
+from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, FileRange, Unit, align, unit_of
+from tiercache.store.header import TensorRef
+from tiercache.store.manifest import Manifest, NeuronBlock, NeuronWeight, PlainWeight, PlaneWeight, Weight, plain_unit
+from tiercache.store.source import Source
+
+_ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
+
+
+def checkpoint_manifest(source: Source) -> Manifest:
+    """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
+    made = _manifest(source.model(), lambda key, name: plain_unit(key, name, source.tensors[name]))
+    names = {unit.name for unit in made.units}
+    return replace(made, dense={name: ref for name, ref in source.tensors.items() if name not in names})
+
+
+def memory_manifest(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
+    """The parts of a model in memory, and the bytes of each unit (uint8), which are the parameters' own.
+
+    No budget counts these bytes, for tiercache did not take them.
+    """
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+
+    def unit(key: int, name: str) -> tuple[Unit, PlainWeight]:
+        data = parameters[name]
+        at = data.data_ptr() % _ALIGNMENT
+        return Unit(name, (), data.nbytes, align(at + data.nbytes)), PlainWeight(key, at, data.dtype, tuple(data.shape))
+
+    made = _manifest(model, unit)
+    return made, [parameters[unit.name].view(-1).view(torch.uint8) for unit in made.units]
+
+
+def _manifest(model: transformers.PreTrainedModel, unit: Callable[[int, str], tuple[Unit, PlainWeight]]) -> Manifest:
+    """Each matrix and the token embedding as one unit, which `unit` makes of its key and the parameter's name."""
+    units: list[Unit] = []
+    placed: dict[str, PlainWeight] = {}
+
+    def place(name: str) -> PlainWeight:
+        if name not in placed:  # a tied head shares the embedding's unit
+            made, placed[name] = unit(len(units), name)
+            units.append(made)
+        return placed[name]
+
+    weights: dict[str, Weight] = {matrix.module: place(matrix.name) for matrix in meta_model.matrices(model)}
+    module, table = meta_model.embedding(model)
+    embedding = module, place(table)
+    return Manifest(tuple(units), weights, embedding, {})
+
+
+def store_manifest(
+    folder: Path,
+    contents: Contents,
+    embedding: tuple[str, str],
+    precision: str,
+    blocks: Sequence[tuple[int, int]] = (),
+    *,
+    cut: bool = False,
+) -> Manifest:
+    """A plane store at a precision, see `PlaneStore.manifest`.
+
+    Args:
+        folder: the store's.
+        contents: its catalogue.
+        embedding: module and parameter name of the token embedding.
+        precision, blocks, cut: see there.
+
+    Raises:
+        StoreError: the token embedding is missing.
+    """
+    module, table = embedding
+    group: int = contents.meta["group"]
+    units: list[Unit] = []
+    weights: dict[str, Weight] = {}
+    made: list[NeuronBlock] = []
+    plain: PlainWeight | None = None
+    dense: dict[str, TensorRef] = {}
+    for record in contents.records:
+        if record.kind != "planes":
+            dense[record.name] = _tensor(folder, record)
+            if record.name == table:
+                unit, plain = plain_unit(len(units), table, dense.pop(table))
+                units.append(unit)
+        elif blocks and record.parts > 1:
+            placed = _place(folder, record, len(units), *blocks[len(made)])
+            units += placed.units
+            made.append(_neuron_block(record, group, placed, len(made)))
+            weight = NeuronWeight(placed.plane_units[0], made[-1].layer, (record.rows, record.columns))
+            weights |= {member.module: weight for member in record.members}
+        else:
+            top = len(PLANE_BITS) if record.all_planes else PRECISIONS[precision]
+            placed = _place(folder, record, len(units), 1 if cut else top, top)
+            units += placed.units
+            weights |= _plane_weights(record, group, placed)
+    if plain is None:
+        raise StoreError(f"{folder} lacks the token embedding {table!r}; convert again")
+    return Manifest(tuple(units), weights, (module, plain), dense, precision, tuple(made))
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The units of one record; of each plane its unit and its first byte there; the scales lie in the first unit."""
+
+    units: list[Unit]
+    plane_units: tuple[int, ...]
+    plane_at: tuple[int, ...]
+    scale_at: int
+
+
+def _place(folder: Path, record: Record, key: int, low: int, top: int) -> _Placed:
+    """Units from `key` on: the first `low` planes with the scales, and each plane above, below `top`, by itself."""
+    cuts = [(*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])]
+    units: list[Unit] = []
+    where: dict[str, tuple[int, int]] = {}
+    for names in cuts:
+        title = record.name if len(cuts) == 1 else f"{record.name}, {' and '.join(names)}"
+        extents = [(name, record.extents[name]) for name in names]
+        unit = unit_of(title, [FileRange(folder / name, e.offset, e.nbytes, frames=e.frames) for name, e in extents])
+        where |= {piece.path.name: (key + len(units), piece.at) for piece in reversed(unit.pieces)}
+        units.append(unit)
+    plane_units, plane_at = zip(*(where[name] for name in PLANE_FILES[:top]), strict=True)
+    return _Placed(units, plane_units, plane_at, where[SCALE_FILE][1])
+
+
+def _neuron_block(record: Record, group: int, placed: _Placed, layer: int) -> NeuronBlock:
+    *inward, outward = record.members
+    return NeuronBlock(
+        layer=layer,
+        inward=tuple((member.module, member.own) for member in inward),
+        outward=outward.module,
+        neurons=record.rows,
+        columns=record.columns,
+        group=group,
+        parts=record.parts,
+        units=placed.plane_units,
+        plane_at=placed.plane_at,
+        scale_at=placed.scale_at,
+        inputs=record.inputs,
+    )
+
+
+def _plane_weights(record: Record, group: int, placed: _Placed) -> dict[str, Weight]:
+    """The weights of a record's modules, by module name."""
+    return {
+        member.module: PlaneWeight(
+            unit=placed.plane_units[0],
+            rows=record.rows,
+            columns=record.columns,
+            group=group,
+            parts=record.parts,
+            own=member.own,
+            plane_at=placed.plane_at,
+            scale_at=placed.scale_at,
+            transposed=member.transposed,
+            above=tuple(unit for unit in placed.plane_units if unit != placed.plane_units[0]),
+            inputs=record.inputs,
+        )
+        for member in record.members
+    }
+
+
+def _tensor(folder: Path, record: Record) -> TensorRef:
+    """The dense tensor of a record."""
+    extent = record.extents[DENSE_FILE]
+    if extent.frames:
+        raise StoreError(f"{folder}: {record.name!r} is compressed, which dense tensors never are; convert again")
+    return TensorRef(folder / DENSE_FILE, extent.offset, extent.nbytes, record.dtype, record.shape)
