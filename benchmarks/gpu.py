@@ -28,7 +28,7 @@ class Part:
 
 def _shape(name: str, *arguments: str) -> tuple[str, ...]:
     options = ("--folder", MODELS, "--dram", "12GiB", "--json")
-    return ("-m", "tiercache", "bench", "--shape", name, *arguments, *options)
+    return ("-m", "tiercache", "bench", "model", "--shape", name, *arguments, *options)
 
 
 PARTS = (

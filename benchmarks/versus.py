@@ -127,7 +127,7 @@ def _commands(contest: Contest, model: Path, gguf: Path) -> dict[str, list[str]]
     shape += ["--precision", contest.precision]
     disk = ["--offload-dir", str(spill), "--cpu-memory", str(in_ram)]
     peers = "benchmarks.peers"
-    ours = {"tiercache": [*python, "tiercache", "bench", *shape, *tokens, "--json"]}
+    ours = {"tiercache": [*python, "tiercache", "bench", "model", *shape, *tokens, "--json"]}
     llama = [*python, f"{peers}.llamacpp", str(gguf), *tokens, *threads]
     if contest.precision == "source":
         spilling = [*python, f"{peers}.transformers_disk", str(model), *tokens, *disk, *threads]
@@ -144,7 +144,7 @@ def _environment() -> dict[str, str]:
 
 def _write_gguf(program: str, model: Path, gguf: Path) -> None:
     """In a process of its own, so that its memory is gone before anything is timed."""
-    program = f"import json, pathlib, sys; from tiercache.bench.peers import gguf_file; gguf_file.{program}"
+    program = f"import json, pathlib, sys; from benchmarks.peers import gguf_file; gguf_file.{program}"
     beside = gguf.with_suffix(".gguf.new")
     subprocess.run([sys.executable, "-c", program, str(model), str(beside)], check=True)
     beside.rename(gguf)

@@ -242,19 +242,21 @@ def test_the_budgeter_is_bound_as_a_user_s_is_whatever_sizes_stand_beside_it(opt
 
 def test_the_command(store: Path) -> None:
     sizes = ("--prompts", 1, "--seeds", 0, "--temperatures", 0, "--prompt-tokens", 8, "--tokens", 4)
-    result = call("bench", "--drafters", "--model", store, *sizes, "--drafter-names", "lookup", "--draft-nodes", 2)
+    lookup = ("--model", store, *sizes, "--drafter-names", "lookup", "--draft-nodes", 2)
+    result = call("bench", "drafters", *lookup)
     assert [row["drafter"] for row in data(result)["rows"]] == ["none", "lookup"]
     assert "texts that differ" in result.stderr
-    for idle, says in (
-        (("--drafters", "--shape", "tiny"), "--shape does nothing with --drafters"),
+    old = call("bench", *lookup, "--drafters")
+    assert [row["drafter"] for row in data(old)["rows"]] == ["none", "lookup"]
+    assert "deprecated; write: tiercache bench drafters --model" in old.stderr
+    for bad, says in (
         (("--drafters", "--kernels"), "two benchmarks"),
-        (("--seeds", "1"), "--seeds does nothing without --drafters"),
-        (("--kernel-shapes", "7b"), "--kernel-shapes does nothing without --kernels"),
-        (("--kernels", "--hbm", "1GB"), "--hbm does nothing with --kernels"),
-        (("--drafters", "--cap", "auto"), "no size"),
-        (("--drafters", "--widen", "3x4"), "HIDDENxNEURONSxLAYERS"),
+        (("drafters", "--cap", "auto"), "no size"),
+        (("drafters", "--widen", "3x4"), "HIDDENxNEURONSxLAYERS"),
     ):
-        assert says in refused(call("bench", *idle, "--json"), 2, "UsageError")
+        assert says in refused(call("bench", *bad, "--json"), 2, "UsageError")
+    for foreign in (("drafters", "--shape", "tiny"), ("model", "--seeds", "1"), ("kernels", "--hbm", "1GB")):
+        assert data(call("bench", *foreign, "--json"))["error"] == "NoSuchOption"
 
 
 def test_what_an_entry_asks_for(store: Path) -> None:

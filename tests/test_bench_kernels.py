@@ -178,31 +178,33 @@ def test_the_cache_of_this_machine() -> None:
         (("--token-counts", "1,many"), "1,16"),
         (("--token-counts", "0"), "512"),
         (("--token-counts", "513"), "512"),
-        (("--precision", "int4"), "--precisions"),
-        (("--shape", "tiny"), "--kernel-shapes"),
     ],
 )
 def test_bad_values_name_the_choices(arguments: tuple[str, str], says: str) -> None:
-    result = call("--kernels", *arguments, "--json")
+    result = call("kernels", *arguments, "--json")
     assert result.exit_code == 2, result.output
     error = json.loads(result.stdout)
     assert error["error"] == "UsageError"
     assert says in error["message"]
 
 
-def test_options_of_kernels_need_the_word() -> None:
-    result = call("--token-counts", "1", "--json")
-    assert result.exit_code == 2
-    assert "--kernels" in json.loads(result.stdout)["message"]
-
-
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("more", [(), ("--json",), ("--quiet",)])
 def test_the_command_prints_only_json_on_stdout(more: tuple[str, ...]) -> None:
     options = ("--kernel-shapes", "tiny", "--precisions", "int4", "--token-counts", "1", "--seed", 3)
-    result = call("--kernels", *options, *more)
+    result = call("kernels", *options, *more)
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
     found = json.loads(line)
     assert (found["schema"], found["seed"], len(found["results"])) == ("tiercache.kernels/1", 3, 5)
     assert ("product_down" in result.stderr) is ("--quiet" not in more)
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_old_spelling_still_works() -> None:
+    options = ("--kernel-shapes", "tiny", "--precisions", "int4", "--token-counts", "1")
+    result = call("--kernels", *options, "--json")
+    assert json.loads(result.stdout)["schema"] == "tiercache.kernels/1"
+    assert f"deprecated; write: tiercache bench kernels {' '.join(options)} --json\n" in result.stderr
+    assert "deprecated" not in call("kernels", *options).stderr
+    assert call("--kernels", "--shape", "tiny").exit_code == 2

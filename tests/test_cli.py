@@ -119,13 +119,18 @@ def test_help_and_import_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("name", ["convert", "verify", "inspect", "run", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "name",
+    [*("convert", "verify", "inspect", "run", "doctor"), *("bench model", "bench kernels", "bench drafters")],
+)
 def test_every_command_has_help_and_json(name: str) -> None:
     command: Any = typer.main.get_command(cli.app)
-    options = {option for parameter in command.commands[name].params for option in parameter.opts}
+    for word in name.split():
+        command = command.commands[word]
+    options = {option for parameter in command.params for option in parameter.opts}
     assert {"--json", "--quiet"} <= options
-    assert command.commands[name].help
-    assert call(name, "--help").exit_code == 0
+    assert command.help
+    assert call(*name.split(), "--help").exit_code == 0
 
 
 def test_version() -> None:
@@ -284,10 +289,14 @@ def test_the_unexpected_is_one_line_unless_debugged(checkpoint: Path, monkeypatc
 
 
 def test_bench(tmp_path: Path) -> None:
-    result = call("bench", "--shape", "tiny", "--tokens", 2, "--folder", tmp_path / "models", "--json")
+    options = ("--shape", "tiny", "--tokens", 2, "--folder", tmp_path / "models", "--json")
+    result = call("bench", "model", *options)
     assert data(result)["schema"] == "tiercache.bench/1"
     assert "the roof" in result.stderr
-    refused(call("bench", "--shape", "galaxy", "--folder", tmp_path, "--json"), 2, "UsageError")
+    old = call("bench", *options)
+    assert data(old)["schema"] == "tiercache.bench/1"
+    assert "deprecated; write: tiercache bench model --shape tiny" in old.stderr
+    refused(call("bench", "model", "--shape", "galaxy", "--folder", tmp_path, "--json"), 2, "UsageError")
 
 
 def test_run_drafts(checkpoint: Path, store: Path) -> None:

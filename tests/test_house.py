@@ -19,7 +19,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
 # the engine.
 LADDER = (
-    *("errors", "compat", "config", "stats", "progress", "text"),
+    *("errors", "compat", "sizes", "draft_config", "config", "neuron_stats", "draft_stats", "stats"),
+    *("progress", "text"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),

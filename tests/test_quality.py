@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import functional
 import tiercache
 from tiercache import text as texts
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
+from tiercache.neuron_stats import NeuronStats
 from tiercache.quality import command, measure, modes, report
 from tiercache.quality.command import quality
 
@@ -168,18 +168,6 @@ def test_scratch_that_cannot_be_used(store: Path, tmp_path: Path) -> None:
         run(store, tmp_path / "file", modes=["int3"])
 
 
-@dataclass
-class Account:
-    """What mixed mode's statistics tell of the neurons."""
-
-    tokens: int = 3
-    read_bytes: int = 900
-    hit_rate: float = 0.5
-    chance: float = 0.25
-    lift: float = 2.0
-    belady: float = 0.75
-
-
 def test_mixed_modes_are_asked_of_the_engine(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, entered = [], []
     real = tiercache.offload
@@ -194,7 +182,9 @@ def test_mixed_modes_are_asked_of_the_engine(store: Path, tmp_path: Path, monkey
                 attached.recording = nullcontext
                 attached.mixed = SimpleNamespace(read_bytes=800)
                 attached.pass_bytes = lambda: {"needed": 1000, "ssd": 0}
-                attached.stats().neurons = Account()
+                attached.stats().neurons = NeuronStats(
+                    tokens=3, read_bytes=900, requests=4, hits=2, chance_hits=1.0, belady_hits=3, belady_requests=4
+                )
             yield offloaded
 
     monkeypatch.setattr(tiercache, "offload", stand_in)

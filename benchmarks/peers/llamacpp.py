@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tiercache.bench.peers import BATCH_IDS, PROMPT_IDS, PeerReport, Step, time_decode
+from benchmarks.peers import BATCH_IDS, PROMPT_IDS, PeerReport, Step, time_decode
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 
-from tiercache.bench.peers import PeerReport, Step, time_decode
+from benchmarks.peers import PeerReport, Step, time_decode
 from tiercache.compat import cache_kwargs
 
 

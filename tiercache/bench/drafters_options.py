@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from tiercache.bench.timed_generation import NAMED, NGRAMS, Entry
 from tiercache.bench.widened import Size
-from tiercache.config import GrowerName, Precision
+from tiercache.config import Budget, GrowerName, Precision
 from tiercache.errors import UsageError
 
 _CAPPED = ("ngram", "resident", "auto")
@@ -125,3 +125,15 @@ def parse(**lists: str | None) -> dict[str, Any]:
         if not given[name]:
             raise UsageError(f"an empty list of {name}; leave it out, or name some")
     return given
+
+
+def sizes(cap: str | None, widen: str | None) -> dict[str, Any]:
+    """The arguments `cap_bytes` and `widen` of `Options` from their texts.
+
+    Raises:
+        UsageError: a text that is no size.
+    """
+    cap_bytes = None if cap is None else Budget.parse(cap).size_bytes
+    if cap is not None and cap_bytes is None:
+        raise UsageError(f"--cap {cap} is no size; give one such as 1434MiB")
+    return {"cap_bytes": cap_bytes, "widen": None if widen is None else Size.parse(widen)}

@@ -7,6 +7,7 @@ Standard output carries data only: generated text, or one line of JSON. What wen
 import json
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -25,18 +26,13 @@ _UNEXPECTED, ENVIRONMENT, _INTERRUPTED = 1, 5, 130
 # typer's own complaints about arguments; its name for the class has moved between versions.
 _ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
 
+memory_option = partial(typer.Option, rich_help_panel="Memory")  # the heading that `--help` shows it under
+
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary; errors only.")]
-Precision = Annotated[str, typer.Option(help="source (the original weights), int8, int4 or int3.")]
-Mode = Annotated[str, typer.Option(help="exact, or mixed: planes per neuron and token; lossy.")]
-BytesPerToken = Annotated[
-    str | None, typer.Option(help="mixed: what a token may read of the neurons: a share of int8's, 0.5, or 1.2GB.")
-]
-MaxLoss = Annotated[float | None, typer.Option(help="mixed: a bound of the calibrated loss, nats a token.")]
-Policy = Annotated[str, typer.Option(help="mixed: who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
-LinkGbps = Annotated[float | None, typer.Option(help="Throttle copies to HBM to this rate: emulated.")]
-Hbm = Annotated[str, typer.Option(help="Budget of the fastest tier: 22GiB, 90%, auto.")]
-Dram = Annotated[str, typer.Option(help="Budget of main memory: 48GiB, 50%, auto.")]
+Hbm = Annotated[str, memory_option(help="Budget of the fastest tier: 22GiB, 90%, auto.")]
+Dram = Annotated[str, memory_option(help="Budget of main memory: 48GiB, 50%, auto.")]
+LinkGbps = Annotated[float | None, memory_option(help="Throttle copies to HBM to this rate: emulated.")]
 StoreFolder = Annotated[Path | None, typer.Option(help="Where the checkpoint's plane store is, or is made.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Store = Annotated[Path, typer.Argument(help="Folder of a plane store.", show_default=False)]

@@ -1,6 +1,7 @@
 """`run`: text from a model."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -8,19 +9,15 @@ import typer
 
 from tiercache.commands import summary
 from tiercache.commands.base import (
-    BytesPerToken,
     Device,
     Dram,
     Hbm,
     Json,
     LinkGbps,
-    MaxLoss,
-    Mode,
-    Policy,
-    Precision,
     Quiet,
     StoreFolder,
     app,
+    memory_option,
     progress,
     say,
     tell,
@@ -32,33 +29,65 @@ PICO_PROMPT = "def read_lines(path):\n"
 _NODES = 64  # of a tree of drafts, where nothing is said
 
 
+# Options by what they are for, as `--help` shows them.
+_mixed = partial(typer.Option, rich_help_panel="Mixed mode")
+_drafts = partial(typer.Option, rich_help_panel="Drafting")
+_samples = partial(typer.Option, rich_help_panel="Sampling")
+_Precision = Annotated[str | None, typer.Option(help="source (the original weights), int8, int4 or int3.")]
+_Checks = Annotated[bool, typer.Option("--checks", help="Verify the store's checksums first.")]
+_CpuTokens = Annotated[int | None, memory_option(min=0, help="Passes that the CPU multiplies in DRAM.")]
+_Context = Annotated[int | None, memory_option(min=1, help="Tokens of KV cache; by default what is needed.")]
+_Mode = Annotated[str, _mixed(help="exact, or mixed: planes per neuron and token; lossy.")]
+_BytesPerToken = Annotated[
+    str | None,
+    _mixed(help="What a token may read of the neurons: a share of int8's, 0.5, or 1.2GB."),
+]
+_MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, nats a token.")]
+_Policy = Annotated[str, _mixed(help="Who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
+_Uploads = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
+_Drafter = Annotated[str, _drafts(help="auto, resident, ngram, a small model's folder, or none.")]
+_DraftNodes = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 64 by default.")]
+_DraftDepth = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 16 by default.")]
+_Temperature = Annotated[float, _samples(min=0.0, help="0 takes the likeliest token.")]
+_TopP = Annotated[float, _samples(help="Sample among the likeliest tokens of this total probability.")]
+_TopK = Annotated[int, _samples(min=0, help="Sample among that many tokens; 0 for all.")]
+_Seed = Annotated[int, _samples(help="Of the sampling.")]
+
+# Options that `offload` calls alike, and takes as they are.
+_OF_OFFLOAD = (
+    *("hbm", "dram", "link_gbps", "cpu_tokens", "store", "device", "checks"),
+    *("mode", "bytes_per_token", "max_loss", "policy", "uploads"),
+)
+
+
 @app.command("run")
 def run_command(
+    ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A checkpoint or store; by default the bundled pico.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to continue; - reads standard input.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    precision: _Precision = None,
     hbm: Hbm = "auto",
     dram: Dram = "auto",
-    precision: Precision | None = None,
-    mode: Mode = "exact",
-    bytes_per_token: BytesPerToken = None,
-    max_loss: MaxLoss = None,
-    policy: Policy = "auto",
-    uploads: Annotated[int | None, typer.Option(min=0, help="mixed: neurons to bring up per token and plane.")] = None,
     link_gbps: LinkGbps = None,
-    cpu_tokens: Annotated[int | None, typer.Option(min=0, help="Passes that the CPU multiplies in DRAM.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache; by default what is needed.")] = None,
-    drafter: Annotated[str, typer.Option(help="auto, resident, ngram, a small model's folder, or none.")] = "none",
-    draft_nodes: Annotated[int | None, typer.Option(min=1, help="Of a tree of drafts at most; 64 by default.")] = None,
-    draft_depth: Annotated[int | None, typer.Option(min=1, help="Of a tree of drafts at most; 16 by default.")] = None,
+    cpu_tokens: _CpuTokens = None,
+    context: _Context = None,
+    mode: _Mode = "exact",
+    bytes_per_token: _BytesPerToken = None,
+    max_loss: _MaxLoss = None,
+    policy: _Policy = "auto",
+    uploads: _Uploads = None,
+    drafter: _Drafter = "none",
+    draft_nodes: _DraftNodes = None,
+    draft_depth: _DraftDepth = None,
     store: StoreFolder = None,
     device: Device = "auto",
-    checks: Annotated[bool, typer.Option("--checks", help="Verify the store's checksums first.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among that many tokens; 0 for all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    checks: _Checks = False,
+    temperature: _Temperature = 0.0,
+    top_p: _TopP = 1.0,
+    top_k: _TopK = 0,
+    seed: _Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -70,27 +99,24 @@ def run_command(
     folder = resolve(model if model is not None else _pico())
     tokenizer = _tokenizer(folder)
     ids = _encode(tokenizer, _prompt(prompt, model), chat)
-    needed = ids.shape[1] + max_new_tokens
-    if context is not None and context < needed:
-        raise ContextExceededError(f"prompt and new tokens need --context {needed}, not {context}; raise it")
-    drafting = _drafting(drafter, draft_nodes, draft_depth)
-    logits = drafting.get("draft_nodes", 0) + 1
-    budgets: dict[str, Any] = {"hbm": hbm, "dram": dram, "context": context or needed, "logits": logits}
-    precision = precision or ("source" if mode == "exact" else "int8")
-    options: dict[str, Any] = {"precision": precision, "store": store, "device": device, "checks": checks}
-    mixed: dict[str, Any] = {"mode": mode, "bytes_per_token": bytes_per_token, "max_loss": max_loss}
-    mixed |= {"policy": policy, "uploads": uploads, "link_gbps": link_gbps}
-    options |= {"cpu_tokens": cpu_tokens, **drafting}
-    with tiercache.offload(folder, **budgets, **options, **mixed, show_progress=progress(as_json, quiet)) as opened:
+    options = {name: ctx.params[name] for name in _OF_OFFLOAD} | _drafting(drafter, draft_nodes, draft_depth)
+    options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
+    options["precision"] = precision or ("source" if mode == "exact" else "int8")
+    with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
         attached: Any = opened.tiercache
-        if as_json and attached.mixed is not None:  # without bars the library is silent, but a loss is always told
-            say(attached.mixed.loss_line, quiet)
-        say(summary.outlook(opened, precision), quiet)
+        say(summary.outlook(opened, options["precision"]), quiet)
         tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
         stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
     tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)
+
+
+def _room(needed: int, context: int | None, draft_nodes: int) -> dict[str, Any]:
+    """Tokens of the KV cache, and rows of logits that a pass returns at most."""
+    if context is not None and context < needed:
+        raise ContextExceededError(f"prompt and new tokens need --context {needed}, not {context}; raise it")
+    return {"context": context or needed, "logits": draft_nodes + 1}
 
 
 def _pico() -> Path:

@@ -6,7 +6,7 @@ Brings the parts together; the reference comes first, and what the others are co
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +216,7 @@ def _one(
 def _neurons(attached: Any) -> dict[str, Any]:
     """The account of the neurons as it stands now, as plain data; and what the rest of a token reads."""
     neurons = attached.stats().neurons
-    rates = {name: getattr(neurons, name) for name in ("hit_rate", "chance", "lift", "belady")}
-    return {**asdict(neurons), **rates, "rest_bytes": attached.pass_bytes()["needed"] - attached.mixed.read_bytes}
+    return {**neurons.to_dict(), "rest_bytes": attached.pass_bytes()["needed"] - attached.mixed.read_bytes}
 
 
 def _bytes_per_token(pass_bytes: dict[str, int], neurons: dict[str, Any] | None) -> float:

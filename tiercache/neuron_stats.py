@@ -1,0 +1,68 @@
+"""What mixed mode counts: neurons and their bytes, asked for, found and copied."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class NeuronStats:
+    """The account of neurons that are given planes one by one.
+
+    Attributes:
+        policy: who stays in the slots; "none" without an upper tier.
+        tokens: tokens for which neurons were chosen one by one, "resident" passes left out.
+        read_bytes: bytes of neurons that the recipe reads for them, ranking included; what had to do with a
+            lower precision (`at_hand`) reads less.
+        wanted_bytes, hit_bytes: asked of the slots, and found there.
+        moved_bytes: copied up for tokens that chose.
+        dense_bytes: copied up for passes that did not: prompts, and exact ones.
+        requests, hits, uploads: neurons, by plane: asked of the slots, found there, copied up.
+        at_hand: of them, those that had to do with a lower precision.
+        below: of them, those whose missing planes the CPU multiplied in DRAM.
+        policy_s: seconds that deciding about slots took.
+        chance_hits: hits that slots filled by chance would have had.
+        calibrated_kl: loss against int8 that calibration measured with the same recipe, in nats a token.
+        belady_hits, belady_requests: of a recorded trace, with the same slots and perfect foresight.
+    """
+
+    policy: str = "none"
+    tokens: int = 0
+    read_bytes: int = 0
+    wanted_bytes: int = 0
+    hit_bytes: int = 0
+    moved_bytes: int = 0
+    dense_bytes: int = 0
+    requests: int = 0
+    hits: int = 0
+    uploads: int = 0
+    at_hand: int = 0
+    below: int = 0
+    policy_s: float = 0.0
+    chance_hits: float = 0.0
+    calibrated_kl: float | None = None
+    belady_hits: int = 0
+    belady_requests: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the requests found in the slots; None without slots."""
+        return self.hits / self.requests if self.requests else None
+
+    @property
+    def chance(self) -> float | None:
+        """The hit rate of slots filled by chance."""
+        return self.chance_hits / self.requests if self.requests else None
+
+    @property
+    def lift(self) -> float | None:
+        """The hit rate over chance."""
+        return self.hits / self.chance_hits if self.chance_hits else None
+
+    @property
+    def belady(self) -> float | None:
+        """The hit rate that nobody can beat, on the recorded trace."""
+        return self.belady_hits / self.belady_requests if self.belady_requests else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the rates."""
+        return {**asdict(self), **{name: getattr(self, name) for name in ("hit_rate", "chance", "lift", "belady")}}
