@@ -20,6 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # the engine.
 LADDER = (
     *("errors", "compat", "config", "stats", "progress", "text"),
+    "tiers.device",
     *("quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),
