@@ -19,8 +19,9 @@ from tiercache.engine.source import Opened
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.model import shortlist
-from tiercache.model.mixed import Choosing, MixedBlock
-from tiercache.model.neurons import Deltas
+from tiercache.model.choosing import Choosing
+from tiercache.model.mixed import MixedBlock
+from tiercache.model.slotted_planes import Deltas
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.link import Link
 from tiercache.tiers.neurons import NeuronSlots
