@@ -5,7 +5,6 @@ that may be shared: compare figures of the same run.
 """
 
 import ctypes
-import mmap
 import os
 import statistics
 import tempfile
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.direct import BLOCK_BYTES, open_direct
+from profiler.hugepages import map_huge_pages
 
 LEFTOVERS = ".tiercache-probe-*"  # what a probe that was killed leaves in its folder
-_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def dram_read(
     """
     workers = threads or len(os.sched_getaffinity(0))
     if memory is None:
-        memory = _huge(size_bytes)
+        memory = map_huge_pages(size_bytes)
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, size_bytes)
     address, share = ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory.nbytes // workers
     compare = ctypes.CDLL(None).memcmp
@@ -113,22 +112,13 @@ def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> flo
 
     def read(offset: int) -> int:
         if not hasattr(local, "buffer"):
-            local.buffer = _huge(chunk_bytes)
+            local.buffer = map_huge_pages(chunk_bytes)
         return os.preadv(descriptor, [local.buffer[: min(chunk_bytes, size - offset)]], offset)
 
     with ThreadPoolExecutor(threads) as pool:
         begin = time.perf_counter()
         done = sum(pool.map(read, range(0, size, chunk_bytes)))
         return done / (time.perf_counter() - begin) / 1e9
-
-
-def _huge(nbytes: int) -> memoryview:
-    """Memory of huge pages where the system has them: reads into or from ordinary ones stay at lower rates."""
-    region = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(region)) % _HUGE_PAGE_BYTES
-    return memoryview(region)[start : start + nbytes]
 
 
 def _together(jobs: Sequence[Callable[[], object]]) -> float:

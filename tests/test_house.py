@@ -20,7 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # the engine.
 LADDER = (
     *("errors", "compat", "sizes", "draft_config", "config", "neuron_stats", "draft_stats", "stats"),
-    *("progress", "text"),
+    *("progress", "text", "tiers.device"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),
@@ -29,7 +29,8 @@ LADDER = (
     *("store.layers", "store.estimate", "store.folders", "store.report", "store.journal", "store.conversion_plan"),
     *("store.convert", "store.planestore", "store.calibration"),
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
-    *("model.trace", "model.linear", "model.importance", "model.neurons", "model.mixed", "model.shortlist"),
+    *("model.trace", "model.linear", "model.importance", "model.choosing", "model.block_planes"),
+    *("model.slotted_planes", "model.block_matmuls", "model.block_passes", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),
     *("kv", "draft", "decode"),
     *(

@@ -325,7 +325,7 @@ def test_resident_passes_move_nothing(extra: int, checkpoint: Folders, store: Pa
 def touched(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts, product by product, the bytes of the neurons' rows that the kernels are given."""
     blocks = model.tiercache.mixed.blocks
-    kernels, counted = blocks[0]._kernels, [0]
+    kernels, counted = blocks[0]._matmuls.kernels, [0]
     rows_of = blocks[0].planes.block.neurons
 
     def add(weights: Any, rows: Any) -> None:
@@ -347,7 +347,7 @@ def touched(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
     for block in blocks:
         own = type("Counting", (), {"__getattr__": lambda _, name: getattr(kernels, name)})()
         own.matmuls, own.matmul_transposed = counting_products, counting_down
-        monkeypatch.setattr(block, "_kernels", own)
+        monkeypatch.setattr(block._matmuls, "kernels", own)
     return counted
 
 

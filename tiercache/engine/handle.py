@@ -15,7 +15,7 @@ from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.run import ExactRun
 from tiercache.errors import UsageError
-from tiercache.model.mixed import Kind
+from tiercache.model.choosing import Kind
 from tiercache.stats import Stats
 
 Run = ExactRun | MixedRun
@@ -69,7 +69,7 @@ class OffloadHandle:
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
         """Passes that begin within are "exact" or "resident", or in mixed mode "mixed".
 
-        In mixed mode see `tiercache.model.mixed`. A model that is run exactly has resident passes if it was opened for
+        In mixed mode see `model.choosing`. A model that is run exactly has resident passes if it was opened for
         them: each matrix is multiplied by at its lowest planes alone, as many as stay in the fastest tier and always
         fewer than an exact pass takes. They move nothing, and what is on its way for the next exact pass goes on.
 

@@ -19,9 +19,10 @@ from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.run import Views
 from tiercache.errors import UsageError
 from tiercache.model import shortlist
-from tiercache.model.mixed import Choosing, Kind, MixedBlock
-from tiercache.model.neurons import Deltas
+from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import Passes
+from tiercache.model.slotted_planes import Deltas
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.neurons import NeuronSlots
 from tiercache.tiers.slab import Slab

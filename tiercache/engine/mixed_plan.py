@@ -18,9 +18,11 @@ from tiercache.config import OffloadConfig
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kernels.contract import Kernels
+from tiercache.model.block_planes import BlockPlanes, DirectPlanes
+from tiercache.model.choosing import Choosing
 from tiercache.model.importance import Activation
-from tiercache.model.mixed import Choosing, MixedBlock
-from tiercache.model.neurons import BlockPlanes, Deltas, DirectPlanes, SlottedPlanes
+from tiercache.model.mixed import MixedBlock
+from tiercache.model.slotted_planes import Deltas, SlottedPlanes
 from tiercache.quant.planes import plane_widths, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.catalog import Record

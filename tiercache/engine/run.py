@@ -11,7 +11,8 @@ from policies.plan import Plan
 from policies.types import Key
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.errors import UsageError
-from tiercache.model.mixed import Choosing, Kind, MixedBlock
+from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import Passes
 
 # Of each matrix that is cut by plane, the units that hold its planes: those that a resident pass multiplies by.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.quant.planes import PLANE_BITS, Planes
+from tiercache.tiers.device import on_host
 
 MAX_TOKENS = 512
 """Tokens of one call; more are cut into calls of this many."""
@@ -152,7 +153,7 @@ def checked_rows(rows: Selection, *weights: Planes) -> int:
 def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
     """How many rows a list names, of a matrix that has `available`; see `checked_rows`."""
     _check_list(rows)
-    if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < available:
+    if on_host(rows.device) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < available:
         raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of {what} of {available}")
     return rows.numel()
 

@@ -10,6 +10,7 @@ import torch
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.cpu import build
+from tiercache.tiers.device import on_gpu, on_host
 
 
 @cache
@@ -19,11 +20,11 @@ def select(device: torch.device) -> Kernels:
     Raises:
         EnvironmentUnsupportedError: it cannot be had here (no compiler, an unknown processor); says what would help.
     """
-    if device.type == "cuda":
+    if on_gpu(device):
         from tiercache.kernels.cuda.backend import CudaKernels  # looks for the driver
 
         return CudaKernels(device)
-    if device.type != "cpu":
+    if not on_host(device):
         raise EnvironmentUnsupportedError(f"there are no plane kernels for {device.type}; use a CPU or an NVIDIA GPU")
     from tiercache.kernels.cpu.backend import CpuKernels
 
@@ -37,7 +38,7 @@ def will_compile() -> bool:
 
 def describe(device: torch.device) -> tuple[bool, str]:
     """Whether the fast backend serves `device`, and a line about it for a person; compiles nothing."""
-    if device.type == "cuda":
+    if on_gpu(device):
         try:
             return True, select(device).name
         except EnvironmentUnsupportedError as error:

@@ -11,8 +11,9 @@ from torch import nn
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
+from tiercache.model.choosing import Choosing
 from tiercache.model.embedding import Lookup, Rows
-from tiercache.model.mixed import Choosing, MixedBlock, MixedForward
+from tiercache.model.mixed import MixedBlock, MixedForward
 from tiercache.tiers.tier import Supply
 
 

@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
+from tiercache.model.choosing import Choosing
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
-from tiercache.model.mixed import Choosing
 from tiercache.model.shortlist import ShortlistForward
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Supply

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tiercache.errors import UsageError
+from tiercache.tiers.device import on_host
 
 Activation = Callable[[Tensor], Tensor]
 _TEAL_SHARE = 0.5
@@ -99,7 +100,7 @@ def first(score: Tensor, counts: Sequence[int], *, in_order: bool) -> Tensor:
             which what follows walks through faster.
     """
     total = sum(counts)
-    if in_order or score.device.type != "cpu":
+    if in_order or not on_host(score.device):
         return score.topk(total).indices
     numbers = score.numpy()
     edges = [len(numbers) - count for count in accumulate(counts)]

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tiercache.compat import cache_in
 from tiercache.errors import ClosedError, ContextExceededError, UsageError
 from tiercache.stats import Stats
+from tiercache.tiers.device import device_of
 
 
 class Passes:
@@ -128,8 +129,7 @@ class PassHooks:
         if self._runner is not threading.current_thread():
             return  # refused before it began
         if self._decoding_since is None and not self._resident and not self._verifies:
-            if self._stats.device.startswith("cuda"):
-                torch.cuda.synchronize(self._stats.device)
+            device_of(torch.device(self._stats.device)).synchronize()
             self._stats.first_pass_s = time.perf_counter() - self._began_at
         self._finish()
         self._runner, self._alone = None, False

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
+from tiercache.model.choosing import TOKENS_AT_ONCE, Choosing
 from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
-from tiercache.model.mixed import SLICE, Choosing
 from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
@@ -50,7 +50,7 @@ class ShortlistForward(PlaneForward):
         kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
         tokens = transformed(kernels, plain(tokens, kernels.device), self._weight, slots[0])
         out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
-        step = 1 if len(tokens) <= self._choosing.few else SLICE
+        step = 1 if len(tokens) <= self._choosing.few else TOKENS_AT_ONCE
         for at in range(0, len(tokens), step):
             quantized = kernels.quantize_activations(tokens[at : at + step], self._weight.group)
             _shortlisted(kernels, quantized, planes, out[at : at + step])
@@ -79,7 +79,7 @@ def shortlist(rows: int) -> int:
 
 def scratch_bytes(weight: PlaneWeight, tokens: int) -> int:
     """An upper bound of what choosing takes in passing: whole logits, the chosen ones, and a sort's pairs."""
-    return weight.rows * (5 * min(tokens, SLICE) + 16 * _SORTING)
+    return weight.rows * (5 * min(tokens, TOKENS_AT_ONCE) + 16 * _SORTING)
 
 
 def read_bytes(weight: PlaneWeight) -> int:

@@ -13,6 +13,7 @@ import torch
 from policies import offload
 from tiercache.kernels.contract import Kernels
 from tiercache.quant.planes import PLANE_BITS, Planes, plane_row_bytes, plane_widths, scale_row_bytes
+from tiercache.tiers.device import device_of
 from tiercache.tiers.slab import Slab
 
 _COLUMNS, _GROUP = 4096, 64
@@ -31,7 +32,7 @@ def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> in
         planes: how many planes the weights have.
         device: where the fastest tier lies.
     """
-    lower = Slab(_BYTES, torch.device("cpu"), pinned=device.type == "cuda")
+    lower = Slab(_BYTES, torch.device("cpu"), pinned=device_of(device).wants_pinned)
     try:
         weight = _matrix(lower.bytes, planes)
         used = weight.rows * _row_bytes(planes)
@@ -69,8 +70,7 @@ def _link(source: torch.Tensor, device: torch.device) -> float:
     def copy() -> None:
         for piece in source.split(target.numel()):
             target[: piece.numel()].copy_(piece, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        device_of(device).synchronize()
 
     return _seconds(copy)
 

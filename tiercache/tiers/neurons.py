@@ -22,6 +22,7 @@ from policies.neurons import IntArray, NeuronResidency
 from policies.precision import serve
 from tiercache.kernels.contract import Kernels
 from tiercache.stats import NeuronStats
+from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 
@@ -109,9 +110,9 @@ class NeuronSlots:
             self.slabs.append(memory[at : at + rows * width].view(rows, width))
             self._base.append([sum(counts[:layer]) for layer in range(len(counts) + 1)])
             at += rows * width
-        on_host = memory.device.type == "cpu"
+        self._device = device_of(memory.device)
         largest = max((count * width for count, width in zip(plan.passing, plan.widths, strict=True)), default=0)
-        self._pinned = None if on_host else Slab(largest, torch.device("cpu"), pinned=True)
+        self._pinned = None if self._device.on_host else Slab(largest, torch.device("cpu"), pinned=True)
         self._staging = None if self._pinned is None else self._pinned.bytes
         self._residencies = [
             [self._residency(layer, plane) for plane in range(len(plan.widths))] for layer in range(len(plan.slots))
@@ -221,7 +222,7 @@ class NeuronSlots:
             return target
         staging = target if self._staging is None else self._staging[: neurons.size * width].view(-1, width)
         if self._staging is not None:  # an earlier copy may still read it
-            torch.cuda.current_stream(target.device).synchronize()
+            self._device.synchronize_stream()
         self._kernels.gather([source], torch.from_numpy(neurons), staging.view(-1))
         if self._staging is not None:
             target.copy_(staging, non_blocking=True)

@@ -3,16 +3,10 @@
 Knows nothing of what lies in it.
 """
 
-import mmap
-
-import numpy as np
 import torch
 
 from tiercache.errors import EnvironmentUnsupportedError
-
-# Direct reads into ordinary pages spend more on pinning each 4 KiB page than a fast disk takes to fill it: on one
-# machine they reached 0.8-1.7 GB/s, and 1.9-3.0 GB/s into huge pages.
-_HUGE_PAGE_BYTES = 2 << 20
+from tiercache.tiers.device import device_of, pin, unpin
 
 
 class Slab:
@@ -30,44 +24,23 @@ class Slab:
     """
 
     def __init__(self, nbytes: int, device: torch.device, *, pinned: bool = False) -> None:
-        self._registered: int | None = None
+        self._pinned_at: int | None = None
         try:
-            raw = _mapped(nbytes) if device.type == "cpu" else _allocated(nbytes, device)
+            self.bytes = device_of(device).allocate(nbytes)
             if pinned and nbytes:
-                self._registered = _register(raw)
+                self._pinned_at = pin(self.bytes)
         except (RuntimeError, OSError) as error:
             kind = "pinned host memory" if pinned else f"memory on {device}"
             raise EnvironmentUnsupportedError(
                 f"{nbytes} bytes of {kind} are not to be had ({str(error).splitlines()[0]}); ask for a smaller budget"
             ) from error
-        start = -raw.data_ptr() % _HUGE_PAGE_BYTES
-        self.bytes = raw[start : start + nbytes]
 
     def close(self) -> None:
         """Unlock pinned memory; harmless when done twice."""
-        if self._registered is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = None
+        if self._pinned_at is not None:
+            unpin(self._pinned_at)
+            self._pinned_at = None
 
     def slot(self, offset: int, nbytes: int) -> torch.Tensor:
         """The bytes [offset, offset + nbytes), as uint8."""
         return self.bytes[offset : offset + nbytes]
-
-
-def _register(raw: torch.Tensor) -> int:
-    """Page-lock memory that is there already: torch's own pinned allocator rounds up and keeps what it once had."""
-    code = torch.cuda.cudart().cudaHostRegister(raw.data_ptr(), raw.nbytes, 0)
-    if int(code) != 0:
-        raise RuntimeError(f"cudaHostRegister gives error {int(code)}")
-    return raw.data_ptr()
-
-
-def _mapped(nbytes: int) -> torch.Tensor:
-    region = mmap.mmap(-1, nbytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= _HUGE_PAGE_BYTES:
-        region.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(region, np.uint8))
-
-
-def _allocated(nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(nbytes + _HUGE_PAGE_BYTES, dtype=torch.uint8, device=device)

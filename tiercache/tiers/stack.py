@@ -18,6 +18,7 @@ from tiercache.progress import bar
 from tiercache.stats import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.reader import Reader
+from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.tier import Cause, Fill, Pending, Tier, waited_for_ssd
@@ -172,7 +173,7 @@ class TierStack:
         for tier in (self._hbm, self._dram):
             slot = tier.pinned_slot(weight.unit) if tier is not None else None
             if slot is not None:
-                return (replace(weight, at=0) if slot.is_cuda else weight).view(slot)
+                return (replace(weight, at=0) if device_of(slot.device).wants_aligned else weight).view(slot)
         return None
 
     def close(self) -> None:
@@ -181,7 +182,7 @@ class TierStack:
 
     def _make_dram(self, plan: Plan, device: torch.device) -> Tier:
         """While HBM is being filled, all of DRAM is a ring that its units pass through."""
-        slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+        slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device_of(device).wants_pinned)
         tier = self._make_tier("dram", plan.dram, slab, self._read, waited_for_ssd)
         if plan.hbm is not None:
             passing = Placement((), 0, plan.dram.slab_bytes)
@@ -225,7 +226,7 @@ def _layout(
     for module, weight in plain.items():
         if not isinstance(weight, PlainWeight):
             continue
-        at = 0 if device.type == "cuda" or (in_memory and in_place) else weight.at
+        at = 0 if device_of(device).wants_aligned or (in_memory and in_place) else weight.at
         source = 0 if in_memory else weight.at
         spans[weight.unit] = [Span(source, at, weight.dtype.itemsize * prod(weight.shape))]
         if module:

@@ -19,6 +19,7 @@ from policies.residency import Residency
 from policies.types import Key, Load
 from tiercache.errors import ClosedError, DoesNotFitError
 from tiercache.stats import TierStats
+from tiercache.tiers.device import Event, device_of
 from tiercache.tiers.slab import Slab
 
 _CLOSED = "the tiers are closed; open the model again with tiercache.offload(...)"
@@ -60,7 +61,7 @@ class Pending(Protocol):
 class Fill(Protocol):
     """Brings the bytes of a key into a slot."""
 
-    def __call__(self, key: Key, slot: torch.Tensor, after: "torch.cuda.Event | None") -> Pending:
+    def __call__(self, key: Key, slot: torch.Tensor, after: Event | None) -> Pending:
         """Begin; `after` is the event of the slot's last reader on a GPU."""
 
 
@@ -119,10 +120,11 @@ class Tier:
         observe: Callable[[str, Key], None] = lambda event, key: None,
     ) -> None:
         self._slab, self._residency, self._payload, self._fill = slab, residency, payload, fill
+        self._device = device_of(slab.bytes.device)
         self.stats, self._cause, self._observe = stats, cause, observe
         self._arrivals: dict[Key, _Arrival] = {}
         self._ready: dict[Key, torch.Tensor] = {}  # the slots of keys that stay
-        self._read_until: torch.cuda.Event | None = None
+        self._read_until: Event | None = None
         self._closed = self._paused = False
 
     def decide(self, residency: Residency) -> None:
@@ -195,9 +197,7 @@ class Tier:
         """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
         if self._closed or key in self._ready:  # what stays frees no room
             return
-        if self._slab.bytes.is_cuda:
-            self._read_until = torch.cuda.Event()
-            self._read_until.record(torch.cuda.current_stream(self._slab.bytes.device))
+        self._read_until = self._device.last_use()
         self._residency.release(key)
         self._arrivals.pop(key, None)
         self._observe("evict", key)

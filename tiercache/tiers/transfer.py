@@ -1,4 +1,4 @@
-"""Copies units from the DRAM tier into slots of the HBM tier: the only owner of copy threads, streams and events.
+"""Copies units from the DRAM tier into slots of the HBM tier: the only owner of copy threads.
 
 Knows slots and bytes. Without a GPU the slots lie in host memory and the same thread copies with the CPU.
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from policies.types import Key
+from tiercache.tiers.device import Event, device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.tier import Source
 
@@ -79,11 +80,9 @@ class Transfer:
     ) -> None:
         self._lower, self._spans, self._link = lower, spans, link or Link()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tiercache-transfer")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:  # the slab may be memory that kernels under way still use
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._copies = device_of(device).copies()  # after the kernels under way, which may still use the slab's memory
 
-    def fill(self, key: Key, slot: torch.Tensor, after: "torch.cuda.Event | None") -> CopyTicket:
+    def fill(self, key: Key, slot: torch.Tensor, after: Event | None) -> CopyTicket:
         """Queue the copy of `key` into `slot`; see `Fill`."""
         ticket = CopyTicket()
         ticket.future = self._pool.submit(self._copy, key, slot, after, ticket)
@@ -93,14 +92,12 @@ class Transfer:
         """Stop the thread after the copy in flight; harmless when done twice."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _copy(self, key: Key, slot: torch.Tensor, after: "torch.cuda.Event | None", ticket: CopyTicket) -> None:
+    def _copy(self, key: Key, slot: torch.Tensor, after: Event | None, ticket: CopyTicket) -> None:
         source = self._lower.acquire(key)
         try:
             ticket.arrived_below_at = time.perf_counter()
-            if self._stream is None:
+            with self._copies.after(after):
                 self._move(key, source, slot)
-            else:
-                self._move_on_stream(self._stream, key, source, slot, after)
             self._link.carry(sum(span.nbytes for span in self._spans[key]), ticket.arrived_below_at)
         finally:
             self._lower.release(key)
@@ -109,19 +106,3 @@ class Transfer:
         for span in self._spans[key]:
             target = slot[span.target : span.target + span.nbytes]
             target.copy_(source[span.source : span.source + span.nbytes], non_blocking=True)
-
-    def _move_on_stream(
-        self,
-        stream: "torch.cuda.Stream",
-        key: Key,
-        source: torch.Tensor,
-        slot: torch.Tensor,
-        after: "torch.cuda.Event | None",
-    ) -> None:
-        with torch.cuda.stream(stream):
-            if after is not None:
-                stream.wait_event(after)
-            self._move(key, source, slot)
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        copied.synchronize()

@@ -29,6 +29,7 @@ from tiercache.kernels.contract import (
 )
 from tiercache.kernels.cpu import build
 from tiercache.quant.planes import Planes, num_groups
+from tiercache.tiers.device import on_host
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ALIGN = 64
@@ -353,5 +354,5 @@ def _stride(out: Tensor) -> int:
 
 
 def _check_host(what: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
+    if not on_host(tensor.device):
         raise UsageError(f"{what} is on {tensor.device}; these kernels are the CPU's")

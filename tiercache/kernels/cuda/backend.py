@@ -50,6 +50,7 @@ from tiercache.kernels.cuda.launches import (
 )
 from tiercache.kernels.reference import activate
 from tiercache.quant.planes import Planes, encode
+from tiercache.tiers.device import on_host
 
 SCRATCH_BYTES = 32 << 20
 """Upper bound of a tile of weights: decoded, or brought near (a single row may exceed it)."""
@@ -173,7 +174,7 @@ class CudaKernels:
                 raise UsageError(
                     f"a piece is {piece.dtype} {list(piece.shape)}, expected uint8 [n, width], rows in one piece"
                 )
-            if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(piece):
+            if on_host(rows.device) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(piece):
                 raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
         (index,) = self._lists(rows)
         at, widths = self._launcher.address(out) if nbytes else 0, 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.launches import Call
 from tiercache.kernels.cuda.nvrtc import Unit, cache_folder, choose, compilers, image
+from tiercache.tiers.device import on_gpu
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 
@@ -92,7 +93,7 @@ class Driver:
 
     def address(self, tensor: Tensor) -> int:
         """See `Launcher`."""
-        if tensor.is_cuda:
+        if on_gpu(tensor.device):
             if tensor.device != self.device:
                 raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
             return tensor.data_ptr()
@@ -111,7 +112,7 @@ class Driver:
 
     def is_near(self, tensor: Tensor) -> bool:
         """See `Launcher`."""
-        return tensor.is_cuda
+        return on_gpu(tensor.device)
 
     def launch(self, call: Call) -> None:
         """See `Launcher`."""

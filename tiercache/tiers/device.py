@@ -1,0 +1,181 @@
+"""What each kind of device does in its own way: memory, streams, events, and waiting for queued work.
+
+No other module of tiers, models and kernels tests what kind of device it has. Knows torch; nothing of tiers or planes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from profiler.hugepages import HUGE_PAGE_BYTES, map_huge_pages
+
+Event = torch.cuda.Event
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether what lies on the device lies in main memory."""
+    return device.type == "cpu"
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU."""
+    return device.type == "cuda"
+
+
+class Copies:
+    """The order in which one thread copies to a device: each copy is done when its call returns."""
+
+    @contextmanager
+    def after(self, event: Event | None) -> Iterator[None]:
+        """Copies made within begin after `event` and are done when this ends."""
+        yield
+
+
+class StreamCopies(Copies):
+    """As `Copies`, on a stream of their own: copies overlap with the kernels of other streams.
+
+    Args:
+        device: a GPU. Copies begin after what its current stream has queued by now.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def after(self, event: Event | None) -> Iterator[None]:
+        """See `Copies`."""
+        with torch.cuda.stream(self._stream):
+            if event is not None:
+                self._stream.wait_event(event)
+            yield
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        copied.synchronize()
+
+
+class Device:
+    """A device whose work is done when a call returns.
+
+    Attributes:
+        at: torch's name for it.
+        on_host: its memory is main memory.
+        wants_pinned: copies from main memory are faster, and need not be waited for, if that memory is pinned.
+        wants_aligned: its matrix kernels want tensors aligned.
+    """
+
+    on_host = wants_pinned = wants_aligned = False
+
+    def __init__(self, at: torch.device) -> None:
+        self.at = at
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 memory whose first byte lies at a multiple of 2 MiB."""
+        raw = torch.empty(nbytes + HUGE_PAGE_BYTES, dtype=torch.uint8, device=self.at)
+        start = -raw.data_ptr() % HUGE_PAGE_BYTES
+        return raw[start : start + nbytes]
+
+    def copies(self) -> Copies:
+        """The order of copies to the device."""
+        return Copies()
+
+    def last_use(self) -> Event | None:
+        """An event after everything queued so far; None where nothing is ever queued."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait for all that is queued."""
+
+    def synchronize_stream(self) -> None:
+        """Wait for what this thread has queued on its current stream."""
+
+    def free_bytes(self) -> tuple[int, int] | None:
+        """Bytes free and in all of the device's own memory; None where that is not known."""
+        return None
+
+    def peak_bytes(self) -> int | None:
+        """The most that torch has taken of the device's own memory since `reset_peak`; None where it is not counted."""
+        return None
+
+    def reset_peak(self) -> None:
+        """Begin to count `peak_bytes` anew."""
+
+    def release_cache(self) -> None:
+        """Give back the memory that torch keeps for itself."""
+
+
+class CpuDevice(Device):
+    """The processor and main memory."""
+
+    on_host = True
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """See `Device`; the pages are huge where the system has huge pages."""
+        return torch.from_numpy(np.frombuffer(map_huge_pages(nbytes), np.uint8))
+
+
+class CudaDevice(Device):
+    """An NVIDIA GPU."""
+
+    wants_pinned = wants_aligned = True
+
+    def copies(self) -> Copies:
+        """See `Device`."""
+        return StreamCopies(self.at)
+
+    def last_use(self) -> Event:
+        """See `Device`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.at))
+        return event
+
+    def synchronize(self) -> None:
+        """See `Device`."""
+        torch.cuda.synchronize(self.at)
+
+    def synchronize_stream(self) -> None:
+        """See `Device`."""
+        torch.cuda.current_stream(self.at).synchronize()
+
+    def free_bytes(self) -> tuple[int, int]:
+        """See `Device`."""
+        free, total = torch.cuda.mem_get_info(self.at)
+        return free, total
+
+    def peak_bytes(self) -> int:
+        """See `Device`."""
+        return torch.cuda.max_memory_reserved(self.at)
+
+    def reset_peak(self) -> None:
+        """See `Device`."""
+        torch.cuda.reset_peak_memory_stats(self.at)
+
+    def release_cache(self) -> None:
+        """See `Device`."""
+        torch.cuda.empty_cache()
+
+
+def device_of(at: torch.device) -> Device:
+    """The device called `at` by torch."""
+    if on_host(at):
+        return CpuDevice(at)
+    return CudaDevice(at) if on_gpu(at) else Device(at)
+
+
+def pin(memory: torch.Tensor) -> int:
+    """Page-lock memory that is there already, for `unpin`. torch's own pinned allocator rounds up and keeps it.
+
+    Raises:
+        RuntimeError: it cannot be had.
+    """
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(code) != 0:
+        raise RuntimeError(f"cudaHostRegister gives error {int(code)}")
+    return memory.data_ptr()
+
+
+def unpin(address: int) -> None:
+    """Unlock what `pin` has locked."""
+    torch.cuda.cudart().cudaHostUnregister(address)
