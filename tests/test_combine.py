@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
-from tiercache.draft.cascade import Cascade, expected
+from tiercache.draft.cascade import Cascade, expected_accepted
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
@@ -190,9 +190,9 @@ class TestCascade:
 
     def test_expected_tokens(self) -> None:
         half = math.log(0.5)
-        assert expected(DraftTree((1, 2, 3), (-1, 0, -1), logq=(half, half, half))) == pytest.approx(1.25)
-        assert expected(DraftTree((1, 2, 3), (-1, 0, -1))) == 2
-        assert expected(DraftTree()) == 0
+        assert expected_accepted(DraftTree((1, 2, 3), (-1, 0, -1), logq=(half, half, half))) == pytest.approx(1.25)
+        assert expected_accepted(DraftTree((1, 2, 3), (-1, 0, -1))) == 2
+        assert expected_accepted(DraftTree()) == 0
 
 
 class TestNgrams:

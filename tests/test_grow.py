@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.grow import Candidates, Sketch, grower
+from tiercache.draft.grow import Candidates, GrowingTree, grower
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.static import RankRates, best_template
 from tiercache.draft.tree import ROOT, DraftTree
@@ -40,7 +40,7 @@ class Toy:
     def logq(self, path: tuple[int, ...]) -> Tensor:
         return table(self._seed, (*self._root, *path))
 
-    def __call__(self, sketch: Sketch, nodes: Sequence[int]) -> Candidates:
+    def __call__(self, sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
         self.calls += 1
         assert nodes
         for node in nodes:
@@ -65,7 +65,7 @@ def table(seed: int, path: tuple[int, ...]) -> Tensor:
     return torch.log_softmax(2 * torch.randn(VOCABULARY, generator=chance), -1)
 
 
-def path_in(tree: Sketch | DraftTree, node: int) -> tuple[int, ...]:
+def path_in(tree: GrowingTree | DraftTree, node: int) -> tuple[int, ...]:
     tokens: list[int] = []
     while node != ROOT:
         tokens.append(tree.tokens[node])
@@ -156,7 +156,7 @@ def test_fixed_width_expands_its_width_at_each_depth() -> None:
     toy = Toy()
     asked: list[list[int]] = []
 
-    def scorer(sketch: Sketch, nodes: Sequence[int]) -> Candidates:
+    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
         asked.append([sketch.depth(node) for node in nodes])
         return toy(sketch, nodes)
 
@@ -165,7 +165,7 @@ def test_fixed_width_expands_its_width_at_each_depth() -> None:
 
 
 def test_best_first_goes_back_for_what_is_likelier() -> None:
-    def scorer(sketch: Sketch, nodes: Sequence[int]) -> Candidates:
+    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
         depths.append([sketch.depth(node) for node in nodes])
         return Candidates(torch.tensor([[0.5, 0.45, 0.05]]).log().expand(len(nodes), 3))
 
@@ -240,7 +240,7 @@ def test_the_beam_draws_paths_without_replacement() -> None:
 
 
 def test_a_node_without_candidates_gets_no_children() -> None:
-    def nothing(sketch: Sketch, nodes: Sequence[int]) -> Candidates:
+    def nothing(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
         logq = torch.full((len(nodes), VOCABULARY), -torch.inf)
         for row, node in enumerate(nodes):
             logq[row, :2] = torch.tensor([0.0, -1.0]) if node == ROOT else -torch.inf

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from tiercache.draft.base import BaseDrafter, Context, Feedback, TreeBudget
 from tiercache.draft.ngram.automaton import Automaton
+from tiercache.draft.ngram.growth import grow_tree
 from tiercache.draft.ngram.lookup import PromptLookup
-from tiercache.draft.ngram.rates import Ranks, Rates
+from tiercache.draft.ngram.rates import HitRates, RankShares
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
-from tiercache.draft.ngram.trie import grow
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.tree import DraftTree
@@ -135,7 +135,7 @@ class TestGrow:
             table[state] = sorted(rows, key=lambda c: -c[1] * c[2])
         budget = TreeBudget(nodes, depth=depth, width=width, floor=floor, score_scale=score_scale)
         context = Context([1, 2, 3], 6, noise=GumbelNoise(seed, 6) if noisy else None, room=room)
-        tree = grow(0, table.__getitem__, budget, context)
+        tree = grow_tree(0, table.__getitem__, budget, context)
         assert tree.order == ("shared_gumbel" if noisy else "deterministic")
         assert tree.logq is not None
         got = {
@@ -148,7 +148,7 @@ class TestGrow:
     def test_siblings_stand_in_the_order_of_the_noise(self) -> None:
         noise = GumbelNoise(3, 50)
         row = [(token, 1 / 60, 1.0, 0) for token in range(50)]
-        tree = grow(0, lambda _: row, TreeBudget(20, depth=1, width=50), Context([7], 50, noise=noise))
+        tree = grow_tree(0, lambda _: row, TreeBudget(20, depth=1, width=50), Context([7], 50, noise=noise))
         assert list(tree.tokens) == noise(1).topk(20).indices.tolist()
 
 
@@ -523,7 +523,7 @@ def test_arguments_that_cannot_be_meant() -> None:
 
 
 def test_shares_fade() -> None:
-    rates, ranks = Rates([0.5]), Ranks([0.5, 0.1])
+    rates, ranks = HitRates([0.5]), RankShares([0.5, 0.1])
     for _ in range(1000):
         rates.add(0, True)
         ranks.add(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiercache.decode import verify
 from tiercache.decode.verify import Rejection, Rule, Scores, Shifted, TargetWalk, Typical, Walk
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.grow import Candidates, Grower, Sketch, grower
+from tiercache.draft.grow import Candidates, Grower, GrowingTree, grower
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.sampled_growers import Branching
 from tiercache.draft.tree import ROOT, DraftTree, chain
@@ -69,7 +69,7 @@ def p_of_chi_square(counts: Tensor, p: Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2))
 
 
-def path_in(tree: Sketch | DraftTree, node: int) -> Path:
+def path_in(tree: GrowingTree | DraftTree, node: int) -> Path:
     tokens: list[int] = []
     while node != ROOT:
         tokens.append(tree.tokens[node])
@@ -95,7 +95,7 @@ class Decoder:
         while len(done) < self.length:
             context = Context([*PROMPT, *done], VOCABULARY, noise=self.noise)
 
-            def scorer(sketch: Sketch, nodes: Sequence[int], done: Path = tuple(done)) -> Candidates:
+            def scorer(sketch: GrowingTree, nodes: Sequence[int], done: Path = tuple(done)) -> Candidates:
                 rows = [logq_after(done + path_in(sketch, node)) for node in nodes]
                 return Candidates(rows[0][None] if len(rows) == 1 else torch.stack(rows))
 

@@ -1,1 +1,1 @@
-"""Decoding with drafts: the tree pass, its KV cache, what of a tree is accepted, and the loop around it."""
+"""Decodes with draft trees: the loop, its verification rules, the scheduler of drafters and `generate`."""

@@ -3,7 +3,7 @@
 transformers looks a decoding method up on the model's class, so the model is given a subclass of its own class, of the
 same name, whose `_sample` is ours; everything around it (options, processors, stop strings, streamers) stays theirs.
 
-Knows the arguments of `generate`; nothing of weights or tiers.
+Knows the arguments of `generate`; it does not know weights or tiers.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tiercache.kv.cache import support
 from tiercache.kv.tree_pass import TreeRun
 from tiercache.progress import note
 
-# Arguments of a forward that the loop gives itself, or that say nothing.
+# Arguments of a forward that the decode loop sets itself, or that change nothing.
 _OURS = (
     *compat.CACHE_NAMES,
     *("cache_position", "attention_mask", "position_ids"),
@@ -253,7 +253,7 @@ class _Noisy(transformers.LogitsProcessor):
 
 
 def _undrafted(drafting: DraftingGenerate, name: str) -> Callable[..., Any]:
-    """A decoding loop of transformers that nobody drafts for: beam search, an assistant model of the caller's."""
+    """A decoding loop of transformers without drafting: beam search, an assistant model of the caller's."""
 
     def loop(self: Any, *arguments: Any, **named: Any) -> Any:
         drafting.do_without(name.strip("_").replace("_", " "))

@@ -1,7 +1,7 @@
-"""The decode loop: draft a tree, verify it in one pass of the target, keep what is accepted, and again.
+"""The decode loop: draft a tree, verify it in one pass of the target, keep what is accepted, and repeat.
 
-Knows one request, a run of the target and who drafts; nothing of weights or tiers. What is emitted is the rule's
-decision alone.
+The verification rule alone decides what is emitted. The loop knows one request, a run of the target and the scheduler
+of drafters; it does not know weights or tiers.
 """
 
 import time
@@ -25,10 +25,10 @@ class DecodeLoop:
     Args:
         run: the target; nothing is committed yet.
         request: the call.
-        scheduler: who drafts, and how much.
-        rule: what of a tree is accepted.
-        noise: of the rule, by position; None in greedy decoding.
-        vocabulary: of the target.
+        scheduler: chooses the drafter and the size of each tree.
+        rule: the verification rule; it decides which part of a tree is accepted.
+        noise: the rule's, by position; None in greedy decoding.
+        vocabulary: size of the target's vocabulary.
         keep: tokens of the prompt whose keys and values are kept (SpecKV, lossy); None for all.
     """
 
@@ -43,10 +43,10 @@ class DecodeLoop:
         keep: int | None = None,
     ) -> None:
         self._run, self._request, self._scheduler, self._rule = run, request, scheduler, rule
-        self._keep = None if keep is None or keep >= request.length else keep  # until that is done
+        self._keep = None if keep is None or keep >= request.length else keep  # None once it is done
         tokens = request.text[0, request.padding :].tolist()
-        shape = request.shape()
-        self._context = Context(tokens, vocabulary, noise, shape, request.limit - request.length, run)
+        processors = request.node_processors()
+        self._context = Context(tokens, vocabulary, noise, processors, request.limit - request.length, run)
 
     def write(self, piece: int | None) -> None:
         """Prefill the prompt, `piece` tokens at a time if given, and decode until the request ends."""
@@ -78,7 +78,7 @@ class DecodeLoop:
             tree = self._fit(tree)
         drafted = time.perf_counter()
         if self._keep is not None:
-            self._thin(tree)
+            self._evict(tree)
             evicted = time.perf_counter() - drafted  # part of the prompt
             begin, drafted = begin + evicted, drafted + evicted
         logits = run.run((context.tokens[-1], *tree.tokens), (ROOT, *(parent + 1 for parent in tree.parents)))
@@ -88,11 +88,11 @@ class DecodeLoop:
         done = time.perf_counter()
         feedback = Feedback(tree, path, emitted, None, logits)
         del logits
-        scheduler.observe(Round(choice, passes, feedback, drafted - begin, done - drafted, begin))
+        scheduler.observe(Round(choice, passes, feedback, done - drafted, begin))
         return ended
 
-    def _thin(self, tree: DraftTree) -> None:
-        """Keep what of the prompt its newest tokens, the root and the likeliest that may follow look at most."""
+    def _evict(self, tree: DraftTree) -> None:
+        """Evict the prompt's keys and values but those with most attention from its newest and the drafted tokens."""
         assert self._keep is not None
         prompt = torch.tensor(self._context.tokens[-1 - WINDOW : -1], device=self._request.text.device)
         chain = [tree.tokens[node] for node in _first_path(tree)]

@@ -1,6 +1,6 @@
-"""One call of `generate`, as the decode loop needs it: the text so far, who shapes logits, who stops, who listens.
+"""One call of `generate`, as the decode loop needs it: its text, logits processors, stopping criteria and streamer.
 
-Knows the arguments of transformers' `_sample`; nothing of trees or drafters.
+Knows the arguments of transformers' `_sample`; it does not know trees or drafters.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ _ROWWISE = (
 
 @dataclass
 class Request:
-    """See the module.
+    """The text of one call so far, and what processes, stops and streams it.
 
     Attributes:
         ids: room for the whole text [1, capacity]; the first `length` are written.
         length: tokens of it, padding included.
         padding: how many of the first are padding.
-        processors: shape logits before a token is chosen: (ids [1, length], logits [1, vocabulary]) -> scores.
+        processors: change logits before a token is chosen: (ids [1, length], logits [1, vocabulary]) -> scores.
         criteria: whether the text ends here: (ids [1, length], None) -> [1].
         streamer: is given each token.
         limit: tokens of the whole text at most.
@@ -75,15 +75,15 @@ class Request:
             self.streamer.put(self.ids[0, self.length - 1 : self.length].cpu())
         return bool(self.criteria(self.text, tuple(self.scores) if self.keep_scores else None).all())
 
-    def shape(self) -> Callable[[Sequence[Sequence[int]], Tensor], Tensor] | None:
-        """The processors that a drafter may ask of any node (see `draft.base.Shape`); None where there are none."""
+    def node_processors(self) -> Callable[[Sequence[Sequence[int]], Tensor], Tensor] | None:
+        """The processors that a drafter may ask of any node (see `NodeProcessors`); None where there are none."""
         own = [p for p in self.processors if type(p).__name__ in _ROWWISE and _theirs(p)]
         if not own:
             return None
         if all(isinstance(p, logits_process.TemperatureLogitsWarper) for p in own):
             return lambda paths, logits: _through(own, self.text, logits)
 
-        def shape(paths: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+        def process(paths: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
             scores = torch.empty_like(logits)
             for length in {len(path) for path in paths}:
                 rows = [row for row, path in enumerate(paths) if len(path) == length]
@@ -92,7 +92,7 @@ class Request:
                 scores[rows] = _through(own, ids, logits[rows])
             return scores
 
-        return shape
+        return process
 
 
 def _theirs(processor: object) -> bool:

@@ -1,7 +1,8 @@
-"""Who drafts for an attached model, and how much: its drafters, the budgeter that chooses among them, and the account.
+"""The scheduler asks one of an attached model's drafters for each draft tree, and tells all of them what was accepted.
 
-Knows drafters and the policy; nothing of the target but what feedback says. Lives as long as the model is attached, so
-what was learnt of costs and acceptance serves the next call as well.
+The budgeter, a policy, chooses the drafter and the size of the tree. The scheduler lives as long as the model is
+attached, so that measured costs and acceptance rates serve the next call as well. It knows drafters and the policy; of
+the target it knows feedback alone.
 """
 
 import time
@@ -14,7 +15,7 @@ import torch
 from policies.acceptance import trials
 from policies.budgeter import Budgeter
 from policies.drafting import Choice
-from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, joined
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, combined_requirements
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
 
@@ -24,34 +25,33 @@ _NOTHING = DraftTree()
 
 @dataclass(frozen=True)
 class Round:
-    """One tree and what came of it.
+    """One draft tree and the result of its verification.
 
     Attributes:
         choice: the budget it was drafted under.
-        passes: that drafting it took.
-        feedback: what was verified and emitted, with all rows of logits.
-        draft_s, verify_s: seconds of proposing, and of the target's pass with its walk.
-        began_s: the clock at its start.
+        passes: drafting passes that it took.
+        feedback: the result of the target's pass, with all rows of logits.
+        verify_s: seconds of the target's pass and its verification.
+        began_s: the clock at the start of the round.
     """
 
     choice: Choice
     passes: int
     feedback: Feedback
-    draft_s: float
     verify_s: float
     began_s: float
 
 
 class DrafterScheduler:
-    """See the module.
+    """Schedules the drafters of an attached model.
 
     Args:
-        drafters: the arms.
+        drafters: those to choose from.
         budgeter: chooses among them for each round; None to always use `fixed`.
-        fixed: the budget of every round.
-        most_nodes: of any tree.
+        fixed: the choice of every round.
+        most_nodes: nodes that any tree may have.
         context: tokens of text that a KV cache was reserved for.
-        stats: the account.
+        stats: counts rounds, tokens and seconds.
     """
 
     def __init__(
@@ -69,14 +69,13 @@ class DrafterScheduler:
         stats.arm_rounds, stats.arm_tokens = [0] * len(drafters), [0] * len(drafters)
         self.most_nodes, self.context, self.stats = most_nodes, context, stats
         self._branches = True
-        self._plain: list[torch.Tensor] = []  # logits of passes without a tree that nobody was told of yet
+        self._plain: list[torch.Tensor] = []  # logits of passes without a tree, of which the drafters were not told yet
         self._late_s = 0.0  # of this round, telling of rounds before it
         self._tokens: list[int] = []  # of the text
-        self.needs = joined([drafter.needs for drafter in drafters])
-        self.name = " or ".join(drafter.name for drafter in drafters)
+        self.needs = combined_requirements([drafter.needs for drafter in drafters])
 
     def begin(self, context: Context) -> None:
-        """A new text."""
+        """Start a new text."""
         self._plain, self._tokens, self._late_s = [], context.tokens, 0.0
         self._branches = context.run is None or context.run.supports_tree
         if self._budgeter is not None:
@@ -85,7 +84,7 @@ class DrafterScheduler:
             drafter.begin(context)
 
     def prefilled(self, feedback: Feedback) -> None:
-        """The prompt's pass is done and the first token is out; `feedback` as in `Round`."""
+        """Tell the drafters of the prompt's pass and the first token; `feedback` as in `Round`."""
         self._tell(feedback)
 
     def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, Choice, int]:
@@ -110,7 +109,7 @@ class DrafterScheduler:
         return drafter.propose(budget), choice, drafter.passes
 
     def observe(self, done: Round) -> None:
-        """Account for a round, and tell everybody."""
+        """Count a round, and tell the drafters and the budgeter of it."""
         feedback, choice = done.feedback, done.choice
         if choice.arm is None and not self.needs.logits:
             assert feedback.logits is not None
@@ -148,7 +147,7 @@ class DrafterScheduler:
             drafter.observe(told)
 
     def _tell_plain(self, emitted: tuple[int, ...]) -> None:
-        """Of several passes without a tree at once, as of a prompt's last tokens: passes may take milliseconds."""
+        """Tell of several passes without a tree at once, as of a prompt's last tokens: a pass may take milliseconds."""
         rows, self._plain = self._plain, []
         if rows:
             begin = time.perf_counter()
@@ -156,11 +155,11 @@ class DrafterScheduler:
             self._late_s += time.perf_counter() - begin
 
     def end(self) -> None:
-        """The text has ended: what nobody was told of yet is told now."""
+        """The text has ended: tell the drafters of the passes that they were not told of yet."""
         self._tell_plain(tuple(self._tokens[-1:]))
 
     def close(self) -> None:
-        """Let the drafters put away what they learnt, whatever one raises; harmless when done twice."""
+        """Close all drafters, whatever one raises; harmless when done twice."""
         with ExitStack() as stack:
             for drafter in self._drafters:
                 stack.callback(drafter.close)

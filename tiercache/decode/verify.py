@@ -1,9 +1,9 @@
-"""Which drafted tokens are emitted: rules that walk down a tree by the target's scores.
+"""Decides which drafted tokens are emitted, by rules that walk down a draft tree by the target's scores.
 
 Every rule asks for the scores of a node only when it has arrived there, once, so that logits processors which keep
 state see each emitted token once and in order, and so that the caller may stop at any token.
 
-Knows trees and scores; nothing of models, or of who drafted.
+Knows trees and scores; it does not know models or drafters.
 """
 
 import math
@@ -84,8 +84,8 @@ class Rejection:
     section 3.1; Sequoia, arXiv 2402.12374, algorithm 2).
 
     Args:
-        generator: draws, independently of whoever drew the tree; None to decode greedily, where p is 1 at one token
-            and the rule becomes the target's walk.
+        generator: draws, independently of the drafter that drew the tree; None to decode greedily, where p is 1 at one
+            token and the rule becomes the target's walk.
     """
 
     name = "rejection"

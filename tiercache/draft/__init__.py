@@ -1,1 +1,1 @@
-"""Guesses the tokens that the target would emit, as trees; never decides what is emitted."""
+"""Guesses the tokens that the target model would emit next, as draft trees; it never decides what is emitted."""

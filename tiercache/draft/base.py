@@ -1,7 +1,7 @@
-"""What a drafter is: what it asks for, what it is told, and what it may be asked.
+"""Defines the protocol of a drafter: what it requires, what it is asked and what it is told.
 
-Knows trees and tokens; nothing of the target. A drafter never decides what is emitted, so a bad one costs time and
-nothing else.
+A drafter guesses the tokens that the target model would emit next. It never decides what is emitted, so a bad drafter
+costs time and nothing else. This module knows draft trees and tokens; it does not know the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,25 +15,25 @@ from policies.temperature import TemperatureScaling
 from tiercache.draft.tree import DraftTree
 from tiercache.kv.tree_pass import TreeRun
 
-# The noise that the target will be given when it chooses the token at an absolute position: [vocabulary], fp32.
+# The noise that is added to the target's scores of the token at an absolute position: [vocabulary], fp32.
 Noise = Callable[[int], torch.Tensor]
-# The run's logits processors at nodes: (for each the tokens from the root's successor to it, logits [nodes,
-# vocabulary]) -> scores. They are a drafter's to rank by; the verifier asks the processors themselves.
-Shape = Callable[[Sequence[Sequence[int]], torch.Tensor], torch.Tensor]
+# The request's logits processors, applied at several nodes: (for each node the tokens from the root's successor to it,
+# logits [nodes, vocabulary]) -> scores. A drafter ranks by them; verification applies the processors themselves.
+NodeProcessors = Callable[[Sequence[Sequence[int]], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class DrafterRequirements:
-    """What a drafter wants to be told of every pass, and what it takes.
+    """What a drafter wants to be told of every pass, and how much memory it takes.
 
     Attributes:
-        topk: the target's likeliest tokens of each node, so many.
-        logits: the whole rows of logits of each node.
+        topk: it wants this many of the target's likeliest tokens at each node.
+        logits: it wants the whole row of logits of each node.
         shared_kv: it runs the target's own model on the target's KV cache.
-        vocabulary: it guesses tokens of this many; None for any.
-        device_bytes: what it holds where the model computes.
-        host_bytes: what it holds in main memory.
-        node_bytes: what each node takes while a tree grows and is verified, where the model computes.
+        vocabulary: size of the vocabulary that it guesses from; None for any.
+        device_bytes: memory that it holds where the model computes.
+        host_bytes: main memory that it holds.
+        node_bytes: memory of each node where the model computes, while a tree grows and is verified.
     """
 
     topk: int = 0
@@ -47,18 +47,19 @@ class DrafterRequirements:
 
 @dataclass(frozen=True)
 class TreeBudget:
-    """How large a tree may be.
+    """How large a draft tree may be.
 
     Attributes:
-        nodes: at most.
-        depth: of the deepest node; children of the root have 1.
-        width: nodes expanded in one drafting pass, and children of a node.
-        floor: a node whose whole path is accepted with less than this probability, as the drafter sees it, is not
+        nodes: how many it may have.
+        depth: how deep it may be; children of the root have depth 1.
+        width: how many nodes one drafting pass expands, and how many children a node may have.
+        floor: a node whose whole path is accepted with less than this probability, by the drafter's estimate, is not
             worth verifying.
-        grow_floor: likewise, not worth another drafting pass.
-        sharpness: factor on scores that makes a drafter's confidence as high as it is right.
-        enough: accepted tokens to be expected of a tree for which no further drafter need be asked; None where that
-            is not known.
+        grow_floor: such a node is not worth another drafting pass.
+        score_scale: factor on scores, by temperature scaling, with which a drafter's confidence matches its acceptance
+            rate.
+        enough: accepted tokens that a tree must promise so that no further drafter is asked; None where that is not
+            known.
         deadline_s: seconds that proposing may take; None for no bound.
     """
 
@@ -74,37 +75,37 @@ class TreeBudget:
 
 @dataclass
 class Context:
-    """The sequence that is being continued, as a drafter sees it; `tokens` grows as the loop commits.
+    """The sequence that is being continued, as a drafter sees it.
 
     Attributes:
-        tokens: ids of the prompt and of everything emitted; the last one is the root of the next tree.
-        vocabulary: of the target.
+        tokens: ids of the prompt and of everything emitted; the decode loop appends to it. The last one is the root of
+            the next tree.
+        vocabulary: size of the target's vocabulary.
         noise: the target's noise by absolute position (`len(tokens)` is the next token's); None in greedy decoding.
-        shape: the run's processors, for drafters that have logits; None where there are none.
+        processors: the request's logits processors, for drafters that have logits; None where there are none.
         room: positions left before the sequence must end.
-        run: the target's own model and KV cache at the root, for drafters that share it.
+        run: the target's own model and KV cache at the root, for drafters that share them.
     """
 
     tokens: list[int]
     vocabulary: int
     noise: Noise | None = None
-    shape: Shape | None = None
+    processors: NodeProcessors | None = None
     room: int = 1 << 30
     run: TreeRun | None = None
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one pass of the target showed. The prompt's pass has an empty tree.
+    """The result of one pass of the target. The prompt's pass has an empty tree.
 
     Attributes:
-        tree: what was verified.
+        tree: the tree that was verified.
         path: the accepted nodes, in order.
-        emitted: the accepted tokens and the target's own one after them, as committed (an end of the sequence may
-            have cut them short).
-        topk: likeliest tokens of the root and of every node [1 + nodes, k], best first, if asked for; after a prompt
-            one row for each of its last tokens, the root's last.
-        logits: whole rows likewise, if asked for; valid only during the call.
+        emitted: the accepted tokens and the target's own token after them; the end of the sequence may cut them short.
+        topk: the target's likeliest tokens at the root and at every node [1 + nodes, k], best first, if required. After
+            a prompt there is one row for each of its last tokens; the root's row comes last.
+        logits: whole rows likewise, if required; valid only during the call.
     """
 
     tree: DraftTree
@@ -115,14 +116,15 @@ class Feedback:
 
 
 class Drafter(Protocol):
-    """Guesses what follows.
+    """Guesses the tokens that follow.
 
     Attributes:
-        name: as statistics and tables have it.
-        needs: what it wants to be told, and what it takes.
-        open_ended: its trees end by themselves where a budget's floors say so; it may be asked for the largest.
-        tables: it only looks up, and never takes a pass of a model.
-        passes: of a model, that its newest proposal took.
+        name: its name in statistics and tables.
+        needs: its requirements.
+        open_ended: its trees end by themselves where the budget's floors say so, so that it may be asked for the
+            largest tree.
+        tables: it only looks tokens up, and never runs a model.
+        passes: how many passes of a model its newest proposal took.
     """
 
     name: str
@@ -133,23 +135,23 @@ class Drafter(Protocol):
 
     @property
     def score_scale(self) -> TemperatureScaling:
-        """Of its scores: learnt by whoever asks it, and told in the budget."""
+        """The factor on its scores. The caller of `propose` learns it and passes it on in the budget."""
 
     def begin(self, context: Context) -> None:
-        """A new sequence; forget the last one, but not what was learnt."""
+        """Start a new sequence: forget the last one, but not what was learnt."""
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """A tree below the context's last token; may be empty."""
+        """Return a draft tree below the context's last token; it may be empty."""
 
     def observe(self, feedback: Feedback) -> None:
-        """What came of it; the context's tokens hold the emitted ones already."""
+        """Learn from a verified tree; the context's tokens hold the emitted ones already."""
 
     def close(self) -> None:
-        """Give back what it holds, and put what was learnt where it is kept; harmless when done twice."""
+        """Release what it holds and store what was learnt; harmless when done twice."""
 
 
 class BaseDrafter:
-    """The parts of `Drafter` that most leave empty."""
+    """Implements the parts of `Drafter` that most drafters leave empty."""
 
     name = "base"
     needs = DrafterRequirements()
@@ -176,8 +178,8 @@ class BaseDrafter:
         """See `Drafter`."""
 
 
-def joined(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
-    """What several drafters need that are asked one at a time, for any vocabulary."""
+def combined_requirements(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
+    """The requirements of several drafters that are asked one at a time, for any vocabulary."""
     return DrafterRequirements(
         topk=max((need.topk for need in needs), default=0),
         logits=any(need.logits for need in needs),

@@ -1,4 +1,4 @@
-"""The cascade of several drafters: asks one after the other until one is sure enough.
+"""The cascade of several drafters: asks one after the other until a tree promises enough accepted tokens.
 
 It knows drafters by their protocol only.
 """
@@ -12,16 +12,16 @@ from tiercache.draft.composite import CompositeDrafter
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
-_LATER = 1.5  # a later drafter must be this much surer: of two guesses the surer one is also the more overrated
+_LATER = 1.5  # factor on what a later drafter's tree promises: the surer of two guesses is also the more overrated
 
 
 class Cascade(CompositeDrafter):
-    """Asks one drafter after the other until one is sure enough.
+    """Asks one drafter after the other until a draft tree promises enough accepted tokens.
 
-    S2D (arXiv 2407.01955, section 3) hands over from a small drafter to a larger one so, and SAM-Decoding (arXiv
-    2411.10666, section 3.3) where its match is short. Sureness is the number of tokens that a tree expects to see
-    accepted, the sum of its nodes' path probabilities; where a drafter gives none, its tree's depth. If none is sure
-    enough, the surest tree is taken; where the budget says what is enough, an earlier drafter's must be much surer.
+    S2D (arXiv 2407.01955, section 3) hands over from a small drafter to a larger one in this way, SAM-Decoding (arXiv
+    2411.10666, section 3.3) where its match is short. A tree promises as many accepted tokens as the probabilities of
+    its nodes' paths sum up to, or its depth where its drafter gives no probabilities. If no tree promises enough, the
+    one that promises most is taken. Where the budget says what is enough, a later drafter's promise counts for more.
 
     Args:
         drafters: the cheapest first; see `CompositeDrafter`.
@@ -44,20 +44,20 @@ class Cascade(CompositeDrafter):
         """See `Drafter`."""
         threshold = self._threshold if budget.enough is None else budget.enough
         later = 1.0 if budget.enough is None else _LATER
-        best, surest, self.passes = DraftTree(), 0.0, 0
+        best, most, self.passes = DraftTree(), 0.0, 0
         self._guesses.clear()
         for drafter in self.drafters:
             tree = drafter.propose(replace(budget, score_scale=drafter.score_scale.value))
             self.passes += drafter.passes
             self._guesses.append((drafter, tree))
-            if len(tree) and (sureness := expected(tree)) * later > surest:
-                best, surest = tree, sureness
-            if surest > threshold:
+            if len(tree) and (promised := expected_accepted(tree)) * later > most:
+                best, most = tree, promised
+            if most > threshold:
                 break
         return best
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`. How sure a drafter is to be believed is learnt from its trees that were not taken, too."""
+        """See `Drafter`. Every drafter's temperature scaling learns, also from trees that were not taken."""
         for drafter, tree in self._guesses:
             for confidence, came in tree.outcomes(feedback.emitted):
                 drafter.score_scale.observe(confidence, came)
@@ -65,8 +65,8 @@ class Cascade(CompositeDrafter):
         super().observe(feedback)
 
 
-def expected(tree: DraftTree) -> float:
-    """Tokens that a tree expects to see accepted; its depth where it has no probabilities."""
+def expected_accepted(tree: DraftTree) -> float:
+    """How many tokens of a tree are expected to be accepted; its depth where it has no probabilities."""
     if tree.logq is None:
         return float(max(tree.depths, default=0))
     paths: list[float] = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, joined
+from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, combined_requirements
 from tiercache.errors import UsageError
 
 
@@ -48,8 +48,11 @@ class CompositeDrafter(BaseDrafter):
 
 
 def _joint_requirements(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
+    """The requirements of drafters that all take part in one proposal, for one vocabulary."""
     vocabularies = {need.vocabulary for need in needs if need.vocabulary is not None}
     if len(vocabularies) > 1:
         raise UsageError(f"drafters of {sorted(vocabularies)} tokens in one; they must share a vocabulary")
     vocabulary = next(iter(vocabularies), None)
-    return replace(joined(needs), vocabulary=vocabulary, node_bytes=sum(need.node_bytes for need in needs))
+    return replace(
+        combined_requirements(needs), vocabulary=vocabulary, node_bytes=sum(need.node_bytes for need in needs)
+    )

@@ -1,10 +1,10 @@
-"""How trees grow, written once over any drafter's scores.
+"""Grows draft trees from any drafter's scores.
 
-Growers that rank take the children that are likeliest to be accepted; growers that draw take them by chance, for the
-rule that needs it. A ranking grower that is told the target's noise adds it to its own scores, for the target's token
-is the argmax of such a sum.
+Growers that rank take the children that are likeliest to be accepted. Growers that draw take them at random, for the
+verification rule that needs it. A ranking grower that is told the target's noise adds it to its own scores, for the
+target's token is the argmax of such a sum.
 
-Knows scores and trees; nothing of models, or of how the scores come about.
+Knows scores and trees; it does not know models, or how the scores come about.
 """
 
 import heapq
@@ -18,23 +18,23 @@ from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.growing_tree import (
     Candidates,
     Grower,
-    Passes,
+    GrowingTree,
+    PassBudget,
     Scorer,
     Siblings,
-    Sketch,
     safe_log,
     siblings_of,
     within,
 )
-from tiercache.draft.sampled_growers import Branching, Draws, Rows, StochasticBeam
+from tiercache.draft.sampled_growers import Branching, Draws, ParentDistributions, StochasticBeam
 from tiercache.draft.static import RankRates, Template, best_template
 from tiercache.draft.tree import ROOT, DraftTree, Order
 from tiercache.errors import UsageError
 
-__all__ = ["Candidates", "Grower", "Ranked", "Scorer", "Sketch", "Static", "grower", "log_confidence"]
+__all__ = ["Candidates", "Grower", "GrowingTree", "Ranked", "Scorer", "Static", "grower", "log_confidence"]
 
 
-_RIDES = 0.4  # of what a drafting pass costs: what a further node in it does
+_RIDES = 0.4  # a further node in a drafting pass costs this share of the pass
 
 
 def log_confidence(best: Tensor, z: Tensor) -> Tensor:
@@ -93,15 +93,15 @@ class Ranked:
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
         """See `Grower`."""
-        passes = Passes(context, budget)
-        sketch = Sketch()
+        passes = PassBudget(context, budget)
+        growing = GrowingTree()
         kept: list[float] = []  # scores of the likeliest nodes, a heap whose first is the least
         open_: list[tuple[float, int]] = [(0.0, ROOT)]  # (-score, node), a heap
-        while (nodes := self._frontier(open_, kept, budget)) and passes.another(sketch.score(nodes[0])):
+        while (nodes := self._frontier(open_, kept, budget)) and passes.another(growing.score(nodes[0])):
             if self._by_depth:
                 open_.clear()
-            for siblings in _ranked(sketch, nodes, scorer(sketch, nodes), context, budget.width, budget.score_scale):
-                above = sketch.score(siblings.parent)
+            for siblings in _ranked(growing, nodes, scorer(growing, nodes), context, budget.width, budget.score_scale):
+                above = growing.score(siblings.parent)
                 for token, step in zip(siblings.tokens, siblings.steps, strict=True):
                     score = above + step
                     if len(kept) < budget.nodes:
@@ -110,9 +110,9 @@ class Ranked:
                         heapq.heapreplace(kept, score)
                     else:
                         break  # its younger siblings are no likelier
-                    heapq.heappush(open_, (-score, sketch.add(siblings.parent, token, step)))
-        best = sorted(range(len(sketch.tokens)), key=lambda node: (-sketch.scores[node], node))[: budget.nodes]
-        return sketch.tree(_order(context), _above_floor(sketch, best, budget.floor))
+                    heapq.heappush(open_, (-score, growing.add(siblings.parent, token, step)))
+        best = sorted(range(len(growing.tokens)), key=lambda node: (-growing.scores[node], node))[: budget.nodes]
+        return growing.tree(_order(context), _above_floor(growing, best, budget.floor))
 
     @staticmethod
     def _frontier(open_: list[tuple[float, int]], kept: list[float], budget: TreeBudget) -> list[int]:
@@ -143,32 +143,32 @@ class Static:
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
         """See `Grower`."""
-        passes = Passes(context, budget)
+        passes = PassBudget(context, budget)
         children = self._children(budget, passes.depth)
-        sketch, q = Sketch(), Rows(context.vocabulary)
+        growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         frontier = {ROOT: ROOT}  # nodes with children to come, and which of the template's each is
         while frontier:
-            nodes = [node for node in frontier if sketch.score(node) >= safe_log(budget.floor)]
+            nodes = [node for node in frontier if growing.score(node) >= safe_log(budget.floor)]
             wanted = [children.get(frontier[node], []) for node in nodes]
             most = max(map(len, wanted), default=0)
-            if not most or not passes.another(max(map(sketch.score, nodes))):
+            if not most or not passes.another(max(map(growing.score, nodes))):
                 break
-            candidates = scorer(sketch, nodes)
+            candidates = scorer(growing, nodes)
             if self._draws is None:
-                found = _ranked(sketch, nodes, candidates, context, most, budget.score_scale)
+                found = _ranked(growing, nodes, candidates, context, most, budget.score_scale)
             else:
                 found = self._draws(nodes, candidates, most, q)
             below: dict[int, int] = {}
             for siblings, places in zip(found, wanted, strict=True):
                 for token, step, place in zip(siblings.tokens, siblings.steps, places, strict=False):
-                    node = sketch.add(siblings.parent, token, step)
+                    node = growing.add(siblings.parent, token, step)
                     if place in children:
                         below[node] = place
             frontier = below
         if self._draws is not None:
-            return sketch.tree("without_replacement", range(len(sketch.tokens)), q.of(sketch))
-        likeliest = sorted(range(len(sketch.tokens)), key=lambda node: (-sketch.scores[node], node))
-        return sketch.tree(_order(context), _above_floor(sketch, likeliest, budget.floor))
+            return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
+        likeliest = sorted(range(len(growing.tokens)), key=lambda node: (-growing.scores[node], node))
+        return growing.tree(_order(context), _above_floor(growing, likeliest, budget.floor))
 
     def _children(self, budget: TreeBudget, depth: int) -> dict[int, list[int]]:
         rates = self.rates()
@@ -182,12 +182,12 @@ class Static:
 
 
 def _ranked(
-    sketch: Sketch, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, score_scale: float
+    growing: GrowingTree, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, score_scale: float
 ) -> list[Siblings]:
     """The best `count` children of each node."""
     z, tokens = within(candidates, context.vocabulary)
     if context.noise is not None:
-        positions = [len(context.tokens) + sketch.depth(node) for node in nodes]
+        positions = [len(context.tokens) + growing.depth(node) for node in nodes]
         noise = {position: context.noise(position).to(z.device) for position in set(positions)}
         rows = torch.stack([noise[position] for position in positions])
         z = z + (rows[:, : z.shape[1]] if tokens is None else rows.gather(1, tokens))
@@ -197,9 +197,9 @@ def _ranked(
     return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), steps)
 
 
-def _above_floor(sketch: Sketch, likeliest: Sequence[int], floor: float) -> list[int]:
+def _above_floor(growing: GrowingTree, likeliest: Sequence[int], floor: float) -> list[int]:
     """Those of `likeliest`, the likeliest first, that are worth verifying, or the first alone; ascending."""
-    return sorted([node for node in likeliest if sketch.scores[node] >= safe_log(floor)] or likeliest[:1])
+    return sorted([node for node in likeliest if growing.scores[node] >= safe_log(floor)] or likeliest[:1])
 
 
 def _order(context: Context) -> Order:

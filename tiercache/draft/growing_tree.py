@@ -1,6 +1,6 @@
-"""A tree while it grows, what a drafter says of its nodes, and whether to ask it again.
+"""A draft tree while it grows: its nodes and scores, and whether another drafting pass may begin.
 
-Knows scores and budgets; nothing of models, or of which children a grower takes.
+Knows scores and budgets; it does not know models, or which children a grower takes.
 """
 
 import math
@@ -15,8 +15,8 @@ from tiercache.draft.tree import ROOT, DraftTree, Order
 
 
 @dataclass
-class Sketch:
-    """A tree that still grows; a node keeps its number while it does.
+class GrowingTree:
+    """A draft tree that still grows; its nodes keep their numbers.
 
     Attributes:
         tokens, parents: of each node, as in `DraftTree`.
@@ -39,6 +39,14 @@ class Sketch:
         """Log confidence of `node`'s path; the root has 0."""
         return 0.0 if node == ROOT else self.scores[node]
 
+    def path_tokens(self, node: int) -> list[int]:
+        """The tokens from the root's successor to `node`."""
+        tokens: list[int] = []
+        while node != ROOT:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
+
     def add(self, parent: int, token: int, step: float) -> int:
         """A new last child of `parent`."""
         self.tokens.append(token)
@@ -49,7 +57,7 @@ class Sketch:
         return len(self.tokens) - 1
 
     def tree(self, order: Order, keep: Iterable[int], q: dict[int, Tensor] | None = None) -> DraftTree:
-        """The tree of the nodes in `keep`, ascending, which hold every node's parent; `q` by the sketch's numbers."""
+        """The tree of the nodes in `keep`, ascending, which hold every node's parent; `q` is by parent."""
         place = {ROOT: ROOT}
         nodes = list(keep)
         for node in nodes:
@@ -65,20 +73,20 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a drafter says follows each of some nodes.
+    """The tokens that may follow each of some nodes, as a drafter scores them.
 
     Attributes:
         logq: log-probabilities [nodes, k]; -inf where there is nothing.
-        tokens: whose they are [nodes, k], none twice in a row; None where the column is the token.
+        tokens: their tokens [nodes, k], none twice in a row; None where the column is the token.
     """
 
     logq: Tensor
     tokens: Tensor | None = None
 
 
-# What follows each of the nodes asked for (`ROOT` for the root), none of them asked for before, and whose parents were:
-# one call is one pass of the drafter.
-Scorer = Callable[[Sketch, Sequence[int]], Candidates]
+# Returns what follows each of some nodes (`ROOT` for the root). No node is asked for twice; its parent was asked for
+# before. One call is one pass of the drafter.
+Scorer = Callable[[GrowingTree, Sequence[int]], Candidates]
 # (scorer, context, budget) -> a tree within the budget and the context's room; without a call if that is empty.
 Grower = Callable[[Scorer, Context, TreeBudget], DraftTree]
 
@@ -89,7 +97,7 @@ class Siblings:
 
     Attributes:
         parent: the node.
-        tokens, steps: of each child; see `Sketch`.
+        tokens, steps: of each child; see `GrowingTree`.
         perturbed: log q + Gumbel noise of each, where they were drawn.
     """
 
@@ -99,8 +107,8 @@ class Siblings:
     perturbed: list[float] = field(default_factory=list)
 
 
-class Passes:
-    """Whether another drafting pass may begin.
+class PassBudget:
+    """Decides whether another drafting pass may begin.
 
     Attributes:
         depth: of the deepest node that there may be; 0 for an empty tree. No more passes than this are useful.
@@ -113,7 +121,7 @@ class Passes:
         self._end = math.inf if budget.deadline_s is None else time.perf_counter() + budget.deadline_s
 
     def another(self, score: float) -> bool:
-        """Count one more, if it is worth it for a likeliest node of this score."""
+        """Whether one more pass may begin and is worth it for a likeliest node of this score; counts it."""
         self._done += 1
         return self._done <= self.depth and score >= self._least and time.perf_counter() < self._end
 
@@ -128,7 +136,7 @@ def within(candidates: Candidates, vocabulary: int) -> tuple[Tensor, Tensor | No
 
 
 def siblings_of(nodes: Sequence[int], tokens: Tensor, steps: Tensor, perturbed: Tensor | None = None) -> list[Siblings]:
-    """Rows as lists, without what is no candidate."""
+    """The children of each of `nodes`, from rows of tokens and scores; -inf marks what is no candidate."""
     highs = [[]] * len(nodes) if perturbed is None else perturbed.tolist()
     found = []
     for node, names, logs, high in zip(nodes, tokens.tolist(), steps.tolist(), highs, strict=True):

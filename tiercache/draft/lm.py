@@ -1,6 +1,6 @@
-"""A small language model as drafter, with the target's vocabulary or a part of it.
+"""Drafts by a small language model that has the target's vocabulary or a part of it.
 
-Knows transformers models; nothing of the target but its tokens. The model may be an offloaded one itself.
+Knows transformers models; of the target it knows the tokens alone. The model may be an offloaded one itself.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tiercache.draft.base import Context, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.growing_tree import Grower
 from tiercache.draft.lm_base import GrownDrafter
-from tiercache.draft.scores import RunScores
+from tiercache.draft.scorer import RunScorer
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 from tiercache.kv.tree_pass import TreeRun
@@ -30,7 +30,7 @@ class LmDrafter(GrownDrafter):
         grower: how trees grow.
         vocabulary: tokens that it may draft; its head is trimmed to their rows until `close` (VocabTrim,
             arXiv 2506.22694). None for all.
-        needs: what it takes of the budgets.
+        needs: its requirements.
         capacity: slots of its KV cache, for a text and the largest tree; None to grow it as needed.
         name: in statistics.
 
@@ -54,7 +54,7 @@ class LmDrafter(GrownDrafter):
         self._head: nn.Module | None = None
         self._kept = None if vocabulary is None else self._trim(sorted(set(vocabulary)))
         self._run: TreeRun | None = None
-        self._scores: RunScores | None = None
+        self._scores: RunScorer | None = None
 
     def begin(self, context: Context) -> None:
         """See `Drafter`."""
@@ -71,7 +71,7 @@ class LmDrafter(GrownDrafter):
         missing = torch.tensor(self.context.tokens[run.length :], device=self.model.device)
         for piece in missing.split(_PIECE):
             root = run.prefill(piece)
-        self._scores = RunScores(run, self.context, root, self._kept)
+        self._scores = RunScorer(run, self.context, root, self._kept)
         if not run.supports_tree:
             budget = replace(budget, width=1)
         self._tree = self._grower(self._scores, self.context, budget)

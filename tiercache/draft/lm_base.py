@@ -1,6 +1,6 @@
-"""What drafters by a language model share: a grower that is seeded by the request, and learns what was accepted.
+"""The base of drafters by a language model: its grower takes the request's seed and learns what was accepted.
 
-Knows growers; not which model they ask.
+Knows growers; it does not know which model scores the nodes.
 """
 
 from tiercache.draft.base import BaseDrafter, Context, Feedback

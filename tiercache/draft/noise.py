@@ -1,10 +1,10 @@
-"""Counter-based Gumbel noise: the same number for a seed, sample, position and token, whoever asks and in which order.
+"""Makes counter-based Gumbel noise: seed, sample, position and token decide each number, whatever was asked before.
 
 A target that takes `argmax(scores + noise)` samples from `softmax(scores)` (the Gumbel-max trick), and what it emits
 depends on nothing but its scores and the seed: not on the tree that was verified, nor on the drafter (Coupling
 without communication and drafter-invariant speculative decoding, arXiv 2408.07978, section 3).
 
-Knows integers; nothing of models.
+Knows integers; it does not know models.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 # Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), all modulo 2**64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = 1 << 64
-KEPT = 18
+KEPT_POSITIONS = 18
 """Positions whose noise is kept: those of one round, from the root to a leaf 16 tokens deep, and the token after it."""
 
 _AT_ONCE, _NUMBERS = 8, 1 << 14  # positions made together: no more, and no more numbers; small arrays cost by the call
@@ -43,7 +43,7 @@ class GumbelNoise:
         if position not in self._kept:
             last = position + max(1, min(_AT_ONCE, _NUMBERS // len(self._tokens)))
             self._kept.update(zip(range(position, last), self._make(range(position, last)), strict=True))
-            while len(self._kept) > KEPT:
+            while len(self._kept) > KEPT_POSITIONS:
                 self._kept.popitem(last=False)
         return self._kept[position]
 

@@ -1,9 +1,9 @@
-"""The target as its own drafter: the same model, on the planes that are in the fastest tier already.
+"""Drafts by the target model itself, on the planes (bit planes of its weights) that are in the fastest tier already.
 
 Such a pass moves no weights, needs no second model, and its KV entries go into the target's own cache, to be dropped
 before the target verifies (SubSpec, arXiv 2509.18344, has a quantised copy of the target draft like this).
 
-Knows the run that it shares; where planes lie is the business of whoever gives it `resident`.
+Knows the run that it shares; it does not know where planes lie, which `resident` decides.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from tiercache.draft.base import DrafterRequirements, TreeBudget
 from tiercache.draft.growing_tree import Grower
 from tiercache.draft.lm_base import GrownDrafter
-from tiercache.draft.scores import RunScores
+from tiercache.draft.scorer import RunScorer
 from tiercache.draft.tree import DraftTree
 
 
@@ -40,7 +40,7 @@ class ResidentDrafter(GrownDrafter):
         assert run is not None
         try:
             with self._resident():
-                scores = RunScores(run, self.context)
+                scores = RunScorer(run, self.context)
                 self._tree = self._grower(scores, self.context, budget)
                 self.passes = scores.passes
                 return self._tree

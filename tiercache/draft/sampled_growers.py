@@ -1,9 +1,9 @@
-"""Growers whose children are drawn without replacement, by the drafter's own chance.
+"""Grows draft trees whose children are drawn without replacement, by the drafter's own random numbers.
 
 What was drawn may decide whether it gets children or is followed by a sibling, never whether it is kept itself: that
 would change the distribution that it was drawn from.
 
-Knows scores and trees; nothing of models, or of how the scores come about.
+Knows scores and trees; it does not know models, or how the scores come about.
 """
 
 import hashlib
@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.growing_tree import Candidates, Passes, Scorer, Siblings, Sketch, safe_log, siblings_of, within
+from tiercache.draft.growing_tree import (
+    Candidates,
+    GrowingTree,
+    PassBudget,
+    Scorer,
+    Siblings,
+    safe_log,
+    siblings_of,
+    within,
+)
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
 
-class Rows:
+class ParentDistributions:
     """Whole distributions [vocabulary] that children were drawn from, by parent."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -38,13 +47,13 @@ class Rows:
             rows = whole
         self._rows.update(zip(nodes, rows, strict=True))
 
-    def of(self, sketch: Sketch) -> dict[int, Tensor]:
+    def of(self, growing: GrowingTree) -> dict[int, Tensor]:
         """Of the parents that got children."""
-        return {parent: self._rows[parent] for parent in set(sketch.parents)}
+        return {parent: self._rows[parent] for parent in set(growing.parents)}
 
 
 class Draws:
-    """A drafter's own chance: draws children without replacement by the Gumbel-top-k trick (arXiv 1903.06059).
+    """A drafter's own random numbers: draws children without replacement by the Gumbel-top-k trick (arXiv 1903.06059).
 
     The numbers go on from tree to tree. If they began anew with each sequence, the answers to one prompt would all
     have been offered the same drafts, and would not be independent.
@@ -62,7 +71,9 @@ class Draws:
         digest = hashlib.blake2b(f"drafts {seed}".encode(), digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest) >> 1)
 
-    def __call__(self, nodes: Sequence[int], candidates: Candidates, count: int, q: Rows) -> list[Siblings]:
+    def __call__(
+        self, nodes: Sequence[int], candidates: Candidates, count: int, q: ParentDistributions
+    ) -> list[Siblings]:
         """At most `count` children of each of `nodes`; what they were drawn from goes to `q`."""
         logq, tokens = within(candidates, q.vocabulary)
         rows = torch.softmax(logq, -1).nan_to_num_(0.0)  # NaN where a node has no candidates
@@ -77,7 +88,7 @@ class Branching:
     """A number of children for every node of a depth, drawn without replacement (RSD-C, arXiv 2402.14160, section 3.1).
 
     Args:
-        draws: the drafter's own chance.
+        draws: the drafter's own random numbers.
         branching: children of each node, by depth of the node; 1 beyond. Empty for as many at every depth as leave
             each of them a whole chain.
     """
@@ -89,24 +100,24 @@ class Branching:
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
         """See `Grower`."""
-        passes = Passes(context, budget)
-        sketch, q = Sketch(), Rows(context.vocabulary)
+        passes = PassBudget(context, budget)
+        growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         frontier = [ROOT]
         for level in range(passes.depth):
-            likely = (node for node in frontier if sketch.score(node) >= safe_log(budget.floor))
-            nodes = heapq.nlargest(budget.width, likely, key=sketch.score)
-            room = budget.nodes - len(sketch.tokens)
-            if not nodes or room < 1 or not passes.another(sketch.score(nodes[0])):
+            likely = (node for node in frontier if growing.score(node) >= safe_log(budget.floor))
+            nodes = heapq.nlargest(budget.width, likely, key=growing.score)
+            room = budget.nodes - len(growing.tokens)
+            if not nodes or room < 1 or not passes.another(growing.score(nodes[0])):
                 break
             count = min(room, self._count(level, room // (passes.depth - level) // len(nodes), budget.width))
             nodes = nodes[: room // count]
-            drawn = self.draws(nodes, scorer(sketch, nodes), count, q)
+            drawn = self.draws(nodes, scorer(growing, nodes), count, q)
             frontier = [
-                sketch.add(siblings.parent, *child)
+                growing.add(siblings.parent, *child)
                 for siblings in drawn
                 for child in zip(siblings.tokens, siblings.steps, strict=True)
             ]
-        return sketch.tree("without_replacement", range(len(sketch.tokens)), q.of(sketch))
+        return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
 
     def _count(self, level: int, fair: int, width: int) -> int:
         """Children of each node of a depth; `fair` many leave deeper ones as much."""
@@ -129,22 +140,22 @@ class StochasticBeam:
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
         """See `Grower`."""
-        passes = Passes(context, budget)
-        sketch, q = Sketch(), Rows(context.vocabulary)
+        passes = PassBudget(context, budget)
+        growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         beam = max(1, min(budget.width, budget.nodes // max(1, passes.depth)))
         frontier: dict[int, float] = {ROOT: 0.0}  # perturbed scores
-        while frontier and len(sketch.tokens) < budget.nodes:
-            nodes = [node for node in frontier if sketch.score(node) >= safe_log(budget.floor)]
-            if not nodes or not passes.another(max(map(sketch.score, nodes))):
+        while frontier and len(growing.tokens) < budget.nodes:
+            nodes = [node for node in frontier if growing.score(node) >= safe_log(budget.floor)]
+            if not nodes or not passes.another(max(map(growing.score, nodes))):
                 break
-            drawn = self.draws(nodes, scorer(sketch, nodes), beam, q)
+            drawn = self.draws(nodes, scorer(growing, nodes), beam, q)
             found: list[tuple[float, int, Siblings, int]] = []  # (-perturbed score, place, whose child, which)
             for siblings in drawn:
-                highs = _conditioned(frontier[siblings.parent], sketch.score(siblings.parent), siblings.perturbed)
+                highs = _conditioned(frontier[siblings.parent], growing.score(siblings.parent), siblings.perturbed)
                 found += [(-high, len(found) + which, siblings, which) for which, high in enumerate(highs)]
-            best = heapq.nsmallest(min(beam, budget.nodes - len(sketch.tokens)), found)
-            frontier = {sketch.add(s.parent, s.tokens[which], s.steps[which]): -low for low, _, s, which in best}
-        return sketch.tree("without_replacement", range(len(sketch.tokens)), q.of(sketch))
+            best = heapq.nsmallest(min(beam, budget.nodes - len(growing.tokens)), found)
+            frontier = {growing.add(s.parent, s.tokens[which], s.steps[which]): -low for low, _, s, which in best}
+        return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
 
 
 def _conditioned(high: float, score: float, perturbed: Sequence[float]) -> list[float]:

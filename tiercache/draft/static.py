@@ -1,6 +1,6 @@
-"""Trees whose shape is fixed before a token is known, from how often each rank of child was accepted (Sequoia).
+"""Finds the tree shape with the most accepted nodes, from the acceptance rate of each rank of child (Sequoia).
 
-Knows ranks and rates; nothing of tokens.
+A child's rank is its place among its siblings. This module knows ranks and rates; it does not know tokens.
 """
 
 import heapq

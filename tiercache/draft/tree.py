@@ -1,6 +1,6 @@
-"""A drafted tree of tokens, flat, as the verifier takes it.
+"""Defines the draft tree: guessed tokens in flat lists, as verification takes them.
 
-Knows tokens and parents; nothing of models, or of how the tokens were guessed.
+Knows tokens and parents; it does not know models, or how the tokens were guessed.
 """
 
 import math

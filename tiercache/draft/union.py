@@ -71,7 +71,7 @@ class Union(CompositeDrafter):
         super().observe(feedback)
 
     def _judge(self, emitted: Sequence[int]) -> None:
-        """By the tree that was merged here: of what was verified, others may have cut or added parts."""
+        """Update the payoffs by the merged tree; the verified tree may lack parts of it or have others."""
         tree, owners = self._tree, self._tree.owners
         if not owners:
             return
@@ -86,7 +86,7 @@ class Union(CompositeDrafter):
 
 
 class _MergedTree:
-    """Trees laid over one another: a path that several of them have is there once."""
+    """Several draft trees laid over one another; a path that several of them have occurs once."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -120,7 +120,7 @@ class _MergedTree:
             place[node] = found
 
     def tree(self) -> DraftTree:
-        """All of them together; siblings on which the trees disagree share a probability of 1."""
+        """The merged tree; siblings on which the trees disagree share a probability of 1."""
         shares: dict[int, float] = {}
         for parent, logq in zip(self._parents, self._logq, strict=True):
             shares[parent] = shares.get(parent, 0.0) + math.exp(logq)

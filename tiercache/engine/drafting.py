@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.ngram.union import Ngrams
-from tiercache.draft.noise import KEPT
+from tiercache.draft.noise import KEPT_POSITIONS
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
@@ -62,7 +62,7 @@ class DrafterSpec:
     def compute_bytes(self) -> int:
         """What is reserved where the model computes; the weights of a small model count."""
         config = self.config
-        rows = KEPT + _ROWS * (1 + config.width)
+        rows = KEPT_POSITIONS + _ROWS * (1 + config.width)
         if config.grower.startswith("rsd"):  # what children were drawn from stays until the tree is verified
             rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
         return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes

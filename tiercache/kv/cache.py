@@ -1,9 +1,9 @@
-"""The KV cache of one sequence that is verified by trees, and what a model allows of that.
+"""Holds the KV cache of one sequence that is verified by draft trees, and says which models allow that.
 
 transformers' own layers append by copying everything, and those with a sliding window forget what a rejected tree
 still needs. Here keys and values are written in place, all of them are kept, and a window is a matter of the mask.
 
-Knows transformers' caches and configurations; nothing of trees, masks or tokens.
+Knows transformers' caches and configurations; it does not know trees, masks or tokens.
 """
 
 import inspect

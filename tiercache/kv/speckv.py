@@ -1,10 +1,10 @@
-"""Which of a prompt's keys and values are worth keeping: what its last tokens, and drafted ones behind it, look at.
+"""Chooses which keys and values of a prompt stay in the KV cache, by the attention of its last and drafted tokens.
 
 SpecKV (arXiv 2506.08373, section 3): of each layer and head the prompt's tokens with the most attention from a window
 of queries are kept, as in SnapKV (arXiv 2404.14469, section 4), and the queries of drafted tokens count among them.
-Lossy: what was dropped cannot be looked at again.
+It is lossy: what was evicted gets no attention again.
 
-Knows transformers' attention functions; nothing of slots, drafters or trees.
+Knows transformers' attention functions; it does not know slots, drafters or trees.
 """
 
 from collections.abc import Iterator
@@ -29,18 +29,18 @@ from tiercache.compat import (
 )
 from tiercache.kv.cache import support
 
-WINDOW = 32  # newest tokens, which are kept and look at the others
-AHEAD = 16  # drafted tokens, which look at them too
+WINDOW = 32  # newest tokens: they stay, and their attention to the others decides
+AHEAD = 16  # drafted tokens, whose attention decides too
 _POOL = 7  # neighbours that a token's attention counts for: a kept one comes with what it stands in
-_NAME = "tiercache_observed"  # sdpa, and whoever looks at it
+_NAME = "tiercache_observed"  # sdpa that also adds up attention
 
 
 @dataclass
 class Observed:
-    """What was looked at while it was open.
+    """The attention that slots got while the observation was open.
 
     Attributes:
-        prefix: slots that may be dropped, counted from the first.
+        prefix: slots that may be evicted, counted from the first.
         scores: of each layer [key heads, prefix], fp32.
     """
 
@@ -64,7 +64,7 @@ class Observed:
 
 
 def scratch_bytes(config: transformers.PretrainedConfig, context: int) -> int:
-    """What looking takes at most, where a sequence has `context` tokens."""
+    """The memory that observing attention takes at most, where a sequence has `context` tokens."""
     queries = WINDOW + 1 + AHEAD
     text = config.get_text_config(decoder=True)
     heads = int(text.num_attention_heads)
@@ -93,23 +93,23 @@ def refusal(model: transformers.PreTrainedModel) -> str | None:
 
 @contextmanager
 def observing(model: transformers.PreTrainedModel, prefix: int) -> Iterator[Observed]:
-    """Passes of `model` in this thread are looked at within."""
+    """Observes the attention of passes of `model` in this thread within."""
     seen = Observed(prefix)
-    token = _looking.set(seen)
+    token = _open_observation.set(seen)
     try:
         with attention_by(model.config.get_text_config(decoder=True), _NAME):
             yield seen
     finally:
-        _looking.reset(token)
+        _open_observation.reset(token)
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    if (seen := _looking.get()) is not None:  # not another thread's pass
+    if (seen := _open_observation.get()) is not None:  # not another thread's pass
         layer: Any = module.layer_idx
         seen.add(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-_looking: ContextVar[Observed | None] = ContextVar("looking", default=None)
+_open_observation: ContextVar[Observed | None] = ContextVar("open_observation", default=None)
 AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, sdpa_mask)

@@ -54,21 +54,23 @@ class TreeMasks:
         shown[0, :prompt] = ~self._hidden[:prompt]
         return shown, (shown.cumsum(1) - 1).clamp_(min=0)[:, start:]
 
-    def tree(self, lines: Sequence[int], depths: Sequence[int], first: int, length: int) -> Any:
+    def tree(self, ancestors: Sequence[int], depths: Sequence[int], first: int, length: int) -> Any:
         """For the nodes from `first` on, below `length` committed tokens: one mask, or one for each kind of layer.
 
         A mask is [1, 1, nodes, length + all open nodes]; None where every new node sees every slot, which the model's
         own fast path for one token does by itself.
         """
-        nodes, new = len(lines), len(lines) - first
+        nodes, new = len(ancestors), len(ancestors) - first
         window = self._window
         if window is not None and length + max(depths[first:]) < window:
             window = None  # it reaches to the beginning
-        if new == 1 and window is None and self._hidden is None and lines[first] == (1 << nodes) - 1:
+        if new == 1 and window is None and self._hidden is None and ancestors[first] == (1 << nodes) - 1:
             return None
         seen = torch.ones(new, length + nodes, dtype=torch.bool, device=self.device)
         width = (nodes + 7) // 8
-        packed = np.frombuffer(b"".join(line.to_bytes(width, "little") for line in lines[first:]), np.uint8)
+        packed = np.frombuffer(
+            b"".join(ancestor_bits.to_bytes(width, "little") for ancestor_bits in ancestors[first:]), np.uint8
+        )
         bits = np.unpackbits(packed.reshape(new, width), axis=1, count=nodes, bitorder="little")
         seen[:, length:] = torch.from_numpy(bits).to(self.device)
         if self._hidden is not None:

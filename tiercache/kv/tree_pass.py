@@ -1,10 +1,10 @@
-"""One sequence of a model, and trees of guessed tokens below it that are run in one pass.
+"""Runs one sequence of a model, and draft trees below it in one pass each.
 
 The nodes of a tree lie in the KV cache one behind the other, as they were run. A 4-D mask lets each see the committed
 tokens and its own ancestors, and its position is that of the token it may become (SpecInfer, arXiv 2305.09781,
 section 4.2).
 
-Knows transformers' forward and the cache; nothing of who guessed the tokens, or which are accepted.
+Knows transformers' forward and the KV cache; it does not know drafters, or which tokens are accepted.
 """
 
 import inspect
@@ -63,7 +63,7 @@ class TreeRun:
         self._tokens: list[int] = []  # of the open nodes, which are neither committed nor dropped
         self._parents: list[int] = []
         self._depths: list[int] = []  # of children of the last committed token: 0
-        self._lines: list[int] = []  # of each node the set of its ancestors and itself, as the bits of a number
+        self._ancestors: list[int] = []  # of each node the set of its ancestors and itself, as the bits of a number
         self._pending: list[int] = []
         self._rewind: Rewind | None = None
 
@@ -103,7 +103,7 @@ class TreeRun:
         """Drop all committed tokens' keys and values but `keep`: SpecKV, which changes what follows (see `speckv`).
 
         Args:
-            recent: the newest committed tokens, which stay, and look at the others [1 or more].
+            recent: the newest committed tokens [1 or more]; they stay, and their attention to the others is measured.
             ahead: what may follow them.
             keep: tokens, those included; of all others each head keeps its own.
 
@@ -208,10 +208,10 @@ class TreeRun:
                 )
 
     def _enter(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
-        depths, lines = self._depths, self._lines
+        depths, ancestors = self._depths, self._ancestors
         for node, parent in enumerate(parents, len(self._tokens)):
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
-            lines.append((lines[parent] if parent >= 0 else 0) | 1 << node)
+            ancestors.append((ancestors[parent] if parent >= 0 else 0) | 1 << node)
         self._tokens += tokens
         self._parents += parents
 
@@ -224,7 +224,7 @@ class TreeRun:
         self._forget(nodes)
 
     def _forget(self, nodes: int) -> None:
-        for part in (self._tokens, self._parents, self._depths, self._lines):
+        for part in (self._tokens, self._parents, self._depths, self._ancestors):
             del part[nodes:]
         self._rewind = None
 
@@ -234,7 +234,7 @@ class TreeRun:
         both = torch.tensor(
             (self._tokens[first:], [tip + depth for depth in self._depths[first:]]), device=self._masks.device
         )
-        mask = self._masks.tree(self._lines, self._depths, first, self.length)
+        mask = self._masks.tree(self._ancestors, self._depths, first, self.length)
         return self._forward(both[:1], both[1:], mask, len(self._tokens) - first, rows)
 
     def _chain(self, first: int, rows: Sequence[int] | None) -> Tensor:

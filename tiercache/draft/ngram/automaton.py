@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable
 from operator import itemgetter
 
-ROOT = 0
+EMPTY = 0
 _NONE = -1
 # A token raises the counts of so many of the longest substrings that end in it; the shorter ones of a text that
 # repeats itself that often are common in any case. It bounds the work on one token.
@@ -37,7 +37,7 @@ class Automaton:
         self._token, self._next = array("q", [0]), array("i", [_NONE])
         self._more: dict[int, dict[int, int]] = {}
         self._ranked: dict[int, tuple[int, Children]] = {}
-        self.last = ROOT
+        self.last = EMPTY
         for token in tokens:
             self.append(token)
 
@@ -61,13 +61,13 @@ class Automaton:
             self._lead(last, token, made)
             last = link[last]
         if last == _NONE:
-            link[made] = ROOT
+            link[made] = EMPTY
         elif length[last] + 1 == length[found]:
             link[made] = found
         else:
             link[made] = self._split(last, token, found)
         for _ in range(_COUNTED):
-            if made == ROOT:
+            if made == EMPTY:
                 break
             self.count[made] += 1
             made = link[made]

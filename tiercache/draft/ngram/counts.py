@@ -27,7 +27,7 @@ from tiercache.store.folders import locked
 FILE = "ngrams.mdb"
 SCHEMA = "tiercache.ngrams/1"
 LEAST_BYTES = 1 << 22
-KEPT = 8  # tokens behind an n-gram
+KEPT_TOKENS = 8  # tokens behind an n-gram
 LONGEST = 3  # tokens of an n-gram
 Gram = tuple[int, ...]
 Counts = list[tuple[int, int]]  # (token, count), commonest first
@@ -207,7 +207,7 @@ def _merged(kept: Counts, fresh: Mapping[int, int]) -> Counts:
     merged = dict(kept)
     for token, count in fresh.items():
         merged[token] = min(_MOST, merged.get(token, 0) + count)
-    return sorted(merged.items(), key=lambda item: (item[1], item[0] in fresh), reverse=True)[:KEPT]
+    return sorted(merged.items(), key=lambda item: (item[1], item[0] in fresh), reverse=True)[:KEPT_TOKENS]
 
 
 def _grams(of: lmdb.Environment | lmdb.Transaction) -> int:

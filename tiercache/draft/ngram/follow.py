@@ -1,4 +1,4 @@
-"""What drafters share that read nothing but the text: keeping up with it."""
+"""The base of drafters that read nothing but the text: it keeps up with the text."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Learned tables: n-gram counts of everything emitted, also by earlier runs."""
+"""Drafts by learned tables: n-gram counts of everything emitted, also by earlier runs."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -6,9 +6,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from tiercache.draft.base import DrafterRequirements, TreeBudget
-from tiercache.draft.ngram.counts import KEPT, LONGEST, Counts, CountStore, Gram
+from tiercache.draft.ngram.counts import KEPT_TOKENS, LONGEST, Counts, CountStore, Gram
 from tiercache.draft.ngram.follow import Follower
-from tiercache.draft.ngram.trie import Candidate, grow
+from tiercache.draft.ngram.growth import Continuation, grow_tree
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
@@ -48,7 +48,7 @@ class Learned(Follower):
             raise UsageError(f"learned tables of {vocabulary} tokens in batches of {batch}; give positive numbers")
         self._store = CountStore(folder, identity=identity, vocabulary=vocabulary, max_bytes=max_bytes)
         self._vocabulary, self._batch = vocabulary, batch
-        self._cache: dict[Gram, list[Candidate[Gram]]] = {}
+        self._cache: dict[Gram, list[Continuation[Gram]]] = {}
         # Stretches of text to be counted, the present sequence's last: (tokens, how many of them only come before).
         self._pending: list[tuple[list[int], int]] = []
         self._waiting = 0
@@ -65,7 +65,7 @@ class Learned(Follower):
         cache = self._cache
         with self._store.reading() as counts:
 
-            def expand(gram: Gram) -> list[Candidate[Gram]]:
+            def expand(gram: Gram) -> list[Continuation[Gram]]:
                 found = cache.get(gram)
                 if found is None:
                     if len(cache) >= _CACHED:
@@ -73,7 +73,7 @@ class Learned(Follower):
                     found = cache[gram] = self._continuations(gram, counts)
                 return found
 
-            return grow(tuple(self.context.tokens[-LONGEST:]), expand, budget, self.context)
+            return grow_tree(tuple(self.context.tokens[-LONGEST:]), expand, budget, self.context)
 
     def commit(self) -> None:
         """Put what was counted where it is kept.
@@ -106,7 +106,7 @@ class Learned(Follower):
             finally:
                 self._store.close()
 
-    def _continuations(self, gram: Gram, counts: Callable[[Gram], Counts]) -> list[Candidate[Gram]]:
+    def _continuations(self, gram: Gram, counts: Callable[[Gram], Counts]) -> list[Continuation[Gram]]:
         found: dict[int, float] = {}
         left = 1.0
         for size in range(len(gram), 0, -1):
@@ -118,7 +118,7 @@ class Learned(Follower):
                     if token not in found:
                         found[token] = share * count
                 left = share * len(known)
-        ranked = sorted(found.items(), key=itemgetter(1), reverse=True)[:KEPT]
+        ranked = sorted(found.items(), key=itemgetter(1), reverse=True)[:KEPT_TOKENS]
         return [(token, share, 1.0, (*gram, token)[-LONGEST:]) for token, share in ranked]
 
     def _known(self, *tokens: int) -> bool:

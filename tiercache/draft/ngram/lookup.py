@@ -1,4 +1,4 @@
-"""Prompt look-up: what followed the last time that the newest tokens occurred."""
+"""Drafts by prompt look-up: copies what followed when the newest tokens occurred last."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from tiercache.draft.base import DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.follow import Follower
-from tiercache.draft.ngram.rates import Rates
-from tiercache.draft.ngram.trie import Candidate, grow
+from tiercache.draft.ngram.growth import Continuation, grow_tree
+from tiercache.draft.ngram.rates import HitRates
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
@@ -37,7 +37,7 @@ class PromptLookup(Follower):
         self._ngram, self._window = ngram, window
         self._text = np.zeros(2 * window, dtype=np.int64)  # the older half goes when it is full
         self._size = 0
-        self._rates = Rates([_PRIOR] * (ngram + 1))
+        self._rates = HitRates([_PRIOR] * (ngram + 1))
         self._copied: tuple[tuple[int, ...], int] = ((), 0)  # what was guessed last, and the match it came of
         self.needs = DrafterRequirements(host_bytes=self._text.nbytes + 16384)
 
@@ -50,11 +50,11 @@ class PromptLookup(Follower):
         text, end, rate = self._text, self._size, self._rates[match]
         period = end - start
 
-        def expand(place: int) -> list[Candidate[int]]:
+        def expand(place: int) -> list[Continuation[int]]:
             # Beyond the end the copy repeats itself.
             return [(text.item(start + place % period), rate, 1.0, place + 1)]
 
-        tree = grow(0, expand, budget, self.context)
+        tree = grow_tree(0, expand, budget, self.context)
         self._copied = tree.tokens, match
         return tree
 

@@ -1,12 +1,12 @@
-"""Running shares: how often what was guessed came true, old observations fading.
+"""Measures acceptance rates of n-gram guesses; old observations fade.
 
-They turn counts and ranks into probabilities that can be compared between drafters.
+The rates turn counts and ranks into probabilities that can be compared between drafters.
 """
 
 from collections.abc import Sequence
 
 
-class Rates:
+class HitRates:
     """For each of several kinds of guess, the share that came true.
 
     Args:
@@ -33,12 +33,12 @@ class Rates:
             self._trials[kind] /= 2
 
 
-class Ranks:
+class RankShares:
     """How often the token that came stood at each rank of a list.
 
     Args:
         prior: the share of each rank, assumed before anything was seen.
-        weight, memory: as `Rates` has them.
+        weight, memory: as `HitRates` has them.
     """
 
     def __init__(self, prior: Sequence[float], *, weight: float = 8.0, memory: float = 512.0) -> None:

@@ -1,11 +1,11 @@
-"""Token recycling: what the target ranked highest the last time that it saw a token."""
+"""Drafts by token recycling: what the target ranked highest when it saw a token last."""
 
 import numpy as np
 
 from tiercache.draft.base import BaseDrafter, DrafterRequirements, Feedback, TreeBudget
-from tiercache.draft.ngram.rates import Ranks
+from tiercache.draft.ngram.growth import Continuation, grow_tree
+from tiercache.draft.ngram.rates import RankShares
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
-from tiercache.draft.ngram.trie import Candidate, grow
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
@@ -33,7 +33,7 @@ class TokenRecycling(BaseDrafter):
         if vocabulary < 1:
             raise UsageError(f"token recycling for {vocabulary} tokens; give the target's vocabulary")
         self._table = np.full((vocabulary, _KEPT), NONE, dtype=np.int32)
-        self._ranks = Ranks(_PRIOR)
+        self._ranks = RankShares(_PRIOR)
         self.needs = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
@@ -41,13 +41,13 @@ class TokenRecycling(BaseDrafter):
         table, shares = self._table, self._ranks.shares()
         order = sorted(range(_KEPT), key=shares.__getitem__, reverse=True)
 
-        def expand(token: int) -> list[Candidate[int]]:
+        def expand(token: int) -> list[Continuation[int]]:
             if not 0 <= token < len(table):
                 return []
             row = table[token].tolist()
             return [(row[rank], shares[rank], 1.0, row[rank]) for rank in order if row[rank] != NONE]
 
-        return grow(self.context.tokens[-1], expand, budget, self.context)
+        return grow_tree(self.context.tokens[-1], expand, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
         """See `Drafter`."""

@@ -1,4 +1,4 @@
-"""Which text each row of the target's likeliest tokens stands behind."""
+"""Finds the two tokens that precede each row of the target's likeliest tokens."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Suffix decoding: what followed earlier occurrences of the longest suffix of the text, as a tree."""
+"""Drafts by suffix decoding: what followed earlier occurrences of the longest suffix of the text, as a tree."""
 
 from array import array
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from dataclasses import replace
 from operator import itemgetter
 
 from tiercache.draft.base import DrafterRequirements, TreeBudget
-from tiercache.draft.ngram.automaton import ROOT, Automaton
+from tiercache.draft.ngram.automaton import EMPTY, Automaton
 from tiercache.draft.ngram.follow import Follower
-from tiercache.draft.ngram.rates import Rates
-from tiercache.draft.ngram.trie import Candidate, grow
+from tiercache.draft.ngram.growth import Continuation, grow_tree
+from tiercache.draft.ngram.rates import HitRates
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
@@ -51,7 +51,7 @@ class SuffixAutomaton(Follower):
                 "tokens at least and a match of one token allow a node"
             )
         self._factor, self._offset, self._limit = factor, offset, limit
-        self._rates = Rates(_PRIOR)
+        self._rates = HitRates(_PRIOR)
         self._text = array("q")  # that the automaton holds; the present sequence begins at `_start`
         self._start = 0
         self._automaton = Automaton()
@@ -60,18 +60,18 @@ class SuffixAutomaton(Follower):
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""
         state = self._automaton.link[self._automaton.last]
-        if state <= ROOT:  # nothing matches
+        if state <= EMPTY:  # nothing matches
             return DraftTree()
         match = self._automaton.length[state]
         nodes = min(budget.nodes, int(self._factor * match + self._offset))
-        return grow((state, match), self._continuations, replace(budget, nodes=nodes), self.context)
+        return grow_tree((state, match), self._continuations, replace(budget, nodes=nodes), self.context)
 
-    def _continuations(self, at: _STATE) -> list[Candidate[_STATE]]:
+    def _continuations(self, at: _STATE) -> list[Continuation[_STATE]]:
         automaton, (state, match) = self._automaton, at
-        found: list[Candidate[_STATE]] = []
+        found: list[Continuation[_STATE]] = []
         taken: set[int] = set()
         left, levels = 1.0, 0
-        while state > ROOT and left > _ENOUGH and levels < _LEVELS and len(found) < _WIDEST:
+        while state > EMPTY and left > _ENOUGH and levels < _LEVELS and len(found) < _WIDEST:
             children, total, several = automaton.children(state, _WIDEST)
             if several:
                 known = self._rates[_kind(match, several == 1)]
@@ -101,7 +101,7 @@ class SuffixAutomaton(Follower):
         """Whether the token that came had followed the match before."""
         automaton = self._automaton
         state = automaton.link[automaton.last]
-        if state > ROOT and (several := automaton.several(state)):
+        if state > EMPTY and (several := automaton.several(state)):
             self._rates.add(_kind(automaton.length[state], several == 1), automaton.next(state, token) >= 0)
 
     def _enter(self, tokens: Sequence[int]) -> None:

@@ -1,13 +1,13 @@
-"""ADED's adaptive tri-gram: the target's own distribution behind each two tokens, followed with some curiosity."""
+"""Drafts by ADED's adaptive tri-gram: the target's own distribution after each pair of tokens, with exploration."""
 
 from math import sqrt
 
 import numpy as np
 
 from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
-from tiercache.draft.ngram.rates import Ranks
+from tiercache.draft.ngram.growth import Continuation, grow_tree
+from tiercache.draft.ngram.rates import RankShares
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
-from tiercache.draft.ngram.trie import Candidate, grow
 from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
@@ -55,7 +55,7 @@ class AdaptiveTrigram(BaseDrafter):
         self._tokens = np.full((slots, _KEPT), NONE, dtype=np.int32)  # likeliest first
         self._weights = np.zeros((slots, _KEPT), dtype=np.float32)
         self._visits = np.zeros(slots, dtype=np.int32)
-        self._ranks = Ranks(_PRIOR)
+        self._ranks = RankShares(_PRIOR)
         held = (self._pairs, self._tokens, self._weights, self._visits)
         self.needs = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
 
@@ -76,7 +76,7 @@ class AdaptiveTrigram(BaseDrafter):
         tokens = self.context.tokens
         if len(tokens) < 2:
             return DraftTree()
-        return grow((tokens[-2], tokens[-1]), self._continuations, budget, self.context)
+        return grow_tree((tokens[-2], tokens[-1]), self._continuations, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
         """See `Drafter`."""
@@ -105,7 +105,7 @@ class AdaptiveTrigram(BaseDrafter):
         slot = (pair * _SPREAD % _WORD) >> self._shift
         return slot if self._pairs.item(slot) == pair else None
 
-    def _continuations(self, pair: _PAIR) -> list[Candidate[_PAIR]]:
+    def _continuations(self, pair: _PAIR) -> list[Continuation[_PAIR]]:
         slot = self._slot(*pair)
         if slot is None:
             return []
@@ -148,5 +148,5 @@ class AdaptiveTrigram(BaseDrafter):
         self._tokens[slots], self._weights[slots] = tokens[best], weights[best]
 
 
-def _merit(candidate: Candidate[_PAIR]) -> float:
+def _merit(candidate: Continuation[_PAIR]) -> float:
     return candidate[1] * candidate[2]

@@ -1,6 +1,6 @@
-"""What a language model says follows the nodes of a growing tree: a scorer over a `TreeRun`.
+"""Scores what may follow the nodes of a growing draft tree, by passes of a language model.
 
-Knows runs and sketches; not whose model it is, nor how trees grow.
+Knows a model's `TreeRun` and growing trees; it does not know whose model it is, or how trees grow.
 """
 
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from tiercache.draft.base import Context
-from tiercache.draft.growing_tree import Candidates, Sketch
+from tiercache.draft.growing_tree import Candidates, GrowingTree
 from tiercache.draft.tree import ROOT
 from tiercache.kv.tree_pass import TreeRun
 
 
-class RunScores:
-    """A `grow.Scorer`: each call is one pass of the model over the nodes asked for.
+class RunScorer:
+    """A `Scorer`: each call is one pass of the model over the nodes asked for.
 
     Args:
         run: the model; its committed tip is the root where `root` is given, else what comes before the root.
@@ -32,20 +32,20 @@ class RunScores:
     ) -> None:
         self._run, self._context, self._root, self._vocabulary = run, context, root, vocabulary
         self._tip = 0 if root is None else ROOT  # where the root is among the run's nodes
-        self._places: dict[int, int] = {}  # of the sketch's nodes, in the run
+        self._places: dict[int, int] = {}  # of the growing tree's nodes, in the run
         self._found: dict[tuple[int, int], int] = {}  # a node's place by its parent's and its token
         self._count = 0
         self.passes = 0
 
-    def __call__(self, sketch: Sketch, nodes: Sequence[int]) -> Candidates:
+    def __call__(self, growing: GrowingTree, nodes: Sequence[int]) -> Candidates:
         """Log-probabilities after each of `nodes`: [nodes, vocabulary]."""
-        logits = self._logits(sketch, nodes).float()
+        logits = self._logits(growing, nodes).float()
         if self._vocabulary is not None:
             whole = logits.new_full((len(nodes), self._context.vocabulary), -torch.inf)
             logits = whole.index_copy_(1, self._vocabulary, logits)
         logits = logits[:, : self._context.vocabulary]
-        if self._context.shape is not None:
-            logits = self._context.shape([_path(sketch, node) for node in nodes], logits)
+        if self._context.processors is not None:
+            logits = self._context.processors([growing.path_tokens(node) for node in nodes], logits)
         return Candidates(torch.log_softmax(logits, -1))
 
     def ran(self, tokens: Sequence[int]) -> list[int]:
@@ -59,7 +59,7 @@ class RunScores:
             places.append(place := found)
         return places
 
-    def _logits(self, sketch: Sketch, nodes: Sequence[int]) -> torch.Tensor:
+    def _logits(self, growing: GrowingTree, nodes: Sequence[int]) -> torch.Tensor:
         if self._root is not None and list(nodes) == [ROOT]:
             return self._root
         tokens, parents = [], []
@@ -68,19 +68,11 @@ class RunScores:
                 tokens.append(self._context.tokens[-1])
                 parents.append(ROOT)
             else:
-                above = sketch.parents[node]
+                above = growing.parents[node]
                 place = self._tip if above == ROOT else self._places[above]
-                tokens.append(sketch.tokens[node])
+                tokens.append(growing.tokens[node])
                 parents.append(place)
-                self._places[node] = self._found[place, sketch.tokens[node]] = self._count
+                self._places[node] = self._found[place, growing.tokens[node]] = self._count
             self._count += 1
         self.passes += 1
         return self._run.run(tokens, parents)
-
-
-def _path(sketch: Sketch, node: int) -> list[int]:
-    tokens: list[int] = []
-    while node != ROOT:
-        tokens.append(sketch.tokens[node])
-        node = sketch.parents[node]
-    return tokens[::-1]
