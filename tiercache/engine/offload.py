@@ -30,7 +30,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
 from tiercache.model.attach import Attachment
-from tiercache.model.binding import Use, weight_of
+from tiercache.model.binding import Bindings, Use, weight_of
 from tiercache.model.embedding import FileRows, Rows, TableRows
 from tiercache.model.pass_hooks import Passes, PassHooks, refuse_closed
 from tiercache.progress import note
@@ -266,18 +266,16 @@ def _attach(
     table = _table(stack, opened, tiers, device)
     views = dict(zip(asked.needs.together, made.resident(asked.needs.together), strict=True))
     resident_bytes = sum(asked.payload[key] for view in views.values() for key in view)
+    uses, choosing = [_placed(use, tiers, views) for use in asked.uses], None if mixed is None else mixed.choosing
+    bindings = Bindings(uses, tiers.top, Slab(asked.workspace_bytes, device).bytes, kernels, choosing)
     attachment = Attachment(
         model,
-        [_placed(use, tiers, views) for use in asked.uses],
-        tiers.top,
-        Slab(asked.workspace_bytes, device).bytes,
+        bindings,
         _dense(opened, reader, device),
         opened.manifest.embedding[0],
         table,
         device,
-        kernels,
         () if mixed is None else mixed.blocks,
-        None if mixed is None else mixed.choosing,
     )
     stack.callback(attachment.close)
 

@@ -3,18 +3,15 @@
 Knows modules, parameters and hooks; not where slots come from.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
 from torch import nn
 
-from tiercache.kernels.contract import Kernels
-from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
-from tiercache.model.choosing import Choosing
+from tiercache.model.binding import Binder, Bindings, Forwards, Parameters, poison, weight_of
 from tiercache.model.embedding import Lookup, Rows
 from tiercache.model.mixed import MixedBlock, MixedForward
-from tiercache.tiers.tier import Supply
 
 
 class Attachment:
@@ -22,40 +19,31 @@ class Attachment:
 
     Args:
         model: the model; its linear weights are replaced by placeholders.
-        uses: its linear modules and what they multiply by.
-        supply: where units come from.
-        workspace: memory for weights that are made from what lies in a slot.
+        bindings: of its linear modules.
         dense: parameters to put in, by name; they are on `device` already.
         embedding: module name of the token embedding.
         table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
-        kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
-        blocks: feed-forward blocks that are served neuron by neuron; their modules are among `uses` as well.
-        choosing: what the blocks share.
+        blocks: feed-forward blocks that are served neuron by neuron; their modules are among the bindings as well.
     """
 
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        uses: Iterable[Use],
-        supply: Supply,
-        workspace: torch.Tensor,
+        bindings: Bindings,
         dense: Mapping[str, torch.Tensor],
         embedding: str,
         table: torch.Tensor | Rows,
         device: torch.device,
-        kernels: Mapping[str, Kernels],
         blocks: Sequence[MixedBlock] = (),
-        choosing: Choosing | None = None,
     ) -> None:
         self._parameters, self._forwards, self._blocks = Parameters(), Forwards(), tuple(blocks)
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
         self._model: nn.Module | None = None
-        uses = tuple(uses)
         try:
-            for use in uses:
+            for use in bindings.uses:
                 self._hide(model.get_submodule(use.module), device)
             for name, tensor in dense.items():
                 module, _, leaf = name.rpartition(".")
@@ -68,7 +56,7 @@ class Attachment:
                 self._hide(lookup, device)
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
-            self._binder = Binder(model, uses, supply, workspace, kernels, choosing)
+            self._binder = Binder(model, bindings)
             self._model = model
             model.__dict__["tie_weights"] = _leave_tied
             for block in self._blocks:
