@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import matmul
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ IDS = torch.randint(3, 131, (2, 9), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], Path]:
     made = {}
-    for name, dtype in matmul(CONFIGS, DTYPES):
+    for name, dtype in product(CONFIGS, DTYPES):
         folder = tmp_path_factory.mktemp("checkpoints") / f"{name} {dtype}"
         save(name, folder, dtype, shard="100KB")
         made[name, dtype] = folder
