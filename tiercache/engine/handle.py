@@ -16,7 +16,7 @@ from tiercache.engine.mixed import MixedRun
 from tiercache.engine.plan import Plan
 from tiercache.errors import UsageError
 from tiercache.model.choosing import Kind
-from tiercache.model.pass_hooks import Passes
+from tiercache.model.pass_hooks import NextPass
 from tiercache.stats import Stats
 
 
@@ -29,7 +29,7 @@ class Resident:
         read_bytes: what one of them reads of the planes that stay.
     """
 
-    passes: Passes
+    passes: NextPass
     read_bytes: int
 
 

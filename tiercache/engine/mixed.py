@@ -147,7 +147,7 @@ class MixedRun:
         if self.slots is None or self.slots.plan.empty:
             raise UsageError("without slots in an HBM tier there is nothing to replay; raise hbm=")
         slot_plan, hot = self.slots.plan, self.plan.calibration.frequency
-        return replay.compare(trace, slot_plan.slots, self.slots.uploads, slot_plan.widths, hot=hot)
+        return replay.compare(trace, slot_plan.slots, self.slots.max_fetches, slot_plan.widths, hot=hot)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:

@@ -31,8 +31,8 @@ from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Bindings, Use, weight_of
-from tiercache.model.embedding import FileRows, Rows, TableRows
-from tiercache.model.pass_hooks import Passes, PassHooks, refuse_closed
+from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
+from tiercache.model.pass_hooks import NextPass, PassHooks, refuse_closed
 from tiercache.progress import note
 from tiercache.quant.planes import PRECISIONS
 from tiercache.stats import Stats, peak_rss_bytes
@@ -286,9 +286,9 @@ def _attach(
             return
         below = 0 < tokens <= stats.cpu_tokens
         stats.cpu_passes += below
-        tiers.begin(below=below)
+        tiers.begin(on_cpu=below)
 
-    limits, passes = {"context": drafting.widened(config).context, "logits": config.logits}, Passes()
+    limits, passes = {"context": drafting.widened(config).context, "logits": config.logits}, NextPass()
     guard = PassHooks(model, stats, **limits, passes=passes, start=start, finish=attachment.end_pass)
     stack.callback(guard.close)
 
@@ -318,7 +318,7 @@ def _detach(model: transformers.PreTrainedModel, given: bool) -> None:
         model.register_forward_pre_hook(refuse_closed)
 
 
-def _table(stack: ExitStack, opened: Opened, tiers: TierStack, device: torch.device) -> torch.Tensor | Rows:
+def _table(stack: ExitStack, opened: Opened, tiers: TierStack, device: torch.device) -> torch.Tensor | EmbeddingRows:
     """Where token embeddings are looked up: a tier, the caller's own table, or the file."""
     _, weight = opened.manifest.embedding
     if opened.given:

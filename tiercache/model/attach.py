@@ -10,12 +10,12 @@ import transformers
 from torch import nn
 
 from tiercache.model.binding import Binder, Bindings, Forwards, Parameters, poison, weight_of
-from tiercache.model.embedding import Lookup, Rows
+from tiercache.model.embedding import EmbeddingRows, Lookup
 from tiercache.model.mixed import MixedBlock, MixedForward
 
 
 class Attachment:
-    """What was done to one model, and its undoing.
+    """One model, attached; `close` undoes everything.
 
     Args:
         model: the model; its linear weights are replaced by placeholders.
@@ -33,7 +33,7 @@ class Attachment:
         bindings: Bindings,
         dense: Mapping[str, torch.Tensor],
         embedding: str,
-        table: torch.Tensor | Rows,
+        table: torch.Tensor | EmbeddingRows,
         device: torch.device,
         blocks: Sequence[MixedBlock] = (),
     ) -> None:
@@ -66,19 +66,19 @@ class Attachment:
             raise
 
     def begin_pass(self, *, resident: bool) -> None:
-        """A pass begins; `resident`: it multiplies by the planes that stay, and asks for nothing."""
+        """A pass begins; `resident`: it multiplies by the planes that stay, and acquires no unit."""
         assert self._binder is not None
         self._binder.begin_pass(resident=resident)
 
     def end_pass(self) -> None:
-        """Give back what an interrupted pass still held."""
+        """Release what an interrupted pass still held."""
         for block in self._blocks:
             block.forget()
         if self._binder is not None:
             self._binder.release_all()
 
     def close(self) -> None:
-        """Everything as before; harmless when done twice."""
+        """Make the model what it was before; harmless when done twice."""
         for block in self._blocks:
             block.forget()
         self._forwards.restore()
@@ -112,4 +112,4 @@ class Attachment:
 
 
 def _leave_tied(*arguments: object, **named: object) -> None:
-    """What `tie_weights` does meanwhile: a head made one with the embedding again would lose its weight's place."""
+    """`tie_weights` of an attached model: nothing, for tying would replace the head's placeholder."""

@@ -1,15 +1,15 @@
 """Gives modules their weights for the length of one call, and takes everything back at the end.
 
-A module keeps its class and its forward: a pre-hook takes the units from whoever supplies them and points the module's
-`weight` at them, a post-hook, which also runs after an exception, points it away again (after Ctrl-C, which
-runs no hooks, `release_all` does). Between calls the parameter
-is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
-it by mistake gets NaN and not a plausible number.
+A module keeps its class. A pre-hook acquires the units of its weight and points the parameter at their slots. A
+post-hook, which also runs after an exception, points the parameter away again. Ctrl-C runs no hooks; then
+`release_all` does it. Between calls the parameter is one NaN, expanded to the weight's shape: it takes no memory, has
+the right dtype and device, and whatever reads it by mistake gets NaN and not a plausible number.
 
-Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
+Where there are kernels for planes, no weight is made of them: the module gets a `forward` that multiplies by planes
+(`model.linear`).
 
-Slots that stay are looked up once and for all. A resident pass asks for nothing at all: each module multiplies by the
-planes whose slots it was told.
+Slots that stay are looked up once. A resident pass acquires nothing: each module multiplies by the planes whose slots
+it was told.
 
 Knows modules and slots; not where slots come from.
 """
@@ -110,7 +110,7 @@ class Binder:
         self._resident = resident
 
     def release_all(self) -> None:
-        """Give back what a pass that was cut off still held."""
+        """Release what an interrupted pass still held."""
         if self._bound is not None:
             hide(self._bound)
             self._bound = None

@@ -38,10 +38,10 @@ class _Made:
 
 
 class Inputs:
-    """What several modules share of one input: its prepared form, and the product that its partner has made already."""
+    """What several modules share of one input: its quantized form, and the result of a partner's matmul."""
 
     def __init__(self) -> None:
-        self._prepared: tuple[tuple[Kernels, int, str], _Made] | None = None
+        self._quantized: tuple[tuple[Kernels, int, str], _Made] | None = None
         self._results: dict[str, _Made] = {}
 
     def quantize_activations(
@@ -49,12 +49,12 @@ class Inputs:
     ) -> QuantizedActivations:
         """`tokens` is x as a matrix, where the kernels compute; the newest one is kept for equal scales."""
         wanted = kernels, weight.group, weight.inputs
-        if self._prepared is not None:
-            kept, made = self._prepared
+        if self._quantized is not None:
+            kept, made = self._quantized
             if kept == wanted and made.fits(x) and isinstance(made.what, QuantizedActivations):
                 return made.what
         quantized = kernels.quantize_activations(transformed(kernels, tokens, weight, slot), weight.group)
-        self._prepared = wanted, _Made(x, quantized)
+        self._quantized = wanted, _Made(x, quantized)
         return quantized
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
@@ -68,7 +68,7 @@ class Inputs:
 
     def forget(self) -> None:
         """At the end of a pass: inputs and results go."""
-        self._prepared = None
+        self._quantized = None
         self._results.clear()
 
 
@@ -198,7 +198,7 @@ def partners(weights: Sequence[tuple[str, PlaneWeight, nn.Module]]) -> dict[str,
 
 
 def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
-    """An upper bound of what a product of `tokens` allocates in passing, its result in fp32 included."""
+    """An upper bound of what a matmul of `tokens` allocates in passing, its result in fp32 included."""
     rows = min(tokens, MAX_TOKENS)
     if is_down(module, weight):
         slices = min(rows, _FEW_TOKENS) * -(-weight.rows // _ROWS_PER_SUM)  # of few tokens each has its own sums

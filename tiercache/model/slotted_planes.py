@@ -16,7 +16,7 @@ from tiercache.model.block_planes import Group, Parts, UnitPlanes, cut
 from tiercache.quant.planes import MIDDLES, Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import SlotSource
 
 
 class Deltas:
@@ -64,7 +64,7 @@ class SlottedPlanes(UnitPlanes):
     def __init__(
         self,
         block: NeuronBlock,
-        supply: Source,
+        supply: SlotSource,
         slots: NeuronSlots,
         device: torch.device,
         deltas: Deltas | None = None,

@@ -19,7 +19,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Views:
-    """The C views of matrices, each made once: a pass has hundreds of products, and each costs microseconds."""
+    """The C views of matrices, each made once: a pass has hundreds of matmuls, and making a view costs microseconds."""
 
     def __init__(self) -> None:
         self._matrices: WeakKeyDictionary[Planes, CMatrix] = WeakKeyDictionary()
@@ -33,7 +33,7 @@ class Views:
         return found
 
     def pair(self, weights: Sequence[Planes]) -> CMatrix | None:
-        """Of two matrices whose rows take turns, so that both are read in one walk; None where their layouts differ."""
+        """Of two matrices whose rows alternate, so that both are read together; None where their layouts differ."""
         if len(weights) != 2:
             return None
         first, second = weights
