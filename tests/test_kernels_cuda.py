@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import ACTIVATIONS, MAX_TOKENS
-from tiercache.kernels.cuda import backend, launches
+from tiercache.kernels.cuda import launches, tiles
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.kernels.cuda.launches import Blocks, Slices
+from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes
 
@@ -115,9 +116,9 @@ def test_ffn_is_the_reference(
 def test_decoded_weights_are_the_same_bits(kernels: CudaKernels, precision: str, group: int, columns: int) -> None:
     weight = matrix(5, columns, group, precision)
     rows = torch.tensor([4, 0, 0], dtype=torch.int32)
-    assert torch.equal(kernels._decoded(strided(weight, 1), (rows,)), dense(weight, rows))
-    assert torch.equal(kernels._decoded(weight, ()), dense(weight))
-    assert torch.equal(kernels._decoded(weight, (rows,)), dense(weight, rows))
+    assert torch.equal(kernels._decoded(strided(weight, 1), RowLists((rows,))), dense(weight, rows))
+    assert torch.equal(kernels._decoded(weight, RowLists()), dense(weight))
+    assert torch.equal(kernels._decoded(weight, RowLists((rows,))), dense(weight, rows))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -134,7 +135,7 @@ def test_one_row_of_everything(kernels: CudaKernels, precision: str, group: int)
 @pytest.mark.parametrize("tokens", [1, 8, 11, 25])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, precision: str) -> None:
-    monkeypatch.setattr(backend, "SCRATCH_BYTES", 100_000)  # several tiles
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 100_000)  # several tiles
     up, down = matrix(150, 1100, 64, precision), matrix(150, 200, 64, precision, 1)
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
@@ -264,7 +265,7 @@ def test_grids_fit_every_card() -> None:
     for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
         for group in (32, 64, 128):
             shaped = launches.MatrixArguments(groups=28672 // group, group=group)
-            call = launches.rows_call([shaped], 2, (0, 0), 28672, (), (0, 0), count, tokens, -1, mps)
+            call = launches.rows_call([shaped], 2, (0, 0), (), (0, 0), (count, tokens, 28672), -1, mps)
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count
@@ -273,7 +274,7 @@ def test_grids_fit_every_card() -> None:
         assert call.shared_bytes <= 48 << 10
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
-        launches.rows_call([found], 2, (0, 0), 28672, (), (0, 0), 3_000_000, 1, -1, 82)
+        launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), -1, 82)
 
 
 def test_what_cannot_be_meant_is_refused(library: Path) -> None:
@@ -299,10 +300,6 @@ def test_what_cannot_be_meant_is_refused(library: Path) -> None:
     with pytest.raises(UsageError, match="pageable"):
         kernels.matmul(x, weight, out)
     assert not out.any()
-
-
-def test_the_switch_can_be_measured(kernels: CudaKernels) -> None:
-    assert kernels.measure_switch(rows=16, columns=64) in range(8, 129, 8)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

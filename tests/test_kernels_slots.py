@@ -17,7 +17,7 @@ from tiercache.errors import UsageError
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Selection, SlotRows
 from tiercache.kernels.cpu import build
 from tiercache.kernels.cpu.backend import CpuKernels
-from tiercache.kernels.cuda import backend
+from tiercache.kernels.cuda import tiles
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.quant import planes as codes
 from tiercache.quant.planes import GROUPS, PRECISIONS, Planes, encode
@@ -172,7 +172,7 @@ def test_lists_are_cut_with_the_tiles(
 ) -> None:
     if not isinstance(kernels, CudaKernels):
         pytest.skip("the CPU's kernels have no tiles")
-    monkeypatch.setattr(backend, "SCRATCH_BYTES", 20_000)
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 20_000)
     case = Case(30, 200, tokens, precision="int8")
     assert_right(kernels, operation, case, slots(case, 70, (5, 60, 17, 0)))
 

@@ -33,7 +33,7 @@ from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
 from tiercache.tiers.slab import Slab
-from tiercache.tiers.stack import Memory, TierStack
+from tiercache.tiers.stack import CallersTier, TierStack
 from tiercache.tiers.tier import Pending, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
@@ -488,7 +488,7 @@ def test_transfer_closes_twice_and_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
-# ---------------------------------------------------------------- Slab, Memory
+# ---------------------------------------------------------------- Slab, CallersTier
 
 
 def test_slab_is_aligned_and_cut_by_offset() -> None:
@@ -508,7 +508,7 @@ def test_slab_that_is_not_to_be_had() -> None:
 
 def test_memory_hits_always() -> None:
     slots = [content(0, 10), content(1, 20)]
-    memory = Memory(slots, TierStats())
+    memory = CallersTier(slots, TierStats())
     for key in (0, 1, 1):
         assert memory.acquire(key) is slots[key]
         memory.release(key)

@@ -104,6 +104,3 @@ class Emulation:
     def argument_bytes(self, kernel: str) -> int:
         """Size of the kernel's argument as the C++ compiler lays it out."""
         return int(getattr(self.library, f"{kernel}_bytes")())
-
-    def synchronize(self) -> None:
-        pass

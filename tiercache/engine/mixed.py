@@ -21,7 +21,7 @@ from tiercache.errors import UsageError
 from tiercache.model import shortlist
 from tiercache.model.choosing import Choosing, Kind
 from tiercache.model.mixed import MixedBlock
-from tiercache.model.pass_hooks import Passes
+from tiercache.model.pass_hooks import NextPass
 from tiercache.model.slotted_planes import Deltas
 from tiercache.store.manifest import NeuronBlock, PlaneWeight
 from tiercache.tiers.neurons import NeuronSlots
@@ -57,7 +57,7 @@ class MixedRun:
     precision: str
     capped: bool
     head: PlaneWeight | None
-    next_pass: Passes = field(default_factory=Passes)
+    next_pass: NextPass = field(default_factory=NextPass)
     views: Views = field(default_factory=dict)
     resident_bytes: int = 0
     cpu_tokens: int = 0
@@ -156,7 +156,7 @@ class MixedRun:
         if self.slots is None or self.slots.plan.empty:
             raise UsageError("without slots in an HBM tier there is nothing to replay; raise hbm=")
         slot_plan, hot = self.slots.plan, self.plan.calibration.frequency
-        return replay.compare(trace, slot_plan.slots, self.slots.uploads, slot_plan.widths, hot=hot)
+        return replay.compare(trace, slot_plan.slots, self.slots.max_fetches, slot_plan.widths, hot=hot)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:

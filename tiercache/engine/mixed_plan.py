@@ -28,12 +28,12 @@ from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.catalog import Record
 from tiercache.store.manifest import Manifest
 from tiercache.store.planestore import PlaneStore
-from tiercache.tiers.neurons import SLICE, Caching, NeuronSlots, SlotPlan
-from tiercache.tiers.tier import Source
+from tiercache.tiers.neurons import NEURONS_PER_SUM, Caching, NeuronSlots, SlotPlan
+from tiercache.tiers.tier import SlotSource
 
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _RENEWED = 64  # one in so many neurons
-_PASSING_ROWS = SLICE  # chunks of whole slices change no bit of a dense pass on a CPU
+_PASSING_ROWS = NEURONS_PER_SUM  # chunks of whole slices change no bit of a dense pass on a CPU
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def activation_of(model: transformers.PreTrainedModel) -> Activation:
 def blocks(
     mixing: MixedPlan,
     opened: Opened,
-    supply: Source,
+    supply: SlotSource,
     slots: NeuronSlots | None,
     kernels: Mapping[str, Kernels],
     choosing: Choosing,

@@ -13,7 +13,7 @@ from tiercache.engine.memory import MemoryRequirements
 from tiercache.errors import UsageError
 from tiercache.model.choosing import Choosing, Kind
 from tiercache.model.mixed import MixedBlock
-from tiercache.model.pass_hooks import Passes
+from tiercache.model.pass_hooks import NextPass
 
 # Of each matrix that is cut by plane, the units that hold its planes: those that a resident pass multiplies by.
 Views = Mapping[tuple[Key, ...], tuple[Key, ...]]
@@ -41,7 +41,7 @@ class ExactRun:
 
     def __init__(self, cpu_tokens: int) -> None:
         self.cpu_tokens = cpu_tokens
-        self.next_pass = Passes()
+        self.next_pass = NextPass()
         self.views: Views = {}
 
     def pass_bytes(self) -> dict[str, int]:
@@ -49,7 +49,7 @@ class ExactRun:
         return {"needed": 0}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """Passes that begin within are of this kind.
+        """NextPass that begin within are of this kind.
 
         Raises:
             UsageError: there are none of it.

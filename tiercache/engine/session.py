@@ -24,8 +24,8 @@ from tiercache.engine.mixed_fit import MixedPlacement
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import UsageError
 from tiercache.model.attach import Attachment
-from tiercache.model.binding import Use
-from tiercache.model.embedding import FileRows, Rows
+from tiercache.model.binding import Bindings, Use
+from tiercache.model.embedding import EmbeddingRows, FileRows
 from tiercache.model.pass_hooks import PassHooks
 from tiercache.progress import note
 from tiercache.stats import Stats, peak_rss_bytes
@@ -115,19 +115,11 @@ class Session:
         opened, tiers, device = loaded.opened, loaded.tiers, loaded.machine.device
         model = opened.model
         table = opened.table(self._stack, tiers, device)
-        attachment = Attachment(
-            model,
-            [_placed(use, tiers, run) for use in loaded.asked.uses],
-            tiers.top,
-            Slab(loaded.asked.workspace_bytes, device).bytes,
-            opened.dense(reader, device),
-            opened.manifest.embedding[0],
-            table,
-            device,
-            loaded.machine.kernels,
-            run.blocks,
-            run.choosing,
-        )
+        uses = [_placed(use, tiers, run) for use in loaded.asked.uses]
+        workspace = Slab(loaded.asked.workspace_bytes, device).bytes
+        bindings = Bindings(uses, tiers.top, workspace, loaded.machine.kernels, run.choosing)
+        embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
+        attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
         self._stack.callback(attachment.close)
 
         def start(tokens: int, resident: bool) -> None:
@@ -137,7 +129,7 @@ class Session:
                 return
             on_cpu = 0 < tokens <= stats.cpu_tokens
             stats.cpu_passes += on_cpu
-            tiers.begin(below=on_cpu)
+            tiers.begin(on_cpu=on_cpu)
 
         hooks = PassHooks(
             model,
@@ -165,7 +157,7 @@ def _placed(use: Use, tiers: TierStack, run: Run) -> Use:
     return replace(use, weight=tiers.weights[use.module], resident=staying)
 
 
-def _refresher(reader: Reader, table: torch.Tensor | Rows, machine: Machine) -> Callable[[Stats], None]:
+def _refresher(reader: Reader, table: torch.Tensor | EmbeddingRows, machine: Machine) -> Callable[[Stats], None]:
     """Brings those statistics up to date that others count."""
 
     def refresh(stats: Stats) -> None:

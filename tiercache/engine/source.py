@@ -16,7 +16,7 @@ from tiercache.config import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
-from tiercache.model.embedding import FileRows, Rows, TableRows
+from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
 from tiercache.store import loaded
 from tiercache.store.convert import convert
@@ -102,7 +102,7 @@ class Opened:
         own = dict(self.meta_model.named_parameters())
         return {name: load(reader, ref).to(device, own[name].dtype) for name, ref in self.manifest.dense.items()}
 
-    def table(self, stack: ExitStack, tiers: TierStack, device: torch.device) -> torch.Tensor | Rows:
+    def table(self, stack: ExitStack, tiers: TierStack, device: torch.device) -> torch.Tensor | EmbeddingRows:
         """Where token embeddings are looked up: a tier, the caller's own table, or the file, which `stack` closes."""
         module, weight = self.manifest.embedding
         if self.given:

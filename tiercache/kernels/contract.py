@@ -6,7 +6,7 @@ belongs to: planes are merged as integers from as many pointers as there are pla
 Shapes: x is [tokens, features], contiguous or not; `Planes` may have any row stride, but the bytes of a row lie side by
 side. `rows` selects rows of the stored matrix (in a feed-forward bundle: neurons by slot); None takes all, an empty
 list none; a row may occur more than once. `SlotRows` do so plane by plane, for planes that lie in slabs of their own.
-Accumulation is in fp32.
+Sums are fp32.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 @dataclass(frozen=True)
 class QuantizedActivations:
-    """Activations made ready for products along the input: quantised, with their group sums, once per input.
+    """Activations, quantized once for all matmuls with them, and the sums of their groups.
 
     Attributes:
         tokens, columns, group: of the activations.
@@ -88,7 +88,7 @@ class Kernels(Protocol):
     device: torch.device
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """Make x [tokens, columns] (fp32, fp16 or bf16) ready for `product` with matrices of that group size."""
+        """Quantize x [tokens, columns] (fp32, fp16 or bf16) for `matmul` with matrices of that group size."""
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         """Transform x [tokens, columns] times `before`, times `after`: a new fp32 tensor (see `quant.hadamard`).
@@ -105,7 +105,7 @@ class Kernels(Protocol):
     def matmuls(
         self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
     ) -> None:
-        """`product` of several matrices with as many rows, in one walk where they lie side by side (gate and up)."""
+        """`matmul` of several matrices with as many rows each, read together where they lie side by side (gate, up)."""
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].

@@ -3,59 +3,47 @@
 Knows modules, parameters and hooks; not where slots come from.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
 from torch import nn
 
-from tiercache.kernels.contract import Kernels
-from tiercache.model.binding import Binder, Forwards, Parameters, Use, poison, weight_of
-from tiercache.model.choosing import Choosing
-from tiercache.model.embedding import Lookup, Rows
+from tiercache.model.binding import Binder, Bindings, Forwards, Parameters, poison, weight_of
+from tiercache.model.embedding import EmbeddingRows, Lookup
 from tiercache.model.mixed import MixedBlock, MixedForward
-from tiercache.tiers.tier import Supply
 
 
 class Attachment:
-    """What was done to one model, and its undoing.
+    """One model, attached; `close` undoes everything.
 
     Args:
         model: the model; its linear weights are replaced by placeholders.
-        uses: its linear modules and what they multiply by.
-        supply: where units come from.
-        workspace: memory for weights that are made from what lies in a slot.
+        bindings: of its linear modules.
         dense: parameters to put in, by name; they are on `device` already.
         embedding: module name of the token embedding.
         table: the whole token embedding on `device`, or the rows it is looked up from.
         device: where the model computes.
-        kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
-        blocks: feed-forward blocks that are served neuron by neuron; their modules are among `uses` as well.
-        choosing: what the blocks share.
+        blocks: feed-forward blocks that are served neuron by neuron; their modules are among the bindings as well.
     """
 
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        uses: Iterable[Use],
-        supply: Supply,
-        workspace: torch.Tensor,
+        bindings: Bindings,
         dense: Mapping[str, torch.Tensor],
         embedding: str,
-        table: torch.Tensor | Rows,
+        table: torch.Tensor | EmbeddingRows,
         device: torch.device,
-        kernels: Mapping[str, Kernels],
         blocks: Sequence[MixedBlock] = (),
-        choosing: Choosing | None = None,
     ) -> None:
         self._parameters, self._forwards, self._blocks = Parameters(), Forwards(), tuple(blocks)
         self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
         self._model: nn.Module | None = None
-        uses = tuple(uses)
         try:
-            for use in uses:
+            for use in bindings.uses:
                 self._hide(model.get_submodule(use.module), device)
             for name, tensor in dense.items():
                 module, _, leaf = name.rpartition(".")
@@ -68,7 +56,7 @@ class Attachment:
                 self._hide(lookup, device)
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
-            self._binder = Binder(model, uses, supply, workspace, kernels, choosing)
+            self._binder = Binder(model, bindings)
             self._model = model
             model.__dict__["tie_weights"] = _leave_tied
             for block in self._blocks:
@@ -78,19 +66,19 @@ class Attachment:
             raise
 
     def begin_pass(self, *, resident: bool) -> None:
-        """A pass begins; `resident`: it multiplies by the planes that stay, and asks for nothing."""
+        """A pass begins; `resident`: it multiplies by the planes that stay, and acquires no unit."""
         assert self._binder is not None
         self._binder.begin_pass(resident=resident)
 
     def end_pass(self) -> None:
-        """Give back what an interrupted pass still held."""
+        """Release what an interrupted pass still held."""
         for block in self._blocks:
             block.forget()
         if self._binder is not None:
             self._binder.release_all()
 
     def close(self) -> None:
-        """Everything as before; harmless when done twice."""
+        """Make the model what it was before; harmless when done twice."""
         for block in self._blocks:
             block.forget()
         self._forwards.restore()
@@ -124,4 +112,4 @@ class Attachment:
 
 
 def _leave_tied(*arguments: object, **named: object) -> None:
-    """What `tie_weights` does meanwhile: a head made one with the embedding again would lose its weight's place."""
+    """`tie_weights` of an attached model: nothing, for tying would replace the head's placeholder."""

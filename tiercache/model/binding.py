@@ -1,15 +1,15 @@
 """Gives modules their weights for the length of one call, and takes everything back at the end.
 
-A module keeps its class and its forward: a pre-hook takes the units from whoever supplies them and points the module's
-`weight` at them, a post-hook, which also runs after an exception, points it away again (after Ctrl-C, which
-runs no hooks, `release_all` does). Between calls the parameter
-is one NaN, expanded to the weight's shape: it takes no memory, has the right dtype and device, and whatever reads
-it by mistake gets NaN and not a plausible number.
+A module keeps its class. A pre-hook acquires the units of its weight and points the parameter at their slots. A
+post-hook, which also runs after an exception, points the parameter away again. Ctrl-C runs no hooks; then
+`release_all` does it. Between calls the parameter is one NaN, expanded to the weight's shape: it takes no memory, has
+the right dtype and device, and whatever reads it by mistake gets NaN and not a plausible number.
 
-Planes are not made into a weight where there are kernels: the module's `forward` multiplies by them (`model.linear`).
+Where there are kernels for planes, no weight is made of them: the module gets a `forward` that multiplies by planes
+(`model.linear`).
 
-Slots that stay are looked up once and for all. A resident pass asks for nothing at all: each module multiplies by the
-planes whose slots it was told.
+Slots that stay are looked up once. A resident pass acquires nothing: each module multiplies by the planes whose slots
+it was told.
 
 Knows modules and slots; not where slots come from.
 """
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
-from tiercache.model.linear import Inputs, PlaneForward, partners
+from tiercache.model.linear import Inputs, PlaneForward, PlaneModule, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
@@ -47,11 +47,11 @@ class Use:
     resident: tuple[torch.Tensor, ...] = ()
 
 
-class Binder:
-    """Binds the linear modules of one model.
+@dataclass(frozen=True)
+class Bindings:
+    """What the linear modules of one model multiply by, who supplies it and who multiplies.
 
-    Args:
-        model: the model.
+    Attributes:
         uses: what each module multiplies by.
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
@@ -59,16 +59,23 @@ class Binder:
         choosing: in mixed mode, by which modules outside of decoder layers, the head, choose tokens.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        uses: Iterable[Use],
-        supply: Supply,
-        workspace: torch.Tensor,
-        kernels: Mapping[str, Kernels],
-        choosing: Choosing | None = None,
-    ) -> None:
-        self._supply, self._workspace = supply, workspace
+    uses: Sequence[Use]
+    supply: Supply
+    workspace: torch.Tensor
+    kernels: Mapping[str, Kernels]
+    choosing: Choosing | None = None
+
+
+class Binder:
+    """Binds the linear modules of one model.
+
+    Args:
+        model: the model.
+        bindings: of its modules.
+    """
+
+    def __init__(self, model: nn.Module, bindings: Bindings) -> None:
+        self._supply, self._workspace = bindings.supply, bindings.workspace
         self._held: dict[int, torch.Tensor] = {}
         self._counted: set[tuple[int, ...]] = set()  # units of which a module tells that they are used
         self._bound: nn.Parameter | None = None
@@ -76,27 +83,34 @@ class Binder:
         self._hooks: list[RemovableHandle] = []
         self._forwards, self._planes = Forwards(), list[PlaneForward]()
         self._inputs = Inputs()
-        named = [(use, model.get_submodule(use.module)) for use in uses if not isinstance(use.weight, NeuronWeight)]
+        uses = [use for use in bindings.uses if not isinstance(use.weight, NeuronWeight)]
+        named = [(use, model.get_submodule(use.module)) for use in uses]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
-            forward: PlaneForward | None = None
-            if isinstance(use.weight, PlaneWeight) and kernels:
-                made = use.module, module, use.weight, kernels, self._inputs
-                if choosing is not None and layer_of(use.module) is None:
-                    forward = ShortlistForward(*made, choosing)
-                else:
-                    forward = PlaneForward(*made, pairs.get(use.module))
+            forward = self._plane_forward(use, module, bindings, pairs.get(use.module))
+            if forward is not None:
                 self._forwards.replace(module, forward)
                 self._planes.append(forward)
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
+
+    def _plane_forward(
+        self, use: Use, module: nn.Module, bindings: Bindings, partner: tuple[str, PlaneWeight] | None
+    ) -> PlaneForward | None:
+        """What multiplies by a module's planes as they are; None where its weight is made instead."""
+        if not isinstance(use.weight, PlaneWeight) or not bindings.kernels:
+            return None
+        of = PlaneModule(use.module, module, use.weight, bindings.kernels, self._inputs)
+        if bindings.choosing is not None and layer_of(use.module) is None:
+            return ShortlistForward(of, bindings.choosing)
+        return PlaneForward(of, partner)
 
     def begin_pass(self, *, resident: bool) -> None:
         """A pass begins; `resident`: it multiplies by the planes that stay."""
         self._resident = resident
 
     def release_all(self) -> None:
-        """Give back what a pass that was cut off still held."""
+        """Release what an interrupted pass still held."""
         if self._bound is not None:
             hide(self._bound)
             self._bound = None

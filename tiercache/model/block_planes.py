@@ -13,7 +13,7 @@ from torch import Tensor
 from tiercache.kernels.contract import Selection
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import SlotSource
 
 Parts = Sequence[Planes]
 _ALL = slice(None)
@@ -117,7 +117,7 @@ class UnitPlanes:
         device: where the slots are.
     """
 
-    def __init__(self, block: NeuronBlock, supply: Source, device: torch.device) -> None:
+    def __init__(self, block: NeuronBlock, supply: SlotSource, device: torch.device) -> None:
         self.block, self.top, self.device = block, len(block.units), device
         self._supply = supply
         self._held = False

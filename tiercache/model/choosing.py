@@ -25,10 +25,10 @@ class Choosing:
 
     Attributes:
         kind: see the module.
-        few: passes of up to so many tokens, over the batch, choose neurons token by token.
-        always: passes of more tokens choose as well, by masks over dense products.
+        few: the most tokens, over the batch, of passes that choose neurons token by token.
+        always: passes of more tokens choose neurons for each token as well.
         stats: where to count.
-        in_order: neurons are wanted most important first within a precision, too (where uploads are capped).
+        in_order: neurons are wanted most important first within a precision, too (where fetches are capped).
         trace: is told each token's choice of each block, in turn: (block, neurons by importance).
     """
 

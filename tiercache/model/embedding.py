@@ -16,7 +16,7 @@ from tiercache.store.reader import Reader, aligned_buffer
 _ROWS_AT_ONCE = 64
 
 
-class Rows(Protocol):
+class EmbeddingRows(Protocol):
     """Hands out rows of the token embedding."""
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ class TableRows:
         self._table = table
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `Rows`."""
+        """See `EmbeddingRows`."""
         return self._table.index_select(0, ids.to(self._table.device))
 
 
@@ -69,7 +69,7 @@ class FileRows:
         self._reader.close()
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `Rows`."""
+        """See `EmbeddingRows`."""
         rows = torch.empty((len(ids), self._columns), dtype=self._dtype)
         plain = rows.view(torch.uint8).view(len(ids), self._row_bytes).numpy()
         for first in range(0, len(ids), _ROWS_AT_ONCE):
@@ -89,7 +89,7 @@ class FileRows:
 class Lookup:
     """The hooks of the token embedding's module."""
 
-    def __init__(self, module: nn.Embedding, rows: Rows) -> None:
+    def __init__(self, module: nn.Embedding, rows: EmbeddingRows) -> None:
         self._module, self._rows = module, rows
         self._shape = weight_of(module).shape
         self._padding = module.padding_idx

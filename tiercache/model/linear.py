@@ -5,6 +5,7 @@ an instance of `PlaneForward`. Knows modules, planes and kernels; not where slot
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
-_FEW, _SLICE = 8, 512  # bounds of what `kernels` do; see their sources
+_FEW_TOKENS, _ROWS_PER_SUM = 8, 512  # bounds of what `kernels` do; see their sources
 _PADDING = 1024
 
 
@@ -37,10 +38,10 @@ class _Made:
 
 
 class Inputs:
-    """What several modules share of one input: its prepared form, and the product that its partner has made already."""
+    """What several modules share of one input: its quantized form, and the result of a partner's matmul."""
 
     def __init__(self) -> None:
-        self._prepared: tuple[tuple[Kernels, int, str], _Made] | None = None
+        self._quantized: tuple[tuple[Kernels, int, str], _Made] | None = None
         self._results: dict[str, _Made] = {}
 
     def quantize_activations(
@@ -48,12 +49,12 @@ class Inputs:
     ) -> QuantizedActivations:
         """`tokens` is x as a matrix, where the kernels compute; the newest one is kept for equal scales."""
         wanted = kernels, weight.group, weight.inputs
-        if self._prepared is not None:
-            kept, made = self._prepared
+        if self._quantized is not None:
+            kept, made = self._quantized
             if kept == wanted and made.fits(x) and isinstance(made.what, QuantizedActivations):
                 return made.what
         quantized = kernels.quantize_activations(transformed(kernels, tokens, weight, slot), weight.group)
-        self._prepared = wanted, _Made(x, quantized)
+        self._quantized = wanted, _Made(x, quantized)
         return quantized
 
     def keep(self, name: str, x: Tensor, result: Tensor) -> None:
@@ -67,8 +68,27 @@ class Inputs:
 
     def forget(self) -> None:
         """At the end of a pass: inputs and results go."""
-        self._prepared = None
+        self._quantized = None
         self._results.clear()
+
+
+@dataclass(frozen=True)
+class PlaneModule:
+    """A linear module that is multiplied by planes.
+
+    Attributes:
+        name: the module's.
+        module: an `nn.Linear` or a `Conv1D`.
+        weight: its planes.
+        kernels: who multiplies, by the kind of device that the slot is on.
+        inputs: shared by all modules of the model.
+    """
+
+    name: str
+    module: nn.Module
+    weight: PlaneWeight
+    kernels: Mapping[str, Kernels]
+    inputs: Inputs
 
 
 class PlaneForward:
@@ -78,26 +98,15 @@ class PlaneForward:
         slots: where its units lie, set for the length of a call: all of them, or the first for fewer planes.
 
     Args:
-        name: the module's.
-        module: an `nn.Linear` or a `Conv1D`.
-        weight: its planes.
-        kernels: who multiplies, by the kind of device that the slot is on.
-        inputs: shared by all modules of the model.
+        of: the module.
         partner: name and planes of the module that will be called with the same input (up, for gate), or None.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        weight: PlaneWeight,
-        kernels: Mapping[str, Kernels],
-        inputs: Inputs,
-        partner: tuple[str, PlaneWeight] | None = None,
-    ) -> None:
-        self._name, self._module, self._weight = name, module, weight
-        self._kernels, self._inputs, self._partner = kernels, inputs, partner
-        self._down = is_down(module, weight)
+    def __init__(self, of: PlaneModule, partner: tuple[str, PlaneWeight] | None = None) -> None:
+        self._name, self._module, self._weight = of.name, of.module, of.weight
+        self._kernels, self._inputs, self._partner = of.kernels, of.inputs, partner
+        weight = of.weight
+        self._down = is_down(of.module, weight)
         self._features = weight.columns if self._down else weight.rows * len(weight.own)
         self.slots: Sequence[Tensor] = ()
         self._placed: dict[int, tuple[list[int], list[Planes]]] = {}
@@ -189,10 +198,10 @@ def partners(weights: Sequence[tuple[str, PlaneWeight, nn.Module]]) -> dict[str,
 
 
 def scratch_bytes(module: nn.Module, weight: PlaneWeight, tokens: int) -> int:
-    """An upper bound of what a product of `tokens` allocates in passing, its result in fp32 included."""
+    """An upper bound of what a matmul of `tokens` allocates in passing, its result in fp32 included."""
     rows = min(tokens, MAX_TOKENS)
     if is_down(module, weight):
-        slices = min(rows, _FEW) * -(-weight.rows // _SLICE)  # each has sums of its own when there are few tokens
+        slices = min(rows, _FEW_TOKENS) * -(-weight.rows // _ROWS_PER_SUM)  # of few tokens each has its own sums
         return 4 * (2 * rows + slices) * weight.columns  # sums, and what the transform makes of them
     quantized = 3 * (weight.columns + _PADDING)  # two bytes a number, scales and offsets
     quantized += 4 * weight.columns  # transformed

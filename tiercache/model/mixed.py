@@ -1,7 +1,8 @@
 """The forwards of a feed-forward block whose neurons get planes one by one: ranked for each token, then multiplied.
 
-The module that is called first with an input ranks the neurons and makes the inward products; the down matrix then
-reads only the neurons that were chosen. Activation and everything else between them stay the model's own code.
+A block has one turn in a pass. The turn begins when an inward module is called with a new input: the block then
+ranks the neurons and makes all inward products. The turn ends when the outward module has multiplied by the neurons
+that were chosen. Activation and everything else between them stay the model's own code.
 
 Knows modules and planes; not where planes come from.
 """
@@ -104,7 +105,7 @@ class MixedBlock:
         return result.view(*hidden.shape[:-1], -1).to(hidden.device, hidden.dtype)
 
     def forget(self) -> None:
-        """The block's turn is over, or was cut off."""
+        """The block's turn is over, or was interrupted."""
         self._turn = None
         self.planes.close()
 

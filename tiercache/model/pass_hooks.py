@@ -19,8 +19,8 @@ from tiercache.stats import Stats
 from tiercache.tiers.device import device_of
 
 
-class Passes:
-    """Which kind of pass comes next.
+class NextPass:
+    """Which kind the next pass is.
 
     Attributes:
         resident: it multiplies by the planes that stay in the fastest tier, and by no others.
@@ -59,7 +59,7 @@ class PassHooks:
         *,
         context: int,
         logits: int,
-        passes: Passes,
+        passes: NextPass,
         start: Callable[[int, bool], None],
         finish: Callable[[], None],
     ) -> None:

@@ -17,7 +17,7 @@ from tiercache.quant.codes import MIDDLES
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.neurons import NeuronSlots
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import SlotSource
 
 
 class Deltas:
@@ -65,7 +65,7 @@ class SlottedPlanes(UnitPlanes):
     def __init__(
         self,
         block: NeuronBlock,
-        supply: Source,
+        supply: SlotSource,
         slots: NeuronSlots,
         device: torch.device,
         deltas: Deltas | None = None,

@@ -29,7 +29,7 @@ class MetaTrace:
         kv_bytes: the KV cache after a prefill of `tokens`.
         prefill_bytes: the most that a prefill of `tokens` holds at once, its KV cache included.
         decode_bytes: the most that one more token holds at once, the KV cache included.
-        tokens: tokens rehearsed.
+        tokens: of the traced prompt.
     """
 
     calls: tuple[str, ...]
@@ -56,7 +56,7 @@ def trace_on_meta(
     Args:
         model: a skeleton; it is not changed.
         watched: module names whose calls are recorded.
-        tokens: length of the rehearsed prompt; the last one is decoded.
+        tokens: length of the prompt; its last token is decoded.
         logits: rows of logits that the prefill returns.
         cache: the KV cache to fill, still empty; None for the model's own.
 

@@ -1,4 +1,4 @@
-"""Measures, on this machine and now, what it costs to bring planes up and to multiply them where they lie.
+"""Measures, on this machine and now, what it costs to copy planes to the device, and to multiply them in DRAM.
 
 Knows slabs and kernels; the decision is `policies.offload`'s.
 """
@@ -36,10 +36,10 @@ def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> in
     try:
         weight = _matrix(lower.bytes, planes)
         used = weight.rows * _row_bytes(planes)
-        link_s = _link(lower.bytes[:used], device)
+        link_s = _copy_seconds(lower.bytes[:used], device)
         product_s: dict[int, float] = {}
         for tokens in _TOKENS:
-            product_s[tokens] = _matmul(kernels, weight, tokens)
+            product_s[tokens] = _matmul_seconds(kernels, weight, tokens)
             if product_s[tokens] >= link_s:
                 break
         return offload.breakeven_tokens(link_s, product_s)
@@ -63,8 +63,8 @@ def _matrix(memory: torch.Tensor, planes: int) -> Planes:
     return Planes(tuple(cut), scales.view(torch.float16).view(rows, -1, 2), _COLUMNS, _GROUP)
 
 
-def _link(source: torch.Tensor, device: torch.device) -> float:
-    """Seconds to copy `source` up, in pieces as large as a unit's."""
+def _copy_seconds(source: torch.Tensor, device: torch.device) -> float:
+    """Seconds to copy `source` to the device, in pieces as large as a unit's."""
     target = Slab(_BYTES // 8, device).bytes
 
     def copy() -> None:
@@ -75,8 +75,8 @@ def _link(source: torch.Tensor, device: torch.device) -> float:
     return _seconds(copy)
 
 
-def _matmul(kernels: Kernels, weight: Planes, tokens: int) -> float:
-    """Seconds of a product with `tokens`, the preparation of its input included."""
+def _matmul_seconds(kernels: Kernels, weight: Planes, tokens: int) -> float:
+    """Seconds of a matmul with `tokens`, quantizing the activations included."""
     floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     x, out = torch.ones(tokens, _COLUMNS, **floats), torch.zeros(tokens, weight.rows, **floats)
     return _seconds(lambda: kernels.matmul(kernels.quantize_activations(x, _GROUP), weight, out))

@@ -1,11 +1,11 @@
 """Slots in the upper tier for single neurons' planes, filled from the tier below as the neuron cache decides.
 
-Knows layers and planes by number, rows of bytes, slots; never modules or what the bytes mean. All layers' slots of a
-plane are rows of one slab, and so are the rows behind them, which take what is brought for one token only.
+Knows layers and planes by number, rows of bytes, slots; never modules or what the bytes mean. A slot is a row of a
+slab. One slab holds a plane's slots of all layers and, behind them, the passing rows: neurons fetched for one token.
 
-Ordering: everything happens on the computing thread. Rows are gathered below into one block, the block is copied up
-behind the slots, and copied on into its slots from there; kernels queued later on the same stream see it all, and an
-evicted row is overwritten only after the products queued before have read it.
+Ordering: everything happens on the computing thread. A fetch gathers rows in the tier below into one staging buffer,
+copies the buffer to the passing rows, and copies rows that stay from there into their slots. Kernels queued later on
+the same stream see all of it. An evicted row is overwritten only after the matmuls queued before have read it.
 """
 
 import time
@@ -26,9 +26,9 @@ from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 
-Rows = Callable[[int, int], Tensor]
-SLICE = 512
-"""Neurons whose products a CPU's kernels sum before they add them to others."""
+PlaneRows = Callable[[int, int], Tensor]
+NEURONS_PER_SUM = 512
+"""The CPU's kernels sum the products of so many neurons before they add them to others."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SlotPlan:
 
     Attributes:
         slots: of each layer and plane.
-        passing: rows of each plane for what is brought for one token only.
+        passing: rows of each plane for neurons that are fetched for one token only.
         widths: bytes of a neuron in each plane.
         neurons: of a layer.
     """
@@ -65,14 +65,14 @@ class Caching:
 
     Attributes:
         policy: a name of `policies.eviction`.
-        uploads: neurons that a token may bring into a layer's plane at most.
-        below: neurons without a slot are multiplied in the tier below, and none is brought for one token only.
+        max_fetches: neurons that a token may fetch into a layer's plane at most.
+        on_cpu: the CPU multiplies neurons without a slot in the tier below, and none is fetched for one token only.
         hot: how often each neuron is wanted, [layers, neurons]; the slots begin with the most wanted.
     """
 
     policy: str = "lfru"
-    uploads: int | None = None
-    below: bool = False
+    max_fetches: int | None = None
+    on_cpu: bool = False
     hot: np.ndarray | None = None
 
 
@@ -82,7 +82,7 @@ class NeuronSlots:
     Args:
         plan: how `memory` is divided.
         memory: uint8, of `plan.nbytes`, in the upper tier.
-        below: gives the rows of a layer's plane in the tier below: uint8 [neurons, width].
+        lower: gives the rows of a layer's plane in the tier below: uint8 [neurons, width].
         caching: who stays.
         kernels: gather rows in the tier below.
         link: what copies cross.
@@ -93,14 +93,14 @@ class NeuronSlots:
         self,
         plan: SlotPlan,
         memory: Tensor,
-        below: Rows,
+        lower: PlaneRows,
         caching: Caching,
         kernels: Kernels,
         link: Link,
         stats: NeuronStats,
     ) -> None:
         self.plan, self.stats = plan, stats
-        self._below, self._caching, self._kernels, self._link = below, caching, kernels, link
+        self._lower, self._caching, self._kernels, self._link = lower, caching, kernels, link
         self.slabs: list[Tensor] = []
         self._base: list[list[int]] = []
         at = 0
@@ -122,7 +122,7 @@ class NeuronSlots:
         slots = self.plan.slots[layer][plane]
         hot = None if self._caching.hot is None else self._caching.hot[layer]
         policy = eviction.make(self._caching.policy, hot=hot)
-        return NeuronResidency(self.plan.neurons, slots, policy, uploads=self._caching.uploads)
+        return NeuronResidency(self.plan.neurons, slots, policy, uploads=self._caching.max_fetches)
 
     def close(self) -> None:
         """Unlock the staging memory; harmless when done twice."""
@@ -130,7 +130,7 @@ class NeuronSlots:
             self._pinned.close()
 
     def fill(self) -> None:
-        """Before the first pass: bring the neurons most often wanted into the slots, where that is known."""
+        """Before the first pass: fetch the neurons most often wanted into the slots, where that is known."""
         if self._caching.hot is None:
             return
         for layer, residencies in enumerate(self._residencies):
@@ -140,14 +140,14 @@ class NeuronSlots:
                 slots = residency.warm(chosen)
                 for first in range(0, len(chosen), max(1, self.plan.passing[plane])):
                     part = slice(first, first + max(1, self.plan.passing[plane]))
-                    self._bring(layer, plane, chosen[part])
+                    self._fetch(layer, plane, chosen[part])
                     self._keep(layer, plane, slots[part])
 
     def place(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
         """One token's wishes: `order[:counts[plane]]` is wanted in each plane, most important first.
 
         Returns:
-            for each plane the row of its slab in which each of them lies, -1 where the precision at hand must do.
+            for each plane the row of its slab in which each of them lies, -1 for a neuron that has none.
         """
         found = []
         for plane, count in enumerate(counts):
@@ -164,14 +164,14 @@ class NeuronSlots:
         began_at = time.perf_counter()
         step = residency.step(wanted)
         self.stats.policy_s += time.perf_counter() - began_at
-        left = None if caching.uploads is None else caching.uploads - step.loads.size
-        if caching.below:  # copies only renew the slots
+        left = None if caching.max_fetches is None else caching.max_fetches - step.loads.size
+        if caching.on_cpu:  # copies only renew the slots
             left = 0
-        below_s = 0.0 if caching.below else None  # in units of a copy: which is cheaper was measured at the start
+        below_s = 0.0 if caching.on_cpu else None  # in units of a copy: which is cheaper was measured at the start
         fetched = serve(step.refused.size, uploads=left, link_s=1.0, below_s=below_s).fetched
         fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
         moved = np.concatenate((step.loads, step.refused[:fetched]))
-        self._bring(layer, plane, moved)
+        self._fetch(layer, plane, moved)
         self.stats.moved_bytes += moved.size * self.plan.widths[plane]
         self._keep(layer, plane, step.slots)
         rows = self._rows(layer, plane, residency.slot_of[wanted])
@@ -183,28 +183,28 @@ class NeuronSlots:
         return rows
 
     def peek(self, layer: int, order: IntArray, counts: Sequence[int]) -> list[IntArray]:
-        """What `place` would find, with nothing brought and nothing changed."""
+        """What `place` would find, with nothing fetched and nothing changed."""
         return [
             self._rows(layer, plane, self._residencies[layer][plane].slot_of[order[:count]])
             for plane, count in enumerate(counts)
         ]
 
     @property
-    def uploads(self) -> int | None:
-        """Neurons that a token may bring into a layer's plane at most."""
-        return self._caching.uploads
+    def max_fetches(self) -> int | None:
+        """Neurons that a token may fetch into a layer's plane at most."""
+        return self._caching.max_fetches
 
     @property
     def at_once(self) -> int:
-        """Neurons that `stage` can bring at a time: all, or whole slices of what kernels sum."""
+        """Neurons that `stage` can fetch at a time: all, or a multiple of NEURONS_PER_SUM."""
         most = min(self.plan.passing)
-        return most if most >= self.plan.neurons else most // SLICE * SLICE or most
+        return most if most >= self.plan.neurons else most // NEURONS_PER_SUM * NEURONS_PER_SUM or most
 
     def stage(self, layer: int, plane: int, neurons: slice, columns: slice) -> Tensor:
-        """Bring some neurons for a moment: these bytes of their rows, until the next call for the plane."""
-        brought = self._bring(layer, plane, np.arange(neurons.start, neurons.stop), columns)
-        self.stats.dense_bytes += brought.numel()
-        return brought
+        """Fetch some neurons: these bytes of their rows, valid until the next call for the plane."""
+        fetched = self._fetch(layer, plane, np.arange(neurons.start, neurons.stop), columns)
+        self.stats.dense_bytes += fetched.numel()
+        return fetched
 
     def _behind(self, plane: int) -> int:
         """The first row behind the slots."""
@@ -213,9 +213,9 @@ class NeuronSlots:
     def _rows(self, layer: int, plane: int, slots: IntArray) -> IntArray:
         return np.where(slots >= 0, slots + self._base[plane][layer], -1)
 
-    def _bring(self, layer: int, plane: int, neurons: IntArray, columns: slice = slice(None)) -> Tensor:  # noqa: B008
+    def _fetch(self, layer: int, plane: int, neurons: IntArray, columns: slice = slice(None)) -> Tensor:  # noqa: B008
         """Copy rows of `neurons`, or some bytes of each, to behind the slots, in one block."""
-        began_at, source = time.perf_counter(), self._below(layer, plane)[:, columns]
+        began_at, source = time.perf_counter(), self._lower(layer, plane)[:, columns]
         width, behind = source.shape[1], self.slabs[plane][self._behind(plane) :]
         target = behind.view(-1)[: neurons.size * width].view(-1, width)
         if not neurons.size:
@@ -243,7 +243,7 @@ class NeuronSlots:
         self.stats.hits += hits
         self.stats.hit_bytes += hits * width
         self.stats.wanted_bytes += wanted * width
-        self.stats.at_hand += 0 if self._caching.below else lacking
-        self.stats.below += lacking if self._caching.below else 0
+        self.stats.at_hand += 0 if self._caching.on_cpu else lacking
+        self.stats.below += lacking if self._caching.on_cpu else 0
         self.stats.uploads += moved
         self.stats.chance_hits += wanted * residency.slots / max(1, self.plan.neurons)

@@ -27,8 +27,8 @@ from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 Observer = Callable[[str, str, Key], None]
 
 
-class Memory:
-    """A DRAM tier that is the caller's own: every unit is there, and stays."""
+class CallersTier:
+    """Stands for the DRAM tier of a model in memory: its units are the caller's parameters, which stay."""
 
     def __init__(self, slots: Sequence[torch.Tensor], stats: TierStats) -> None:
         self._slots, self.stats = slots, stats
@@ -53,7 +53,7 @@ class Memory:
             self.stats.hit_bytes += self._slots[key].nbytes
 
 
-class Choice:
+class TierChoice:
     """Hands out units from the upper tier, or from the lower one in passes that multiply them there.
 
     Args:
@@ -61,26 +61,26 @@ class Choice:
         lower: where the others lie.
     """
 
-    def __init__(self, upper: Tier, lower: Tier | Memory) -> None:
+    def __init__(self, upper: Tier, lower: Tier | CallersTier) -> None:
         self._upper, self._lower = upper, lower
-        self._below = False
+        self._on_cpu = False
 
-    def begin(self, *, below: bool) -> None:
-        """A pass begins; `below`: it multiplies the passing units where they lie."""
-        if below != self._below:
-            self._below = below
-            (self._upper.pause if below else self._upper.resume)()
+    def begin(self, *, on_cpu: bool) -> None:
+        """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
+        if on_cpu != self._on_cpu:
+            self._on_cpu = on_cpu
+            (self._upper.pause if on_cpu else self._upper.resume)()
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot of `key` in one of the tiers, valid until `release`."""
-        if not self._below or self._upper.pinned_slot(key) is not None:
+        if not self._on_cpu or self._upper.pinned_slot(key) is not None:
             return self._upper.acquire(key)
         self._upper.count(key, hit=False)
         return self._lower.acquire(key)
 
     def release(self, key: Key) -> None:
         """The key is not needed any more."""
-        above = not self._below or self._upper.pinned_slot(key) is not None
+        above = not self._on_cpu or self._upper.pinned_slot(key) is not None
         (self._upper if above else self._lower).release(key)
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
@@ -123,28 +123,28 @@ class TierStack:
         self.weights, self._spans = _layout(manifest, device, memory is not None, plan.hbm is None)
         with ExitStack() as stack:
             self._dram = self._make_dram(plan, device) if memory is None else None
-            below = self._dram if memory is None else Memory(memory, TierStats())
-            assert below is not None
+            lower = self._dram if memory is None else CallersTier(memory, TierStats())
+            assert lower is not None
             if self._dram is not None:
                 stack.callback(self._dram.close)
-            self.top: Tier | Memory | Choice = below
+            self.top: Tier | CallersTier | TierChoice = lower
             self._hbm = None
             if plan.hbm is not None:
-                transfer = Transfer(below, self._spans, device, link)
+                transfer = Transfer(lower, self._spans, device, link)
                 stack.callback(transfer.close)
                 self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
                 stack.callback(self._hbm.close)
-                self.top = Choice(self._hbm, below)
-            self.stats["dram"] = below.stats
+                self.top = TierChoice(self._hbm, lower)
+            self.stats["dram"] = lower.stats
             self._closing = stack.pop_all()
 
-    def begin(self, *, below: bool) -> None:
-        """A pass begins; `below`: units that do not stay in HBM are handed out where they lie in DRAM."""
-        if isinstance(self.top, Choice):
-            self.top.begin(below=below)
+    def begin(self, *, on_cpu: bool) -> None:
+        """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
+        if isinstance(self.top, TierChoice):
+            self.top.begin(on_cpu=on_cpu)
 
     def load(self, *, show_progress: bool | None) -> None:
-        """Bring every unit that stays to its place."""
+        """Load every unit that stays."""
         tiers = (self._plan.hbm, self._plan.dram if self._dram else None)
         total = sum(self._payload[key] for tier in tiers if tier for key in tier.placement.pinned)
         with bar("loading", total, show=show_progress) as advance:
@@ -177,7 +177,7 @@ class TierStack:
         return None
 
     def close(self) -> None:
-        """Stop the copying, wait for the reads, give the memory back; harmless when done twice."""
+        """Stop copies, wait for reads and free the memory; harmless when done twice."""
         self._closing.close()
 
     def _make_dram(self, plan: Plan, device: torch.device) -> Tier:
@@ -214,9 +214,9 @@ def _layout(
 ) -> tuple[dict[str, Weight], dict[Key, list[Span]]]:
     """How units lie in the uppermost tier, and which bytes move there.
 
-    On the host a tensor keeps its place within a block (see `store.format.unit_of`); on a GPU plain tensors start
-    their slot, since its matrix kernels want alignment. Parameters in
-    memory that are multiplied where they are start their own bytes.
+    On the host a tensor keeps its place within a block (see `store.format.unit_of`). On a GPU a plain tensor starts
+    its slot, since the matrix kernels of a GPU want alignment. Parameters in memory that are multiplied there start
+    their slot.
     """
     weights = dict(manifest.weights)
     spans: dict[Key, list[Span]] = {}

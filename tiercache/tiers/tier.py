@@ -1,7 +1,7 @@
 """A tier: a slab of memory in which keys are kept or passed through, as a `Residency` decides.
 
-Knows keys, slots and bytes; never layers or models. What fills a slot is somebody else's: the reader below the DRAM
-tier, the transfer below the HBM tier. Stacked, the upper tier's loads are the lower tier's requests.
+Knows keys, slots and bytes; never layers or models. A `Fill` fills the slots: the reader in the DRAM tier, the
+transfer in the HBM tier. Where tiers are stacked, the upper tier's loads are the lower tier's requests.
 
 Ordering: one consumer at a time calls `acquire` and `release` (the computing thread, or the thread of the tier
 above). A slot is filled by one ticket, and is given to the consumer only when that ticket is done; it is filled
@@ -25,7 +25,7 @@ from tiercache.tiers.slab import Slab
 _CLOSED = "the tiers are closed; open the model again with tiercache.offload(...)"
 
 
-class Source(Protocol):
+class SlotSource(Protocol):
     """Hands out the slots of keys."""
 
     def acquire(self, key: Key) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Source(Protocol):
         """The key is not needed any more."""
 
 
-class Supply(Source, Protocol):
+class Supply(SlotSource, Protocol):
     """A source some of whose slots stay where they are, so that consumers may bind them once."""
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
@@ -102,7 +102,7 @@ class Tier:
         slab: the memory, of at least the placement's pinned and ring bytes.
         residency: who decides.
         payload: each key's own bytes, padding left out, for the statistics.
-        fill: brings a key's bytes.
+        fill: begins to fill a slot with a key's bytes.
         stats: where to count.
         cause: splits a wait that began at a time and is over now by what it was for.
         observe: is told each decision as (event, key), for replays.
@@ -128,13 +128,13 @@ class Tier:
         self._closed = self._paused = False
 
     def decide(self, residency: Residency) -> None:
-        """Let another `Residency` decide from now on; everything the last one brought is forgotten."""
+        """Let another `Residency` decide from now on; everything the last one loaded is forgotten."""
         self._drop(tuple(self._arrivals))
         self._ready.clear()
         self._residency = residency
 
     def load_pinned(self, loaded: Callable[[int], None]) -> None:
-        """Bring every key that stays; `loaded` is told the bytes of each."""
+        """Load every key that stays; `loaded` is told the bytes of each."""
         for load in self._residency.pinned:
             self._begin(load)
         for load in self._residency.pinned:
@@ -211,7 +211,7 @@ class Tier:
             self._begin(load)
 
     def pause(self) -> None:
-        """Between passes: give up what is on its way, and bring nothing until `resume`; what stays is handed out."""
+        """Between passes: give up what is on its way, and load nothing until `resume`; what stays is handed out."""
         self._paused = True
         passing = [key for key in self._arrivals if key not in self._ready]
         try:
@@ -222,7 +222,7 @@ class Tier:
             self._residency.restart()
 
     def resume(self) -> None:
-        """Bring again what passes through."""
+        """Prefetch again what passes through."""
         self._paused = False
         self.prefetch()
 

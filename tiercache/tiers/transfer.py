@@ -20,7 +20,7 @@ import torch
 from policies.types import Key
 from tiercache.tiers.device import Event, device_of
 from tiercache.tiers.link import Link
-from tiercache.tiers.tier import Source
+from tiercache.tiers.tier import SlotSource
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CopyTicket:
 
     def __init__(self) -> None:
         self.future: Future[None] | None = None
-        self.arrived_below_at = 0.0  # when the tier below had the unit
+        self.copy_began_at = 0.0  # when the tier below had the unit
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
@@ -57,8 +57,8 @@ class CopyTicket:
     def causes(self, begin: float) -> Mapping[str, float]:
         """Split a wait that began at `begin` and ends now into waiting for the SSD and for the link."""
         now = time.perf_counter()
-        below = min(max(self.arrived_below_at, begin), now)
-        return {"ssd": below - begin, "link": now - below}
+        began = min(max(self.copy_began_at, begin), now)
+        return {"ssd": began - begin, "link": now - began}
 
 
 class Transfer:
@@ -73,7 +73,7 @@ class Transfer:
 
     def __init__(
         self,
-        lower: Source,
+        lower: SlotSource,
         spans: Mapping[Key, Sequence[Span]],
         device: torch.device,
         link: Link | None = None,
@@ -95,10 +95,10 @@ class Transfer:
     def _copy(self, key: Key, slot: torch.Tensor, after: Event | None, ticket: CopyTicket) -> None:
         source = self._lower.acquire(key)
         try:
-            ticket.arrived_below_at = time.perf_counter()
+            ticket.copy_began_at = time.perf_counter()
             with self._copies.after(after):
                 self._move(key, source, slot)
-            self._link.carry(sum(span.nbytes for span in self._spans[key]), ticket.arrived_below_at)
+            self._link.carry(sum(span.nbytes for span in self._spans[key]), ticket.copy_began_at)
         finally:
             self._lower.release(key)
 

@@ -11,10 +11,8 @@ once per call.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,10 +20,8 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
-    Kernels,
     QuantizedActivations,
     Selection,
-    SlotRows,
     check_activations,
     check_output,
     check_transform,
@@ -35,34 +31,28 @@ from tiercache.kernels.cuda.driver import Driver, Launcher
 from tiercache.kernels.cuda.launches import (
     CHUNK_COLUMNS,
     FEW_TOKENS,
-    MOST_PIECES,
     Blocks,
     Slices,
     chunks_of,
     decode_call,
     down_call,
-    gather_call,
     hadamard_call,
     matrix,
     prepare_call,
     rows_call,
     sum_call,
 )
+from tiercache.kernels.cuda.row_lists import RowLists
+from tiercache.kernels.cuda.tiles import Tile, Tiler
 from tiercache.kernels.reference import activate
-from tiercache.quant.planes import Planes, encode
+from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
-
-SCRATCH_BYTES = 32 << 20
-"""Upper bound of a tile of weights: decoded, or brought near (a single row may exceed it)."""
 
 DEFAULT_SWITCH = 32
 """Tokens up to which blocks of 8 are faster than decoding. Counted, measured on no card: decoding moves 17 times an
-int4 matrix's bytes (it writes and reads fp32), a block about twice them; `measure_switch` finds the true one."""
+int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
 
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
-_STORED_BYTES = 2  # of a weight, no less than planes and scales take at any precision and group
-
-_Lists = tuple[Tensor, ...]  # int32 on the device: of each plane and, last, the scales; one for all; none: all rows
 
 
 class CudaKernels:
@@ -84,6 +74,7 @@ class CudaKernels:
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
         self._switch = max(switch, FEW_TOKENS)
+        self._tiler = Tiler(launcher, device, self._switch)
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         """See `contract.Kernels`."""
@@ -176,89 +167,12 @@ class CudaKernels:
                 )
             if on_host(rows.device) and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(piece):
                 raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
-        (index,) = self._lists(rows)
-        at, widths = self._launcher.address(out) if nbytes else 0, 0
-        for first in range(0, len(pieces) if nbytes else 0, MOST_PIECES):
-            some = [(self._at(piece), piece.stride(0), piece.shape[1]) for piece in pieces[first : first + MOST_PIECES]]
-            into = at + widths * rows.numel()
-            self._launcher.launch(gather_call(some, index.data_ptr(), rows.numel(), into))
-            widths += sum(width for _, _, width in some)
+        self._tiler.gather(pieces, rows.to(self.device, torch.int32).contiguous(), out)
 
-    def measure_switch(self, rows: int = 4096, columns: int = 4096) -> int:
-        """The `switch` for this card: the most tokens, in steps of 8, for which blocks are faster than decoding.
+    def _tiles(self, tokens: int, weights: Sequence[Planes], rows: Selection) -> Iterator[Tile]:
+        return self._tiler.tiles(tokens, weights, RowLists.of(rows, self.device))
 
-        Times an int4 matrix of that shape on the device; takes seconds.
-        """
-        weight = encode(torch.randn(rows, columns, device=self.device, dtype=torch.float32)).at("int4")
-        found = FEW_TOKENS
-        for tokens in range(2 * FEW_TOKENS, 129, FEW_TOKENS):
-            x = torch.randn(tokens, columns, device=self.device, dtype=torch.float32)
-            out = torch.zeros(tokens, rows, device=self.device, dtype=torch.float32)
-            by_blocks, by_decoding = (
-                self._seconds(CudaKernels(self.device, self._launcher, switch), x, weight, out)
-                for switch in (tokens, tokens - 1)
-            )
-            if by_blocks > by_decoding:
-                break
-            found = tokens
-        return found
-
-    def _seconds(self, kernels: Kernels, x: Tensor, weight: Planes, out: Tensor) -> float:
-        """The least time of a product in four, of which the first compiles and warms up."""
-        best = float("inf")
-        for _ in range(4):
-            self._launcher.synchronize()
-            start = time.perf_counter()
-            kernels.matmul(kernels.quantize_activations(x, weight.group), weight, out)
-            self._launcher.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    def _tiles(
-        self, tokens: int, weights: Sequence[Planes], rows: Selection
-    ) -> Iterator[tuple[slice, list[Planes], _Lists]]:
-        """The selection cut up for passes over it: (which of the rows, the matrices, the rows of those to take).
-
-        One pass takes all. More than one read planes again and again, so far planes are first brought near, in tiles;
-        the cut is the same for near ones, for where planes lie must not change the order of a sum.
-        """
-        lists = self._lists(rows)
-        count = _count(weights[0], lists)
-        if not count or not tokens:
-            return
-        if tokens <= FEW_TOKENS:
-            yield slice(0, count), list(weights), lists
-            return
-        padded = sum(weight.scales.shape[1] * weight.group for weight in weights)
-        step = max(1, SCRATCH_BYTES // (padded * (4 if tokens > self._switch else _STORED_BYTES)))
-        for start in range(0, count, step):
-            some = slice(start, min(count, start + step))
-            near, chosen = list(weights), tuple(each[some] for each in lists)
-            if not lists:
-                near = [_rows_of(weight, some) for weight in weights]
-            if tokens <= self._switch and not all(self._is_near(weight) for weight in near):
-                near, chosen = [self._brought_near(weight, chosen) for weight in near], ()
-            yield some, near, chosen
-
-    def _is_near(self, weight: Planes) -> bool:
-        return all(self._launcher.is_near(each) for each in (*weight.planes, weight.scales))
-
-    def _brought_near(self, weight: Planes, rows: _Lists) -> Planes:
-        """A copy of the rows in the device's memory."""
-        lists = rows or (torch.arange(weight.rows, dtype=torch.int32, device=self.device),)
-        pieces, count = [*weight.planes, weight.scales.flatten(1).view(torch.uint8)], len(lists[-1])
-        block = torch.empty(count * sum(p.shape[1] for p in pieces), dtype=torch.uint8, device=self.device)
-        parts = block.split([count * p.shape[1] for p in pieces])
-        if len(lists) == 1:
-            self.gather(pieces, lists[0], block)
-        else:
-            for piece, some, part in zip(pieces, _each(lists, len(weight.planes)), parts, strict=True):
-                self.gather([piece], some, part)
-        planes = tuple(part.view(count, p.shape[1]) for part, p in zip(parts, weight.planes, strict=False))
-        scales = parts[-1].view(torch.float16).view(count, -1, 2)
-        return replace(weight, planes=planes, scales=scales, slabs=False)
-
-    def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: _Lists) -> None:
+    def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: RowLists) -> None:
         if x.tokens > self._switch:
             with _full_precision():
                 out += x.data[0] @ self._decoded(weight, rows).T
@@ -266,32 +180,32 @@ class CudaKernels:
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
 
     def _launch_rows(
-        self, x: QuantizedActivations, weights: Sequence[Planes], out: tuple[int, int], rows: _Lists, activation: int
+        self, x: QuantizedActivations, weights: Sequence[Planes], out: tuple[int, int], rows: RowLists, activation: int
     ) -> None:
         packed, sums = x.data
         matrices = [matrix(weight, self._at) for weight in weights]
         given = (packed.data_ptr(), sums.data_ptr())
-        sizes = (_count(weights[0], rows), x.tokens, activation, self._launcher.multiprocessors)
-        planes = len(weights[0].planes)
-        self._launcher.launch(rows_call(matrices, planes, given, x.columns, _pointers(rows, planes), out, *sizes))
+        shape, planes = (rows.count(weights[0]), x.tokens, x.columns), len(weights[0].planes)
+        how = (shape, activation, self._launcher.multiprocessors)
+        self._launcher.launch(rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
 
-    def _hidden(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
+    def _hidden(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
         blocks = Blocks.of(x.tokens)
-        hidden = self._empty(blocks.count, _count(inward[0], rows), blocks.size)
+        hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: _Lists) -> Tensor:
+    def _act(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
-        count = _count(inward[0], rows)
+        count = rows.count(inward[0])
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
             self._matmul(x, weight, part, rows)
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: _Lists) -> None:
+    def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: RowLists) -> None:
         tokens = x.shape[0]
         if tokens > self._switch:
             with _full_precision():
@@ -302,24 +216,24 @@ class CudaKernels:
         packed = padded.view(blocks.count, blocks.size, -1).transpose(1, 2).contiguous()
         self._spread(packed, tokens, weight, out, rows)
 
-    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: _Lists) -> None:
+    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: RowLists) -> None:
         """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
         found, blocks, count = matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
         padded = found.groups * found.group
         slices = Slices.of(count, padded, self._launcher.multiprocessors)
         partial = self._empty(slices.count, blocks.padded, padded)
         planes = len(weight.planes)
-        given = (x.data_ptr(), _pointers(rows, planes), partial.data_ptr())
+        given = (x.data_ptr(), rows.pointers(planes), partial.data_ptr())
         self._launcher.launch(down_call(found, planes, *given, count, blocks, slices))
         into = out.data_ptr(), out.stride(0)
         self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
 
-    def _decoded(self, weight: Planes, rows: _Lists) -> Tensor:
+    def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
-        found, count, planes = matrix(weight, self._at), _count(weight, rows), len(weight.planes)
+        found, count, planes = matrix(weight, self._at), rows.count(weight), len(weight.planes)
         values = self._empty(count, found.groups * found.group)
         shape = count, weight.columns
-        self._launcher.launch(decode_call(found, planes, _pointers(rows, planes), shape, values.data_ptr()))
+        self._launcher.launch(decode_call(found, planes, rows.pointers(planes), shape, values.data_ptr()))
         return values[:, : weight.columns]
 
     def _at(self, tensor: Tensor) -> int:
@@ -332,33 +246,6 @@ class CudaKernels:
         check_activations(x, features)
         if x.device != self.device:
             raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
-
-    def _lists(self, rows: Selection) -> _Lists:
-        if rows is None:
-            return ()
-        given = (*rows.planes, rows.scales) if isinstance(rows, SlotRows) else (rows,)
-        return tuple(each.to(self.device, torch.int32).contiguous() for each in given)
-
-
-def _rows_of(weight: Planes, some: slice) -> Planes:
-    return replace(weight, planes=tuple(plane[some] for plane in weight.planes), scales=weight.scales[some])
-
-
-def _count(weight: Planes, rows: _Lists) -> int:
-    return len(rows[-1]) if rows else weight.rows
-
-
-def _each(rows: _Lists, planes: int) -> _Lists:
-    """A list for each of so many planes and for the scales."""
-    return (*(rows[p] if len(rows) > 1 else rows[0] for p in range(planes)), rows[-1])
-
-
-def _pointers(rows: _Lists, planes: int) -> list[int]:
-    """What a kernel for so many planes is given; those it does not look at stay null."""
-    if not rows:
-        return []
-    *own, scales = (each.data_ptr() for each in _each(rows, planes))
-    return [*own, *[0] * (3 - planes), scales]
 
 
 def _check_prepared(x: QuantizedActivations, weight: Planes) -> None:

@@ -48,9 +48,6 @@ class Launcher(Protocol):
     def launch(self, call: Call) -> None:
         """Enqueue a call; what it reads and writes is in use until the stream has got there."""
 
-    def synchronize(self) -> None:
-        """Wait for all calls."""
-
 
 class Driver:
     """See `Launcher`. Kernels are compiled, or taken from the disk, when first launched.
@@ -124,10 +121,6 @@ class Driver:
                 function, *call.grid, call.threads, 1, 1, call.shared_bytes, stream, packed, None
             )
         self._check(code, f"launching {call.kernel} on a grid of {call.grid}")
-
-    def synchronize(self) -> None:
-        """See `Launcher`."""
-        torch.cuda.synchronize(self.device)
 
     def _function(self, kernel: str) -> ctypes.c_void_p:
         """The kernel's handle; the context is current."""

@@ -206,18 +206,19 @@ def rows_call(
     matrices: Sequence[MatrixArguments],
     planes: int,
     x: tuple[int, int],
-    columns: int,
     rows: Sequence[int],
     out: tuple[int, int],
-    count: int,
-    tokens: int,
+    shape: tuple[int, int, int],
     activation: int,
     multiprocessors: int,
 ) -> Call:
-    """Of rows.cu: x is (packed, sums), out (address, pitch in elements); `activation` -1 adds to out.
+    """Of rows.cu: x is (packed, sums), out (address, pitch in elements), `shape` (rows, tokens, columns of x).
+
+    `activation` -1 adds to out.
 
     `rows`, here and below: addresses of the lists for the three planes and the scales; nothing for all rows.
     """
+    count, tokens, columns = shape
     blocks, items = Blocks.of(tokens), count * len(matrices)
     per_warp = 4 if items >= 2 * multiprocessors * WARPS * 4 else 2  # a result's bits depend on neither
     chunks = chunks_of(columns)
