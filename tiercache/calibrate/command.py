@@ -11,7 +11,9 @@ import torch
 from tiercache import text as texts
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate.halving import METHOD
-from tiercache.calibrate.run import Objective, Options, Rest, Run
+from tiercache.calibrate.job import Job
+from tiercache.calibrate.options import Objective, Options, Rest
+from tiercache.calibrate.run import run
 from tiercache.config import Budget, SizeLike
 from tiercache.engine.offload import resolve_device
 from tiercache.errors import StoreError, UsageError
@@ -108,7 +110,7 @@ def _calibrate(store: PlaneStore, file: Path, options: Options, *, restart: bool
         _refuse_done(store, _asked(store, read, options))
     with journals.journal(store.folder, _asked(store, read, options), restart=restart) as journal, torch.no_grad():
         try:
-            result = Run(store, read, options, journal).whole()
+            result = run(Job(store, read, options, journal))
         except KeyboardInterrupt:
             note("interrupted; the same command goes on from here", show=options.show_progress)
             raise
