@@ -67,19 +67,11 @@ def calibrate(
         UsageError: something that cannot be meant, or an unfinished run that was begun otherwise.
         DoesNotFitError, StoreError, EnvironmentUnsupportedError: of a budget, of the store, of its disk.
     """
-    options = Options(
-        tokens=tokens,
-        window=window,
-        measure_tokens=measure_tokens,
-        precision=precision,
-        objective=objective,
-        predictor_rank=predictor_rank,
-        hbm=None if hbm is None else Budget.parse(hbm),
-        dram=Budget.parse(dram),
-        context=window if context is None else context,
-        device=device,
-        show_progress=show_progress,
-    )
+    counts: dict[str, Any] = {"tokens": tokens, "window": window, "measure_tokens": measure_tokens}
+    chosen: dict[str, Any] = {"precision": precision, "objective": objective, "predictor_rank": predictor_rank}
+    budgets: dict[str, Any] = {"hbm": None if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
+    budgets |= {"context": window if context is None else context, "device": device}
+    options = Options(**counts, **chosen, **budgets, show_progress=show_progress)
     _check(options)
     return _calibrate(_open(store), Path(text).expanduser(), options, restart=restart, once=once)
 
