@@ -17,8 +17,8 @@ FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, sho
 def main() -> None:
     """Time the matrices of a 7B."""
     results = []
-    for stand, options in zip(kernels_cuda.stands(), (NEAR, FAR), strict=True):
-        results.append(kernels.bench(options, [stand]))
+    for device, options in zip(kernels_cuda.devices(), (NEAR, FAR), strict=True):
+        results.append(kernels.bench(options, [device]))
         print(kernels_report.report(results[-1]), file=sys.stderr, flush=True)
     near, far = results
     print(json.dumps({**near, "stands": near["stands"] + far["stands"], "results": near["results"] + far["results"]}))

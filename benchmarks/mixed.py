@@ -20,7 +20,7 @@ import typer
 
 from tiercache.bench import shapes
 from tiercache.bench.cgroup import drop_caches, run_capped
-from tiercache.bench.random_calibration import untaught
+from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine.offload import open_offloaded
@@ -71,7 +71,7 @@ def _opened(case: Case) -> Iterator[Any]:
         policy="auto" if case.share is None else case.policy,
         link_gbps=case.link_gbps,
     )
-    made = None if case.share is None else untaught(store, case.share)
+    made = None if case.share is None else calibration_of_random_weights(store, case.share)
     with open_offloaded(case.store, config, show_progress=False, calibration=made) as model:
         yield model
 

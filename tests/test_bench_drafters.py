@@ -15,8 +15,8 @@ from tiercache.bench.drafters_capped import Visit
 from tiercache.bench.drafters_options import Options, parse
 from tiercache.bench.drafters_rows import NEAR_TIE, Judge, Turn, Verdict, rate
 from tiercache.bench.drafting_prompts import Prompts
+from tiercache.bench.larger_model import Size
 from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Sample, Setting
-from tiercache.bench.widened import Size
 from tiercache.errors import TiercacheError, UsageError
 from tiercache.store.convert import convert
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from tiercache import cli
 from tiercache.bench import kernel_cases, kernels, kernels_report, timing_device, torch_peers, workset
 from tiercache.bench.kernels import Options
-from tiercache.bench.timing_device import CpuStand, Effort
+from tiercache.bench.timing_device import CpuDevice, Effort
 from tiercache.errors import DoesNotFitError, TiercacheError
 from tiercache.kernels.contract import QuantizedActivations, Selection
 from tiercache.kernels.reference import ReferenceKernels
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return kernels.bench(TINY, [CpuStand(ReferenceKernels())])
+    return kernels.bench(TINY, [CpuDevice(ReferenceKernels())])
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures briefly, with the reference."""
     real = kernels.bench
 
-    def bench(options: Options, stands: Sequence[timing_device.Stand] | None = None) -> dict[str, Any]:
-        return real(dataclasses.replace(options, effort=BRIEF), [CpuStand(ReferenceKernels())])
+    def bench(options: Options, devices: Sequence[timing_device.TimingDevice] | None = None) -> dict[str, Any]:
+        return real(dataclasses.replace(options, effort=BRIEF), [CpuDevice(ReferenceKernels())])
 
     monkeypatch.setattr(kernels, "bench", bench)
 
@@ -106,7 +106,7 @@ def test_the_report_names_hardware_seed_and_dialect(result: dict[str, Any]) -> N
 
 
 def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
-    place = CpuStand(ReferenceKernels())
+    place = CpuDevice(ReferenceKernels())
     units = workset.make(place, BRIEF, workset.Pool.make(0), (704, 256, 3), "int4")
     assert sum(workset.nbytes(weight) for unit in units for weight in unit) >= BRIEF.least_bytes
     gate, up, _ = units[0]
@@ -121,7 +121,7 @@ def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
 
 
 def test_samples_are_the_whole_results() -> None:
-    place, pool = CpuStand(ReferenceKernels()), workset.Pool.make(1)
+    place, pool = CpuDevice(ReferenceKernels()), workset.Pool.make(1)
     for case in kernel_cases.cases("tiny"):
         units = workset.make(place, BRIEF, pool, (case.rows, case.columns, case.parts), "int3")
         x = torch.randn(2, case.inputs).bfloat16()
@@ -134,14 +134,14 @@ def test_samples_are_the_whole_results() -> None:
 @pytest.mark.parametrize("wrong", [Toppled(), Toxic()])
 def test_wrong_results_stop_the_run(wrong: ReferenceKernels) -> None:
     with pytest.raises(TiercacheError, match="off the reference"):
-        kernels.bench(TINY, [CpuStand(wrong)])
+        kernels.bench(TINY, [CpuDevice(wrong)])
 
 
 def test_a_peer_that_is_missing_is_told_once() -> None:
     def absent(*_: object) -> torch_peers.Packed:
         raise AttributeError("no such operator\nat all")
 
-    place = CpuStand(ReferenceKernels())
+    place = CpuDevice(ReferenceKernels())
     place.peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
     result = kernels.bench(dataclasses.replace(TINY, precisions=("int3",)), [place])
     assert result["stands"][0]["peers_left_out"] == {"torch int3": "no such operator"}
@@ -161,7 +161,7 @@ def test_peers_multiply_the_same_shapes() -> None:
 
 def test_too_little_memory_is_told_before_it_is_taken() -> None:
     with pytest.raises(DoesNotFitError, match="--kernel-shapes") as caught:
-        CpuStand(ReferenceKernels()).memory(1 << 60)
+        CpuDevice(ReferenceKernels()).memory(1 << 60)
     assert caught.value.missing_bytes > 0
 
 

@@ -1,11 +1,12 @@
 """The bench of mixed mode against exact streaming, on a toy: what it measures, and that its bytes add up."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import mixed
-from tiercache.bench import shape
+from tiercache.bench import model
 from tiercache.bench.shapes import find, make_store
 from tiercache.errors import UsageError
 
@@ -35,11 +36,9 @@ def test_a_share_that_no_recipe_keeps_is_refused(store: Path) -> None:
 
 
 def test_the_command_runs_mixed_mode_too(tmp_path: Path) -> None:
-    result = shape.bench("tiny", precision="int8", tokens=2, folder=tmp_path, bytes_per_token=0.5, show_progress=False)
+    exact = model.Options(shape="tiny", precision="int8", tokens=2, folder=tmp_path, show_progress=False)
+    result = model.bench(replace(exact, bytes_per_token=0.5))
     assert result["stats"]["lossy"]
     assert result["bytes_per_token"] == 0.5
-    assert (
-        result["pass_bytes"]["needed"]
-        < shape.bench("tiny", precision="int8", tokens=2, folder=tmp_path)["pass_bytes"]["needed"]
-    )
-    assert "mixed, lossy" in shape.report(result)
+    assert result["pass_bytes"]["needed"] < model.bench(exact)["pass_bytes"]["needed"]
+    assert "mixed, lossy" in model.report(result)

@@ -23,12 +23,12 @@ import tiercache
 from policies.precision import Recipe
 from profiler import replay
 from profiler.trace import Trace
-from tiercache.calibrate import collect, command, halving
+from tiercache.calibrate import collect, command, halving, search
 from tiercache.calibrate import journal as journals
-from tiercache.calibrate import run as running
 from tiercache.calibrate import settings as trying
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.command import calibrate
+from tiercache.calibrate.job import Job
 from tiercache.calibrate.measure import Measurer, room
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
@@ -224,7 +224,7 @@ def collected(folder: Path) -> summing.Sums:
     """The sums of a calibration, which its journal has until its end."""
     kept: list[summing.Sums] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "_settings", lambda run, forecast: kept.append(run._sums()) or stop())
+        patch.setattr(search.Search, "settings", lambda self: kept.append(self.job.sums()) or stop())
         with pytest.raises(KeyboardInterrupt):
             calibrate(folder, TEXT, **SMALL)
     return kept[0]
@@ -445,7 +445,7 @@ def test_the_objective_may_be_the_entropy_alone(
     folder = tmp_path / "store"
     shutil.copytree(llama.folder, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "_trace", lambda run, kept: stop())
+        patch.setattr(search.Search, "_trace", lambda self, kept: stop())
         with pytest.raises(KeyboardInterrupt):
             calibrate(folder, TEXT, **{**SMALL, "show_progress": True}, objective="entropy")
     assert "the same command goes on from here" in capsys.readouterr().err
@@ -486,7 +486,7 @@ def test_budgets_too_small_for_the_model_change_nothing(
         calibrate(folder, TEXT, **SMALL, dram=100_000)
     least = 100_000 + refused.value.missing_bytes
     held = []
-    true = running.Run._open
+    true = Job.opened
 
     @contextmanager
     def noted(*arguments: Any) -> Iterator[Any]:
@@ -495,7 +495,7 @@ def test_budgets_too_small_for_the_model_change_nothing(
             yield model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "_open", noted)
+        patch.setattr(Job, "opened", noted)
         calibrate(folder, TEXT, **SMALL, dram=least + 20_000, restart=True)
     assert held
     assert all(held), "the model was not streamed"

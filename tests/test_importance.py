@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from tiercache.calibrate.predictors import train_predictor
 from tiercache.errors import UsageError
 from tiercache.model.importance import (
     SCORERS,
@@ -15,7 +16,6 @@ from tiercache.model.importance import (
     previous,
     recall,
     scores,
-    train_predictor,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ import transformers as tf
 import tiercache
 from benchmarks.real import model as real
 from benchmarks.real import text
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Lane, Setting, lane
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Setting, TimedModel, open_timed
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 from tiercache.quality.command import quality
 
@@ -101,7 +101,8 @@ def test_drafting_emits_the_plain_runs_tokens(drafter: str, real_model: real.Rea
     tokenizer = tf.AutoTokenizer.from_pretrained(real_model.checkpoint)
     cells = [Cell(prompt=tuple(each.ids(tokenizer)), temperature=0.0, seed=0) for each in text.instructions(1)[:4]]
     setting = Setting(name="real", store=str(real_store), dram="1GiB", context=256)
-    with lane(setting, Entry(drafter=PLAIN)) as plain, lane(setting, Entry(drafter=drafter, nodes=8)) as own:
+    entries = Entry(drafter=PLAIN), Entry(drafter=drafter, nodes=8)
+    with open_timed(setting, entries[0]) as plain, open_timed(setting, entries[1]) as own:
         for cell in cells:
             wanted, found = plain.run(cell, 32).text, own.run(cell, 32).text
             _same_but_for_ties(plain, cell, wanted, found)
@@ -110,7 +111,7 @@ def test_drafting_emits_the_plain_runs_tokens(drafter: str, real_model: real.Rea
     assert not drafting["plain_reasons"]
 
 
-def _same_but_for_ties(plain: Lane, cell: Cell, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
+def _same_but_for_ties(plain: TimedModel, cell: Cell, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
     differ = [n for n, (one, other) in enumerate(zip(wanted, found, strict=False)) if one != other]
     if differ:
         assert plain.gap(cell, wanted[: differ[0]]) < TIE, f"token {differ[0]} is no tie"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Lane, Sample, Setting, lane
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
 
@@ -68,33 +68,33 @@ def _rows(store: Path, place: Place, cells: Sequence[Cell], tokens: int) -> list
     setting = Setting(name=store.name, store=str(store), **places)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        lanes: dict[str, Lane] = {}
+        models: dict[str, TimedModel] = {}
         for name in (PLAIN, *DRAFTERS):
             try:
-                lanes[name] = stack.enter_context(lane(setting, Entry(drafter=name, most=place.most)))
+                models[name] = stack.enter_context(open_timed(setting, Entry(drafter=name, most=place.most)))
             except DoesNotFitError as error:
                 if name == PLAIN:
                     raise
                 rows.append(_left_out(place, cells[0].temperature, name, str(error)))
-        samples: dict[str, list[Sample]] = {name: [] for name in lanes}
-        for each in lanes.values():
+        samples: dict[str, list[Sample]] = {name: [] for name in models}
+        for each in models.values():
             each.warm(cells[0], tokens)
         for cell in cells:
-            for name, each in lanes.items():
+            for name, each in models.items():
                 samples[name].append(each.run(cell, tokens))
         lead = {"place": place.name, "temperature": cells[0].temperature}
-        return rows + [lead | _row(name, each, samples) for name, each in lanes.items()]
+        return rows + [lead | _row(name, each, samples) for name, each in models.items()]
 
 
-def _row(name: str, own_lane: Lane, samples: dict[str, list[Sample]]) -> dict[str, Any]:
+def _row(name: str, own_model: TimedModel, samples: dict[str, list[Sample]]) -> dict[str, Any]:
     own, plain = samples[name], samples[PLAIN]
     written, passes = sum(each.tokens for each in own), sum(each.passes for each in own)
     same = [a.text == b.text for a, b in zip(own, plain, strict=True)]
-    account = own_lane.account()["drafting"]
+    account = own_model.account()["drafting"]
     return {
         "drafter": name,
         "instructions": len(own),
-        "streamed_bytes": own_lane.streamed_bytes,
+        "streamed_bytes": own_model.streamed_bytes,
         "tokens": written,
         "tokens_per_pass": written / max(1, passes),
         "tokens_per_s": _rate(own),

@@ -1,6 +1,6 @@
 """One way of decoding in a process of its own, under a hard cap of RAM with the page cache in it.
 
-`python -m tiercache.bench.drafters_capped JSON` is that process. Knows lanes and memory groups; nothing of tables.
+`python -m tiercache.bench.drafters_capped JSON` is that process. Knows models and memory groups; nothing of tables.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tiercache.bench.cgroup import drop_caches, run_capped
-from tiercache.bench.timed_generation import Cell, Entry, Sample, Setting, lane
+from tiercache.bench.timed_generation import Cell, Entry, Sample, Setting, open_timed
 from tiercache.errors import TiercacheError
 
 _TIMEOUT_S = 7200.0
@@ -39,7 +39,7 @@ class Visit:
 
 def measure(setting: Setting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
     """Open the model, write a text of each cell, close it."""
-    with lane(setting, entry) as own:
+    with open_timed(setting, entry) as own:
         own.warm(warm, tokens)
         samples = tuple(own.run(cell, tokens) for cell in cells)
         return Visit(samples=samples, drafting=own.account()["drafting"], exact=own.dtype == torch.float32)

@@ -4,7 +4,7 @@ Plain decoding is transformers' own loop without a drafter, and runs before, bet
 with, since a machine's speed changes within minutes. Every text is written after a prompt of its own, by a drafter
 that was made for the row: what remembers must not meet a text twice.
 
-Knows lanes, rows and where models come from; nothing of weights.
+Knows models, rows and where models come from; nothing of weights.
 """
 
 import statistics
@@ -20,8 +20,8 @@ from tiercache.bench.drafters_capped import Visit
 from tiercache.bench.drafters_options import Options
 from tiercache.bench.drafters_rows import Judge, Measured, Turn, Verdict, rate
 from tiercache.bench.drafting_prompts import Prompts
-from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Lane, Sample, Setting, lane
-from tiercache.bench.widened import widen
+from tiercache.bench.larger_model import widen
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
@@ -106,13 +106,13 @@ class Contest:
     def _run(self, temperature: float) -> None:
         """Rows in this process, plain decoding turn about with each seed's texts."""
         entries = [Entry(drafter=NONE), *self.options.entries()]
-        with lane(self.setting, Entry(drafter=PLAIN)) as plain:
+        with open_timed(self.setting, Entry(drafter=PLAIN)) as plain:
             self.judge.exact, self.judge.gap = plain.dtype == torch.float32, plain.gap
             for entry in entries:
                 turns, verdict, drafting = [], Verdict(), None
                 try:
                     for _ in range(self.options.repeats):
-                        with lane(self.setting, entry) as own:
+                        with open_timed(self.setting, entry) as own:
                             turns.append(self._turn(plain, own, entry, temperature, verdict))
                             drafting = own.account()["drafting"]
                 except DoesNotFitError as error:  # what it reserves for its trees; the others may go on
@@ -120,7 +120,7 @@ class Contest:
                     continue
                 self._keep(entry, temperature, turns, verdict, drafting)
 
-    def _turn(self, plain: Lane, own: Lane, entry: Entry, temperature: float, verdict: Verdict) -> Turn:
+    def _turn(self, plain: TimedModel, own: TimedModel, entry: Entry, temperature: float, verdict: Verdict) -> Turn:
         options, groups = self.options, self._groups(temperature)
         for each in (plain, own):
             each.warm(self._warm(temperature), options.tokens)
@@ -210,13 +210,13 @@ class Contest:
         cells = [cell for group in self._groups(auto.temperature) for cell in group]
         for _ in range(self.options.repeats):
             with ExitStack() as stack:
-                lanes = [stack.enter_context(lane(self.setting, each.entry)) for each in (auto, best)]
-                for each in lanes:
+                models = [stack.enter_context(open_timed(self.setting, each.entry)) for each in (auto, best)]
+                for each in models:
                     each.warm(self._warm(auto.temperature), self.options.tokens)
                 samples: tuple[list[Sample], list[Sample]] = ([], [])
                 for turn, cell in enumerate(cells):
                     for place in (0, 1) if turn % 2 else (1, 0):
-                        samples[place].append(lanes[place].run(cell, self.options.tokens))
+                        samples[place].append(models[place].run(cell, self.options.tokens))
             ratios.append(rate(samples[0]) / rate(samples[1]) if rate(samples[1]) else 0.0)
         return statistics.median(ratios)
 

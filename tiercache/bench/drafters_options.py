@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from tiercache.bench.larger_model import Size
 from tiercache.bench.timed_generation import NAMED, NGRAMS, Entry
-from tiercache.bench.widened import Size
 from tiercache.config import Budget, GrowerName, Precision
 from tiercache.errors import UsageError
 

@@ -17,7 +17,7 @@ from tiercache import __version__
 from tiercache.bench import kernel_cases, kernels_cuda, torch_peers, workset
 from tiercache.bench.kernel_cases import SHAPE_NAMES, Case
 from tiercache.bench.shapes import GROUP
-from tiercache.bench.timing_device import CpuStand, Effort, Stand, median_s, working_set_bytes
+from tiercache.bench.timing_device import CpuDevice, Effort, TimingDevice, median_s, working_set_bytes
 from tiercache.bench.torch_peers import Peer
 from tiercache.doctor.checks import processor_name
 from tiercache.errors import TiercacheError, UsageError
@@ -83,23 +83,23 @@ def parse(shapes: str | None, precisions: str | None, token_counts: str | None) 
     return given
 
 
-def bench(options: Options, stands: Sequence[Stand] | None = None) -> dict[str, Any]:
+def bench(options: Options, devices: Sequence[TimingDevice] | None = None) -> dict[str, Any]:
     """Measure; by default on the processor and, where there is one, the GPU.
 
     Raises:
         TiercacheError: a kernel's results are wrong.
     """
-    places: Sequence[Stand] = (CpuStand(), *kernels_cuda.stands()) if stands is None else stands
+    places: Sequence[TimingDevice] = (CpuDevice(), *kernels_cuda.devices()) if devices is None else devices
     pool = workset.Pool.make(options.seed)
     chosen = [case for shape in options.shapes for case in kernel_cases.cases(shape)]
     total = len(places) * sum(_bar_bytes(case, options) for case in chosen)
     runs = []
     with bar("timing kernels", total, show=options.show_progress) as advance:
-        for stand in places:
+        for device in places:
             try:
-                runs.append(_Run(stand, options, pool, advance).all())
+                runs.append(_Run(device, options, pool, advance).all())
             finally:
-                stand.close()
+                device.close()
     return {
         "schema": SCHEMA,
         "tiercache": __version__,
@@ -112,33 +112,33 @@ def bench(options: Options, stands: Sequence[Stand] | None = None) -> dict[str, 
         "seed": options.seed,
         "group": GROUP,
         "tolerance": TOLERANCE,
-        "stands": [run["stand"] for run in runs],
+        "stands": [run["device"] for run in runs],
         "results": [row for run in runs for row in run["results"]],
     }
 
 
 class _Run:
-    """The cases of one stand."""
+    """The cases of one device."""
 
-    def __init__(self, stand: Stand, options: Options, pool: workset.Pool, advance: Advance) -> None:
-        self._stand, self._options, self._pool, self._advance = stand, options, pool, advance
+    def __init__(self, device: TimingDevice, options: Options, pool: workset.Pool, advance: Advance) -> None:
+        self._device, self._options, self._pool, self._advance = device, options, pool, advance
         self._left_out: dict[str, str] = {}
         self._roofs: list[float] = []
 
     def all(self) -> dict[str, Any]:
-        """Rows of every case, and what was found of the stand."""
+        """Rows of every case, and what was found of the device."""
         rows = []
         for shape in self._options.shapes:
             rows += [row for layout in _by_layout(kernel_cases.cases(shape)) for row in self._layout(layout)]
         found = {
-            "device": self._stand.label,
-            "kernels": self._stand.kernels.name,
+            "device": self._device.label,
+            "kernels": self._device.kernels.name,
             "roofs_gbps": self._roofs,
-            "cache_bytes": self._stand.cache_bytes,
-            "working_set_bytes": working_set_bytes(self._stand, self._options.effort),
+            "cache_bytes": self._device.cache_bytes,
+            "working_set_bytes": working_set_bytes(self._device, self._options.effort),
             "peers_left_out": self._left_out,
         }
-        return {"stand": found, "results": rows}
+        return {"device": found, "results": rows}
 
     def _layout(self, layout: Sequence[Case]) -> Iterator[dict[str, Any]]:
         """Rows of cases that share their matrices."""
@@ -148,7 +148,7 @@ class _Run:
         for precision in self._options.precisions:
             rows: list[dict[str, Any]] = []
             shape = (first.rows, first.columns, first.parts)
-            units = workset.make(self._stand, self._options.effort, self._pool, shape, precision)
+            units = workset.make(self._device, self._options.effort, self._pool, shape, precision)
             before = self._roof(units)
             for case in layout:
                 rows += [row | _beside(peers[case], row["tokens"]) for row in self._case(case, units, inputs[case])]
@@ -159,9 +159,9 @@ class _Run:
 
     def _roof(self, units: list[tuple[Planes, ...]]) -> float:
         """Of the very memory that the matrices lie in."""
-        storage = units[0][0].planes[0].untyped_storage()  # on a GPU's stand it may lie in pinned main memory
+        storage = units[0][0].planes[0].untyped_storage()  # it may lie in pinned main memory though the device is a GPU
         memory = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        self._roofs.append(self._stand.roof_gbps(self._options.effort, memory))
+        self._roofs.append(self._device.roof_gbps(self._options.effort, memory))
         return self._roofs[-1]
 
     def _activations(self, case: Case) -> Tensor:
@@ -170,27 +170,27 @@ class _Run:
         return torch.randn(max(self._options.token_counts), case.inputs, generator=generator).bfloat16()
 
     def _case(self, case: Case, units: list[tuple[Planes, ...]], x: Tensor) -> Iterator[dict[str, Any]]:
-        stand = self._stand
+        device = self._device
         weights = kernel_cases.work(case, units)
         wanted = kernel_cases.expected(case, weights[0], x)
-        x = x.to(stand.device)
+        x = x.to(device.torch_device)
         read = sum(workset.nbytes(weight) for weight in weights[0])
         for tokens in self._options.token_counts:
-            out = torch.zeros(tokens, case.outputs, device=stand.device)
-            call = kernel_cases.bound_call(stand.kernels, case, weights, x[:tokens], out)
+            out = torch.zeros(tokens, case.outputs, device=device.torch_device)
+            call = kernel_cases.bound_call(device.kernels, case, weights, x[:tokens], out)
             call(0)
             error = kernel_cases.error(wanted, out.cpu())
             if not error <= TOLERANCE:  # NaN too
                 raise TiercacheError(
-                    f"{stand.kernels.name} is wrong: {case.kernel} of {case.all_rows} x {case.columns} at "
+                    f"{device.kernels.name} is wrong: {case.kernel} of {case.all_rows} x {case.columns} at "
                     f"{units[0][0].precision} and {tokens} tokens is {error:.2g} off the reference, "
                     f"{TOLERANCE} is allowed; "
                     "please report this with your processor's or GPU's name"
                 )
-            seconds = median_s(stand, call, self._options.effort)
+            seconds = median_s(device, call, self._options.effort)
             yield {
                 "kernel": case.kernel,
-                "device": stand.label,
+                "device": device.label,
                 "shape": case.shape,
                 "precision": units[0][0].precision,
                 "tokens": tokens,
@@ -205,27 +205,27 @@ class _Run:
     def _peers(self, case: Case, x: Tensor) -> dict[tuple[str, int], tuple[float, float]]:
         """Seconds and GB/s of each peer that works here, by its name and the number of tokens."""
         found: dict[tuple[str, int], tuple[float, float]] = {}
-        for peer in self._stand.peers:
+        for peer in self._device.peers:
             if peer.name in self._left_out:
                 continue
             try:
-                found |= self._peer(peer, case, x.to(self._stand.device))
+                found |= self._peer(peer, case, x.to(self._device.torch_device))
             except (RuntimeError, AttributeError, NotImplementedError) as error:
                 self._left_out[peer.name] = str(error).partition("\n")[0]
         return found
 
     def _peer(self, peer: Peer, case: Case, x: Tensor) -> dict[tuple[str, int], tuple[float, float]]:
-        stand, effort = self._stand, self._options.effort
-        pool = self._pool.codes.to(stand.device)
+        device, effort = self._device, self._options.effort
+        pool = self._pool.codes.to(device.torch_device)
         kernel = "product" if case.kernel == "products" else case.kernel  # one of as many rows: torch's best case
         packed = [peer.pack(*shape, pool) for shape in torch_peers.shapes(kernel, case.all_rows, case.columns)]
         read = torch_peers.nbytes(packed)
-        ready = torch_peers.copies(packed, -(-working_set_bytes(stand, effort) // read), stand.memory)
+        ready = torch_peers.copies(packed, -(-working_set_bytes(device, effort) // read), device.memory)
         found = {}
         for tokens in self._options.token_counts:
             call = torch_peers.bound_call(peer, kernel, x[:tokens], ready)
             with torch.inference_mode():
-                seconds = median_s(stand, call, effort)
+                seconds = median_s(device, call, effort)
             found[peer.name, tokens] = (seconds, read / seconds / 1e9)
         return found
 

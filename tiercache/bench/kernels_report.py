@@ -18,23 +18,23 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"{hardware['processor']}, {hardware['cores']} cores, {hardware['threads']} threads; torch {result['torch']}; "
         f"seed {result['seed']}; groups of {result['group']}",
-        *(line for stand in result["stands"] for line in _stand(stand)),
+        *(line for device in result["stands"] for line in _device(device)),
         f"every case agrees with the reference within {result['tolerance']} of its results' root mean square",
     ]
     console = Console(width=_WIDTH, color_system=None)
     with console.capture() as captured:
-        for stand in result["stands"]:
-            console.print(_table(stand["device"], result["results"]))
+        for device in result["stands"]:
+            console.print(_table(device["device"], result["results"]))
     return "\n".join(lines) + "\n" + "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _stand(stand: dict[str, Any]) -> list[str]:
-    low, high = min(stand["roofs_gbps"]), max(stand["roofs_gbps"])
-    turns = f"matrices of {human(stand['working_set_bytes'])} take turns, the cache has {human(stand['cache_bytes'])}"
+def _device(device: dict[str, Any]) -> list[str]:
+    low, high = min(device["roofs_gbps"]), max(device["roofs_gbps"])
+    turns = f"matrices of {human(device['working_set_bytes'])} take turns, the cache has {human(device['cache_bytes'])}"
     return [
-        f"{stand['device']}: kernels {stand['kernels']}; {turns}",
-        f"{stand['device']}: the roof, read from each matrix before and after, was {low:.1f} to {high:.1f} GB/s",
-        *(f"{stand['device']}: {name} is left out: {reason}" for name, reason in stand["peers_left_out"].items()),
+        f"{device['device']}: kernels {device['kernels']}; {turns}",
+        f"{device['device']}: the roof, read from each matrix before and after, was {low:.1f} to {high:.1f} GB/s",
+        *(f"{device['device']}: {name} is left out: {reason}" for name, reason in device["peers_left_out"].items()),
     ]
 
 

@@ -9,7 +9,7 @@ from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 
 
-def untaught(store: PlaneStore, share: float) -> Calibration:
+def calibration_of_random_weights(store: PlaneStore, share: float) -> Calibration:
     """A calibration of weights that nobody measured: one plain recipe, every neuron alike."""
     blocks = store.blocks()
     sizes, neurons = mixed_plan.sizes_of(blocks[0], store), blocks[0].rows

@@ -140,8 +140,8 @@ class Sample:
         return len(self.text) - 1
 
 
-class Lane:
-    """An open model; made by `lane`."""
+class TimedModel:
+    """An open model; made by `open_timed`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -207,7 +207,7 @@ class Lane:
 
 
 @contextmanager
-def lane(setting: Setting, entry: Entry) -> Iterator[Lane]:
+def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
     """Open the model for one way of decoding; a drafter begins with nothing learnt."""
     draft = entry.options(setting)
     config = OffloadConfig(
@@ -221,7 +221,7 @@ def lane(setting: Setting, entry: Entry) -> Iterator[Lane]:
         draft=draft,
     )
     with open_offloaded(setting.store, config, show_progress=False) as model:
-        yield Lane(model)
+        yield TimedModel(model)
 
 
 class _Silent(BaseDrafter):

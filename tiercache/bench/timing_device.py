@@ -1,4 +1,4 @@
-"""Where kernels are timed: a device with its clock, its roof, and memory laid out as the tiers lay it out.
+"""The devices that kernels are timed on: their clock, their roof, and memory laid out as the tiers lay it out.
 
 Knows the kernels' contract; nothing of which matrices are multiplied.
 """
@@ -44,13 +44,13 @@ class Effort:
     roof_bytes: int = 1 << 30
 
 
-class Stand(Protocol):
-    """A place to time kernels.
+class TimingDevice(Protocol):
+    """A device to time kernels on.
 
     Attributes:
         label: its name in the results.
         kernels: the backend.
-        device: where activations lie.
+        torch_device: where activations lie.
         cache_bytes: of the cache that the working set has to exceed.
         batch: calls between two looks at the clock.
         peers: what else can multiply here.
@@ -58,7 +58,7 @@ class Stand(Protocol):
 
     label: str
     kernels: Kernels
-    device: torch.device
+    torch_device: torch.device
     cache_bytes: int
     batch: int
     peers: tuple[Peer, ...]
@@ -76,21 +76,21 @@ class Stand(Protocol):
         """Give back what memory handed out has locked; harmless when done twice."""
 
 
-class CpuStand:
-    """This machine's processor and main memory, in huge pages as the tiers' slabs are. See `Stand`.
+class CpuDevice:
+    """This machine's processor and main memory, in huge pages as the tiers' slabs are. See `TimingDevice`.
 
     Args:
         kernels: the backend; by default the one that is chosen for this processor.
     """
 
     def __init__(self, kernels: Kernels | None = None) -> None:
-        self.label, self.device, self.batch = "cpu", torch.device("cpu"), 1
-        self.kernels = kernels or select(self.device)
+        self.label, self.torch_device, self.batch = "cpu", torch.device("cpu"), 1
+        self.kernels = kernels or select(self.torch_device)
         self.cache_bytes = last_level_cache_bytes()
         self.peers: tuple[Peer, ...] = CPU_PEERS
 
     def memory(self, nbytes: int) -> Tensor:
-        """See `Stand`."""
+        """See `TimingDevice`."""
         free = hardware.memory().free_bytes
         if nbytes > free:
             raise DoesNotFitError(
@@ -98,38 +98,38 @@ class CpuStand:
                 f"{nbytes - free} bytes are missing; close other programs or name a smaller --kernel-shapes",
                 missing_bytes=nbytes - free,
             )
-        return Slab(nbytes, self.device).bytes
+        return Slab(nbytes, self.torch_device).bytes
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
-        """See `Stand`."""
+        """See `TimingDevice`."""
         return probe.dram_read(memory=memory.numpy().data)
 
     def wait(self) -> None:
-        """See `Stand`."""
+        """See `TimingDevice`."""
 
     def close(self) -> None:
-        """See `Stand`."""
+        """See `TimingDevice`."""
 
 
-def working_set_bytes(stand: Stand, effort: Effort) -> int:
+def working_set_bytes(device: TimingDevice, effort: Effort) -> int:
     """Bytes to rotate through so that each call finds none of its weights in a cache."""
-    return max(effort.least_bytes, effort.caches * stand.cache_bytes)
+    return max(effort.least_bytes, effort.caches * device.cache_bytes)
 
 
-def median_s(stand: Stand, call: Callable[[int], object], effort: Effort) -> float:
+def median_s(device: TimingDevice, call: Callable[[int], object], effort: Effort) -> float:
     """Seconds of one call: the median, after two that warm up. `call` is told its number."""
     for number in range(2):
         call(number)
-    stand.wait()
+    device.wait()
     samples: list[float] = []
     number, begun = 2, time.perf_counter()
     while len(samples) < effort.least_samples or time.perf_counter() - begun < effort.least_s:
         begin = time.perf_counter()
-        for _ in range(stand.batch):
+        for _ in range(device.batch):
             call(number)
             number += 1
-        stand.wait()
-        samples.append((time.perf_counter() - begin) / stand.batch)
+        device.wait()
+        samples.append((time.perf_counter() - begin) / device.batch)
     return statistics.median(samples)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tiercache.bench.shapes import GROUP, LEVELS
-from tiercache.bench.timing_device import Effort, Stand, working_set_bytes
+from tiercache.bench.timing_device import Effort, TimingDevice, working_set_bytes
 from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.format import align
 from tiercache.store.manifest import PlaneWeight
@@ -38,12 +38,12 @@ class Pool:
 
 
 def make(
-    stand: Stand, effort: Effort, pool: Pool, layout: tuple[int, int, int], precision: str
+    device: TimingDevice, effort: Effort, pool: Pool, layout: tuple[int, int, int], precision: str
 ) -> list[tuple[Planes, ...]]:
     """Copies of a unit at a precision, each as the planes of its parts.
 
     Args:
-        stand: whose memory they take.
+        device: whose memory they take.
         effort: how much of it.
         pool: what they are filled with.
         layout: rows, columns, and how many matrices lie side by side in a row.
@@ -58,8 +58,8 @@ def make(
         PlaneWeight(0, rows, columns, GROUP, parts, (part,), tuple(plane_at), scale_at, transposed=False)
         for part in range(parts)
     ]
-    count = max(1, -(-working_set_bytes(stand, effort) // unit_bytes))
-    memory = stand.memory(count * unit_bytes)
+    count = max(1, -(-working_set_bytes(device, effort) // unit_bytes))
+    memory = device.memory(count * unit_bytes)
     made = []
     for number, slot in enumerate(memory.split(unit_bytes)):
         for place, at in enumerate(plane_at):

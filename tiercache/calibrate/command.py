@@ -11,7 +11,9 @@ import torch
 from tiercache import text as texts
 from tiercache.calibrate import journal as journals
 from tiercache.calibrate.halving import METHOD
-from tiercache.calibrate.run import Objective, Options, Rest, Run
+from tiercache.calibrate.job import Job
+from tiercache.calibrate.options import Objective, Options, Rest
+from tiercache.calibrate.run import run
 from tiercache.config import Budget, SizeLike
 from tiercache.engine.machine import resolve_device
 from tiercache.errors import StoreError, UsageError
@@ -65,19 +67,11 @@ def calibrate(
         UsageError: something that cannot be meant, or an unfinished run that was begun otherwise.
         DoesNotFitError, StoreError, EnvironmentUnsupportedError: of a budget, of the store, of its disk.
     """
-    options = Options(
-        tokens=tokens,
-        window=window,
-        measure_tokens=measure_tokens,
-        precision=precision,
-        objective=objective,
-        predictor_rank=predictor_rank,
-        hbm=None if hbm is None else Budget.parse(hbm),
-        dram=Budget.parse(dram),
-        context=window if context is None else context,
-        device=device,
-        show_progress=show_progress,
-    )
+    counts: dict[str, Any] = {"tokens": tokens, "window": window, "measure_tokens": measure_tokens}
+    chosen: dict[str, Any] = {"precision": precision, "objective": objective, "predictor_rank": predictor_rank}
+    budgets: dict[str, Any] = {"hbm": None if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
+    budgets |= {"context": window if context is None else context, "device": device}
+    options = Options(**counts, **chosen, **budgets, show_progress=show_progress)
     _check(options)
     return _calibrate(_open(store), Path(text).expanduser(), options, restart=restart, once=once)
 
@@ -108,7 +102,7 @@ def _calibrate(store: PlaneStore, file: Path, options: Options, *, restart: bool
         _refuse_done(store, _asked(store, read, options))
     with journals.journal(store.folder, _asked(store, read, options), restart=restart) as journal, torch.no_grad():
         try:
-            result = Run(store, read, options, journal).whole()
+            result = run(Job(store, read, options, journal))
         except KeyboardInterrupt:
             note("interrupted; the same command goes on from here", show=options.show_progress)
             raise

@@ -9,18 +9,68 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiercache.calibrate.collect import watching
 from tiercache.calibrate.journal import Journal
 from tiercache.calibrate.sums import HALVES
-from tiercache.model.importance import recall, train_predictor
+from tiercache.model.importance import recall
 from tiercache.model.mixed import MixedBlock, Seen
 
 TOKENS = 4096
 _SAMPLED_BYTES = 512 << 20
 _TRAINED = 0.75  # of the tokens; the others judge
 PREDICTED = ("own", "ahead")
+
+
+class Predictor(nn.Module):
+    """A low-rank predictor of importance from a block's input (Deja Vu, arXiv 2310.17157, section 3).
+
+    May be trained for the block itself or for one some layers ahead, whose planes could then be fetched early.
+    """
+
+    def __init__(self, features: int, neurons: int, rank: int) -> None:
+        super().__init__()
+        self.inward = nn.Linear(features, rank, bias=False)
+        self.outward = nn.Linear(rank, neurons)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, features] -> scores [tokens, neurons]: the larger, the likelier to be among the important."""
+        result: Tensor = self.outward(torch.relu(self.inward(x)))
+        return result
+
+
+def train_predictor(
+    x: Tensor, truth: Tensor, *, rank: int, share: float = 0.5, steps: int = 400, batch: int = 256, seed: int = 0
+) -> Predictor:
+    """Fit a predictor to which neurons are among the most important `share`, by cross-entropy as Deja Vu does.
+
+    Args:
+        x: inputs [tokens, features].
+        truth: importance [tokens, neurons].
+        rank: of the predictor.
+        share: what counts as important.
+        steps, batch: of Adam.
+        seed: of its first weights and of the batches.
+    """
+    count = max(1, round(share * truth.shape[1]))
+    wanted = torch.zeros_like(truth, dtype=torch.float32).scatter_(1, truth.topk(count, dim=1).indices, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = Predictor(x.shape[1], truth.shape[1], rank)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    scale = x.float().std().clamp_min(1e-6)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+            loss = nn.functional.binary_cross_entropy_with_logits(made(x[rows].float() / scale), wanted[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        made.inward.weight /= scale
+    return made.eval().requires_grad_(False)
 
 
 def train(

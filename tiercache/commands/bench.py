@@ -1,7 +1,7 @@
 """`bench model`, `bench kernels`, `bench drafters`: speeds, each beside what the same machine could do at that time."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,14 +17,17 @@ _Hbm = Annotated[str | None, typer.Option(help="Budget of the fastest tier; none
 _Dram = Annotated[str, typer.Option(help="Budget of main memory.")]
 _Folder = Annotated[Path, typer.Option(help="Where models are made, and found again.")]
 _FOLDER = Path("tiercache-bench")
-_SAME_NAMES = (
+# Options that the benchmarks call alike, and take as they are.
+_OF_MODEL = ("shape", "hbm", "dram", "tokens", "bytes_per_token", "link_gbps", "context", "seed", "keep")
+_OF_DRAFTERS = (
     *("text", "prompts", "prompt_tokens", "tokens", "plain_tokens", "repeats"),
     *("precision", "hbm", "dram", "link_gbps", "context"),
-)  # options of `bench drafters` that the benchmark calls alike, and takes as they are
+)
 
 
 @bench.command("model")
 def model_command(
+    ctx: typer.Context,
     shape: Annotated[str, typer.Option(help="A model's shape, such as tiny or llama-2-7b.")] = "tinyllama-1.1b",
     precision: Annotated[str | None, typer.Option(help="source, int8 or int4; int8 in mixed mode.")] = None,
     hbm: _Hbm = None,
@@ -42,14 +45,12 @@ def model_command(
     quiet: Quiet = False,
 ) -> None:
     """Time a model of random weights against the roofs of the disk and of main memory."""
-    from tiercache.bench import shape as shapes
+    from tiercache.bench import model
 
-    options: dict[str, Any] = {"hbm": hbm, "dram": dram, "tokens": tokens, "context": context, "seed": seed}
-    options |= {"bytes_per_token": bytes_per_token, "link_gbps": link_gbps}
-    options["precision"] = precision or ("source" if bytes_per_token is None else "int8")
-    place: dict[str, Any] = {"folder": folder.expanduser(), "keep": keep}
-    result = shapes.bench(shape, **options, **place, show_progress=progress(as_json, quiet))
-    tell(shapes.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
+    chosen = {name: ctx.params[name] for name in _OF_MODEL} | {"folder": folder.expanduser()}
+    chosen["precision"] = precision or ("source" if bytes_per_token is None else "int8")
+    result = model.bench(model.Options(**chosen, show_progress=progress(as_json, quiet)))
+    tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 
 
 @bench.command("kernels")
@@ -105,7 +106,7 @@ def drafters_command(
     chosen = drafters_options.parse(
         drafters=drafter_names, nodes=draft_nodes, growers=growers, temperatures=temperatures, seeds=seeds
     )
-    chosen |= {name: ctx.params[name] for name in _SAME_NAMES} | drafters_options.sizes(cap, widen)
+    chosen |= {name: ctx.params[name] for name in _OF_DRAFTERS} | drafters_options.sizes(cap, widen)
     chosen |= {"models": tuple(model or [PICO]), "folder": folder.expanduser()}
     result = drafters.bench(drafters_options.Options(**chosen, show_progress=progress(as_json, quiet)))
     tell(drafters_report.report(result), result, as_json=True, quiet=quiet)

@@ -15,7 +15,7 @@ def calibrate_command(
     tokens: Annotated[int, typer.Option(help="Tokens of it to learn from, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a pass.")] = 512,
     measure_tokens: Annotated[int, typer.Option(help="Tokens to measure settings on, in pieces of 64.")] = 1024,
-    precision: Annotated[str, typer.Option(help="Rung of what is no neuron, in the settings: int8 or int4.")] = "int8",
+    precision: Annotated[str, typer.Option(help="Precision of what is no neuron: int8 or int4.")] = "int8",
     objective: Annotated[str, typer.Option(help="Of the search: loss, or entropy as M2Cache has it.")] = "loss",
     predictor_rank: Annotated[int | None, typer.Option(help="Train low-rank predictors, for the report.")] = None,
     hbm: Hbm = "auto",

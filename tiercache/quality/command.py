@@ -94,8 +94,7 @@ def quality(
         scratch: where the reference's logits lie meanwhile; by default tiercache's own cache folder.
 
     Raises:
-        UsageError: something that cannot be meant.
-        EnvironmentUnsupportedError: too little disk for the logits, or an optional package is missing.
+        UsageError, EnvironmentUnsupportedError: what cannot be meant; too little disk, or no optional package.
     """
     wanted, exact = parse_all(modes), _reference(reference)
     folder = resolve(model).resolve()
@@ -104,19 +103,10 @@ def quality(
         _refuse_uncalibrated(folder, None if store is None else store.expanduser())
     if plot is not None:
         report.check_plot(plot)
-    options = Options(
-        tokens=tokens,
-        window=window,
-        batch=batch,
-        decode=decode,
-        offload={"hbm": hbm, "dram": dram, "device": device},
-        store=store,
-        tasks=tasks,
-        limit=limit,
-        length=length,
-        scratch=home_folder() if scratch is None else scratch.expanduser(),
-        show_progress=show_progress,
-    )
+    sizes: dict[str, Any] = {"tokens": tokens, "window": window, "batch": batch, "decode": decode, "length": length}
+    place: dict[str, Any] = {"offload": {"hbm": hbm, "dram": dram, "device": device}, "store": store}
+    place["scratch"] = home_folder() if scratch is None else scratch.expanduser()
+    options = Options(**sizes, **place, tasks=tasks, limit=limit, show_progress=show_progress)
     result = _measure(folder, text, [exact, *(mode for mode in wanted if mode != exact)], options)
     if plot is not None:
         report.plot(result, plot)

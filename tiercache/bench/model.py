@@ -6,6 +6,9 @@ Knows `offload` and its statistics from outside, as a user would.
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from profiler import probe
 from tiercache import stats as stats_module
 from tiercache.bench import shapes
-from tiercache.bench.random_calibration import untaught
+from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config import Budget, OffloadConfig, Precision, human
 from tiercache.engine.offload import open_offloaded
@@ -28,93 +31,108 @@ _READ_SETTINGS = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20))
 _ROOF_BYTES = 128 << 20  # the memory roof is measured within a tight RAM cap too
 
 
-def bench(
-    shape: str,
-    *,
-    precision: Precision = "source",
-    hbm: str | None = None,
-    dram: str = "auto",
-    tokens: int = 8,
-    folder: Path,
-    context: int = 128,
-    seed: int = 0,
-    keep: bool = True,
-    bytes_per_token: float | None = None,
-    link_gbps: float | None = None,
-    show_progress: bool | None = None,
-) -> dict[str, Any]:
-    """Make the model, run it, measure the roofs.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure.
 
-    Args:
+    Attributes:
         shape: a name from `shapes.SHAPES`.
-        precision, hbm, dram, context: as `offload` takes them.
+        precision, hbm, dram, context, link_gbps: as `offload` takes them.
         tokens: single-token passes to time.
         folder: where models are made, and found again by the next run.
-        seed: of the weights.
+        seed: of the weights and the prompt.
         keep: leave the model in `folder`.
         bytes_per_token: run in mixed mode, reading this share of int8's bytes of the neurons, by a recipe that nobody
             measured: random weights have nothing to lose.
-        link_gbps: throttle copies to the HBM tier.
-        show_progress: draw bars.
+        show_progress: draw bars; None means where standard error is a terminal.
     """
-    dimensions = shapes.find(shape)
-    place = folder / f"{shape}-{'bf16' if precision == 'source' else 'planes'}-{seed}"
-    make = shapes.make_checkpoint if precision == "source" else shapes.make_store
-    path = make(dimensions, place, seed, show_progress=show_progress)
-    generator = torch.Generator().manual_seed(seed)
+
+    shape: str = "tinyllama-1.1b"
+    precision: Precision = "source"
+    hbm: str | None = None
+    dram: str = "auto"
+    tokens: int = 8
+    folder: Path
+    context: int = 128
+    seed: int = 0
+    keep: bool = True
+    bytes_per_token: float | None = None
+    link_gbps: float | None = None
+    show_progress: bool | None = None
+
+
+def bench(options: Options) -> dict[str, Any]:
+    """Make the model, run it, measure the roofs.
+
+    Raises:
+        UsageError: no such shape, or too few bytes a token for any recipe.
+    """
+    dimensions = shapes.find(options.shape)
+    place = options.folder / f"{options.shape}-{'bf16' if options.precision == 'source' else 'planes'}-{options.seed}"
+    make = shapes.make_checkpoint if options.precision == "source" else shapes.make_store
+    path = make(dimensions, place, options.seed, show_progress=options.show_progress)
+    generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)
-    options: dict[str, Any] = {"precision": precision, "context": context, "logits": 1, "link_gbps": link_gbps}
-    calibration = None
-    if bytes_per_token is not None:
-        options |= {"mode": "mixed", "bytes_per_token": Budget(fraction=1.0)}
-        calibration = untaught(PlaneStore.open(path), bytes_per_token)
-    config = OffloadConfig(hbm=None if hbm is None else Budget.parse(hbm), dram=Budget.parse(dram), **options)
-    with open_offloaded(path, config, show_progress=show_progress, calibration=calibration) as model:
-        prefill_s, decode_s, batch_s = _time(model, ids.to(model.device), tokens)
+    with _opened(path, options) as model:
+        prefill_s, decode_s, batch_s = _time(model, ids.to(model.device), options.tokens)
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
+    seconds = {"prefill_s": prefill_s, "batch_s": batch_s, "pass_s": statistics.median(decode_s)}
     disk = _disk_roof(path)
     dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
     peak_rss_bytes = stats_module.peak_rss_bytes()  # the roofs' buffers included
-    if not keep:
+    if not options.keep:
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-    return _result(locals())
-
-
-def _result(run: dict[str, Any]) -> dict[str, Any]:
-    """What is reported, from what was measured."""
-    sizes, decode_s = run["sizes"], run["decode_s"]
-    pass_s = statistics.median(decode_s)
-    disk_s = sizes["ssd"] / run["disk"].gbps / 1e9
-    dram_s = sizes["needed"] / run["dram_gbps"] / 1e9
-    roof_s = max(disk_s, dram_s)
     return {
         "schema": SCHEMA,
         "hardware": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()},
-        "shape": run["shape"],
-        "precision": run["precision"],
-        "bytes_per_token": run["bytes_per_token"],
-        "link": run["stats"]["link"],
-        "hbm": run["hbm"],
-        "dram": run["dram"],
-        "seed": run["seed"],
+        **{name: getattr(options, name) for name in ("shape", "precision", "bytes_per_token", "hbm", "dram", "seed")},
+        "link": stats["link"],
         "prefill_tokens": _PROMPT_TOKENS,
-        "prefill_s": run["prefill_s"],
         "batch_tokens": _BATCH_TOKENS,
-        "batch_s": run["batch_s"],
-        "kernels": run["stats"]["kernels"],
-        "pass_s": pass_s,
+        "kernels": stats["kernels"],
+        **seconds,
         "pass_s_all": decode_s,
-        "tokens_per_s": 1 / pass_s,
+        "tokens_per_s": 1 / seconds["pass_s"],
         "pass_bytes": sizes,
-        "roofs": {"disk_gbps": run["disk"].gbps, "disk_direct": run["disk"].direct, "dram_gbps": run["dram_gbps"]},
+        **_roofs(sizes, seconds["pass_s"], disk, dram_gbps),
+        "peak_rss_bytes": peak_rss_bytes,
+        "stats": stats,
+    }
+
+
+@contextmanager
+def _opened(path: Path, options: Options) -> Iterator[Any]:
+    """The model as a user would open it."""
+    mixed: dict[str, Any] = {}
+    calibration = None
+    if options.bytes_per_token is not None:
+        mixed = {"mode": "mixed", "bytes_per_token": Budget(fraction=1.0)}
+        calibration = calibration_of_random_weights(PlaneStore.open(path), options.bytes_per_token)
+    config = OffloadConfig(
+        hbm=None if options.hbm is None else Budget.parse(options.hbm),
+        dram=Budget.parse(options.dram),
+        precision=options.precision,
+        context=options.context,
+        logits=1,
+        link_gbps=options.link_gbps,
+        **mixed,
+    )
+    with open_offloaded(path, config, show_progress=options.show_progress, calibration=calibration) as model:
+        yield model
+
+
+def _roofs(sizes: dict[str, int], pass_s: float, disk: probe.ReadRoof, dram_gbps: float) -> dict[str, Any]:
+    """How long a pass takes at best, and how much longer it took."""
+    disk_s, dram_s = sizes["ssd"] / disk.gbps / 1e9, sizes["needed"] / dram_gbps / 1e9
+    roof_s = max(disk_s, dram_s)
+    return {
+        "roofs": {"disk_gbps": disk.gbps, "disk_direct": disk.direct, "dram_gbps": dram_gbps},
         "roof_s": roof_s,
         "bound": "ssd" if disk_s > dram_s else "dram",
         "over_roof": pass_s / roof_s,
-        "peak_rss_bytes": run["peak_rss_bytes"],
-        "stats": run["stats"],
     }
 
 

@@ -81,7 +81,7 @@ def widen(checkpoint: Path, folder: Path, size: Size, seed: int = 0, *, show_pro
         for place, held in shards.items():
             file = f"model-{place}.safetensors"
             wide = {
-                name: _widened(name, tensor, config["hidden_size"], size, generator) for name, tensor in held.items()
+                name: _enlarged(name, tensor, config["hidden_size"], size, generator) for name, tensor in held.items()
             }
             save_file(wide, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(wide, file)
@@ -125,7 +125,7 @@ def _shards(tensors: dict[str, Tensor], own: int, layers: int) -> dict[str, dict
     return shards
 
 
-def _widened(name: str, tensor: Tensor, hidden: int, size: Size, generator: torch.Generator) -> Tensor:
+def _enlarged(name: str, tensor: Tensor, hidden: int, size: Size, generator: torch.Generator) -> Tensor:
     """One parameter at the new size."""
     part = name.split(".")[-2]
     if tensor.ndim == 1:  # a norm: its input is that much larger, for the mean is over more features
