@@ -23,7 +23,7 @@ from tiercache.model.mixed import Choosing, MixedBlock
 from tiercache.model.neurons import BlockPlanes, Deltas, DirectPlanes, SlottedPlanes
 from tiercache.quant.planes import plane_widths, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
-from tiercache.store.catalog import Record
+from tiercache.store.catalog import UnitRecord
 from tiercache.store.manifest import Manifest
 from tiercache.store.planestore import PlaneStore
 from tiercache.tiers.neurons import SLICE, Caching, NeuronSlots, SlotPlan
@@ -181,7 +181,7 @@ def exact_bytes(store: PlaneStore) -> int:
     return sum(precision.exact_bytes(block.rows, sizes_of(block, store)) for block in store.blocks())
 
 
-def sizes_of(record: Record, store: PlaneStore) -> Sizes:
+def sizes_of(record: UnitRecord, store: PlaneStore) -> Sizes:
     """Bytes of a row of a block, by plane."""
     group: int = store.contents.meta["group"]
     return Sizes(plane_widths(record.columns, group), scale_row_bytes(record.columns, group), record.parts - 1)
