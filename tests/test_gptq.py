@@ -21,7 +21,7 @@ from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
 from tiercache.quant.hadamard import restored, stored, transform
 from tiercache.quant.planes import PRECISIONS, Planes, encode
-from tiercache.store.activations import Walk
+from tiercache.store.activations import TextPass
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
 from tiercache.store.reader import Reader
@@ -154,7 +154,7 @@ def test_inputs_that_never_come_and_activations_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """Also where the walk is taken up again behind a layer."""
+    """Also where the pass is taken up again behind a layer."""
     torch.manual_seed(1)
     windows = torch.randint(3, 131, (3, 12))
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
@@ -162,13 +162,13 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
     source = Source.open(checkpoint(name))
     with Reader() as reader:
         found: dict[str, Tensor] = {}
-        for layer in range(3):  # each in a walk of its own
-            walk = Walk(source, windows, reader, tmp_path)
-            walk.resume(layer)
-            found |= walk.layer()
-            walk.keep()
-            walk.forget(upto=walk.at)
-        head = walk.head()
+        for layer in range(3):  # each in a pass of its own
+            text_pass = TextPass(source, windows, reader, tmp_path)
+            text_pass.resume(layer)
+            found |= text_pass.layer()
+            text_pass.keep()
+            text_pass.forget(upto=text_pass.at)
+        head = text_pass.head()
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-00003.npy"]
     matrices = meta_model.matrices(model)
     assert found.keys() == {matrix.module for matrix in matrices if matrix.layer is not None}

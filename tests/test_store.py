@@ -789,7 +789,7 @@ def test_weights_that_the_codes_cannot_hold(checkpoint: Checkpoint, tmp_path: Pa
 def test_weights_that_the_codes_cannot_hold_are_named(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiercache.store.encode._BLOCK_WEIGHTS", 56 * 10 * 3)  # ten neurons at a time
+    monkeypatch.setattr("tiercache.store.encode._CHUNK_WEIGHTS", 56 * 10 * 3)  # ten neurons at a time
     _spoil(checkpoint, tmp_path, "model.layers.1.mlp.up_proj.weight", float("nan"))
     with pytest.raises(QuantizationError) as raised:
         convert(tmp_path / "model", tmp_path / "store", compress="off")

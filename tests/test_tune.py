@@ -19,10 +19,10 @@ from tiercache.quant.corpus import Corpus
 from tiercache.quant.gptq import LayerMoments
 from tiercache.quant.hadamard import restored, stored
 from tiercache.quant.planes import Planes, codes_of, decode, encode
-from tiercache.quant.tune import Layer, Piece, tuned
+from tiercache.quant.tune import CodedPiece, Layer, tuned
 from tiercache.store import encode as encoder
 from tiercache.store import estimate, layout
-from tiercache.store.activations import Walk
+from tiercache.store.activations import TextPass
 from tiercache.store.convert import convert
 from tiercache.store.layers import Quantiser
 from tiercache.store.manifest import PlaneWeight
@@ -36,27 +36,27 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def pico(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layer, list[Piece]]]:
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layer, list[CodedPiece]]]:
     """Pico's second layer, what goes through it, and its calibrated planes, with scales of inputs."""
     source = Source.open(PICO)
     windows = Corpus.read(None, PICO, source.config, 1024).windows.reshape(-1, 128)
     with Reader() as reader:
-        walk = Walk(source, windows, reader, tmp_path_factory.mktemp("walk"), looks_back=True)
-        walk.resume(0)
-        walk.layer()
-        moments = LayerMoments(walk.layer(), scaled=True)
+        text_pass = TextPass(source, windows, reader, tmp_path_factory.mktemp("walk"), looks_back=True)
+        text_pass.resume(0)
+        text_pass.layer()
+        moments = LayerMoments(text_pass.layer(), scaled=True)
         pieces = []
-        with walk.passed() as (name, layer):
+        with text_pass.passed() as (name, layer):
             for unit in (unit for unit in layout.plan(source, 64, scaled=True) if unit.layer == 1):
                 made = encoder.calibrated(unit, source, reader, 64, moments)
                 for part, one in zip(unit.parts, made, strict=True):
                     place = part.parameter.removeprefix(name + "."), part.first, part.transposed
-                    pieces.append(Piece(*place, one.planes, one.factors))
+                    pieces.append(CodedPiece(*place, one.planes, one.factors))
             assert all(piece.factors is not None for piece in pieces)
             yield layer, pieces
 
 
-def losses(layer: Layer, pieces: list[Piece], made: list[Planes], windows: slice) -> dict[str, float]:
+def losses(layer: Layer, pieces: list[CodedPiece], made: list[Planes], windows: slice) -> dict[str, float]:
     """Mean squared errors of the layer's output at each precision."""
     found = {}
     for precision in ("int3", "int4", "int8"):
@@ -73,7 +73,7 @@ def same(one: list[Planes], other: list[Planes]) -> bool:
     return all(torch.equal(a, b) for some, others in pairs for a, b in zip(some, others, strict=True))
 
 
-def test_a_layer_gains_and_int8_keeps_its_weights(pico: tuple[Layer, list[Piece]]) -> None:
+def test_a_layer_gains_and_int8_keeps_its_weights(pico: tuple[Layer, list[CodedPiece]]) -> None:
     layer, pieces = pico
     before = [piece.planes for piece in pieces]
     assert same(tuned(layer, pieces, 0, seed=1), before)
@@ -91,11 +91,11 @@ def test_a_bad_code_is_found() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64), torch.randn(16, 32, 64)
     planes = encode(stored(weight), 64)
-    latent = tune._Latent(Piece("w", 0, False, planes), weight)
+    latent = tune._Latent(CodedPiece("w", 0, False, planes), weight)
     least, most = latent.bounds()
     spoiled = torch.where(torch.rand(48, 64) < 0.25, least + most - latent.h, latent.h).to(torch.uint8)
     layer = Layer({"w": weight}, lambda given, window: window @ given["w"].T, x, x @ weight.T)
-    piece = Piece("w", 0, False, latent.planes(spoiled))
+    piece = CodedPiece("w", 0, False, latent.planes(spoiled))
     (made,) = tuned(layer, [piece], 60, seed=0)
     was, now = (losses(layer, [piece], [some], slice(None)) for some in (piece.planes, made))
     assert now["int4"] < 0.95 * was["int4"]
@@ -116,7 +116,7 @@ def test_the_first_codes_are_kept_where_nothing_is_better(transposed: bool) -> N
         return window + 1 + 0 * _weights["w"].sum()
 
     layer = Layer({"w": weight}, forward, torch.zeros(3, 4, 5), torch.zeros(3, 4, 5))
-    piece = Piece("w", 0, transposed, planes, factors)
+    piece = CodedPiece("w", 0, transposed, planes, factors)
     assert same(tuned(layer, [piece], 5, seed=0), [planes])
 
 
@@ -125,7 +125,7 @@ def test_codes_come_back_from_planes_and_go_up_and_down_without_a_change_at_int8
     torch.manual_seed(0)
     factors = torch.rand(150) + 0.1 if scaled else None
     planes = encode(stored(torch.randn(9, 150), factors), 64)
-    piece = Piece("w", 0, False, planes, factors)
+    piece = CodedPiece("w", 0, False, planes, factors)
     latent = tune._Latent(piece, restored(planes, factors, torch.empty(9, 150)))
     assert torch.equal(latent.rounded(), codes_of(planes)[0])
     least, most = latent.bounds()

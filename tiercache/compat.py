@@ -1,6 +1,7 @@
 """The one file that knows transformers' moving parts: names that changed between its releases, and its private ones.
 
-Everything else imports them from here. What this transformers lacks is a named error, never a silent other way.
+Everything else imports them from here. Where this transformers lacks a part, an error names it; nothing is done
+silently in another way.
 
 transformers 5.24 renamed the argument and the output that carry the KV cache from `past_key_values` (`cache_params` in
 recurrent models) to `cache`; the old names go in 5.40.

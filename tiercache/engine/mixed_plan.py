@@ -25,7 +25,7 @@ from tiercache.model.mixed import MixedBlock
 from tiercache.model.slotted_planes import Deltas, SlottedPlanes
 from tiercache.quant.planes import plane_widths, scale_row_bytes
 from tiercache.store.calibration import Calibration, Setting
-from tiercache.store.catalog import Record
+from tiercache.store.catalog import UnitRecord
 from tiercache.store.manifest import Manifest
 from tiercache.store.planestore import PlaneStore
 from tiercache.tiers.neurons import NEURONS_PER_SUM, Caching, NeuronSlots, SlotPlan
@@ -183,7 +183,7 @@ def exact_bytes(store: PlaneStore) -> int:
     return sum(precision.exact_bytes(block.rows, sizes_of(block, store)) for block in store.blocks())
 
 
-def sizes_of(record: Record, store: PlaneStore) -> Sizes:
+def sizes_of(record: UnitRecord, store: PlaneStore) -> Sizes:
     """Bytes of a row of a block, by plane."""
     group: int = store.contents.meta["group"]
     return Sizes(plane_widths(record.columns, group), scale_row_bytes(record.columns, group), record.parts - 1)

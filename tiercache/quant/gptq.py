@@ -1,13 +1,16 @@
-"""GPTQ for nested planes: each weight's codes make up for the errors of the weights before it, at every precision.
+"""GPTQ for nested planes: each weight's codes compensate the errors of the weights before it, at every precision.
 
 Knows one matrix and the second moments of its inputs; nothing of models, text or files.
 
-GPTQ (arXiv 2210.17323, algorithm 1) quantises a matrix input by input. What rounding input j does to the outputs is
-taken back by the inputs after j, as the Hessian of the squared output error, X^T X, says. Here one pair of codes serves
-three precisions, which make different errors. So the weights that remain are kept three times, one state for each
-precision, and each takes back its own errors alone. The codes of an input are those whose weighted errors against the
-three states are least (`codes.choose`). Inputs with the largest second moments come first, for their errors can still
-be taken back; inputs that share a group stay together, because they share its scales.
+GPTQ (arXiv 2210.17323, algorithm 1) quantises a matrix input by input. Rounding the weights of input j changes the
+outputs. The weights of the inputs after j are changed so that they take this back as well as they can; this is called
+*error feedback*. How much each must change follows from the *Hessian* of the squared output error, X^T X.
+
+Here one pair of codes serves three precisions, which make different errors. So the weights that remain are kept three
+times, as one state for each precision, and each state gets the feedback of its own errors alone. The codes of an input
+are those whose weighted errors against the three states are least (`codes.choose`). Inputs with the largest second
+moments come first, because most inputs are then left to take their errors back. Inputs that share a group stay
+together, because they share its scales.
 """
 
 import hashlib
@@ -166,15 +169,15 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
     for first in range(0, outputs, high):
         r = slice(first, min(outputs, first + high))
         part = hadamard.stored(weight[r], moments.factors)
-        walk, before = _Walk(part, moments), -1
+        feedback, before = _ErrorFeedback(part, moments), -1
         with threads(1):
             for index in moments.order.tolist():
                 place = index // group
                 if place != before:
-                    ahead = walk.ahead(min(group, inputs - place * group))  # [states, outputs, inputs of the group]
+                    ahead = feedback.ahead(min(group, inputs - place * group))  # [states, outputs, inputs of the group]
                     lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=first)
                     scales[r, place, 0], scales[r, place, 1], before = lo[:, 0], step[:, 0], place
-                codes[:, r, index] = walk.step(*scales[r, place].unbind(-1))
+                codes[:, r, index] = feedback.step(*scales[r, place].unbind(-1))
         of_input = scales[r].repeat_interleave(group, dim=1)[:, :inputs].permute(1, 2, 0)
         codes[:, r, :inputs] = refined(part, moments, codes[:, r, :inputs], of_input)
     h, c = codes.view(2, outputs, groups, group)
@@ -208,13 +211,13 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, factors: Tens
         ragged = (g.stop - g.start) * group - part.shape[0]
         if ragged:  # repeat the last output: it changes no group's range
             part = torch.cat([part, part[-1:].expand(ragged, -1)])
-        walk = _Walk(part, moments)
+        feedback = _ErrorFeedback(part, moments)
         with threads(1):
             for index in moments.order.tolist():
-                ahead = walk.ahead(1).view(STATES, -1, group)  # [states, groups, outputs of the group]
+                ahead = feedback.ahead(1).view(STATES, -1, group)  # [states, groups, outputs of the group]
                 lo, step = ranges(ahead.amin((0, 2))[:, None], ahead.amax((0, 2))[:, None], first_row=index)
                 scales[index, g, 0], scales[index, g, 1] = lo[:, 0], step[:, 0]
-                codes[:, padded, index] = walk.step(*scales[index, g].repeat_interleave(group, dim=0).unbind(-1))
+                codes[:, padded, index] = feedback.step(*scales[index, g].repeat_interleave(group, dim=0).unbind(-1))
         of_input = scales[:, g].repeat_interleave(group, dim=1).permute(0, 2, 1)
         codes[:, padded] = refined(part, moments, codes[:, padded], of_input)
     codes[:, outputs:] = 0
@@ -254,8 +257,8 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
     return codes.permute(1, 2, 0)
 
 
-class _Walk:
-    """The states of some outputs, on the way through the inputs.
+class _ErrorFeedback:
+    """The states of some outputs: weights of the inputs that remain, with the feedback of errors so far.
 
     Args:
         weight: fp32 [outputs, inputs].
@@ -287,7 +290,7 @@ class _Walk:
         return torch.stack([h, c])
 
     def _settled(self, begin: int, end: int) -> Tensor:
-        """Inputs less the errors of their own batch, as far as the walk has come: [count, states, outputs]."""
+        """Inputs less the errors of their own batch, as far as they are chosen: [count, states, outputs]."""
         first = self._at - self._at % _BATCH
         made = self._at - first
         if not made:

@@ -1,13 +1,14 @@
-"""The Hadamard transform of rows in blocks of 64 numbers: what is large in one place is spread over its block.
+"""The Hadamard transform of rows in blocks of 64 numbers: it spreads a large number over its block.
 
-Planes hold rows that were transformed first, so that one large weight, or the few inputs and outputs that every model
-has with large ones, does not set the step of its whole group (QuaRot, arXiv 2404.00456, section 4, turns whole rows).
-Numbers behind the last whole block stay as they are. The transform is its own inverse, and it is orthogonal: a product
-of a transformed row with transformed inputs is the product of the row with the inputs.
+Planes hold rows that were transformed first. Otherwise one large weight would set the step of its whole group, and
+every model has a few inputs and outputs with large weights. (QuaRot, arXiv 2404.00456, section 4, transforms whole
+rows.) Numbers behind the last whole block stay as they are. The transform is its own inverse, and it is orthogonal: the
+product of a transformed row with transformed inputs is the product of the row with the inputs.
 
-The columns of a matrix may have positive factors, in fp32: a row is divided by them before it is transformed. Down
-matrices lie transposed, so that their columns are outputs: the factor is the largest magnitude of the output's weights.
-The columns of others are inputs, and whoever has the inputs multiplies these by the factors (`quant.gptq`).
+The columns of a matrix may have *factors*, which are positive and fp32. A row is divided by them before it is
+transformed. Down matrices lie transposed, so that their columns are outputs: there the factor is the largest magnitude
+of the output's weights. The columns of others are inputs: there `quant.gptq` chooses the factors, and whoever has the
+inputs multiplies them by the factors.
 """
 
 import torch

@@ -1,20 +1,20 @@
-"""Learned rounding of one decoder layer: gradient steps move h up or down by one where the layer's output gains.
+"""Learned rounding of one decoder layer: gradient steps move the code h by one where the layer's output gets better.
 
 Knows a layer as a function of its weights and inputs, and the planes of its matrices; nothing of files or models.
 
-AutoRound (arXiv 2309.05516) learns how weights are rounded from the output of a whole layer: each weight has a latent
-number that is rounded to its code, and takes steps of one size against the sign of its gradient, as if rounding had a
-slope of one. The steps shrink to nothing by the end. Here the latent number is that of h, and the loss is the sum of
-int3's and int4's, each relative to what it was. int8's weights stay as they are to the bit: an int4 cell is 12 steps
-wide and c reaches over 16, so some of the weights (a third, after `quant.gptq`) can be written with either of two h.
-Only these are learned, beginning with the codes of `quant.gptq`.
+AutoRound (arXiv 2309.05516) learns how weights are rounded from the output of a whole layer. Each weight has a latent
+number that is rounded to its code. It takes steps of one size against the sign of its gradient, as if rounding had a
+slope of one. The steps shrink to nothing by the end. Here the latent number is that of h (`quant.codes`), and the loss
+is the sum of int3's and int4's, each relative to what it was. int8's weights stay as they are to the bit: an int4 cell
+is 12 steps wide and c reaches over 16, so some of the weights (a third, after `quant.gptq`) can be written with either
+of two h. Only these are learned, beginning with the codes of `quant.gptq`.
 
-Those codes make up for one another's errors, and many that move at once lose more than they gain. So latent numbers
-begin at places of their own, halfway from h to where the weight itself lies, and reach the middle between two h one
-after another, most of them never.
+Those codes compensate one another's errors. Where many move at once, more is lost than gained. So each latent number
+begins at a place of its own, halfway from h to where the weight itself lies. They reach the middle between two h one
+after another, and most of them never do.
 
-Windows that take no part in learning are watched. The codes that do best on them are kept; if none are better than
-the first at both precisions, the first.
+Some windows take no part in learning; the losses on them are watched. The codes that do best on them are kept. If none
+are better than the first codes at both precisions, the first are kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +67,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CodedPiece:
     """Some rows of a parameter of the layer, and their planes.
 
     Attributes:
@@ -89,7 +89,7 @@ class Piece:
         return (parameter.T if self.transposed else parameter)[self.first : self.first + self.planes.rows]
 
 
-def check(windows: int) -> None:
+def check_windows(windows: int) -> None:
     """Refuse a text that leaves nothing to learn from, or nothing to watch.
 
     Raises:
@@ -110,7 +110,7 @@ def _watched(windows: int) -> int:
     return max(1, windows // WATCHED)
 
 
-def tuned(layer: Layer, pieces: Sequence[Piece], steps: int, seed: int) -> list[Planes]:
+def tuned(layer: Layer, pieces: Sequence[CodedPiece], steps: int, seed: int) -> list[Planes]:
     """The pieces' planes, with codes that are better for the layer's output.
 
     Args:
@@ -119,7 +119,7 @@ def tuned(layer: Layer, pieces: Sequence[Piece], steps: int, seed: int) -> list[
         steps: of learning.
         seed: of the windows that are drawn.
     """
-    check(len(layer.inputs))
+    check_windows(len(layer.inputs))
     learner = _Learner(layer, pieces)
     drawn = torch.Generator().manual_seed(seed)
     kept, least = [latent.h for latent in learner.latents], 1.0
@@ -135,14 +135,14 @@ def tuned(layer: Layer, pieces: Sequence[Piece], steps: int, seed: int) -> list[
 
 
 class _Latent:
-    """The codes of a piece on their way.
+    """The codes of a piece while they are learned.
 
     Args:
         piece: begins with its codes.
         weight: fp32, what they stand for.
     """
 
-    def __init__(self, piece: Piece, weight: Tensor) -> None:
+    def __init__(self, piece: CodedPiece, weight: Tensor) -> None:
         self.piece = piece
         self.h, c = codes_of(piece.planes)
         self._sum = self.h.short() * CELL + c
@@ -195,7 +195,7 @@ class _Latent:
 class _Learner:
     """A layer's weights at two precisions, learned together."""
 
-    def __init__(self, layer: Layer, pieces: Sequence[Piece]) -> None:
+    def __init__(self, layer: Layer, pieces: Sequence[CodedPiece]) -> None:
         self._layer, own = layer, layer.parameters
         self.latents = [_Latent(piece, piece.of(own[piece.parameter]).float()) for piece in pieces]
         names = dict.fromkeys(piece.parameter for piece in pieces)

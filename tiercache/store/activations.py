@@ -1,8 +1,8 @@
-"""What a checkpoint's linear modules multiply by: a text's way through the model, one decoder layer at a time.
+"""Takes a text through a checkpoint, one decoder layer at a time, and sums the Hessians of its linear modules.
 
-Knows the checkpoint and transformers' own layers; not how weights are quantised or where they are kept. At no time
-is more of the model in memory than one layer, in fp32, and what lies outside of the layers. The hidden states of the
-text between two layers are a file, so that an interrupted walk goes on where it was.
+Knows the checkpoint and transformers' own layers; not how weights are quantised or where they are kept. At no time is
+more of the model in memory than one layer, in fp32, and what lies outside of the layers. The hidden states of the text
+between two layers are kept in a file, so that an interrupted pass goes on where it was.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,13 @@ from tiercache.errors import StoreError, UnsupportedModelError
 from tiercache.model import meta_model
 from tiercache.quant.tune import Layer
 from tiercache.store.encode import load
+from tiercache.store.hessians import Hessians, summed_hessians
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source
 from tiercache.store.writer import sync
 
 FILES = "hidden-*.npy"
 """Names of the files that hidden states are kept in."""
-
-Hessians = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class _Call:
     in_tuple: bool
 
 
-class Walk:
-    """A text on its way through a checkpoint.
+class TextPass:
+    """A text that is taken through a checkpoint.
 
     Args:
         source: the checkpoint.
@@ -73,7 +72,7 @@ class Walk:
         self._at = 0
 
     def resume(self, layer: int) -> None:
-        """Take up the walk before decoder layer `layer`: 0, or one whose hidden states were kept.
+        """Take up the pass before decoder layer `layer`: 0, or one whose hidden states were kept.
 
         Raises:
             StoreError: they are not there.
@@ -102,7 +101,7 @@ class Walk:
         self._before = None  # gone before there is another
         self._before = hidden.clone() if self._looks_back else None
         sums: Hessians = {}
-        with self._weights(name), _listening(self._model, name, self._modules, sums):
+        with self._weights(name), summed_hessians(self._model, name, self._modules, sums):
             for place, window in enumerate(hidden):
                 made = module(window[None], *call.arguments, **call.keywords)
                 hidden[place] = (made[0] if call.in_tuple else made)[0]
@@ -137,7 +136,7 @@ class Walk:
         return total
 
     def keep(self) -> None:
-        """Put the hidden states before the next layer on disk; those before it may go once this is vouched for."""
+        """Write the hidden states before the next layer to disk; earlier ones may go once the journal says so."""
         assert self._hidden is not None
         path = self._file(self._at)
         np.save(path, self._hidden.numpy())
@@ -278,29 +277,3 @@ def _embedding_in_fp32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def _listening(model: nn.Module, layer: str, modules: set[str], sums: Hessians) -> Iterator[None]:
-    """Add up x x^T of what goes into the linear modules of a layer."""
-    newest: list[tuple[Tensor, str]] = []
-    shared: dict[str, str] = {}
-
-    def listen(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0]
-        if newest and newest[0][0] is x and shared.setdefault(name, newest[0][1]) == newest[0][1]:
-            sums[name] = sums[newest[0][1]]  # the same tensor: q, k and v
-            return
-        newest[:] = [(x, name)]
-        flat = x.reshape(-1, x.shape[-1])
-        if name not in sums:
-            sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
-        sums[name].addmm_(flat.T, flat)
-
-    named = [(name, module) for name, module in model.get_submodule(layer).named_modules(prefix=layer)]
-    hooks = [m.register_forward_pre_hook(partial(listen, name)) for name, m in named if name in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,8 +1,8 @@
-"""What a text has taught about a store's neurons: an LMDB file beside the catalogue, of this store and no other.
+"""What calibration measured of a store's neurons on a text: an LMDB file beside the catalogue, of this store alone.
 
-Keys are `meta`, `settings` and one per array; every value lies behind a SHA-256 of key and value. A finished
-calibration is written in one transaction into a fresh file and then takes its place; one under way keeps its state in
-a file of its own (`PARTIAL_FILE`), which outlives the process.
+Keys are `meta`, `settings` and one per array. Every value lies behind a SHA-256 of key and value. A finished
+calibration is written in one transaction into a fresh file, which is then renamed into place. A calibration under way
+keeps its state in a file of its own (`PARTIAL_FILE`), which outlives the process.
 """
 
 import io

@@ -1,9 +1,18 @@
 """The plane store's catalogue: an LMDB file with one record per unit and one for the store itself.
 
-Keys are `meta` and `unit/NNNNN`; values are JSON behind a SHA-256 of key and value; `meta` counts the units.
-The same library keeps the journal of a conversion under way.
-Weights never go in here. A finished catalogue is written in one transaction into a fresh file, so that the same
-records give the same bytes, and is read without a lock file, so that a read-only store will do.
+Keys are `meta` and `unit/NNNNN`. Values are JSON behind a SHA-256 of key and value. `meta` counts the units. Weights
+never go in here.
+
+LMDB is an embedded key-value store: a B+ tree in one file, which is mapped into memory. It is used here for four things
+that it is good at.
+
+- One file holds everything, so a store is copied with plain file tools.
+- A transaction is kept whole or not at all, and it is on disk when it ends. The journal of a conversion
+  (`store.journal`) enters each layer in one transaction. A process that is killed at any moment leaves the last one.
+- Readers need no lock and no lock file, so a store on a read-only disk can be read.
+- Values are bytes of any kind. So each can carry its own checksum, which LMDB does not keep.
+
+A finished catalogue is written in one transaction into a fresh file, so the same records give the same bytes.
 """
 
 import errno
@@ -50,7 +59,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Member:
-    """A module whose weight lies in a unit: which of the unit's parts, and whether transposed."""
+    """A module whose weight lies in a unit: which of the unit's parts it is, and whether it lies transposed."""
 
     module: str
     own: tuple[int, ...]
@@ -58,7 +67,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Record:
+class UnitRecord:
     """One unit as the catalogue knows it.
 
     Attributes:
@@ -89,7 +98,7 @@ class Record:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @classmethod
-    def from_json(cls, value: bytes) -> "Record":
+    def from_json(cls, value: bytes) -> "UnitRecord":
         """As read."""
         plain = json.loads(value)
         plain["extents"] = {
@@ -105,7 +114,7 @@ class Contents:
     """Everything a catalogue holds."""
 
     meta: dict[str, Any] = field(default_factory=dict)
-    records: tuple[Record, ...] = ()
+    records: tuple[UnitRecord, ...] = ()
 
 
 @contextmanager
@@ -137,7 +146,7 @@ def _translated(error: lmdb.Error, path: Path) -> Exception:
     return StoreError(f"{path} is damaged ({error}); convert the checkpoint again")
 
 
-def write(path: Path, meta: Mapping[str, Any], records: list[Record]) -> None:
+def write(path: Path, meta: Mapping[str, Any], records: list[UnitRecord]) -> None:
     """A fresh catalogue, on disk when this returns."""
     values = {_META.decode(): json.dumps(meta, sort_keys=True).encode()}
     values |= {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records)}
@@ -166,7 +175,7 @@ def read_values(path: Path) -> dict[str, bytes]:
             raise StoreError(f"{path} holds a record that cannot be read ({error!r}); make it again") from error
 
 
-def size_bytes(meta: Mapping[str, Any], records: list[Record]) -> int:
+def size_bytes(meta: Mapping[str, Any], records: list[UnitRecord]) -> int:
     """How large the catalogue of such records will be; their values' lengths are all that counts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "catalog.mdb"
@@ -189,7 +198,7 @@ def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
     try:
         values = {bytes(key): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
         meta = json.loads(values.pop(_META, b"{}"))
-        records = [Record.from_json(value) for value in values.values()]
+        records = [UnitRecord.from_json(value) for value in values.values()]
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
     return Contents(meta, tuple(records))
@@ -200,7 +209,7 @@ def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
     transaction.put(_META, sealed(_META, json.dumps(meta, sort_keys=True).encode()))
 
 
-def put_record(transaction: lmdb.Transaction, index: int, record: Record) -> None:
+def put_record(transaction: lmdb.Transaction, index: int, record: UnitRecord) -> None:
     """Enter one unit."""
     key = b"unit/%05d" % index
     transaction.put(key, sealed(key, record.to_json()))

@@ -1,12 +1,12 @@
-"""Makes a plane store from a checkpoint: streaming, resumable, published at once when complete.
+"""Makes a plane store from a checkpoint, layer by layer; goes on after an interruption.
 
-Codes are calibrated where the checkpoint brings a tokenizer: a text goes through the model layer by layer, as the
-layers are converted (`store.activations`, `quant.gptq`), and where it is asked for their rounding is learned besides
-(`quant.tune`). Otherwise, or where it is asked for, each weight is rounded by itself.
+Codes are calibrated where the checkpoint has a tokenizer. A text is then taken through the model, layer by layer, as
+the layers are converted (`store.activations`), and GPTQ chooses the codes (`quant.gptq`). Their rounding can be learned
+besides (`quant.tune`). Otherwise each weight is rounded by itself.
 
-The store grows in `<store>.partial`, layer by layer: a layer's bytes are on disk before the journal (LMDB, one
-transaction per layer) says so, so that a conversion killed at any moment goes on behind the last whole layer and
-ends with the same bytes as one that ran through. The finished folder is renamed into place.
+The store grows in the folder `<store>.partial`. A layer's bytes are on disk before the journal lists them, in one
+transaction per layer. So a conversion that is killed at any moment goes on after the last whole layer. It ends with the
+same bytes as one that was not interrupted. The finished folder is renamed into place.
 """
 
 import shutil
@@ -23,11 +23,11 @@ from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.planes import GROUPS
-from tiercache.quant.tune import check
+from tiercache.quant.tune import check_windows
 from tiercache.store import catalog, encode
 from tiercache.store.activations import FILES as HIDDEN_FILES
-from tiercache.store.activations import Walk
-from tiercache.store.catalog import Record
+from tiercache.store.activations import TextPass
+from tiercache.store.catalog import UnitRecord
 from tiercache.store.conversion_plan import Compress, ConversionPlan
 from tiercache.store.folders import clear_io_errors, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
@@ -38,7 +38,7 @@ from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Reader
 from tiercache.store.report import ConversionReport
 from tiercache.store.source import Source
-from tiercache.store.writer import Weighed, Writer, sync, weigh
+from tiercache.store.writer import Compression, Writer, compression_of, sync
 
 
 def convert(
@@ -66,7 +66,7 @@ def convert(
             rounding errors; None for the package's own text, if the checkpoint brings a tokenizer.
         tokens: how many of it, at most.
         plain: round each weight by itself instead.
-        tune: steps of learned rounding that each layer takes besides; 0 for none. For who has a night.
+        tune: steps of learned rounding for each layer besides; 0 for none. They take hours.
         dry_run: only say what it would take.
         restart: throw away what an interrupted conversion left.
         show_progress: draw a bar on standard error; None means where that is a terminal.
@@ -111,7 +111,7 @@ def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, sho
         note(f"codes are rounded and not calibrated: {error}", show=show)
         return None
     if tune:
-        check(len(found.windows))
+        check_windows(len(found.windows))
     return found
 
 
@@ -162,11 +162,11 @@ class _Conversion:
         )
 
     def _write_layers(
-        self, writer: Writer, records: list[Record], reader: Reader, journal: ConversionJournal, advance: Advance
+        self, writer: Writer, records: list[UnitRecord], reader: Reader, journal: ConversionJournal, advance: Advance
     ) -> None:
         plan = self._plan
         todo = plan.units[len(records) :]
-        quantiser = Quantiser(plan.source, plan.group, reader, self._walk(todo, reader), plan.tune)
+        quantiser = Quantiser(plan.source, plan.group, reader, self._text_pass(todo, reader), plan.tune)
         for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
             first, some = len(records), list(units)
             for unit, blocks, inputs in quantiser.blocks(some):
@@ -178,17 +178,17 @@ class _Conversion:
             journal.put_records(records, first)
             quantiser.forget()
 
-    def _walk(self, todo: list[UnitPlan], reader: Reader) -> Walk | None:
-        """The calibration text on its way, before the first layer that is left; None where none is needed any more."""
+    def _text_pass(self, todo: list[UnitPlan], reader: Reader) -> TextPass | None:
+        """The text before the first layer that is left; None where no text is needed."""
         plan = self._plan
         if plan.corpus is None or todo[:1] == [] or todo[0].dense:
             return None
-        walk = Walk(plan.source, plan.corpus.windows, reader, plan.partial, looks_back=plan.tune > 0)
-        walk.resume(walk.layers if todo[0].layer is None else todo[0].layer)
-        return walk
+        text_pass = TextPass(plan.source, plan.corpus.windows, reader, plan.partial, looks_back=plan.tune > 0)
+        text_pass.resume(text_pass.layers if todo[0].layer is None else todo[0].layer)
+        return text_pass
 
-    def _finish(self, records: list[Record], compression: dict[str, Any]) -> None:
-        """Everything but the rename is repeated harmlessly when interrupted."""
+    def _finish(self, records: list[UnitRecord], compression: dict[str, Any]) -> None:
+        """Publish the store. Each step but the rename may be repeated after an interruption."""
         plan = self._plan
         for path in plan.partial.glob(HIDDEN_FILES):
             path.unlink()
@@ -228,7 +228,7 @@ class _Conversion:
                 "bytes); free some space or name a folder on another disk"
             )
 
-    def _choose_compression(self) -> Weighed:
+    def _choose_compression(self) -> Compression:
         """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
         plan = self._plan
         if plan.compress == "off":
@@ -238,5 +238,5 @@ class _Conversion:
         if plan.compress == "auto":
             disk_gbps = probe.folder_read(plan.partial, sample_bytes=sample_bytes).gbps
         with Reader() as reader:
-            sample = next(encode.blocks(plan.units[0], plan.source, reader, plan.group))
-        return {name: weigh(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
+            sample = next(encode.rounded_chunks(plan.units[0], plan.source, reader, plan.group))
+        return {name: compression_of(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}

@@ -1,7 +1,7 @@
-"""Turns one planned unit into the bytes of its files, a block of rows at a time.
+"""Turns one planned unit into the bytes of its files, a chunk of whole rows at a time.
 
-Reads the unit's tensors from the checkpoint (at most one feed-forward block at once), encodes and interleaves them.
-Knows nothing of where the bytes go.
+It reads the unit's tensors from the checkpoint, at most one feed-forward block at once. It encodes them and puts the
+rows of the unit's matrices side by side. It does not know where the bytes go.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ import torch
 
 from tiercache.errors import QuantizationError
 from tiercache.quant import gptq, hadamard
-from tiercache.quant import planes as codes
 from tiercache.quant.gptq import LayerMoments
+from tiercache.quant.planes import Planes, encode
 from tiercache.store.format import PLANE_FILES, SCALE_FILE
 from tiercache.store.header import DTYPES, TensorRef
 from tiercache.store.layout import Part, UnitPlan
@@ -22,7 +22,7 @@ from tiercache.store.manifest import plain_unit
 from tiercache.store.reader import Buffer, Reader, aligned_buffer
 from tiercache.store.source import Source
 
-_BLOCK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
+_CHUNK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
 
 
 def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
@@ -33,8 +33,8 @@ def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
     return weight.view(torch.from_numpy(slot))
 
 
-def blocks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterator[dict[str, Buffer]]:
-    """The unit's bytes for each file, in order, in blocks of whole rows; then the scales of down's outputs.
+def rounded_chunks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterator[dict[str, Buffer]]:
+    """The unit's bytes for each file, in order; then the factors of a down matrix's outputs.
 
     Each weight is rounded by itself.
 
@@ -58,14 +58,14 @@ def blocks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterat
 
 @dataclass(frozen=True)
 class Coded:
-    """One matrix of a unit.
+    """One matrix of a unit, as codes.
 
     Attributes:
         planes: as `hadamard.stored` says.
         factors: of its columns, fp32; None for ones.
     """
 
-    planes: codes.Planes
+    planes: Planes
     factors: torch.Tensor | None
 
 
@@ -73,15 +73,15 @@ def calibrated(unit: UnitPlan, source: Source, reader: Reader, group: int, momen
     """The codes of the unit's parts.
 
     Args:
-        unit, source, reader, group: see `blocks`.
+        unit, source, reader, group: see `rounded_chunks`.
         moments: of the modules' inputs.
     """
     parts, factors = _stored(unit, source, reader)
     return [_calibrated(unit, n, part, group, moments, factors) for n, part in enumerate(parts)]
 
 
-def blocks_of(unit: UnitPlan, parts: list[Coded]) -> Iterator[dict[str, Buffer]]:
-    """As `blocks`, of parts that are calibrated; factors of the unit's inputs, if it has some, lie before down's."""
+def coded_chunks(unit: UnitPlan, parts: list[Coded]) -> Iterator[dict[str, Buffer]]:
+    """As `rounded_chunks`, of parts whose codes are chosen; factors of the unit's inputs, if any, lie before down's."""
     whole = [part.planes for part in parts]
     for some in _slices(unit):
         yield _side_by_side(
@@ -100,23 +100,23 @@ def _stored(unit: UnitPlan, source: Source, reader: Reader) -> tuple[list[torch.
     for part in unit.parts:
         stored = tensors[part.parameter].T if part.transposed else tensors[part.parameter]
         parts.append(stored[part.first : part.first + unit.rows])
-    return parts, _of_outputs(parts[-1]) if len(parts) > 1 else None
+    return parts, _output_factors(parts[-1]) if len(parts) > 1 else None
 
 
 def _slices(unit: UnitPlan) -> Iterator[slice]:
     """Rows that are encoded together."""
-    step = max(1, _BLOCK_WEIGHTS // (unit.columns * len(unit.parts)))
+    step = max(1, _CHUNK_WEIGHTS // (unit.columns * len(unit.parts)))
     for low in range(0, unit.rows, step):
         yield slice(low, min(unit.rows, low + step))
 
 
 def _rounded(
     unit: UnitPlan, place: int, rows: torch.Tensor, first_row: int, group: int, factors: torch.Tensor | None
-) -> codes.Planes:
+) -> Planes:
     part = unit.parts[place]
     scale = factors if place == len(unit.parts) - 1 else None
     with _named(part):
-        return codes.encode(hadamard.stored(rows, scale), group, first_row=part.first + first_row)
+        return encode(hadamard.stored(rows, scale), group, first_row=part.first + first_row)
 
 
 def _calibrated(
@@ -137,7 +137,7 @@ def _calibrated(
 
 @contextmanager
 def _named(part: Part) -> Iterator[None]:
-    """Errors say which parameter they are about."""
+    """Within, errors name the parameter."""
     try:
         yield
     except QuantizationError as error:
@@ -145,7 +145,7 @@ def _named(part: Part) -> Iterator[None]:
         raise QuantizationError(f"{part.parameter}{turned}: {error}") from error
 
 
-def _of_outputs(stored: torch.Tensor) -> torch.Tensor:
+def _output_factors(stored: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each column, fp32; 1 where it is zero, so that nothing is divided by it.
 
     What is not finite is left to the encoder, which says where it stands.
@@ -154,7 +154,7 @@ def _of_outputs(stored: torch.Tensor) -> torch.Tensor:
     return largest.where((largest > 0) & largest.isfinite(), 1.0)
 
 
-def _side_by_side(parts: list[codes.Planes]) -> dict[str, Buffer]:
+def _side_by_side(parts: list[Planes]) -> dict[str, Buffer]:
     """Planes and scales of equal numbers of rows, interleaved row by row."""
     files: dict[str, Buffer] = {}
     for plane, name in enumerate(PLANE_FILES):

@@ -1,26 +1,29 @@
 """What a unit of weights is, and what a plane store looks like on disk.
 
-A *unit* is what moves between tiers in one piece: one matrix, or one feed-forward block, or the head. Its *pieces*
-say which file bytes go where in the unit's slot. The same two words describe the original checkpoint read in place
-and the plane store, so that tiers and readers need not know which of the two they serve.
+A *unit* is what moves between tiers at once: one matrix, or one feed-forward block, or the head. Its *pieces* say
+which file bytes go where in the unit's slot. Both the original checkpoint, read in place, and the plane store are
+described in these two words. So tiers and readers need not know which of the two they serve.
 
 The plane store is a folder:
 
     plane-0.bin plane-1.bin plane-2.bin   the bit planes, most significant first (`tiercache.quant.packing`)
-    scales.bin                            fp16 pairs (lo, step) of every group; factors of inputs and outputs
+    scales.bin                            fp16 pairs (lo, step) of every group; factors of columns
     dense.bin                             everything that is not quantised, in its original dtype
     catalog.mdb                           LMDB: what lies where, with checksums (`tiercache.store.catalog`)
     config.json, tokenizer files, ...     copied from the checkpoint
 
-Within a plane file the layers follow one another, so that one layer's plane is one contiguous run; within a layer
-come the attention matrices in the model's order, then the feed-forward block. A matrix lies row by row, a row
-being one output feature. A feed-forward block lies neuron by neuron: the neuron's gate row, up row and down column
-side by side (for blocks without a gate: its two parts), each as one row of codes; the down matrix is therefore
-stored transposed and its groups run along the neuron's column. `scales.bin` is laid out in the same way; behind a
-unit's pairs lie the factors of its inputs, where codes are calibrated, and those of a down matrix's outputs, in fp32.
+Within a plane file the layers follow one another, so that one layer's plane is one contiguous run. Within a layer
+come the attention matrices in the model's order, then the feed-forward block. A matrix lies row by row; a row is one
+output feature. A feed-forward block lies neuron by neuron: the neuron's gate row, up row and down column side by side
+(for blocks without a gate: its two parts), each as one row of codes. The down matrix is therefore stored transposed,
+and its groups run along the neuron's column. `scales.bin` is laid out in the same way.
 
-Every matrix or block in a file is an *extent*: it MUST start at a multiple of 4096 bytes, and MUST be followed by
-zero bytes up to the next extent, so that it can be read with direct I/O. The catalogue holds a SHA-256 of each
+A *factor* belongs to a column of a matrix: the column is divided by it before it is quantised. Factors are fp32 and lie
+behind a unit's scales. First come those of the unit's inputs, where codes are calibrated. Then come those of a down
+matrix's outputs, which are columns because it lies transposed.
+
+Every matrix or block in a file is an *extent*. It MUST start at a multiple of 4096 bytes, and MUST be followed by zero
+bytes up to the next extent, so that it can be read with direct I/O. The catalogue holds a SHA-256 of each
 extent's stored bytes, padding left out. Extents MUST NOT overlap. With compression an extent is a run of zstd
 frames, each of at most 4 MiB of plain bytes, whose lengths the catalogue lists.
 """

@@ -12,7 +12,7 @@ from typing import Any
 import lmdb
 
 from tiercache.store import catalog
-from tiercache.store.catalog import Contents, Record
+from tiercache.store.catalog import Contents, UnitRecord
 
 FILE = "journal.mdb"
 
@@ -34,7 +34,7 @@ class ConversionJournal:
         with self._env.begin(write=True) as transaction:
             catalog.put_meta(transaction, meta)
 
-    def put_records(self, records: Sequence[Record], first: int) -> None:
+    def put_records(self, records: Sequence[UnitRecord], first: int) -> None:
         """Enter the units from the `first` on, all or none."""
         with self._env.begin(write=True) as transaction:
             for index in range(first, len(records)):
@@ -45,7 +45,7 @@ class ConversionJournal:
 def opened(folder: Path) -> Iterator[ConversionJournal]:
     """The journal in `folder`, a new one where there is none."""
     path = folder / FILE
-    if _unborn(path):
+    if _is_empty(path):
         path.unlink(missing_ok=True)
     with catalog.environment(path, readonly=False) as env:
         yield ConversionJournal(env, path)
@@ -53,12 +53,12 @@ def opened(folder: Path) -> Iterator[ConversionJournal]:
 
 def read(folder: Path) -> Contents:
     """What the journal in `folder` holds; nothing where there is none."""
-    if _unborn(folder / FILE):
+    if _is_empty(folder / FILE):
         return Contents()
     with opened(folder) as journal:
         return journal.known
 
 
-def _unborn(path: Path) -> bool:
+def _is_empty(path: Path) -> bool:
     """Whether there is no journal, or a full disk cut its making short, before anything could be entered."""
     return not path.exists() or path.stat().st_size < 2 * mmap.PAGESIZE

@@ -1,7 +1,7 @@
 """Which units a plane store will have, and exactly how many bytes they take, before any is written.
 
-Decides from the skeleton alone: matrices in the model's order layer by layer, each feed-forward block bundled by
-neuron, then the head, then everything that stays as it is.
+The model without weights is enough to tell. The units are the matrices in the model's order, layer by layer, each
+feed-forward block bundled by neuron. Then comes the head, then every tensor that is kept as it is.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from tiercache.model import meta_model
 from tiercache.model.meta_model import Ffn, Matrix
-from tiercache.quant import planes as codes
+from tiercache.quant.planes import PRECISIONS, factor_bytes, plane_widths, scale_row_bytes
 from tiercache.store.catalog import Member
 from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, align
 from tiercache.store.source import Source
@@ -97,7 +97,7 @@ def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
     """
     coded = [(weights, sizes) for weights, sizes in units if PLANE_FILES[0] in sizes]
     weights = sum(count for count, _ in coded)
-    files = {precision: (*PLANE_FILES[:planes], SCALE_FILE) for precision, planes in codes.PRECISIONS.items()}
+    files = {precision: (*PLANE_FILES[:planes], SCALE_FILE) for precision, planes in PRECISIONS.items()}
     taken = {precision: sum(sizes[name] for _, sizes in coded for name in some) for precision, some in files.items()}
     return {precision: 8 * nbytes / weights for precision, nbytes in taken.items()}
 
@@ -124,12 +124,12 @@ def _bundle(block: Ffn, group: int) -> UnitPlan:
     parts.append(Part(outward.name, 0, not outward.transposed))
     name = outward.module.rpartition(".")[0]
     sizes = _sizes(neurons, columns, len(parts), group)
-    sizes[SCALE_FILE] += codes.factor_bytes(columns)
+    sizes[SCALE_FILE] += factor_bytes(columns)
     return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
 
 
 def _scaled(unit: UnitPlan) -> UnitPlan:
-    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + codes.factor_bytes(unit.columns)}
+    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + factor_bytes(unit.columns)}
     return replace(unit, sizes=sizes, scaled=True)
 
 
@@ -139,5 +139,5 @@ def _dense(name: str, nbytes: int) -> UnitPlan:
 
 def _sizes(rows: int, columns: int, parts: int, group: int) -> dict[str, int]:
     """Bytes of the unit's codes and scales in each file."""
-    widths = (*codes.plane_widths(columns, group), codes.scale_row_bytes(columns, group))
+    widths = (*plane_widths(columns, group), scale_row_bytes(columns, group))
     return {name: rows * parts * width for name, width in zip((*PLANE_FILES, SCALE_FILE), widths, strict=True)}

@@ -12,7 +12,7 @@ import torch
 
 from tiercache.model import meta_model
 from tiercache.quant import hadamard
-from tiercache.quant import planes as codes
+from tiercache.quant.planes import Planes, factor_bytes, plane_row_bytes, plane_widths, scale_row_bytes
 from tiercache.store.format import FileRange, Unit, unit_of
 from tiercache.store.header import DTYPES, TensorRef
 
@@ -43,8 +43,46 @@ class PlainWeight:
         return slot[self.at : self.at + nbytes].view(self.dtype).view(self.shape)
 
 
+class _Rows:
+    """Rows of some matrices side by side, as planes, with their scales and factors in the first unit's slot.
+
+    A *factor* belongs to a column: rows are divided by the columns' factors before they are quantised. The factors lie
+    behind the scales, those of the inputs first, if there are any, then those of a down matrix's outputs.
+    """
+
+    columns: int
+    group: int
+    parts: int
+    scale_at: int
+    inputs: str
+
+    @property
+    def _height(self) -> int:
+        """How many rows."""
+        raise NotImplementedError
+
+    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
+        """What the inputs of rows along them are multiplied by, fp32 [columns]; None for ones."""
+        return self._factors(slot, self._scales_end) if self.inputs else None
+
+    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
+        """What the outputs of the last part, a down matrix, are multiplied by, fp32 [columns]."""
+        return self._factors(slot, self._scales_end + (factor_bytes(self.columns) if self.inputs else 0))
+
+    def _factors(self, slot: torch.Tensor, at: int) -> torch.Tensor:
+        return slot[at : at + factor_bytes(self.columns)].view(torch.float32)
+
+    @property
+    def _scales_end(self) -> int:
+        return self.scale_at + self._height * self.parts * scale_row_bytes(self.columns, self.group)
+
+    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
+        """Rows of `width` bytes from byte `at` of a slot on: [rows, parts, width]."""
+        return slot[at : at + self._height * self.parts * width].view(self._height, self.parts, width)
+
+
 @dataclass(frozen=True)
-class PlaneWeight:
+class PlaneWeight(_Rows):
     """A parameter that is a sum of planes.
 
     Attributes:
@@ -53,8 +91,7 @@ class PlaneWeight:
         parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
         own: which of them, in order, make up this parameter (two for a fused gate and up).
         plane_at: first byte of each plane in its unit's slot; as many as the precision has.
-        scale_at: first byte of the scales, which lie in the slot of `unit`; behind them lie the factors of the inputs,
-            if they have some, and the factors of the outputs of a bundle's last part.
+        scale_at: first byte of the scales, which lie in the slot of `unit`.
         transposed: the parameter is the transpose of what is stored.
         above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
             one unit.
@@ -72,6 +109,10 @@ class PlaneWeight:
     transposed: bool
     above: tuple[int, ...] = ()
     inputs: str = ""
+
+    @property
+    def _height(self) -> int:
+        return self.rows
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -93,20 +134,7 @@ class PlaneWeight:
             factors = self.output_factors(slot) if down else self.input_factors(slot)
             hadamard.restored(self.part(slot, part, above), factors, target)
 
-    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
-        """What the inputs of rows along them are multiplied by, fp32 [columns]; it lies in the slot of `unit`."""
-        return _factors(slot, self._scales_end, self.columns) if self.inputs else None
-
-    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
-        """What the outputs of a bundle's last part, the down matrix, are multiplied by, likewise."""
-        own = codes.factor_bytes(self.columns) if self.inputs else 0
-        return _factors(slot, self._scales_end + own, self.columns)
-
-    @property
-    def _scales_end(self) -> int:
-        return self.scale_at + self.rows * self.parts * codes.scale_row_bytes(self.columns, self.group)
-
-    def part(self, slot: torch.Tensor, part: int, above: Sequence[torch.Tensor] = ()) -> codes.Planes:
+    def part(self, slot: torch.Tensor, part: int, above: Sequence[torch.Tensor] = ()) -> Planes:
         """The planes of one of the unit's matrices, where they lie: rows as `hadamard.stored` says.
 
         Args:
@@ -118,19 +146,15 @@ class PlaneWeight:
         slots = (*[slot] * together, *above)
         cut = []
         for plane, (where, at) in enumerate(zip(slots, self.plane_at, strict=False)):
-            width = codes.plane_row_bytes(self.columns, self.group, plane)
+            width = plane_row_bytes(self.columns, self.group, plane)
             cut.append(self._rows(where, at, width)[:, part])
-        width = codes.scale_row_bytes(self.columns, self.group)
+        width = scale_row_bytes(self.columns, self.group)
         scales = self._rows(slot, self.scale_at, width)[:, part].view(torch.float16).reshape(self.rows, -1, 2)
-        return codes.Planes(tuple(cut), scales, self.columns, self.group)
-
-    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
-        nbytes = self.rows * self.parts * width
-        return slot[at : at + nbytes].view(self.rows, self.parts, width)
+        return Planes(tuple(cut), scales, self.columns, self.group)
 
 
 @dataclass(frozen=True)
-class NeuronBlock:
+class NeuronBlock(_Rows):
     """A feed-forward block whose neurons are given planes one by one.
 
     Attributes:
@@ -141,7 +165,7 @@ class NeuronBlock:
         parts: rows of a neuron, side by side.
         units: the unit in which each plane lies; the scales lie with the first.
         plane_at: first byte of each plane in its unit's slot.
-        scale_at: first byte of the scales; behind them lie those of the inputs, if they have some, and of the outputs.
+        scale_at: first byte of the scales.
         inputs: what distinguishes the factors of its inputs; "" where they have none.
     """
 
@@ -158,6 +182,10 @@ class NeuronBlock:
     inputs: str = ""
 
     @property
+    def _height(self) -> int:
+        return self.neurons
+
+    @property
     def low(self) -> int:
         """Planes that lie in the first unit."""
         return self.units.count(self.units[0])
@@ -165,7 +193,7 @@ class NeuronBlock:
     @property
     def widths(self) -> tuple[int, ...]:
         """Bytes of a row in each plane."""
-        return codes.plane_widths(self.columns, self.group, len(self.units))
+        return plane_widths(self.columns, self.group, len(self.units))
 
     def plane(self, slot: torch.Tensor, plane: int) -> torch.Tensor:
         """Plane `plane` in its unit's slot: [neurons, parts, bytes of a row]."""
@@ -173,28 +201,12 @@ class NeuronBlock:
 
     def scales(self, slot: torch.Tensor) -> torch.Tensor:
         """The scales in the first unit's slot: bytes [neurons, parts, bytes of a row's scales]."""
-        return self._rows(slot, self.scale_at, codes.scale_row_bytes(self.columns, self.group))
-
-    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
-        """What the outputs of the outward matrix are multiplied by, in the first unit's slot: fp32 [columns]."""
-        own = codes.factor_bytes(self.columns) if self.inputs else 0
-        return _factors(slot, self._scales_end + own, self.columns)
-
-    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
-        """What the inputs of the inward matrices are multiplied by, likewise."""
-        return _factors(slot, self._scales_end, self.columns) if self.inputs else None
+        return self._rows(slot, self.scale_at, scale_row_bytes(self.columns, self.group))
 
     @property
     def factor_bytes(self) -> int:
         """Of both."""
-        return codes.factor_bytes(self.columns) * (2 if self.inputs else 1)
-
-    @property
-    def _scales_end(self) -> int:
-        return self.scale_at + self.neurons * self.parts * codes.scale_row_bytes(self.columns, self.group)
-
-    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
-        return slot[at : at + self.neurons * self.parts * width].view(self.neurons, self.parts, width)
+        return factor_bytes(self.columns) * (2 if self.inputs else 1)
 
 
 @dataclass(frozen=True)
@@ -215,10 +227,6 @@ class NeuronWeight:
     def units(self) -> tuple[int, ...]:
         """The first unit alone."""
         return (self.unit,)
-
-
-def _factors(slot: torch.Tensor, at: int, columns: int) -> torch.Tensor:
-    return slot[at : at + codes.factor_bytes(columns)].view(torch.float32)
 
 
 Weight = PlainWeight | PlaneWeight | NeuronWeight

@@ -10,7 +10,7 @@ import transformers
 from tiercache.errors import StoreError
 from tiercache.model import meta_model
 from tiercache.quant.planes import PLANE_BITS, PRECISIONS
-from tiercache.store.catalog import Contents, Record
+from tiercache.store.catalog import Contents, UnitRecord
 from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, FileRange, Unit, align, unit_of
 from tiercache.store.header import TensorRef
 from tiercache.store.manifest import Manifest, NeuronBlock, NeuronWeight, PlainWeight, PlaneWeight, Weight, plain_unit
@@ -118,7 +118,7 @@ class _Placed:
     scale_at: int
 
 
-def _place(folder: Path, record: Record, key: int, low: int, top: int) -> _Placed:
+def _place(folder: Path, record: UnitRecord, key: int, low: int, top: int) -> _Placed:
     """Units from `key` on: the first `low` planes with the scales, and each plane above, below `top`, by itself."""
     cuts = [(*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])]
     units: list[Unit] = []
@@ -133,7 +133,7 @@ def _place(folder: Path, record: Record, key: int, low: int, top: int) -> _Place
     return _Placed(units, plane_units, plane_at, where[SCALE_FILE][1])
 
 
-def _neuron_block(record: Record, group: int, placed: _Placed, layer: int) -> NeuronBlock:
+def _neuron_block(record: UnitRecord, group: int, placed: _Placed, layer: int) -> NeuronBlock:
     *inward, outward = record.members
     return NeuronBlock(
         layer=layer,
@@ -150,7 +150,7 @@ def _neuron_block(record: Record, group: int, placed: _Placed, layer: int) -> Ne
     )
 
 
-def _plane_weights(record: Record, group: int, placed: _Placed) -> dict[str, Weight]:
+def _plane_weights(record: UnitRecord, group: int, placed: _Placed) -> dict[str, Weight]:
     """The weights of a record's modules, by module name."""
     return {
         member.module: PlaneWeight(
@@ -170,7 +170,7 @@ def _plane_weights(record: Record, group: int, placed: _Placed) -> dict[str, Wei
     }
 
 
-def _tensor(folder: Path, record: Record) -> TensorRef:
+def _tensor(folder: Path, record: UnitRecord) -> TensorRef:
     """The dense tensor of a record."""
     extent = record.extents[DENSE_FILE]
     if extent.frames:

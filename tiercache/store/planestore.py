@@ -18,9 +18,9 @@ import transformers
 from tiercache.errors import StoreError, UsageError, permissions_named
 from tiercache.model import meta_model
 from tiercache.progress import bar
-from tiercache.quant import planes as codes
+from tiercache.quant.planes import PRECISIONS
 from tiercache.store import catalog, layout
-from tiercache.store.catalog import Contents, Extent, Record
+from tiercache.store.catalog import Contents, Extent, UnitRecord
 from tiercache.store.format import CATALOG_FILE, VERSION, align
 from tiercache.store.manifest import Manifest
 from tiercache.store.manifests import store_manifest
@@ -96,7 +96,7 @@ class PlaneStore:
         embedding = meta_model.embedding(self.model())
         return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
 
-    def blocks(self) -> tuple[Record, ...]:
+    def blocks(self) -> tuple[UnitRecord, ...]:
         """The feed-forward blocks that lie neuron by neuron, in the model's order."""
         return tuple(record for record in self.contents.records if record.parts > 1)
 
@@ -143,7 +143,7 @@ class PlaneStore:
         each = (
             (r.rows * r.columns * r.parts, {n: e.nbytes for n, e in r.extents.items()}) for r in self.contents.records
         )
-        manifests = {precision: self.manifest(precision) for precision in codes.PRECISIONS}
+        manifests = {precision: self.manifest(precision) for precision in PRECISIONS}
         return {
             "schema": "tiercache.inspect/1",
             "folder": str(self.folder),
@@ -174,7 +174,7 @@ def _table(manifest: Manifest) -> str:
 
 def _is_file_with(path: Path, digest: str) -> bool:
     with permissions_named(path):
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        return path.is_file() and catalog.digest(path) == digest
 
 
 def _check_lengths(folder: Path, contents: Contents) -> None:

@@ -28,7 +28,7 @@ THREADS = 4
 
 
 class Ticket:
-    """A promise that bytes will have arrived; `wait` returns when they have, or raises what went wrong."""
+    """A read that was asked for; `wait` returns when its bytes have arrived, or raises what went wrong."""
 
     def __init__(self, futures: Iterable["Future[None]"]) -> None:
         self._futures = tuple(futures)

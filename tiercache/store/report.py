@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tiercache.store.writer import Weighed
+from tiercache.store.writer import Compression
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ConversionReport:
     calibrating_bytes: int = 0
     bits: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
-    compression: Weighed | None = None
+    compression: Compression | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""

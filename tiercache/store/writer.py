@@ -1,4 +1,4 @@
-"""Writes the files of a plane store: extents one behind the other, hashed and, where asked, compressed on the way.
+"""Writes the files of a plane store: extents one behind the other, hashed, and compressed where that is asked for.
 
 Knows units and bytes; not where the bytes come from, nor when a store is complete.
 """
@@ -12,20 +12,22 @@ from pathlib import Path
 import zstandard
 
 from tiercache.errors import StoreError
-from tiercache.store.catalog import Extent, Record
+from tiercache.store.catalog import Extent, UnitRecord
 from tiercache.store.format import FILES, FRAME_BYTES, align
 from tiercache.store.header import TensorRef
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Buffer
 
-Weighed = dict[str, dict[str, float | bool]]
+Compression = dict[str, dict[str, float | bool]]
+"""By file name: what zstd saves and costs, and whether it is used."""
+
 _LEVEL = 3
 
 
 class Writer:
-    """Appends units to the store's files behind what the journal vouches for; what lies beyond is overwritten."""
+    """Appends units to the store's files behind those that the journal lists; what lies beyond is overwritten."""
 
-    def __init__(self, folder: Path, records: list[Record], compression: Weighed) -> None:
+    def __init__(self, folder: Path, records: list[UnitRecord], compression: Compression) -> None:
         self._used = {name for name, row in compression.items() if row["used"]}
         self._end = dict.fromkeys(FILES, 0)
         for record in records:
@@ -47,13 +49,17 @@ class Writer:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def write(self, unit: UnitPlan, tensors: Mapping[str, TensorRef], blocks: Iterator[dict[str, Buffer]]) -> Record:
+    def write(
+        self, unit: UnitPlan, tensors: Mapping[str, TensorRef], blocks: Iterator[dict[str, Buffer]]
+    ) -> UnitRecord:
         """Append one unit; its record names where it lies."""
-        runs = {name: _Run(self._files[name], align(self._end[name]), name in self._used) for name in unit.sizes}
+        writers = {
+            name: _ExtentWriter(self._files[name], align(self._end[name]), name in self._used) for name in unit.sizes
+        }
         for block in blocks:
             for name, data in block.items():
-                runs[name].append(data)
-        extents = {name: run.finish() for name, run in runs.items()}
+                writers[name].append(data)
+        extents = {name: one.finish() for name, one in writers.items()}
         for name, extent in extents.items():
             self._end[name] = extent.offset + extent.stored_bytes
             os.ftruncate(self._files[name], align(self._end[name]))
@@ -65,8 +71,8 @@ class Writer:
             os.fdatasync(descriptor)
 
 
-class _Run:
-    """One extent being written: bytes in, an `Extent` out."""
+class _ExtentWriter:
+    """Writes one extent: bytes in, an `Extent` out."""
 
     def __init__(self, descriptor: int, offset: int, compressed: bool) -> None:
         self._descriptor, self._offset = descriptor, offset
@@ -105,12 +111,12 @@ class _Run:
             data = data[count:]
 
 
-def record_of(unit: UnitPlan, tensors: Mapping[str, TensorRef], extents: dict[str, Extent]) -> Record:
+def record_of(unit: UnitPlan, tensors: Mapping[str, TensorRef], extents: dict[str, Extent]) -> UnitRecord:
     """What the catalogue says of a unit."""
     if unit.dense:
         ref = tensors[unit.parts[0].parameter]
-        return Record(unit.name, "dense", extents, dtype=ref.dtype, shape=ref.shape)
-    return Record(
+        return UnitRecord(unit.name, "dense", extents, dtype=ref.dtype, shape=ref.shape)
+    return UnitRecord(
         unit.name,
         "planes",
         extents,
@@ -123,8 +129,8 @@ def record_of(unit: UnitPlan, tensors: Mapping[str, TensorRef], extents: dict[st
     )
 
 
-def weigh(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
-    """Compare the seconds per GB that reading less saves with those that decompressing costs."""
+def compression_of(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
+    """What zstd does to a sample: the seconds per GB that reading less saves, and those that decompressing costs."""
     frame = zstandard.ZstdCompressor(level=_LEVEL).compress(sample.tobytes())
     begin = time.perf_counter()
     zstandard.ZstdDecompressor().decompress(frame)
