@@ -13,7 +13,22 @@ HOUSE = Path(__file__).parents[1]
 PACKAGES = ("policies", "profiler", "tiercache")  # a package imports from itself and from those to its left
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 300, 50, 8
+# What people call has as many options as it has.
+PUBLIC_ENTRIES = {
+    "tiercache.engine.offload.offload",
+    "tiercache.store.convert.convert",
+    "tiercache.calibrate.command.calibrate",
+    "tiercache.quality.command.quality",
+}
+# Questions that one file alone may ask: (what is asked, where).
+ONE_FILE_RULES = {
+    r"\.type [!=]= \"(cpu|cuda)\"": ("tiercache/tiers/device.py",),
+    r"\.given\b": ("tiercache/engine/source.py",),
+    r"fcntl\.flock": ("tiercache/store/folders.py",),
+    r"\bO_DIRECT\b": ("profiler/direct.py",),
+    r"madvise": ("profiler/hugepages.py",),
+}
 
 # Lowest first: inside tiercache a file imports only from entries above it in this list. An entry that is a package
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
@@ -184,7 +199,26 @@ def test_habits(name: str) -> None:
             assert node.type is not None, f"line {node.lineno}: bare except"
         if isinstance(node, _FUNCTIONS):
             length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+            entry = f"{name}.{node.name}" in PUBLIC_ENTRIES or _is_command(node)
+            assert entry or length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+            taken = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(taken) - (taken[:1] in (["self"], ["cls"]))
+            assert entry or count <= MAX_PARAMETERS, f"{node.name}: {count} parameters"
+
+
+def _is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether typer makes a command of it, whose parameters are its options."""
+    return any("command(" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("question", ONE_FILE_RULES)
+def test_one_file_asks(question: str) -> None:
+    asking = {
+        str(path.relative_to(HOUSE))
+        for path in FILES.values()
+        if re.search(question, path.read_text(encoding="utf-8"))
+    }
+    assert asking == set(ONE_FILE_RULES[question])
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if FILES[name].stat().st_size])

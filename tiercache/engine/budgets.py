@@ -11,20 +11,24 @@ from tiercache.config import Budget, OffloadConfig, human
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
+from tiercache.tiers.device import device_of, on_gpu, on_host
 
 
 def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, device: torch.device) -> Plan:
     """Resolve the budgets and divide them."""
     main = hardware.memory()
     hbm_bytes: int | None = None
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for itself is free to us
-        torch.cuda.reset_peak_memory_stats(device)
-        free, total = torch.cuda.mem_get_info(device)
+    if on_gpu(device):
+        gpu = device_of(device)
+        gpu.release_cache()  # what torch keeps for itself is free to us
+        gpu.reset_peak()
+        memory = gpu.free_bytes()
+        assert memory is not None
+        free, total = memory
         hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
     elif config.hbm is not None and config.hbm != Budget():
         hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
-    taken = hbm_bytes if hbm_bytes is not None and device.type == "cpu" else 0
+    taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
     dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
     needs, own = asked.needs, 0
     if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
@@ -37,8 +41,8 @@ def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, dev
 
 def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
     """Refuse a plan that the machine's free memory cannot hold, whatever the budget allows."""
-    on_host = [made.dram] if made.hbm is None or device.type == "cuda" else [made.dram, made.hbm]
-    total = sum(tier.slab_bytes + tier.neuron_bytes + sum(tier.reserved_bytes.values()) for tier in on_host)
+    in_host_memory = [made.dram] if made.hbm is None or on_gpu(device) else [made.dram, made.hbm]
+    total = sum(tier.slab_bytes + tier.neuron_bytes + sum(tier.reserved_bytes.values()) for tier in in_host_memory)
     if total > free_bytes:
         raise DoesNotFitError(
             f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes "

@@ -11,6 +11,7 @@ from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
 from tiercache.progress import note
+from tiercache.tiers.device import on_gpu, on_host
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Machine:
     @property
     def is_gpu(self) -> bool:
         """Whether the device has memory of its own."""
-        return self.device.type != "cpu"
+        return not on_host(self.device)
 
     @property
     def kernels_name(self) -> str:
@@ -55,7 +56,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda":
+    if on_gpu(device):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise EnvironmentUnsupportedError(
@@ -76,7 +77,7 @@ def kernels_for(config: OffloadConfig, device: torch.device, show: bool | None) 
     found: dict[str, Kernels] = {}
     try:
         found[device.type] = select(device)
-        if device.type != "cpu":
+        if not on_host(device):
             found["cpu"] = select(torch.device("cpu"))
     except EnvironmentUnsupportedError as error:
         if config.kernels == "fast" and not found:

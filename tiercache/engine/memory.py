@@ -22,6 +22,7 @@ from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
 from tiercache.store.manifest import Manifest, PlaneWeight
+from tiercache.tiers.device import on_gpu
 
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
@@ -68,7 +69,7 @@ class Arithmetic:
     @property
     def is_gpu(self) -> bool:
         """Whether the device has memory of its own."""
-        return self.device.type == "cuda"
+        return on_gpu(self.device)
 
 
 def traced(opened: Opened, config: OffloadConfig) -> MetaTrace:

@@ -31,6 +31,7 @@ from tiercache.progress import note
 from tiercache.stats import Stats, peak_rss_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.reader import Reader
+from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
@@ -64,7 +65,9 @@ class Session:
         compat.check_version()
         machine = Machine.of(self._config, show=self._show_progress)
         if machine.is_gpu:
-            self._stack.callback(torch.cuda.empty_cache)  # the last to run: the card is as free as it was before
+            self._stack.callback(
+                device_of(machine.device).release_cache
+            )  # the last to run: the card is as free as it was before
         config = drafting.with_planes(self._config, kernels=bool(machine.kernels), show=self._notes)
         opened = open_model(model_or_path, config, show_progress=self._show_progress)
         placed: ExactPlan | MixedPlacement
@@ -166,8 +169,7 @@ def _refresher(reader: Reader, table: torch.Tensor | EmbeddingRows, machine: Mac
             stats.ssd_bytes += table.ssd_bytes
             stats.embedding_bytes = table.read_bytes
         stats.peak_rss_bytes = peak_rss_bytes()
-        if machine.is_gpu:
-            stats.peak_device_bytes = torch.cuda.max_memory_reserved(machine.device)
+        stats.peak_device_bytes = device_of(machine.device).peak_bytes() or 0
 
     return refresh
 

@@ -27,6 +27,7 @@ from tiercache.store.manifests import checkpoint_manifest, memory_manifest
 from tiercache.store.planestore import DECIDING, PlaneStore
 from tiercache.store.reader import Reader
 from tiercache.store.source import Source, resolve
+from tiercache.tiers.device import on_host
 from tiercache.tiers.stack import TierStack
 
 Model = transformers.PreTrainedModel
@@ -83,7 +84,7 @@ class Opened:
 
     def allocates_rest(self, device: torch.device) -> bool:
         """Whether parameters beside the matrices take memory where the model computes; the caller's own lie there."""
-        return self.memory is None or device.type != "cpu"
+        return self.memory is None or not on_host(device)
 
     def rest(self) -> list[str]:
         """Names of the parameters that are neither multiplied by nor looked up in."""
@@ -107,7 +108,7 @@ class Opened:
         module, weight = self.manifest.embedding
         if self.given:
             table = weight_of(self.model.get_submodule(module)).data
-            return table if device.type == "cpu" else TableRows(table)
+            return table if on_host(device) else TableRows(table)
         found = tiers.table(weight)
         if found is None:
             (piece,) = self.manifest.units[weight.unit].pieces

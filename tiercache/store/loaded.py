@@ -7,6 +7,7 @@ from tiercache.errors import UsageError
 from tiercache.model import meta_model
 from tiercache.store.header import DTYPES
 from tiercache.store.source import fingerprint
+from tiercache.tiers.device import on_host
 
 
 def check(model: transformers.PreTrainedModel) -> None:
@@ -23,7 +24,7 @@ def check(model: transformers.PreTrainedModel) -> None:
             "accelerate holds this model's weights (device_map); load it without device_map, or give its path"
         )
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu" or not parameter.is_contiguous():
+        if not on_host(parameter.device) or not parameter.is_contiguous():
             raise UsageError(
                 f"{name} lies on {parameter.device} or in a strided view; give a model in main memory, or its path"
             )
