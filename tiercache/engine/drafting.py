@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from policies.budgeter import Budgeter
-from policies.drafting import Arm, Choice
+from policies.drafting import DrafterProfile, RoundPlan
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
@@ -252,12 +252,12 @@ def team(
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
         arms = [Cascade([*arms, own], _SURE)] if arms else [own]
     nodes = min(config.nodes, logits - 1)
-    fixed = Choice(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
+    fixed = RoundPlan(len(arms) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     limits = {"max_nodes": nodes, "max_depth": config.depth, "width": config.width}
     budgeter = None
     if arms and not config.fixed:
         known = [
-            Arm(
+            DrafterProfile(
                 arm.name,
                 rates=_rates(arm, config.depth),
                 max_depth=config.depth,
