@@ -40,7 +40,7 @@ def write(model: Any) -> Any:
 def in_turn(budgeter: Budgeter, room: int | None = None) -> RoundPlan:
     """The largest trees, of each drafter in its turn; what is fast for so small a model would never be large."""
     limits = budgeter._limits
-    drafter = (budgeter._round + 1) % len(budgeter._drafters)
+    drafter = (budgeter._round + 1) % len(budgeter._histories)
     return RoundPlan(drafter, limits["max_nodes"], limits["max_depth"], limits["width"], 0.0, 0.0)
 
 

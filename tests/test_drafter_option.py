@@ -101,9 +101,9 @@ def turns(at_any_price: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def decide(budgeter: Budgeter, room: int | None = None) -> RoundPlan:
         turn = rounds[id(budgeter)] = rounds.get(id(budgeter), -1) + 1
-        arms = [*range(len(budgeter._drafters)), None]
-        size = (1, 7, 33)[turn // len(arms) % 3]
-        return RoundPlan(arms[turn % len(arms)], size, 1 + turn % 5, 1 + turn % 4, 0.0, 0.0)
+        drafters = [*range(len(budgeter._histories)), None]
+        size = (1, 7, 33)[turn // len(drafters) % 3]
+        return RoundPlan(drafters[turn % len(drafters)], size, 1 + turn % 5, 1 + turn % 4, 0.0, 0.0)
 
     monkeypatch.setattr(Budgeter, "decide", decide)
 
