@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
+RANKS = 8  # children of a node whose acceptance is counted one by one; later ones are hardly ever accepted
 _FIRST = 0.6  # of a drafter never seen: optimistic, so that it is tried
 _KEEP = 0.99  # weight of a trial after another one of the same cell
 _PULL = 2.0  # trials that what is thought of a cell beforehand counts for

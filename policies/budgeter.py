@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from policies.acceptance import RANKS
 from policies.candidates import NOISE, Candidates, candidates
 from policies.costs import PassCosts
 from policies.drafting import DrafterProfile, RoundPlan
@@ -19,7 +20,6 @@ _SHARE = 0.01  # of all seconds: what may be lost by exploration, and by draftin
 _START = 2.0  # plain passes whose seconds may be lost at once: enough to try a drafter, too few to be noticed
 _MOST = 16.0  # likewise after drafting has paid: bad luck for a dozen rounds does not end it, and no more is lost
 _REPLAN = 16  # rounds between plans: one takes half a millisecond, which beside so many passes is nothing
-_RANKS = 8  # children of a node whose acceptance is counted one by one; later ones are hardly ever accepted
 _OUTLIER = 2.0  # seconds beyond so many times the expected ones are another program's doing
 
 
@@ -52,9 +52,9 @@ class Budgeter:
             raise ValueError(
                 f"{len(drafters)} drafters, {max_nodes} nodes, depth {max_depth}, width {width}: all from 1"
             )
-        self._histories = [DrafterHistory(drafter.within(max_nodes, max_depth), _RANKS) for drafter in drafters]
+        self._histories = [DrafterHistory(drafter.within(max_nodes, max_depth), RANKS) for drafter in drafters]
         self._limits = {"max_nodes": max_nodes, "max_depth": max_depth, "width": width}
-        self.shape = (max_depth, _RANKS)
+        self.shape = (max_depth, RANKS)
         self._verify = PassCosts()
         self._round = self._replan_at = 0
         self._clock_s = self._budget_s = 0.0

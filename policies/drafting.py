@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from policies.acceptance import Acceptance, Floats, expected_tokens
+from policies.acceptance import RANKS, Acceptance, Floats, expected_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ def _table(drafters: Sequence[DrafterProfile], max_depth: int) -> Floats:
     parts = []
     for drafter in drafters:
         rates = (
-            Acceptance(drafter.max_depth, 8).rates()
+            Acceptance(drafter.max_depth, RANKS).rates()
             if drafter.rates is None
             else np.asarray(drafter.rates, dtype=np.float64)
         )
