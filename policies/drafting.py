@@ -11,17 +11,17 @@ tree is better for it where p > r s, wherever in the tree it stands.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from policies.acceptance import Acceptance, Floats, expected_tokens
+from policies.acceptance import RANKS, Acceptance, Floats, expected_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """A drafter as it is chosen.
+class DrafterProfile:
+    """A drafter as far as it is known: its costs and how often its guesses are accepted.
 
     Attributes:
         name: of the drafter.
@@ -63,26 +63,30 @@ class Arm:
             if not (np.isfinite(part) & (part >= 0)).all() or part.shape not in ((), (self.max_depth, self.max_nodes)):
                 raise ValueError(f"{self.name}: {name} must be 0 or more, one or [max_depth, max_nodes]")
 
+    def within(self, max_nodes: int, max_depth: int) -> "DrafterProfile":
+        """The same of trees that are no larger."""
+        return replace(self, max_nodes=min(self.max_nodes, max_nodes), max_depth=min(self.max_depth, max_depth))
+
 
 @dataclass(frozen=True)
-class Choice:
+class RoundPlan:
     """What to do in the next round.
 
     Attributes:
-        arm: index of the drafter; None to pass without drafting.
-        nodes, depth, width: of the tree, at most; see `choose`.
+        drafter: its index; None to pass without drafting.
+        nodes, depth, width: of the tree, at most; see `best_plan`.
         tokens_per_s: expected.
         plain_tokens_per_s: expected without drafting.
         floor: a node whose path is accepted with less than this probability costs more than it brings.
         grow_floor: likewise a drafting pass.
         gain: tokens beyond the target's own that the rates promise, uncorrected.
         seconds: of the round that the costs promise, unstretched.
-        look: chosen to learn something and not because it is thought best.
+        exploration: to learn something, and not because it is thought best.
         enough: accepted tokens that a guess must promise for further passes of a drafting model to bring less than
             they cost; None where that is not known. Where it is, only the floors bound the tree.
     """
 
-    arm: int | None
+    drafter: int | None
     nodes: int
     depth: int
     width: int
@@ -92,110 +96,117 @@ class Choice:
     grow_floor: float = 0.0
     gain: float = 0.0
     seconds: float = 0.0
-    look: bool = False
+    exploration: bool = False
     enough: float | None = None
 
 
-def choose(
-    arms: Sequence[Arm],
+def best_plan(
+    drafters: Sequence[DrafterProfile],
     verify: Callable[[int], float] | ArrayLike,
     *,
     max_nodes: int,
     max_depth: int,
     width: int = 8,
-) -> Choice:
+) -> RoundPlan:
     """The drafter and the size of tree with the most tokens per second.
 
     Args:
-        arms: the drafters.
+        drafters: who may draft.
         verify: seconds of the target's pass by the nodes it verifies, 0 for a plain one: a function, or the seconds
             at 0..max_nodes.
         max_nodes, max_depth: of a tree.
         width: nodes of one depth that get children, and children of a node.
 
     Returns:
-        The choice; a plain one unless a tree is faster.
+        The plan; a plain one unless a tree is faster.
 
     Raises:
-        ValueError: no arm, a limit below 1, or seconds that are too few, not finite or not above 0.
+        ValueError: no drafter, a limit below 1, or seconds that are too few, not finite or not above 0.
     """
-    offers = SpeedUpTable(arms, verify, max_nodes=max_nodes, max_depth=max_depth, width=width)
-    best = max((offers.best(arm) for arm in range(len(arms))), key=lambda choice: choice.tokens_per_s)
-    return best if best.tokens_per_s > offers.plain.tokens_per_s else offers.plain
+    table = SpeedUpTable(drafters, verify, max_nodes=max_nodes, max_depth=max_depth, width=width)
+    best = max((table.best(drafter) for drafter in range(len(drafters))), key=lambda plan: plan.tokens_per_s)
+    return best if best.tokens_per_s > table.plain.tokens_per_s else table.plain
 
 
 class SpeedUpTable:
-    """Tokens and seconds of the best tree of each drafter, depth and node count; arguments as of `choose`."""
+    """Tokens and seconds of the best tree of each drafter, depth and node count; arguments as of `best_plan`."""
 
     def __init__(
         self,
-        arms: Sequence[Arm],
+        drafters: Sequence[DrafterProfile],
         verify: Callable[[int], float] | ArrayLike,
         *,
         max_nodes: int,
         max_depth: int,
         width: int,
     ) -> None:
-        if not arms or min(max_nodes, max_depth, width) < 1:
-            raise ValueError(f"{len(arms)} drafters, {max_nodes} nodes, depth {max_depth}, width {width}; all from 1")
-        max_nodes = min(max_nodes, max(arm.max_nodes for arm in arms))
-        max_depth = min(max_depth, max(arm.max_depth for arm in arms))
+        if not drafters or min(max_nodes, max_depth, width) < 1:
+            raise ValueError(
+                f"{len(drafters)} drafters, {max_nodes} nodes, depth {max_depth}, width {width}; all from 1"
+            )
+        max_nodes = min(max_nodes, max(drafter.max_nodes for drafter in drafters))
+        max_depth = min(max_depth, max(drafter.max_depth for drafter in drafters))
         seconds = [verify(nodes) for nodes in range(max_nodes + 1)] if callable(verify) else verify
         self._verify = np.asarray(seconds, dtype=np.float64)[: max_nodes + 1]
         if self._verify.shape != (max_nodes + 1,) or not (np.isfinite(self._verify) & (self._verify > 0)).all():
             raise ValueError(f"give seconds above 0 for passes over each of 0..{max_nodes} nodes")
-        self._arms, self._width = arms, width
-        self.plain = Choice(None, 0, 0, width, *(1 / float(self._verify[0]),) * 2, seconds=float(self._verify[0]))
-        self._gain = expected_tokens(_table(arms, max_depth), max_nodes, width) - 1  # [arm, depth, nodes]
+        self._drafters, self._width = drafters, width
+        self.plain = RoundPlan(None, 0, 0, width, *(1 / float(self._verify[0]),) * 2, seconds=float(self._verify[0]))
+        self._gain = expected_tokens(_table(drafters, max_depth), max_nodes, width) - 1  # [drafter, depth, nodes]
         start, each, node = (
-            np.array([getattr(arm, name) for arm in arms])[:, None, None] for name in ("start_s", "pass_s", "node_s")
+            np.array([getattr(drafter, name) for drafter in drafters])[:, None, None]
+            for name in ("start_s", "pass_s", "node_s")
         )
         depths, nodes = np.arange(1, max_depth + 1)[:, None], np.arange(1, max_nodes + 1)
         self._seconds = start + each * depths + node * nodes + self._verify[1:]
         self._rate = np.zeros_like(self._gain)
-        for place, arm in enumerate(arms):
-            part = np.s_[: arm.max_depth, : arm.max_nodes]
+        for place, drafter in enumerate(drafters):
+            part = np.s_[: drafter.max_depth, : drafter.max_nodes]
             correction, stretch = (
                 value if value.ndim == 0 else value[:max_depth, :max_nodes]
-                for value in (np.asarray(arm.correction), np.maximum(arm.stretch, 1e-9))
+                for value in (np.asarray(drafter.correction), np.maximum(drafter.stretch, 1e-9))
             )
             tokens, taken = 1 + self._gain[place][part] * correction, self._seconds[place][part] * stretch
             self._rate[place][part] = tokens / taken
 
-    def best(self, arm: int, nodes: int | None = None) -> Choice:
-        """The fastest tree of an arm, of any size or of so many nodes, even where a plain pass is faster."""
+    def best(self, drafter: int, nodes: int | None = None) -> RoundPlan:
+        """The fastest tree of a drafter, of any size or of so many nodes, even where a plain pass is faster."""
         if nodes is None:
-            depth, place = np.unravel_index(int(self._rate[arm].argmax()), self._rate[arm].shape)
+            depth, place = np.unravel_index(int(self._rate[drafter].argmax()), self._rate[drafter].shape)
         else:
-            depth, place = self._rate[arm, :, nodes - 1].argmax(), np.intp(nodes - 1)
-        return self._choice(arm, int(depth) + 1, int(place) + 1)
+            depth, place = self._rate[drafter, :, nodes - 1].argmax(), np.intp(nodes - 1)
+        return self._plan(drafter, int(depth) + 1, int(place) + 1)
 
-    def largest(self, arm: int) -> int:
-        """Most nodes that a tree of an arm may have now."""
-        return min(self._arms[arm].max_nodes, len(self._verify) - 1)
+    def largest(self, drafter: int) -> int:
+        """Most nodes that a tree of a drafter may have now."""
+        return min(self._drafters[drafter].max_nodes, len(self._verify) - 1)
 
-    def _choice(self, arm: int, depth: int, nodes: int) -> Choice:
-        at = (arm, depth - 1, nodes - 1)
+    def _plan(self, drafter: int, depth: int, nodes: int) -> RoundPlan:
+        at = (drafter, depth - 1, nodes - 1)
         rate, half = float(self._rate[at]), nodes // 2
         slope = max(0.0, float(self._verify[nodes] - self._verify[half])) / (nodes - half)
-        return Choice(
-            *(arm, nodes, depth, self._width, rate, self.plain.tokens_per_s),
+        return RoundPlan(
+            *(drafter, nodes, depth, self._width, rate, self.plain.tokens_per_s),
             floor=slope * rate,
-            grow_floor=self._arms[arm].pass_s * rate,
+            grow_floor=self._drafters[drafter].pass_s * rate,
             gain=float(self._gain[at]),
             seconds=float(self._seconds[at]),
         )
 
 
-def _table(arms: Sequence[Arm], max_depth: int) -> Floats:
-    """The rates of all arms: [arms, max_depth, most ranks], 0 where an arm has none."""
+def _table(drafters: Sequence[DrafterProfile], max_depth: int) -> Floats:
+    """The rates of all drafters: [drafters, max_depth, most ranks], 0 where one has none."""
     parts = []
-    for arm in arms:
-        rates = Acceptance(arm.max_depth, 8).rates() if arm.rates is None else np.asarray(arm.rates, dtype=np.float64)
+    for drafter in drafters:
+        rates = (
+            Acceptance(drafter.max_depth, RANKS).rates()
+            if drafter.rates is None
+            else np.asarray(drafter.rates, dtype=np.float64)
+        )
         if rates.ndim != 2 or 0 in rates.shape:
-            raise ValueError(f"{arm.name}: rates of shape {rates.shape}; give [depths, ranks], one of each or more")
-        parts.append(rates[: min(max_depth, arm.max_depth)])
-    table = np.zeros((len(arms), max_depth, max(part.shape[1] for part in parts)))
+            raise ValueError(f"{drafter.name}: rates of shape {rates.shape}; give [depths, ranks], one of each or more")
+        parts.append(rates[: min(max_depth, drafter.max_depth)])
+    table = np.zeros((len(drafters), max_depth, max(part.shape[1] for part in parts)))
     for place, part in enumerate(parts):
         table[place, : part.shape[0], : part.shape[1]] = part
     return table

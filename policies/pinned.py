@@ -69,12 +69,7 @@ def place(
         wanted = max(least, min(2 * largest + ahead_bytes, rest_bytes))
         if spare < least:
             continue
-        pinned, left, worth = set(must), max(0, spare - wanted), 0
-        for count, level in zip(range(len(levels), 0, -1), levels, strict=True):
-            chosen = _spread([key for key in level if key not in must], sizes, left)
-            left -= sum(sizes[key] for key in chosen)
-            pinned |= chosen
-            worth += count * sum(sizes[key] for key in level if key in pinned)
+        pinned, worth = _filled(levels, sizes, must, max(0, spare - wanted))
         score = (spare >= wanted, worth)
         if best is None or score > best[:2]:
             best = (*score, pinned)
@@ -83,6 +78,19 @@ def place(
     placed_bytes = sum(sizes[key] for key in placed)
     ring_bytes = 0 if len(placed) == len(keys) else capacity_bytes - placed_bytes
     return Placement(placed, placed_bytes, ring_bytes)
+
+
+def _filled(
+    levels: Sequence[Sequence[Key]], sizes: Mapping[Key, int], must: set[Key], left: int
+) -> tuple[set[Key], int]:
+    """What stays beside `must` in so many bytes, the first level first; and its bytes, weighted by level."""
+    pinned, worth = set(must), 0
+    for count, level in zip(range(len(levels), 0, -1), levels, strict=True):
+        chosen = _spread([key for key in level if key not in must], sizes, left)
+        left -= sum(sizes[key] for key in chosen)
+        pinned |= chosen
+        worth += count * sum(sizes[key] for key in level if key in pinned)
+    return pinned, worth
 
 
 def _groups(order: Sequence[Key], together: Groups) -> list[list[Key]]:

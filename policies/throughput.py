@@ -5,6 +5,8 @@ Knows counts and seconds; neither tokens nor models.
 
 import numpy as np
 
+from policies.drafting import RoundPlan
+
 _KEEP = 0.98  # weight of a round after another one
 _PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds that halve this
 
@@ -50,6 +52,11 @@ class ThroughputEstimator:
         count, *sums = self._rounds
         found = (np.array(sums[:2]) + self._pull * np.array((tokens, seconds))) / (count + self._pull)
         return float(found[0]), float(found[1])
+
+    def tokens_per_s(self, plan: RoundPlan) -> float:
+        """Of a round; given its plan with what was promised."""
+        tokens, seconds = self.round(1 + plan.gain, plan.seconds)
+        return tokens / seconds
 
     def enough(self, tokens_per_s: float, gain: float, draft_s: float) -> float:
         """Tokens beyond the target's own that drafting by passes brings, less those that its seconds cost elsewhere.

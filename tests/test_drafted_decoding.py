@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from policies.drafting import Choice
+from policies.drafting import RoundPlan
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import TargetWalk
@@ -77,7 +77,7 @@ def drafting(
 ) -> Iterator[DraftStats]:
     """The model's `generate` drafts with the first drafter, at this budget."""
     stats = DraftStats()
-    fixed = Choice(0 if nodes else None, nodes, depth, width, 0.0, 0.0)
+    fixed = RoundPlan(0 if nodes else None, nodes, depth, width, 0.0, 0.0)
     scheduler = DrafterScheduler(drafters, None, fixed, most_nodes=512, context=4096, stats=stats)
     hook = DraftingGenerate(model, scheduler, TargetWalk, DraftingLimits(4097, 513), show=show)
     try:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer  # noqa: F401 - imported by whoever drafts, whi
 import tiercache
 from policies import room
 from policies.budgeter import Budgeter
-from policies.drafting import Choice
+from policies.drafting import RoundPlan
 from tiercache.bench.shapes import Shape, make_store
 from tiercache.config import DraftConfig
 from tiercache.draft.ngram.union import Ngrams
@@ -37,11 +37,11 @@ def write(model: Any) -> Any:
     return model.tiercache.stats()
 
 
-def in_turn(budgeter: Budgeter, room: int | None = None) -> Choice:
+def in_turn(budgeter: Budgeter, room: int | None = None) -> RoundPlan:
     """The largest trees, of each drafter in its turn; what is fast for so small a model would never be large."""
     limits = budgeter._limits
-    arm = (budgeter._round + 1) % len(budgeter._arms)
-    return Choice(arm, limits["max_nodes"], limits["max_depth"], limits["width"], 0.0, 0.0)
+    drafter = (budgeter._round + 1) % len(budgeter._histories)
+    return RoundPlan(drafter, limits["max_nodes"], limits["max_depth"], limits["width"], 0.0, 0.0)
 
 
 def grown(folder: Path, small: Path, nodes: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 import tiercache
 from policies import room
 from policies.budgeter import Budgeter
-from policies.drafting import Choice
+from policies.drafting import RoundPlan
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade
@@ -98,11 +98,11 @@ def turns(at_any_price: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drafter has its turn, and a plain pass, with trees of all sizes."""
     rounds: dict[int, int] = {}
 
-    def decide(budgeter: Budgeter, room: int | None = None) -> Choice:
+    def decide(budgeter: Budgeter, room: int | None = None) -> RoundPlan:
         turn = rounds[id(budgeter)] = rounds.get(id(budgeter), -1) + 1
-        arms = [*range(len(budgeter._arms)), None]
-        size = (1, 7, 33)[turn // len(arms) % 3]
-        return Choice(arms[turn % len(arms)], size, 1 + turn % 5, 1 + turn % 4, 0.0, 0.0)
+        drafters = [*range(len(budgeter._histories)), None]
+        size = (1, 7, 33)[turn // len(drafters) % 3]
+        return RoundPlan(drafters[turn % len(drafters)], size, 1 + turn % 5, 1 + turn % 4, 0.0, 0.0)
 
     monkeypatch.setattr(Budgeter, "decide", decide)
 
@@ -605,7 +605,7 @@ def test_what_was_written_is_learnt(plane_store: Folders, texts: Texts, tmp_path
 def test_plain_passes_are_learnt_from_as_well(
     new: int, plane_store: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Budgeter, "decide", lambda budgeter, room=None: Choice(None, 0, 0, 8, 0.0, 0.0))
+    monkeypatch.setattr(Budgeter, "decide", lambda budgeter, room=None: RoundPlan(None, 0, 0, 8, 0.0, 0.0))
     with opened(plane_store("llama"), drafter="ngram", learned=tmp_path) as model:
         text = generate(model, 3, new)
         assert model.tiercache.stats().drafting.nodes == 0

@@ -214,9 +214,7 @@ def _is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 @pytest.mark.parametrize("question", ONE_FILE_RULES)
 def test_one_file_asks(question: str) -> None:
     asking = {
-        str(path.relative_to(HOUSE))
-        for path in FILES.values()
-        if re.search(question, path.read_text(encoding="utf-8"))
+        str(path.relative_to(HOUSE)) for path in FILES.values() if re.search(question, path.read_text(encoding="utf-8"))
     }
     assert asking == set(ONE_FILE_RULES[question])
 

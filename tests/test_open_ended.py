@@ -8,7 +8,7 @@ import pytest
 from test_combine import Fixed
 
 from policies.budgeter import Budgeter
-from policies.drafting import Arm, Choice
+from policies.drafting import DrafterProfile, RoundPlan
 from policies.temperature import TemperatureScaling
 from policies.throughput import ThroughputEstimator
 from tiercache.draft.base import Context, Feedback, TreeBudget
@@ -72,22 +72,22 @@ def test_a_cascade_asks_on_where_the_budget_says_so_and_learns_from_all() -> Non
     assert table.score_scale.value == after, "nobody was asked"
 
 
-def test_a_pace_leans_on_what_was_promised_while_it_knows_little() -> None:
-    pace = ThroughputEstimator()
-    assert pace.nodes == 0
-    assert pace.round(5.0, 0.5) == (5.0, 0.5)
-    assert pace.enough(8.0, 4.0, 0.25) == pytest.approx(2.0)
-    pace.observe(1, 1.0, 6, 0, 0.0)
-    tokens, seconds = pace.round(5.0, 0.5)
+def test_throughput_leans_on_what_was_promised_while_it_knows_little() -> None:
+    throughput = ThroughputEstimator()
+    assert throughput.nodes == 0
+    assert throughput.round(5.0, 0.5) == (5.0, 0.5)
+    assert throughput.enough(8.0, 4.0, 0.25) == pytest.approx(2.0)
+    throughput.observe(1, 1.0, 6, 0, 0.0)
+    tokens, seconds = throughput.round(5.0, 0.5)
     assert 1 < tokens < 5
     assert 0.5 < seconds < 1
-    assert (pace.drafted, pace.nodes) == (0, 6)
+    assert (throughput.drafted, throughput.nodes) == (0, 6)
     for _ in range(200):
-        pace.observe(3, 0.4, 8, 4, 0.2, whole=True)
-        pace.observe(2, 0.4, 8, 4, 0.2)
-    assert pace.round(99.0, 9.0) == (pytest.approx(2.5, abs=0.05), pytest.approx(0.4, rel=1e-3))
-    assert pace.enough(5.0, 99.0, 9.0) == pytest.approx(1.0), "of the rounds that were drafted anyway"
-    assert pace.enough(50.0, 99.0, 9.0) == 0
+        throughput.observe(3, 0.4, 8, 4, 0.2, whole=True)
+        throughput.observe(2, 0.4, 8, 4, 0.2)
+    assert throughput.round(99.0, 9.0) == (pytest.approx(2.5, abs=0.05), pytest.approx(0.4, rel=1e-3))
+    assert throughput.enough(5.0, 99.0, 9.0) == pytest.approx(1.0), "of the rounds that were drafted anyway"
+    assert throughput.enough(50.0, 99.0, 9.0) == 0
 
 
 @dataclass
@@ -110,16 +110,16 @@ class World:
     def __post_init__(self) -> None:
         self.chance = np.random.default_rng(self.seed)
 
-    def round(self, choice: Choice) -> dict[str, float]:
+    def round(self, plan: RoundPlan) -> dict[str, float]:
         """What `observe` is told."""
         chances: list[float] = []
         passes = 0
-        if choice.arm is not None:
+        if plan.drafter is not None:
             guess = [0.95] * 8 if self.chance.random() < self.tables else []
-            enough = math.inf if choice.enough is None else choice.enough
+            enough = math.inf if plan.enough is None else plan.enough
             path, paths = 1.0, []
             if sum(np.cumprod(guess)) <= enough:
-                while len(chances) < min(choice.depth, choice.nodes) and path >= choice.grow_floor:
+                while len(chances) < min(plan.depth, plan.nodes) and path >= plan.grow_floor:
                     chances.append(float(self.chance.uniform(self.surest / 2, self.surest)))
                     path *= chances[-1]
                     paths.append(path)
@@ -140,9 +140,9 @@ class World:
         for floor in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.1):
             for enough in (0.0, 2.0, math.inf) if self.tables else (math.inf,):
                 other = World(self.base, self.each, self.pass_s, self.surest, self.tables, self.seed + 1)
-                choice = Choice(0, NODES, DEPTH, 1, 0.0, 0.0, grow_floor=floor, enough=enough)
+                plan = RoundPlan(0, NODES, DEPTH, 1, 0.0, 0.0, grow_floor=floor, enough=enough)
                 for _ in range(1500):
-                    other.round(choice)
+                    other.round(plan)
                 found = max(found, other.tokens / other.seconds)
         return found
 
@@ -162,17 +162,17 @@ WORLDS = {
 def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
     told = WORLDS[name]
     world = World(told.base, told.each, told.pass_s, told.surest, told.tables, seed=5)
-    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
-    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    drafter = DrafterProfile("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
+    budgeter = Budgeter([drafter], max_nodes=NODES, max_depth=DEPTH, width=1)
     while world.tokens < 300:
-        choice = budgeter.decide()
-        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+        plan = budgeter.decide()
+        budgeter.observe(plan, **world.round(plan))  # type: ignore[arg-type]
     assert world.tokens / world.seconds > 0.95 / world.base
     middle = world.tokens, world.seconds
     while world.tokens < 3000:
-        choice = budgeter.decide()
-        assert choice.arm is None or choice.depth <= DEPTH
-        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+        plan = budgeter.decide()
+        assert plan.drafter is None or plan.depth <= DEPTH
+        budgeter.observe(plan, **world.round(plan))  # type: ignore[arg-type]
     speed = (world.tokens - middle[0]) / (world.seconds - middle[1])
     assert speed > 0.9 * world.best()
     assert speed > 0.98 / world.base
@@ -181,35 +181,35 @@ def test_it_comes_near_the_best_that_could_be_known(name: str) -> None:
 def test_another_text_is_another_chance() -> None:
     waits = []
     for renewed in (False, True):
-        world, looked = World(0.006, 0.0005, 0.0, 0.1, seed=4), 0
-        arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
-        budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+        world, explored = World(0.006, 0.0005, 0.0, 0.1, seed=4), 0
+        drafter = DrafterProfile("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
+        budgeter = Budgeter([drafter], max_nodes=NODES, max_depth=DEPTH, width=1)
         for turn in range(3000):
-            choice = budgeter.decide()
-            budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
-            if choice.look and turn > 2000:
+            plan = budgeter.decide()
+            budgeter.observe(plan, **world.round(plan))  # type: ignore[arg-type]
+            if plan.exploration and turn > 2000:
                 break
         if renewed:
             budgeter.renew()
-        while not (choice := budgeter.decide()).look:
-            budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
-            looked += 1
-        waits.append(looked)
-    assert waits[1] <= 8 < 64 <= waits[0]
+        while not (plan := budgeter.decide()).exploration:
+            budgeter.observe(plan, **world.round(plan))  # type: ignore[arg-type]
+            explored += 1
+        waits.append(explored)
+    assert waits[1] <= 8 < 16 <= waits[0]
 
 
 def test_what_drafting_won_lets_it_bear_bad_luck() -> None:
     world = World(0.006, 0.0005, 0.0, 1.0, seed=2)
-    arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
-    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
+    drafter = DrafterProfile("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=True, passes=False)
+    budgeter = Budgeter([drafter], max_nodes=NODES, max_depth=DEPTH, width=1)
     for _ in range(300):
-        choice = budgeter.decide()
-        budgeter.observe(choice, **world.round(choice))  # type: ignore[arg-type]
+        plan = budgeter.decide()
+        budgeter.observe(plan, **world.round(plan))  # type: ignore[arg-type]
     for _ in range(6):  # rounds that brought nothing
-        choice = budgeter.decide()
-        told = world.round(choice)
-        budgeter.observe(choice, told["draft_s"], told["verify_s"] + 0.003, int(told["nodes"]), 1, passes=0)
-    assert [budgeter.decide().arm for _ in range(3)] == [0, 0, 0]
+        plan = budgeter.decide()
+        told = world.round(plan)
+        budgeter.observe(plan, told["draft_s"], told["verify_s"] + 0.003, int(told["nodes"]), 1, passes=0)
+    assert [budgeter.decide().drafter for _ in range(3)] == [0, 0, 0]
 
 
 def test_tables_that_know_when_they_know_are_asked_for_all_they_have() -> None:
@@ -221,20 +221,20 @@ def test_tables_that_know_when_they_know_are_asked_for_all_they_have() -> None:
 def _bursts(seed: int, *, open_ended: bool) -> float:
     """Speed over plain decoding with such tables."""
     chance, base = np.random.default_rng(seed), 0.006
-    arm = Arm("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=open_ended, passes=False)
-    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH)
+    drafter = DrafterProfile("tables", max_depth=DEPTH, max_nodes=NODES, open_ended=open_ended, passes=False)
+    budgeter = Budgeter([drafter], max_nodes=NODES, max_depth=DEPTH)
     tokens = seconds = 0.0
     for turn in range(600):
-        choice = budgeter.decide()
+        plan = budgeter.decide()
         rate = 0.95 if chance.random() < 0.2 else 0.1
-        nodes = int((np.cumprod(np.full(min(choice.depth, choice.nodes), rate)) >= choice.floor).sum())
+        nodes = int((np.cumprod(np.full(min(plan.depth, plan.nodes), rate)) >= plan.floor).sum())
         accepted = 0
         while accepted < nodes and chance.random() < rate:
             accepted += 1
         tried, came = np.zeros((2, *budgeter.shape))
         tried[: min(accepted + 1, nodes), 0] = came[:accepted, 0] = 1
-        draft_s, verify_s = 0.0 if choice.arm is None else 0.0005, base + 0.001 * nodes
-        budgeter.observe(choice, draft_s, verify_s, nodes, accepted + 1, tried, came, 0)
+        draft_s, verify_s = 0.0 if plan.drafter is None else 0.0005, base + 0.001 * nodes
+        budgeter.observe(plan, draft_s, verify_s, nodes, accepted + 1, tried, came, 0)
         if turn >= 100:
             tokens, seconds = tokens + accepted + 1, seconds + draft_s + verify_s
     return tokens / seconds * base
@@ -243,19 +243,19 @@ def _bursts(seed: int, *, open_ended: bool) -> float:
 def test_a_disturbance_is_soon_forgotten() -> None:
     """Two passes in a row that took a hundred times as long, and one slow draft: it drafts on as before."""
     world = World(0.1, 0.001, 0.006, 1.0, tables=0.3, seed=6)
-    arm = Arm("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
-    budgeter = Budgeter([arm], max_nodes=NODES, max_depth=DEPTH, width=1)
-    arms: list[int | None] = []
+    drafter = DrafterProfile("model", rates=[[0.8, 0.1]] * DEPTH, max_depth=DEPTH, max_nodes=NODES, open_ended=True)
+    budgeter = Budgeter([drafter], max_nodes=NODES, max_depth=DEPTH, width=1)
+    drafters: list[int | None] = []
     for turn in range(800):
-        choice = budgeter.decide()
-        told = world.round(choice)
+        plan = budgeter.decide()
+        told = world.round(plan)
         if turn in (150, 151, 200):
             told["verify_s" if turn < 200 else "draft_s"] *= 100
-        budgeter.observe(choice, **told)  # type: ignore[arg-type]
-        arms.append(choice.arm)
+        budgeter.observe(plan, **told)  # type: ignore[arg-type]
+        drafters.append(plan.drafter)
         if turn == 400:
             calm = world.tokens, world.seconds
-    assert np.mean([arm == 0 for arm in arms[400:]]) > 0.9
+    assert np.mean([drafter == 0 for drafter in drafters[400:]]) > 0.9
     assert (world.tokens - calm[0]) / (world.seconds - calm[1]) > 0.85 * world.best()
 
 

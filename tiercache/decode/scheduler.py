@@ -14,7 +14,7 @@ import torch
 
 from policies.acceptance import trials
 from policies.budgeter import Budgeter
-from policies.drafting import Choice
+from policies.drafting import RoundPlan
 from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, combined_requirements
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats import DraftStats
@@ -28,14 +28,14 @@ class Round:
     """One draft tree and the result of its verification.
 
     Attributes:
-        choice: the budget it was drafted under.
+        plan: the plan it was drafted under.
         passes: drafting passes that it took.
         feedback: the result of the target's pass, with all rows of logits.
         verify_s: seconds of the target's pass and its verification.
         began_s: the clock at the start of the round.
     """
 
-    choice: Choice
+    plan: RoundPlan
     passes: int
     feedback: Feedback
     verify_s: float
@@ -58,7 +58,7 @@ class DrafterScheduler:
         self,
         drafters: Sequence[Drafter],
         budgeter: Budgeter | None,
-        fixed: Choice,
+        fixed: RoundPlan,
         *,
         most_nodes: int,
         context: int,
@@ -87,31 +87,31 @@ class DrafterScheduler:
         """Tell the drafters of the prompt's pass and the first token; `feedback` as in `Round`."""
         self._tell(feedback)
 
-    def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, Choice, int]:
-        """A tree, the choice that it was drafted under, and the passes that took; empty where plain is faster.
+    def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, RoundPlan, int]:
+        """A tree, the plan that it was drafted under, and the passes that took; empty where plain is faster.
 
         Args:
             room: tokens that may still be emitted.
             ahead: draft a chain of so many tokens, or as many as a tree may have, whatever it costs.
         """
         if ahead is not None and (depth := min(ahead, room - 1, self._fixed.nodes, self._fixed.depth)) > 0:
-            choice = Choice(len(self._drafters) - 1, depth, depth, 1, 0.0, 0.0)
+            plan = RoundPlan(len(self._drafters) - 1, depth, depth, 1, 0.0, 0.0)
         else:
-            choice = self._fixed if self._budgeter is None else self._budgeter.decide(room)
-        nodes, depth = min(choice.nodes, self.most_nodes), min(choice.depth, room - 1)
-        if choice.arm is None or nodes < 1 or depth < 1:
-            return _NOTHING, choice, 0
+            plan = self._fixed if self._budgeter is None else self._budgeter.decide(room)
+        nodes, depth = min(plan.nodes, self.most_nodes), min(plan.depth, room - 1)
+        if plan.drafter is None or nodes < 1 or depth < 1:
+            return _NOTHING, plan, 0
         self._tell_plain(tuple(self._tokens[-1:]))
-        drafter = self._drafters[choice.arm]
-        width = choice.width if self._branches else 1
+        drafter = self._drafters[plan.drafter]
+        width = plan.width if self._branches else 1
         score_scale = drafter.score_scale.value
-        budget = TreeBudget(nodes, depth, width, choice.floor, choice.grow_floor, score_scale, choice.enough)
-        return drafter.propose(budget), choice, drafter.passes
+        budget = TreeBudget(nodes, depth, width, plan.floor, plan.grow_floor, score_scale, plan.enough)
+        return drafter.propose(budget), plan, drafter.passes
 
     def observe(self, done: Round) -> None:
         """Count a round, and tell the drafters and the budgeter of it."""
-        feedback, choice = done.feedback, done.choice
-        if choice.arm is None and not self.needs.logits:
+        feedback, plan = done.feedback, done.plan
+        if plan.drafter is None and not self.needs.logits:
             assert feedback.logits is not None
             self._plain.append(feedback.logits)
             if len(self._plain) == min(_AT_ONCE, self.most_nodes):  # as many rows as a tree would have
@@ -120,22 +120,22 @@ class DrafterScheduler:
             self._tell(feedback)
         told_s = time.perf_counter() - done.began_s - done.verify_s  # telling the drafters is a cost of drafting
         tree, emitted = feedback.tree, len(feedback.emitted)
-        self.stats.add(choice.arm, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
+        self.stats.add(plan.drafter, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
         self.stats.spend(told_s, done.verify_s, plain=not len(tree))
-        if choice.arm is not None:
+        if plan.drafter is not None:
             for confidence, came in tree.outcomes(feedback.emitted):
-                self._drafters[choice.arm].score_scale.observe(confidence, came)
-        told_s, self._late_s = max(0.0, told_s - self._late_s), 0.0  # of having drafters at all, not of this choice
+                self._drafters[plan.drafter].score_scale.observe(confidence, came)
+        told_s, self._late_s = max(0.0, told_s - self._late_s), 0.0  # of having drafters at all, not of this plan
         if self._budgeter is None:
             return
-        if choice.arm is None:
-            self._budgeter.observe(choice, told_s, done.verify_s, len(tree), emitted)
+        if plan.drafter is None:
+            self._budgeter.observe(plan, told_s, done.verify_s, len(tree), emitted)
             return
         tried, accepted = trials(tree.parents, feedback.path, *self._budgeter.shape)
         arrived, last = len(feedback.path), feedback.path[-1] if feedback.path else ROOT
-        if not done.passes and last not in tree.children and arrived < min(choice.depth, len(tried)):
+        if not done.passes and last not in tree.children and arrived < min(plan.depth, len(tried)):
             tried[arrived, 0] += 1  # a child was asked for, and no table had one; a model may have thought it too dear
-        self._budgeter.observe(choice, told_s, done.verify_s, len(tree), emitted, tried, accepted, done.passes)
+        self._budgeter.observe(plan, told_s, done.verify_s, len(tree), emitted, tried, accepted, done.passes)
 
     def _tell(self, feedback: Feedback) -> None:
         rows = feedback.logits

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from policies.isotonic import ascending
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
@@ -55,14 +56,12 @@ class RankRates:
 
     def __call__(self) -> tuple[float, ...]:
         """The rates by rank; ranks that are accepted more often than those before them share one with them."""
-        pools: list[tuple[float, float, int]] = []  # (accepted, tried, ranks)
-        for prior, tried, accepted in zip(self._prior, self._tried, self._accepted, strict=True):
-            pool = (self._weight * prior + accepted, self._weight + tried, 1)
-            while pools and pools[-1][0] * pool[1] < pool[0] * pools[-1][1]:
-                before = pools.pop()
-                pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])
-            pools.append(pool)
-        return tuple(accepted / tried for accepted, tried, ranks in pools for _ in range(ranks))
+        weights = [self._weight + tried for tried in self._tried]
+        rates = [
+            (self._weight * prior + accepted) / weight
+            for prior, accepted, weight in zip(self._prior, self._accepted, weights, strict=True)
+        ]
+        return tuple(ascending(rates[::-1], weights[::-1])[::-1].tolist())
 
 
 def best_template(rates: Sequence[float], nodes: int, depth: int, width: int) -> Template:

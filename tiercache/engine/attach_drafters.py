@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from policies.budgeter import Budgeter
-from policies.drafting import Arm, Choice
+from policies.drafting import DrafterProfile, RoundPlan
 from tiercache.config import DraftConfig, OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
@@ -89,11 +89,11 @@ def _drafters(
 def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logits: int) -> DrafterScheduler:
     """The scheduler of `drafters`; a pass may return `logits` rows, so that a tree has one node less."""
     nodes = min(config.nodes, logits - 1)
-    fixed = Choice(len(drafters) - 1, nodes, config.depth, config.width, 0.0, 0.0)
+    fixed = RoundPlan(len(drafters) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     budgeter = None
     if drafters and not config.fixed:
         arms = [
-            Arm(
+            DrafterProfile(
                 drafter.name,
                 rates=_assumed_rates(drafter, config.depth),
                 max_depth=config.depth,
