@@ -92,7 +92,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
     fixed = RoundPlan(len(drafters) - 1, nodes, config.depth, config.width, 0.0, 0.0)
     budgeter = None
     if drafters and not config.fixed:
-        arms = [
+        profiles = [
             DrafterProfile(
                 drafter.name,
                 rates=_assumed_rates(drafter, config.depth),
@@ -103,7 +103,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
             )
             for drafter in drafters
         ]
-        budgeter = Budgeter(arms, max_nodes=nodes, max_depth=config.depth, width=config.width)
+        budgeter = Budgeter(profiles, max_nodes=nodes, max_depth=config.depth, width=config.width)
     stats = DraftStats(rule=config.verify, grower=config.grower)
     stats.lossy = config.lossy if drafters else ""
     return DrafterScheduler(drafters, budgeter, fixed, most_nodes=nodes, context=context, stats=stats)

@@ -1,6 +1,6 @@
 /* Products of bit planes with activations on a CPU: what all instruction sets share.
  *
- * The packing is that of tiercache/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first
+ * The packing is that of tiercache/quant/planes.py, and so are its words: w = lo + step * (12 h + c), where h are the first
  * two planes and c the third. With three planes a *code* is 12 h + c, its *unit* is 1 and the *middle* 0; with two or
  * one it is h (its last bit 0 with one), the unit is 12 and the middle 7.5 or 13.5: w = lo + step * (unit * code +
  * middle). The single bits are put in the places of a 2-bit plane first, so that h is twice two bits of the same place.
