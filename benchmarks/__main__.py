@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from benchmarks.versus import Contest, report, versus
-from tiercache.config import Budget
+from tiercache.config.sizes import Budget
 from tiercache.errors import TiercacheError
 
 

@@ -22,7 +22,8 @@ from tiercache.bench import shapes
 from tiercache.bench.cgroup import drop_caches, run_capped
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config import Budget, OffloadConfig, human
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
 from tiercache.errors import TiercacheError
 from tiercache.store.planestore import PlaneStore

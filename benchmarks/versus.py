@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tiercache.bench import shapes
 from tiercache.bench.cgroup import CappedRun, drop_caches, run_capped
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.errors import TiercacheError
 
 SCHEMA = "tiercache.versus/1"

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import tiercache
-from tiercache.config import human
+from tiercache.config.sizes import human
 
 PICO = Path(__file__).parent / "pico" / "checkpoint"
 PROMPT = "def read_lines(path):"

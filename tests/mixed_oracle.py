@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from policies.precision import Recipe
-from tiercache.config import Budget, OffloadConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
 from tiercache.engine.offload import open_offloaded
 from tiercache.model import meta_model
 from tiercache.quant import planes

@@ -32,7 +32,8 @@ from tiercache.calibrate.job import Job
 from tiercache.calibrate.measure import Measurer, room
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
-from tiercache.config import Budget, OffloadConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
 from tiercache.engine.mixed_plan import sizes_of
 from tiercache.engine.offload import open_offloaded
 from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, StoreError, UsageError

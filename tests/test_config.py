@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.config import Budget, DraftConfig, OffloadConfig, human, read_options
+from tiercache.config.drafting import DraftConfig
+from tiercache.config.options import OffloadConfig, read_options
+from tiercache.config.sizes import Budget, human
 from tiercache.errors import UsageError
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -15,7 +15,7 @@ from tiercache.engine import machine
 from tiercache.engine.on_cpu import OnCpu
 from tiercache.errors import UsageError
 from tiercache.kernels.select import select
-from tiercache.stats import Stats
+from tiercache.stats.run import Stats
 from tiercache.tiers import breakeven
 from tiercache.tiers.transfer import CopyTicket
 

@@ -18,7 +18,7 @@ from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter, frequent
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.tree import DraftTree, chain
-from tiercache.stats import DraftStats
+from tiercache.stats.drafting import DraftStats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NODES = (0, 1, 2, 7, 64, 512)

@@ -16,9 +16,9 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
 from tiercache.bench.shapes import Shape, make_store
-from tiercache.config import DraftConfig
+from tiercache.config.drafting import DraftConfig
 from tiercache.draft.ngram.union import Ngrams
-from tiercache.stats import peak_rss_bytes
+from tiercache.stats.run import peak_rss_bytes
 
 LARGE = Shape(768, 3072, 6, 12, 4, 2000)
 CONTEXT = 144

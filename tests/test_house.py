@@ -34,7 +34,8 @@ ONE_FILE_RULES = {
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
 # the engine.
 LADDER = (
-    *("errors", "compat", "sizes", "draft_config", "config", "neuron_stats", "draft_stats", "stats"),
+    *("errors", "compat", "config.sizes", "config.drafting", "config.options"),
+    *("stats.neurons", "stats.drafting", "stats.run"),
     *("progress", "text", "tiers.device"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),

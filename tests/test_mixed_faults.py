@@ -11,7 +11,8 @@ from test_mixed_slots import IDS
 
 from policies import precision
 from policies.precision import Recipe
-from tiercache.config import Budget, OffloadConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
 from tiercache.engine.offload import open_offloaded
 from tiercache.errors import UsageError
 from tiercache.store.planestore import PlaneStore

@@ -24,8 +24,9 @@ import tiercache
 from policies.precision import Recipe
 from tiercache import errors
 from tiercache.bench.shapes import Shape, make_store
-from tiercache.config import Budget, OffloadConfig, Policy
-from tiercache.stats import peak_rss_bytes
+from tiercache.config.options import OffloadConfig, Policy
+from tiercache.config.sizes import Budget
+from tiercache.stats.run import peak_rss_bytes
 from tiercache.store.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")

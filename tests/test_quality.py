@@ -17,9 +17,9 @@ from torch.nn import functional
 import tiercache
 from tiercache import text as texts
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
-from tiercache.neuron_stats import NeuronStats
 from tiercache.quality import command, measure, modes, report
 from tiercache.quality.command import quality
+from tiercache.stats.neurons import NeuronStats
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 TEXT = Path(__file__)

@@ -21,7 +21,8 @@ from policies.pinned import place, smallest_bytes
 from policies.plan import PlanInputs
 from policies.residency import Residency
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config import Budget, OffloadConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
 from tiercache.engine import machine, memory
 from tiercache.engine.budgets import fill_tiers
 from tiercache.engine.offload import open_offloaded
@@ -33,7 +34,7 @@ from tiercache.model.linear import is_down
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant import planes
 from tiercache.quant.hadamard import transform
-from tiercache.stats import Stats
+from tiercache.stats.run import Stats
 from tiercache.store.convert import convert
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.planestore import PlaneStore

@@ -12,7 +12,7 @@ from tiercache.compat import cache_out
 from tiercache.errors import DraftError, UnsupportedModelError, UsageError
 from tiercache.kv.speckv import AHEAD, WINDOW, Observed, observing, scratch_bytes
 from tiercache.kv.tree_pass import TreeRun
-from tiercache.stats import Stats
+from tiercache.stats.run import Stats
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 PROMPT, KEEP, RECENT = 90, 40, 8

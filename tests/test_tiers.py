@@ -26,7 +26,7 @@ from policies.residency import Residency
 from policies.types import Key, Placement
 from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
-from tiercache.stats import TierStats
+from tiercache.stats.run import TierStats
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlainWeight
 from tiercache.store.manifests import checkpoint_manifest

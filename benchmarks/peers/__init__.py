@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from tiercache.stats import peak_rss_bytes
+from tiercache.stats.run import peak_rss_bytes
 
 PROMPT_IDS = (
     1,

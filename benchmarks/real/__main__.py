@@ -23,7 +23,7 @@ import tiercache
 from benchmarks.real import drafting, model, report, text
 from tiercache.calibrate.command import calibrate
 from tiercache.calibrate.report import cost
-from tiercache.config import home_folder
+from tiercache.config.options import home_folder
 from tiercache.doctor.checks import processor_name
 from tiercache.errors import EnvironmentUnsupportedError, TiercacheError
 from tiercache.progress import note

@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiercache.config import home_folder
+from tiercache.config.options import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 
 NAME = "SmolLM2-135M-Instruct"

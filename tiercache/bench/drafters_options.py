@@ -7,7 +7,9 @@ from typing import Any, get_args
 
 from tiercache.bench.larger_model import Size
 from tiercache.bench.timed_generation import NAMED, NGRAMS, Entry
-from tiercache.config import Budget, GrowerName, Precision
+from tiercache.config.drafting import GrowerName
+from tiercache.config.options import Precision
+from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
 _CAPPED = ("ngram", "resident", "auto")

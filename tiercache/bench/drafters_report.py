@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tiercache.config import human
+from tiercache.config.sizes import human
 
 _WIDTH = 160  # more than the table takes: no terminal's width cuts what is kept in a log
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from profiler import probe
-from tiercache import stats as stats_module
 from tiercache.bench import shapes
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config import Budget, OffloadConfig, Precision, human
+from tiercache.config.options import OffloadConfig, Precision
+from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
+from tiercache.stats import run as stats_module
 from tiercache.store.planestore import PlaneStore
 
 SCHEMA = "tiercache.bench/1"

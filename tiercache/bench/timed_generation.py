@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tiercache.compat import BaseStreamer
-from tiercache.config import Budget, DraftConfig, OffloadConfig, Precision, human
+from tiercache.config.drafting import DraftConfig
+from tiercache.config.options import OffloadConfig, Precision
+from tiercache.config.sizes import Budget, human
 from tiercache.draft.base import BaseDrafter
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling

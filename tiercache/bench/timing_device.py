@@ -16,7 +16,7 @@ from torch import Tensor
 
 from profiler import hardware, probe
 from tiercache.bench.torch_peers import CPU_PEERS, Peer
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.select import select

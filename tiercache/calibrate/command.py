@@ -14,7 +14,7 @@ from tiercache.calibrate.halving import METHOD
 from tiercache.calibrate.job import Job
 from tiercache.calibrate.options import Objective, Options, Rest
 from tiercache.calibrate.run import run
-from tiercache.config import Budget, SizeLike
+from tiercache.config.sizes import Budget, SizeLike
 from tiercache.engine.machine import resolve_device
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import note

@@ -16,7 +16,8 @@ from tiercache.calibrate import halving
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.journal import Journal
 from tiercache.calibrate.options import Options, Rest
-from tiercache.config import Budget, OffloadConfig, human
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
 from tiercache.errors import UsageError
 from tiercache.store.calibration import Calibration, Setting

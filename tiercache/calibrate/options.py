@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tiercache.config import Budget
+from tiercache.config.sizes import Budget
 
 Objective = Literal["loss", "entropy"]
 Rest = Literal["int8", "int4"]

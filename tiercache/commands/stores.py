@@ -8,7 +8,8 @@ import typer
 
 from tiercache.commands import summary
 from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
-from tiercache.config import CALIBRATION_TOKENS, human
+from tiercache.config.options import CALIBRATION_TOKENS
+from tiercache.config.sizes import human
 
 
 @app.command("convert")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tiercache.config import human
+from tiercache.config.sizes import human
 
 _DEPTHS = 8  # that acceptance is told of
 

@@ -17,7 +17,7 @@ from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
 from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, combined_requirements
 from tiercache.draft.tree import ROOT, DraftTree
-from tiercache.stats import DraftStats
+from tiercache.stats.drafting import DraftStats
 
 _AT_ONCE = 64  # plain passes that drafters are told of together, at most
 _NOTHING = DraftTree()

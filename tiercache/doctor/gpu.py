@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.doctor.checks import Check, dotted, module, text_of
 
 # torch 2.15 dropped the last builds with code for Maxwell, Pascal and Volta.

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from profiler import hardware, probe
 from tiercache import __version__
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.doctor import gpu
 from tiercache.doctor.checks import Check, Probe, dotted, module, processor_name, text_of
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from policies.budgeter import Budgeter
 from policies.drafting import DrafterProfile, RoundPlan
-from tiercache.config import DraftConfig, OffloadConfig
+from tiercache.config.drafting import DraftConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
@@ -24,7 +25,8 @@ from tiercache.draft.lm import LmDrafter
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.resident import ResidentDrafter
 from tiercache.engine.drafting import DrafterSpec
-from tiercache.stats import DraftStats, Stats
+from tiercache.stats.drafting import DraftStats
+from tiercache.stats.run import Stats
 
 _SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
 # Acceptance rates by rank that are assumed before any were measured, taken from the project's own small model: of a

@@ -7,7 +7,8 @@ import torch
 from policies import plan
 from policies.plan import Plan, PlanInputs, TooSmallError
 from profiler import hardware
-from tiercache.config import Budget, OffloadConfig, human
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget, human
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError

@@ -13,7 +13,8 @@ from pathlib import Path
 import transformers
 from tokenizers import Tokenizer
 
-from tiercache.config import DraftConfig, OffloadConfig
+from tiercache.config.drafting import DraftConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.noise import KEPT_POSITIONS

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from policies import room
 from policies.plan import Plan
 from policies.room import Rates, Traffic
-from tiercache.config import DraftConfig, OffloadConfig, human
+from tiercache.config.drafting import DraftConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import human
 from tiercache.engine import drafting
 from tiercache.engine.budgets import divide
 from tiercache.engine.drafting import DrafterSpec

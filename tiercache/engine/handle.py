@@ -16,7 +16,7 @@ from tiercache.engine.mixed import MixedRun
 from tiercache.engine.run import ExactRun
 from tiercache.errors import UsageError
 from tiercache.model.choosing import Kind
-from tiercache.stats import Stats
+from tiercache.stats.run import Stats
 
 Run = ExactRun | MixedRun
 

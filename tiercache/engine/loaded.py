@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from policies.plan import Plan
-from tiercache.config import OffloadConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.engine.machine import Machine
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened

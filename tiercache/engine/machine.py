@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiercache.config import OffloadConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels

@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from policies.plan import PlanInputs
-from tiercache.config import OffloadConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of

@@ -12,7 +12,7 @@ from policies.precision import PRECISION_NAMES
 from policies.types import Key
 from profiler import replay
 from profiler.trace import Trace
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.engine import mixed_plan
 from tiercache.engine.loaded import Loaded
 from tiercache.engine.mixed_plan import MixedPlan

@@ -6,7 +6,8 @@ Knows recipes, requirements and plans; allocates nothing.
 from dataclasses import dataclass, replace
 
 from policies.plan import Plan
-from tiercache.config import Budget, OffloadConfig
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
 from tiercache.engine import mixed_plan
 from tiercache.engine.budgets import divide
 from tiercache.engine.loaded import Loaded

@@ -14,7 +14,7 @@ from policies.precision import TOP, Recipe, Sizes
 from profiler import replay
 from profiler.trace import Trace
 from tiercache.compat import ACT2FN
-from tiercache.config import OffloadConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kernels.contract import Kernels

@@ -11,7 +11,8 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache.config import Budget, KernelChoice, OffloadConfig, Options, Precision, SizeLike, read_options
+from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, read_options
+from tiercache.config.sizes import Budget, SizeLike
 from tiercache.engine.session import Session
 from tiercache.store.calibration import Calibration
 from tiercache.tiers.stack import Observer

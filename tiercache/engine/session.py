@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from tiercache import compat
-from tiercache.config import OffloadConfig
+from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit
 from tiercache.engine.attach_drafters import attach_drafters
 from tiercache.engine.exact import ExactPlan
@@ -28,7 +28,7 @@ from tiercache.model.binding import Bindings, Use
 from tiercache.model.embedding import EmbeddingRows, FileRows
 from tiercache.model.pass_hooks import PassHooks
 from tiercache.progress import note
-from tiercache.stats import Stats, peak_rss_bytes
+from tiercache.stats.run import Stats, peak_rss_bytes
 from tiercache.store.calibration import Calibration
 from tiercache.store.reader import Reader
 from tiercache.tiers.device import device_of

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiercache.config import OffloadConfig, home_folder
+from tiercache.config.options import OffloadConfig, home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of

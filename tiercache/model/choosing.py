@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from tiercache.stats import NeuronStats
+from tiercache.stats.neurons import NeuronStats
 
 Kind = Literal["mixed", "exact", "resident"]
 TOKENS_AT_ONCE = 128

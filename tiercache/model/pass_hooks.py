@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.compat import cache_in
 from tiercache.errors import ClosedError, ContextExceededError, UsageError
-from tiercache.stats import Stats
+from tiercache.stats.run import Stats
 from tiercache.tiers.device import device_of
 
 

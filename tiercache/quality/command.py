@@ -16,7 +16,8 @@ from torch import Tensor
 
 import tiercache
 from tiercache import text as texts
-from tiercache.config import SizeLike, home_folder
+from tiercache.config.options import home_folder
+from tiercache.config.sizes import SizeLike
 from tiercache.engine.source import default_store
 from tiercache.errors import UsageError
 from tiercache.model import meta_model

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
 
 _ROWS = 32  # rows of the vocabulary that are compared at a time: in fp64, a few copies of them

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tiercache.config import Budget, Precision
+from tiercache.config.options import Precision
+from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
 FORMS = (

@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tiercache.config import human
+from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 _SUFFIXES = (".png", ".svg")

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from tiercache import text as texts
-from tiercache.config import CALIBRATION_TOKENS
+from tiercache.config.options import CALIBRATION_TOKENS
 from tiercache.errors import UsageError
 
 OWN = Path(__file__).with_name("calibration.txt")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from profiler import probe
-from tiercache.config import CALIBRATION_TOKENS, human
+from tiercache.config.options import CALIBRATION_TOKENS
+from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.progress import Advance, bar, note
 from tiercache.quant.corpus import Corpus

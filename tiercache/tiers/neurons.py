@@ -21,7 +21,7 @@ from policies.hot import hottest
 from policies.neurons import IntArray, NeuronResidency
 from policies.precision import serve
 from tiercache.kernels.contract import Kernels
-from tiercache.stats import NeuronStats
+from tiercache.stats.neurons import NeuronStats
 from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab

@@ -15,7 +15,7 @@ from policies.plan import Plan, TierPlan
 from policies.residency import Residency
 from policies.types import Key, Placement
 from tiercache.progress import bar
-from tiercache.stats import TierStats
+from tiercache.stats.run import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.reader import Reader
 from tiercache.tiers.device import device_of

@@ -18,7 +18,7 @@ import torch
 from policies.residency import Residency
 from policies.types import Key, Load
 from tiercache.errors import ClosedError, DoesNotFitError
-from tiercache.stats import TierStats
+from tiercache.stats.run import TierStats
 from tiercache.tiers.device import Event, device_of
 from tiercache.tiers.slab import Slab
 

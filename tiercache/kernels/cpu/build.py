@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tiercache.config import home_folder
+from tiercache.config.options import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 SOURCE = Path(__file__).with_name("source")

@@ -17,7 +17,7 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
-from tiercache.config import home_folder
+from tiercache.config.options import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
 _HEADERS = ("planes.cuh",)

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiercache.draft_stats import DraftStats
-from tiercache.neuron_stats import NeuronStats
-
-__all__ = ["DraftStats", "NeuronStats", "Stats", "TierStats", "peak_rss_bytes"]
+from tiercache.stats.drafting import DraftStats
+from tiercache.stats.neurons import NeuronStats
 
 SCHEMA = "tiercache.stats/1"
 

@@ -1,6 +1,6 @@
 """What the user asks of one `offload`, checked before anything is touched.
 
-Knows nothing of hardware. Sizes are in `tiercache.sizes`, the options of drafting in `tiercache.draft_config`.
+Knows nothing of hardware. Sizes are in `config.sizes`, the options of drafting in `config.drafting`.
 """
 
 import os
@@ -9,28 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from tiercache.draft_config import DraftConfig, DraftOptions, GrowerName
+from tiercache.config.drafting import DraftConfig, DraftOptions
+from tiercache.config.sizes import Budget, SizeLike
 from tiercache.errors import UsageError
-from tiercache.sizes import Budget, SizeLike, human
-
-__all__ = [
-    "Budget",
-    "CALIBRATION_TOKENS",
-    "DraftConfig",
-    "DraftOptions",
-    "GrowerName",
-    "KernelChoice",
-    "MixedOptions",
-    "Mode",
-    "OffloadConfig",
-    "Options",
-    "Policy",
-    "Precision",
-    "SizeLike",
-    "home_folder",
-    "human",
-    "read_options",
-]
 
 CALIBRATION_TOKENS = 16_384
 """Of a text that codes are calibrated on: some ten for each input of the widest matrix of a small model."""

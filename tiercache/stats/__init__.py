@@ -1,0 +1,1 @@
+"""What a run did: counters and seconds, as plain data."""
