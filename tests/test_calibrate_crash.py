@@ -97,7 +97,7 @@ def test_killed_at_random_moments(
     while True:
         process, pipe = start_child(_calibrate_and_tell, store)
         assert pipe.recv() == "begin"
-        done = pipe.poll(rng.uniform(0.2, 0.7) * whole_s if kills < KILLS else 60)
+        done = pipe.poll(rng.uniform(0.05, 0.4) * whole_s if kills < KILLS else 60)
         if done:
             last = pipe.recv()
             process.join()
