@@ -93,7 +93,7 @@ def test_gbps_counts_codes_and_scales(result: dict[str, Any]) -> None:
             assert row["gflops"] * 1e9 * row["seconds"] == pytest.approx(2 * row["tokens"] * parts * weights)
 
 
-def test_the_report_names_hardware_seed_and_dialect(result: dict[str, Any]) -> None:
+def test_the_report_names_hardware_seed_and_backend(result: dict[str, Any]) -> None:
     text = kernels_report.report(result)
     head = "".join(text.splitlines()[:3])
     for part in ("seed 0", "threads", "kernels reference", "roof"):

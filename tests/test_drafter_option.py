@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from test_drafted_decoding import GROWERS, PROMPT, Oracle, drafting, generate, plain
 from test_lifetime import BoomError, same, snapshot, surroundings
-from test_resident_planes import Folders, Least, offloaded, rehearsed_once  # noqa: F401 - a fixture of every test here
+from test_resident_planes import Folders, Least, offloaded, traced_once  # noqa: F401 - a fixture of every test here
 from tokenizers import Tokenizer, models
 
 import tiercache

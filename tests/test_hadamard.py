@@ -53,7 +53,7 @@ def test_one_large_weight_no_longer_spoils_its_group() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 300), st.sampled_from(KINDS), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_every_dialect_gives_the_same_bits(
+def test_every_backend_gives_the_same_bits(
     tokens: int, columns: int, kind: torch.dtype, before: bool, after: bool, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -216,7 +216,7 @@ def test_a_line_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     assert "install gcc" in line
 
 
-def test_the_dialect_of_a_device_is_made_once() -> None:
+def test_the_backend_of_a_device_is_made_once() -> None:
     assert select.select(CPU) is select.select(CPU)
     assert select.select(CPU).name == f"cpu ({build.instruction_sets()[0]})"
     with pytest.raises(EnvironmentUnsupportedError, match="no plane kernels for meta"):

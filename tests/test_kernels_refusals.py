@@ -91,7 +91,7 @@ def test_a_bad_second_output_leaves_the_first_alone(kernels: CpuKernels) -> None
 
 
 @pytest.mark.skipif(len(build.instruction_sets()) < 2, reason="this processor has one instruction set")
-def test_what_another_dialect_prepared(kernels: CpuKernels) -> None:
+def test_what_another_backend_prepared(kernels: CpuKernels) -> None:
     other = CpuKernels(build.instruction_sets()[0])
     with pytest.raises(UsageError, match="prepare them again"):
         other.matmul(kernels.quantize_activations(X, 64), WEIGHT, torch.zeros(TOKENS, ROWS))

@@ -120,12 +120,12 @@ def assert_right(kernels: Kernels, operation: str, case: Case, found: Slots) -> 
 def bound(operation: str, case: Case, found: Slots, wanted: Tensor) -> Tensor:
     """`allowed` of a case that has these neurons as its rows."""
 
-    class ExactPlan(Case):
+    class ExactPlacement(Case):
         def matrices(self) -> tuple[Planes, ...]:
             return tuple(found.wanted)
 
     shape = replace(case, rows=found.rows.count, rows_seed=None)
-    return allowed(operation, ExactPlan(**vars(shape)), wanted)
+    return allowed(operation, ExactPlacement(**vars(shape)), wanted)
 
 
 @st.composite

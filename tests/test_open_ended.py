@@ -22,7 +22,7 @@ DEPTH, NODES = 16, 64
 
 
 @pytest.mark.parametrize("true", [0.4, 1.0, 3.0, 6.0])
-def test_sharpness_makes_confidences_as_high_as_guesses_are_right(true: float) -> None:
+def test_temperature_scaling_makes_confidences_as_high_as_guesses_are_right(true: float) -> None:
     """A guess against one other, their scores a gap apart that is really worth `true` times as much."""
     chance, score_scale = np.random.default_rng(0), TemperatureScaling()
     thought = came = 0.0

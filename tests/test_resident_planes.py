@@ -63,16 +63,16 @@ def offloaded(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def rehearsed_once() -> Iterator[None]:
+def traced_once() -> Iterator[None]:
     """Half of what opening a toy takes; the same whatever the budgets."""
     known: dict[str, MetaTrace] = {}
 
-    def rehearse_once(model: tf.PreTrainedModel, *arguments: Any) -> MetaTrace:
+    def trace_once(model: tf.PreTrainedModel, *arguments: Any) -> MetaTrace:
         key = f"{model.config.to_json_string()} {model.dtype} {arguments}"
         return known[key] if key in known else known.setdefault(key, trace_on_meta(model, *arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "trace_on_meta", rehearse_once)
+        patch.setattr(memory, "trace_on_meta", trace_once)
         yield
 
 

@@ -314,7 +314,7 @@ def test_the_cache_grows_or_refuses() -> None:
 
 
 def test_the_cache_without_data() -> None:
-    """As the rehearsal of a model's memory needs it."""
+    """As the trace of a model's memory needs it."""
     model = architecture("gemma3")
     there = tf.AutoModelForCausalLM.from_config(model.config, dtype=torch.float64).to("meta")
     kept = TreeCache(capacity=40)

@@ -26,7 +26,7 @@ class Visit:
 
     Attributes:
         samples: of each cell.
-        drafting: the account of drafting, if there was any.
+        drafting: the statistics of drafting, if there was any.
         exact: the model computes in fp32.
         peak_bytes: the most that the process and its page cache took; 0 where nobody looked.
     """

@@ -40,7 +40,7 @@ class Measured:
         setting, entry, temperature: of the row.
         turns: the repeats.
         verdict: of its texts.
-        drafting: the account of the newest repeat.
+        drafting: the statistics of the newest repeat.
     """
 
     setting: Setting

@@ -19,13 +19,11 @@ def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, dev
     """Resolve the budgets and divide them."""
     main = hardware.memory()
     hbm_bytes: int | None = None
-    if on_gpu(device):
-        gpu = device_of(device)
-        gpu.release_cache()  # what torch keeps for itself is free to us
-        gpu.reset_peak()
-        memory = gpu.free_bytes()
-        assert memory is not None
-        free, total = memory
+    own_memory = device_of(device)
+    own_memory.release_cache()  # what torch keeps for itself is free to us
+    own_memory.reset_peak()
+    if (found := own_memory.free_bytes()) is not None:
+        free, total = found
         hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
     elif config.hbm is not None and config.hbm != Budget():
         hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)

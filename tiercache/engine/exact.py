@@ -1,6 +1,6 @@
 """Where the weights of an exact run lie: plain decoding's placement or drafting's, compared before any is reserved.
 
-Knows demands, plans and who may draft; allocates nothing. Which placement is better is `policies.room`'s to say.
+Knows memory requirements, plans and drafters; allocates nothing. Which placement is better is `policies.room`'s to say.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,13 @@ _DRAM, _CARD, _LINK, _SSD = 35e9, 900e9, 25e9, 3e9
 
 
 @dataclass(frozen=True)
-class ExactPlan:
+class ExactPlacement:
     """A placement of an exact run.
 
     Attributes:
         config: the options that it was made for.
         opened: the model, its units cut as these options say.
-        recruits: who drafts; None where no drafter was asked for.
+        drafter_spec: which drafters; None where no drafter was asked for.
         asked: what was asked of memory.
         plan: what lies where.
         on_cpu: whether the CPU multiplies, in DRAM, by what does not stay in HBM.
@@ -76,7 +76,7 @@ class ExactPlan:
         return ResidentRun(tokens, self.asked, self.plan) if self.config.resident else ExactRun(tokens)
 
 
-def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool) -> ExactPlan:
+def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool) -> ExactPlacement:
     """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
 
     Args:
@@ -91,7 +91,7 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
     """
     OnCpu.of_exact(config.cpu_tokens, machine, resident=config.resident)  # refuses what cannot be, before all else
 
-    def planned(options: OffloadConfig) -> ExactPlan:
+    def planned(options: OffloadConfig) -> ExactPlacement:
         same = options.resident == config.resident
         own = opened if same else opened.cut(config.precision, resident=options.resident)
         return _planned(own, options, machine)
@@ -104,11 +104,11 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
 def _compared(
     config: OffloadConfig,
     draft: DraftConfig,
-    planned: Callable[[OffloadConfig], ExactPlan],
+    planned: Callable[[OffloadConfig], ExactPlacement],
     takes: Support,
     rates: Rates,
     show: bool,
-) -> ExactPlan:
+) -> ExactPlacement:
     """The first of three that is likely to pay: with the model's own planes and n-grams, these alone, or nobody."""
     plain, price, reason = _fitted(planned, replace(config, resident=False, draft=None)), None, takes.reason
     wanted = draft.fixed or draft.speckv is not None  # a drafter, at any price
@@ -119,7 +119,7 @@ def _compared(
             who = "by its own planes" if own else "at all"
             reason = f"to draft {who} takes {human(found.missing_bytes)} more of {found.tier or 'memory'}"
             continue
-        if isinstance(plain, ExactPlan) and not wanted:
+        if isinstance(plain, ExactPlacement) and not wanted:
             price = room.price(plain.traffic, found.traffic, rates)
             if not room.pays(plain.traffic, found.traffic, rates):
                 reason = f"its room would make a pass take {price:.2f} times as long, more than it is likely to win"
@@ -136,7 +136,9 @@ def _compared(
     return replace(plain, drafter_spec=drafting.no_drafters(plain.opened, draft, reason), room_price=price)
 
 
-def _fitted(planned: Callable[[OffloadConfig], ExactPlan], options: OffloadConfig) -> ExactPlan | DoesNotFitError:
+def _fitted(
+    planned: Callable[[OffloadConfig], ExactPlacement], options: OffloadConfig
+) -> ExactPlacement | DoesNotFitError:
     """The placement, or why there is none."""
     try:
         return planned(options)
@@ -144,14 +146,14 @@ def _fitted(planned: Callable[[OffloadConfig], ExactPlan], options: OffloadConfi
         return error
 
 
-def _planned(opened: Opened, config: OffloadConfig, machine: Machine) -> ExactPlan:
+def _planned(opened: Opened, config: OffloadConfig, machine: Machine) -> ExactPlacement:
     """What these options ask for, and the plan for it."""
     on_cpu = OnCpu.of_exact(config.cpu_tokens, machine, resident=config.resident)
     drafter_spec = drafting.find_drafters(config, opened)
     arithmetic = Arithmetic(machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed)
     asked = memory_requirements(opened, drafting.widened(config), arithmetic)
     asked = drafting.reserve(asked, drafter_spec, config)
-    return ExactPlan(config, opened, drafter_spec, asked, divide(opened, asked, config, machine.device), on_cpu)
+    return ExactPlacement(config, opened, drafter_spec, asked, divide(opened, asked, config, machine.device), on_cpu)
 
 
 def _rates(config: OffloadConfig, machine: Machine) -> Rates:

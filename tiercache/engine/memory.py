@@ -1,6 +1,6 @@
-"""From an opened model and its rehearsal to what it asks of memory: the order of its units, and every reserve.
+"""What a model asks of memory: the order of its units, and every reserve. A pass on the meta device tells both.
 
-Knows manifests and rehearsals; decides nothing about where things go.
+Knows manifests and traces; decides nothing about where things go.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ class MemoryRequirements:
     Attributes:
         uses: its linear modules, in the order of a pass.
         needs: units and reserves, for the planner.
-        rehearsal: what they were taken from.
+        meta_trace: the pass without data that they were taken from.
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
     """

@@ -49,7 +49,7 @@ class ExactRun:
         return {"needed": 0}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """NextPass that begin within are of this kind.
+        """Passes that begin within are of this kind.
 
         Raises:
             UsageError: there are none of it.

@@ -16,7 +16,7 @@ from tiercache import compat
 from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit
 from tiercache.engine.attach_drafters import attach_drafters
-from tiercache.engine.exact import ExactPlan
+from tiercache.engine.exact import ExactPlacement
 from tiercache.engine.handle import OffloadHandle, Run
 from tiercache.engine.loaded import Loaded
 from tiercache.engine.machine import Machine
@@ -64,13 +64,10 @@ class Session:
         """The model, ready to run."""
         compat.check_version()
         machine = Machine.of(self._config, show=self._show_progress)
-        if machine.is_gpu:
-            self._stack.callback(
-                device_of(machine.device).release_cache
-            )  # the last to run: the card is as free as it was before
+        self._stack.callback(device_of(machine.device).release_cache)  # runs last: a card is as free as it was before
         config = drafting.with_planes(self._config, kernels=bool(machine.kernels), show=self._notes)
         opened = open_model(model_or_path, config, show_progress=self._show_progress)
-        placed: ExactPlan | MixedPlacement
+        placed: ExactPlacement | MixedPlacement
         if config.mode == "mixed":
             placed = mixed_fit.place(opened, config, machine, self._calibration)
         else:
@@ -83,14 +80,14 @@ class Session:
         if run.notice and self._calibration is None:  # a calibration made up for the occasion knows of no loss
             note(run.notice, show=self._notes)
         self._attach(loaded, reader, stats, run)
-        if isinstance(placed, ExactPlan) and placed.drafter_spec is not None:
+        if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
             told: dict[str, Any] = {"show": self._notes, "room_price": placed.room_price}
             spec, device = placed.drafter_spec, machine.device
             attach_drafters(self._stack, loaded.opened.model, spec, config, device, stats, **told)
         return loaded.opened.model
 
     def _loaded(
-        self, placed: ExactPlan | MixedPlacement, config: OffloadConfig, machine: Machine, reader: Reader
+        self, placed: ExactPlacement | MixedPlacement, config: OffloadConfig, machine: Machine, reader: Reader
     ) -> Loaded:
         """Allocate the tiers; they are empty still."""
         if config.link_gbps is not None and placed.plan.hbm is None:

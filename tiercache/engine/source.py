@@ -1,6 +1,6 @@
 """Finds out what the user named: a checkpoint, a plane store, or a model in memory; opens it without weights.
 
-Knows folders, checkpoints and stores; nothing of budgets or tiers.
+Answers for the three kinds of source, so that nobody else asks which one it is. Knows nothing of budgets.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Opened:
 
     Attributes:
         model: the model to offload; without weights unless it was given in memory.
-        skeleton: the same model without weights.
+        meta_model: the same model without weights.
         manifest: its parts.
         memory: bytes of the units, for a model in memory that is run as it is.
         given: the model is the caller's own.

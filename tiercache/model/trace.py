@@ -54,7 +54,7 @@ def trace_on_meta(
     """Prefill `tokens` and decode one more on a copy of `model` without data.
 
     Args:
-        model: a skeleton; it is not changed.
+        model: on the meta device; it is not changed.
         watched: module names whose calls are recorded.
         tokens: length of the prompt; its last token is decoded.
         logits: rows of logits that the prefill returns.
@@ -74,7 +74,7 @@ def trace_on_meta(
         kept, decode_bytes = _pass(stand_in, 1, kept, 1)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be rehearsed without data ({str(error).splitlines()[0]}), so its memory "
+            f"{type(model).__name__} cannot run without data ({str(error).splitlines()[0]}), so its memory "
             "cannot be planned; use an architecture from the README's list"
         ) from error
     return MetaTrace(order, cache_bytes(kept), prefill_bytes, decode_bytes, tokens)

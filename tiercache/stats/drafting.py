@@ -10,7 +10,7 @@ _NEWEST = 64  # plain passes whose seconds are kept
 
 @dataclass
 class DraftStats:
-    """The account of drafting.
+    """The statistics of drafting.
 
     Attributes:
         drafters: who may draft, in the order of `arm_rounds`.

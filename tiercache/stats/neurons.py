@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class NeuronStats:
-    """The account of neurons that are given planes one by one.
+    """The statistics of neurons that are given planes one by one.
 
     Attributes:
         policy: who stays in the slots; "none" without an upper tier.

@@ -50,7 +50,7 @@ class TierStats:
 
 @dataclass
 class Stats:
-    """The account of one attached model.
+    """The statistics of one attached model.
 
     Attributes:
         tiers: counters by tier, fastest first.
@@ -66,9 +66,9 @@ class Stats:
         embedding_bytes: token embedding rows read from the SSD.
         ssd_bytes: bytes that the SSD delivered, whole blocks and checks included.
         peak_rss_bytes, peak_device_bytes: the process's peak as the kernel counts it, and the GPU allocator's.
-        neurons: in mixed mode, the account of the neurons.
+        neurons: in mixed mode, the statistics of the neurons.
         link: "measured", or the rate of a throttle that stands in for another link.
-        drafting: with a drafter, the account of drafting.
+        drafting: with a drafter, the statistics of drafting.
     """
 
     precision: str

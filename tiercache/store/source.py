@@ -1,7 +1,7 @@
 """The original checkpoint, in place: which file bytes hold which parameter of the transformers model.
 
-Resolves a folder or Hub id, builds the skeleton, and maps file names to parameter names with transformers' own
-conversion table (a key in a file need not be the parameter's name). Reads no weights.
+Resolves a folder or Hub id, builds the model without weights, and maps file names to parameter names with
+transformers' own conversion table (a key in a file need not be the parameter's name). Reads no weights.
 """
 
 import hashlib
