@@ -216,7 +216,7 @@ def test_a_file_cut_short_while_running(folder: Path, tmp_path: Path) -> None:
 MEASURE = """
 import ctypes, json, pathlib, sys, torch, transformers
 import tiercache
-from tiercache.stats import peak_rss_bytes
+from tiercache.stats.run import peak_rss_bytes
 torch.set_num_threads(1)
 path, options = sys.argv[1], json.loads(sys.argv[2])
 def passes(model, ids):
