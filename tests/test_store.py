@@ -641,6 +641,12 @@ def test_an_unfinished_store_is_finished_and_can_be_started_over(
     report = convert(checkpoint("llama"), folder, group=32, compress="off", restart=True)
     assert report.resumed_bytes == 0
     assert PlaneStore.open(folder).contents.meta["group"] == 32
+    _unfinish(folder)
+    (folder.with_name("store.partial") / "journal.mdb").write_bytes(bytes(64 << 10))
+    options: dict[str, Any] = {"group": 32, "compress": "off"}
+    with pytest.raises(StoreError, match="damaged"):
+        convert(checkpoint("llama"), folder, dry_run=True, **options)
+    assert convert(checkpoint("llama"), folder, restart=True, **options).seconds > 0, "what is damaged is discarded"
 
 
 def test_a_checkpoint_with_another_configuration_is_another(copy: Copy, checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -681,17 +687,12 @@ def running_elsewhere(copy: Copy) -> Iterator[Path]:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize(
-    "restart",
-    [
-        False,
-        True,
-    ],
-)
+@pytest.mark.parametrize("restart", [False, True])
 def test_a_second_conversion_at_once_is_refused(running_elsewhere: Path, checkpoint: Checkpoint, restart: bool) -> None:
     before = fingerprint(running_elsewhere.parent)
     with pytest.raises(UsageError, match="another conversion is writing"):
         convert(checkpoint("llama"), running_elsewhere, compress="off", restart=restart)
+    assert convert(checkpoint("llama"), running_elsewhere, compress="off", dry_run=True).resumed_bytes == 0
     assert fingerprint(running_elsewhere.parent) == before
 
 

@@ -83,7 +83,7 @@ class MixedBlock:
             self.forget()
             self.planes.open()
             ranking = Ranking(self.recipe, self._activation, self.norms, self.sizes, self._choosing)
-            self._turn = self._way(x)(self._matmuls, ranking, x)
+            self._turn = self._pass_of(x)(self._matmuls, ranking, x)
         values = [self._turn.values[part] for part in self._owns[place]]
         made = values[0] if len(values) == 1 else torch.cat(values, dim=1)
         return made.view(*x.shape[:-1], -1).to(x.dtype)
@@ -119,7 +119,7 @@ class MixedBlock:
         """hidden [tokens, neurons] times the down matrix at a precision that is always there, fp32; within the turn."""
         return self._matmuls.down(hidden, precision)
 
-    def _way(self, x: Tensor) -> type[BlockPass]:
+    def _pass_of(self, x: Tensor) -> type[BlockPass]:
         """How the pass at hand chooses neurons."""
         choosing = self._choosing
         if choosing.kind == "resident":

@@ -13,7 +13,7 @@ from tiercache.quant.corpus import Corpus
 from tiercache.quant.planes import PLANE_BITS
 from tiercache.store import catalog, encode, estimate, journal, layout
 from tiercache.store.catalog import Extent
-from tiercache.store.folders import clear_io_errors, existing
+from tiercache.store.folders import clear_io_errors, existing, locked
 from tiercache.store.format import CATALOG_FILE, VERSION, align
 from tiercache.store.report import ConversionReport
 from tiercache.store.source import Source
@@ -84,15 +84,24 @@ class ConversionPlan:
             self.source_bytes(),
             data + copied + self._catalog_bytes(),
             shutil.disk_usage(existing(self.store)).free,
-            resumed_bytes=self._resumed_bytes(),
             **self._calibrating(),
             bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
             calibration=self.meta["calibration"],
         )
 
-    def _resumed_bytes(self) -> int:
-        """Bytes of the checkpoint that an interrupted conversion has done, if there is one."""
-        known = journal.read(self.partial)
+    def resumed_bytes(self) -> int:
+        """Bytes of the checkpoint that an interrupted conversion has done; 0 where there is none, or one under way.
+
+        Raises:
+            StoreError: its journal is damaged.
+        """
+        if not self.partial.is_dir():
+            return 0
+        try:
+            with locked(self.partial, "a conversion is under way"):  # an open journal must not be read
+                known = journal.read(self.partial)
+        except UsageError:
+            return 0
         same = all(known.meta.get(key) == value for key, value in self.meta.items())
         return self.source_bytes(len(known.records)) if same else 0
 

@@ -81,7 +81,9 @@ def convert(
     source = Source.open(checkpoint)
     corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
     job = ConversionPlan(source, Path(store).expanduser(), group, compress, corpus, tune)
-    if dry_run or job.already_done():
+    if dry_run:
+        return replace(job.report(), resumed_bytes=0 if restart else job.resumed_bytes())
+    if job.already_done():
         return job.report()
     return _Conversion(job).run(restart=restart, show_progress=show_progress)
 
