@@ -66,10 +66,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"policy": "belady"}, "belady"),
     ({"policy": "random", "hbm": PLENTY}, "random"),
     ({"policy": None}, "None"),
-    ({"uploads": -1}, "uploads"),
-    ({"uploads": 1.5}, "uploads"),
-    ({"uploads": True}, "uploads"),
-    ({"uploads": "3"}, "uploads"),
+    ({"max_fetches": -1}, "max_fetches"),
+    ({"max_fetches": 1.5}, "max_fetches"),
+    ({"max_fetches": True}, "max_fetches"),
+    ({"max_fetches": "3"}, "max_fetches"),
     ({"link_gbps": 0}, "link_gbps"),
     ({"link_gbps": -3.0, "hbm": PLENTY}, "link_gbps"),
     ({"link_gbps": "fast"}, "link_gbps"),
@@ -86,6 +86,15 @@ def test_bad_options(options: dict[str, Any], word: str, calibrated: Path) -> No
     with pytest.raises(errors.UsageError, match=word), tiercache.offload(calibrated, **{**known, **options}):
         pass
     assert surroundings() == before
+
+
+def test_the_old_name_of_max_fetches_still_works(calibrated: Path) -> None:
+    known = {"precision": "int8", "mode": "mixed", "bytes_per_token": 1.0, "dram": "64MiB", "context": CONTEXT}
+    with pytest.warns(DeprecationWarning, match="max_fetches") as told, pytest.raises(errors.UsageError, match="-1"):
+        tiercache.offload(calibrated, **known, uploads=-1).__enter__()
+    assert told[0].filename == __file__
+    with pytest.raises(errors.UsageError, match="uploads"):
+        tiercache.offload(calibrated, **known, uploads=1, max_fetches=1).__enter__()
 
 
 def test_policies_of_the_configuration_are_those_of_the_registry() -> None:

@@ -183,12 +183,12 @@ def test_more_neurons_than_pass_at_once(tmp_path: Path) -> None:
 # Caps.
 
 
-@pytest.mark.parametrize("uploads", [0, 1, 7])
-def test_uploads_are_a_cap(uploads: int, store: Path, bare: dict[int, int]) -> None:
+@pytest.mark.parametrize("fetches", [0, 1, 7])
+def test_fetches_are_capped(fetches: int, store: Path, bare: dict[int, int]) -> None:
     with mixed(store, RECIPE) as model:
         want = decode(model, ALONE)
-    with mixed(store, RECIPE, hbm=bare[1] + 8_000, uploads=uploads) as model:
-        cap = uploads * sum(model.tiercache.mixed.slots.plan.widths) * len(model.tiercache.mixed.blocks)
+    with mixed(store, RECIPE, hbm=bare[1] + 8_000, max_fetches=fetches) as model:
+        cap = fetches * sum(model.tiercache.mixed.slots.plan.widths) * len(model.tiercache.mixed.blocks)
         neurons = model.tiercache.stats().neurons
         for token in range(6):
             before = neurons.moved_bytes
@@ -196,15 +196,15 @@ def test_uploads_are_a_cap(uploads: int, store: Path, bare: dict[int, int]) -> N
             assert neurons.moved_bytes - before <= cap
         assert neurons.at_hand > 0
         assert neurons.hits + neurons.uploads + neurons.at_hand == neurons.requests
-        assert (neurons.moved_bytes > 0) == (uploads > 0)
+        assert (neurons.moved_bytes > 0) == (fetches > 0)
         assert not torch.equal(got, want[:, 5:6])
 
 
 def test_what_is_at_hand_is_what_the_oracle_lowers(checkpoint: Folders, store: Path, bare: dict[int, int]) -> None:
-    """Without slots and uploads every neuron does with the ranking's planes: a recipe of its own."""
+    """Without slots and fetches every neuron does with the ranking's planes: a recipe of its own."""
     lowered = calibration(store, Recipe("product", 2, 2, (0.0, 0.5, 0.2)))
     oracle = Oracle(checkpoint("llama"), lowered, "int8")
-    with mixed(store, Recipe("product", 2, 2, RECIPE.shares), hbm=bare[2], uploads=0) as model, torch.no_grad():
+    with mixed(store, Recipe("product", 2, 2, RECIPE.shares), hbm=bare[2], max_fetches=0) as model, torch.no_grad():
         with orders(model) as chosen:
             got = model(ALONE[:, :1]).logits
         assert apart(got, oracle.logits(chosen, ALONE[:, :1]).logits) < 1e-3
@@ -214,11 +214,11 @@ def test_what_is_at_hand_is_what_the_oracle_lowers(checkpoint: Folders, store: P
 # A replay of the recorded wishes.
 
 
-@pytest.mark.parametrize("uploads", [None, 0, 5])
+@pytest.mark.parametrize("max_fetches", [None, 0, 5])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_replay_is_execution(policy: str, uploads: int | None, store: Path, bare: dict[int, int]) -> None:
+def test_replay_is_execution(policy: str, max_fetches: int | None, store: Path, bare: dict[int, int]) -> None:
     made = calibration(store, RECIPE)
-    with mixed(store, made, hbm=bare[1] + 9_000, policy=policy, uploads=uploads) as model:
+    with mixed(store, made, hbm=bare[1] + 9_000, policy=policy, max_fetches=max_fetches) as model:
         with steps(model) as moves, model.tiercache.recording() as trace:
             decode(model, BOTH)  # two sequences: every pass chooses for two tokens
             decode(model, ALONE)
@@ -229,7 +229,7 @@ def test_replay_is_execution(policy: str, uploads: int | None, store: Path, bare
     def log(token: int, layer: int, plane: int, step: Step) -> None:
         again.append((layer, plane, step))
 
-    outcome = replay.replay(trace, slots, policy, uploads, hot=made.frequency, log=log)
+    outcome = replay.replay(trace, slots, policy, max_fetches, hot=made.frequency, log=log)
     assert same(moves, again)
     assert (int(outcome.hits.sum()), int(outcome.requests.sum())) == (neurons.hits, neurons.requests)
     assert neurons.hit_rate == outcome.hit_rate
@@ -237,9 +237,9 @@ def test_replay_is_execution(policy: str, uploads: int | None, store: Path, bare
     assert neurons.belady >= neurons.hit_rate
     if policy == "hot":
         assert not outcome.evictions.any()
-    elif uploads != 0:
+    elif max_fetches != 0:
         assert outcome.evictions.all()
-    without_start = replay.replay(trace, slots, policy, uploads, hot=made.frequency[:, ::-1])
+    without_start = replay.replay(trace, slots, policy, max_fetches, hot=made.frequency[:, ::-1])
     assert without_start.hits.tolist() != outcome.hits.tolist(), "a replay from another start would be noticed"
 
 

@@ -44,7 +44,8 @@ _BytesPerToken = Annotated[
 ]
 _MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, nats a token.")]
 _Policy = Annotated[str, _mixed(help="Who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
-_Uploads = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
+_MaxFetches = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
+_Uploads = Annotated[int | None, typer.Option(min=0, hidden=True)]  # the deprecated name of max_fetches
 _Drafter = Annotated[str, _drafts(help="auto, resident, ngram, a small model's folder, or none.")]
 _DraftNodes = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 64 by default.")]
 _DraftDepth = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 16 by default.")]
@@ -56,7 +57,7 @@ _Seed = Annotated[int, _samples(help="Of the sampling.")]
 # Options that `offload` calls alike, and takes as they are.
 _OF_OFFLOAD = (
     *("hbm", "dram", "link_gbps", "cpu_tokens", "store", "device", "checks"),
-    *("mode", "bytes_per_token", "max_loss", "policy", "uploads"),
+    *("mode", "bytes_per_token", "max_loss", "policy", "max_fetches"),
 )
 
 
@@ -77,6 +78,7 @@ def run_command(
     bytes_per_token: _BytesPerToken = None,
     max_loss: _MaxLoss = None,
     policy: _Policy = "auto",
+    max_fetches: _MaxFetches = None,
     uploads: _Uploads = None,
     drafter: _Drafter = "none",
     draft_nodes: _DraftNodes = None,
@@ -101,10 +103,13 @@ def run_command(
     ids = _encode(tokenizer, _prompt(prompt, model), chat)
     options = {name: ctx.params[name] for name in _OF_OFFLOAD} | _drafting(drafter, draft_nodes, draft_depth)
     options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
-    options["precision"] = precision or ("source" if mode == "exact" else "int8")
+    options["precision"] = precision
+    if uploads is not None:
+        say("deprecated; write: --max-fetches", quiet)
+        options["max_fetches"] = uploads
     with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
         attached: Any = opened.tiercache
-        say(summary.outlook(opened, options["precision"]), quiet)
+        say(summary.outlook(opened), quiet)
         tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
         stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)

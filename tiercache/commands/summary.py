@@ -73,16 +73,16 @@ def of_store(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def outlook(model: Any, precision: str) -> str:
+def outlook(model: Any) -> str:
     """What is known before the first token."""
     sizes, plan = model.tiercache.pass_bytes(), model.tiercache.plan
     budgets = ", ".join(
         f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
     )
-    device = model.tiercache.stats().device
-    nature = "the original weights" if precision == "source" else f"{precision} weights"
+    stats = model.tiercache.stats()
+    nature = "the original weights" if stats.precision == "source" else f"{stats.precision} weights"
     return (
-        f"{model.config.model_type} on {device}, {nature}; {budgets}; each pass needs "
+        f"{model.config.model_type} on {stats.device}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
     )
 

@@ -5,9 +5,10 @@ Knows nothing of hardware. Sizes are in `config.sizes`, the options of drafting 
 
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from tiercache.config.drafting import DraftConfig, DraftOptions
 from tiercache.config.sizes import Budget, SizeLike
@@ -35,8 +36,9 @@ class MixedOptions(TypedDict, total=False):
             allows.
         policy: with an HBM tier, who stays in its slots: "atu", "lru", "lfru", "sieve" or "hot"; "auto" replays the
             calibration's trace.
-        uploads: neurons that a token may bring into the slots of one layer's plane; others do with the planes at hand.
-            None for as many as it wants.
+        max_fetches: neurons that a token may bring into the slots of one layer's plane; others do with the planes at
+            hand. None for as many as it wants.
+        uploads: the deprecated name of max_fetches.
         link_gbps: throttle copies to the HBM tier to so many 1e9 bytes a second, to stand in for another link, in
             either mode; what is measured then is emulated.
     """
@@ -45,6 +47,7 @@ class MixedOptions(TypedDict, total=False):
     bytes_per_token: SizeLike | None
     max_loss: float | None
     policy: str
+    max_fetches: int | None
     uploads: int | None
     link_gbps: float | None
 
@@ -59,9 +62,12 @@ def read_options(options: Options) -> dict[str, Any]:
     Raises:
         UsageError: an option that there is not, or a size that cannot be read.
     """
+    options = _renamed(options)
     mixed, drafts = MixedOptions.__annotations__, DraftOptions.__annotations__
     if unknown := sorted(set(options) - set(mixed) - set(drafts)):
-        known = f"of mixed mode {', '.join(mixed)}; of drafting {', '.join(drafts)}"
+        known = (
+            f"of mixed mode {', '.join(name for name in mixed if name != 'uploads')}; of drafting {', '.join(drafts)}"
+        )
         raise UsageError(f"unknown option {unknown[0]!r} of offload(); there are {known}")
     fields: dict[str, Any] = {name: value for name, value in options.items() if name in mixed}
     given = options.get("bytes_per_token")
@@ -74,30 +80,25 @@ def read_options(options: Options) -> dict[str, Any]:
     return fields | {"draft": DraftConfig(**{name.removeprefix("draft_"): value for name, value in wanted.items()})}
 
 
+def _renamed(options: Options) -> Options:
+    """Options under their names of today."""
+    if "uploads" not in options:
+        return options
+    if "max_fetches" in options:
+        raise UsageError("uploads= is the deprecated name of max_fetches=; leave it out")
+    warnings.warn("uploads= is now max_fetches=", DeprecationWarning, stacklevel=5)
+    rest = {name: value for name, value in options.items() if name != "uploads"}
+    return cast("Options", rest | {"max_fetches": options["uploads"]})
+
+
 @dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
-    """The options of one `offload`, read and checked.
+    """The options of one `offload`, read and checked: under the same names, and with the same meaning, as there.
 
     Attributes:
-        hbm: budget of the fastest tier; None where none was asked for.
-        dram: budget of main memory.
-        precision: the precision every pass is computed at.
-        context: tokens, over the batch, for which the KV cache and the activations are reserved.
-        logits: rows of logits one forward pass may return.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        store: folder of the plane store, if named.
-        checks: verify every checksum before the model is handed out.
-        kernels: "fast" multiplies by planes as they are, "decode" makes each weight first; "auto" is fast where it can
-            be.
-        cpu_tokens: up to how many tokens a pass has planes multiplied by the CPU in DRAM; None where it is measured.
-        mode: "exact", or "mixed" for planes chosen by neuron and token, which loses something.
-        bytes_per_token: mixed: what of int8's bytes of the neurons a token may read, ranking included.
-        max_loss: mixed: bound of the loss that calibration measured, KL in nats a token.
-        policy: mixed: who stays in the neurons' slots; "auto" replays the calibration's trace.
-        uploads: mixed: neurons that a token may bring into the slots of a layer's plane; None for as many as it wants.
-        link_gbps: throttle copies to the HBM tier to this rate; what is measured then is emulated.
-        resident: units are cut by plane, so that passes may do with the planes that stay in the fastest tier.
-        draft: how to draft, if at all.
+        hbm: None where no such tier was asked for.
+        resident: weights are cut by plane, so that passes may do with the planes that stay in the fastest tier.
+        draft: how to draft; None to decode plainly.
     """
 
     hbm: Budget | None
@@ -114,7 +115,7 @@ class OffloadConfig:
     bytes_per_token: Budget | None = None
     max_loss: float | None = None
     policy: str = "auto"
-    uploads: int | None = None
+    max_fetches: int | None = None
     link_gbps: float | None = None
     resident: bool = False
     draft: DraftConfig | None = None
@@ -164,15 +165,15 @@ class OffloadConfig:
         for name, value in (("link_gbps", self.link_gbps), ("max_loss", self.max_loss)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r} must be a number above zero, or None")
-        if self.uploads is not None and (
-            isinstance(self.uploads, bool) or not isinstance(self.uploads, int) or self.uploads < 0
+        if self.max_fetches is not None and (
+            isinstance(self.max_fetches, bool) or not isinstance(self.max_fetches, int) or self.max_fetches < 0
         ):
-            raise UsageError(f"uploads={self.uploads!r} must be a whole number of neurons, 0 or more, or None")
+            raise UsageError(f"max_fetches={self.max_fetches!r} must be a whole number of neurons, 0 or more, or None")
         if self.mode == "exact":
             if self.bytes_per_token is not None or self.max_loss is not None:
                 raise UsageError("bytes_per_token= and max_loss= are for mode='mixed'; the exact mode reads every byte")
-            if self.policy != "auto" or self.uploads is not None:
-                raise UsageError("policy= and uploads= are for mode='mixed'; the exact mode has no slots of neurons")
+            if self.policy != "auto" or self.max_fetches is not None:
+                raise UsageError("policy= and max_fetches= are for mode='mixed'; exact mode has no slots of neurons")
             return
         if self.precision == "source":
             raise UsageError(

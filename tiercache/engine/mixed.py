@@ -73,8 +73,8 @@ class MixedRun:
                 the slots.
         """
         config, opened, tiers = loaded.config, loaded.opened, loaded.tiers
-        choosing = Choosing(in_order=config.uploads is not None)
-        capped = loaded.plan.hbm is not None and config.uploads is not None and not on_cpu
+        choosing = Choosing(in_order=config.max_fetches is not None)
+        capped = loaded.plan.hbm is not None and config.max_fetches is not None and not on_cpu
         known = plan.measured and not capped and not math.isnan(plan.setting.kl)
         if known and plan.calibration.meta.get("precision") == config.precision:
             choosing.stats.calibrated_kl = plan.setting.kl
@@ -130,7 +130,7 @@ class MixedRun:
         elif not self.plan.whole:
             lost += "; planes of some layers do not fit and are left out, so prompts are not read exactly"
         if self.capped:
-            lost = f"at least {lost}: uploads are capped, and neurons beyond do with the planes at hand"
+            lost = f"at least {lost}: fetches are capped, and neurons beyond do with the planes at hand"
         if self.slots is not None and self.slots.plan.empty:
             lost += "; hbm= leaves no slot for neurons, so each is brought up anew for every token: raise it"
         text = meta["text"]["name"]

@@ -109,20 +109,20 @@ class MixedPlan:
 
     def caching(self, config: OffloadConfig, plan: SlotPlan, low: int, *, on_cpu: bool) -> Caching:
         """Who stays in the slots: as asked for, or whoever would have missed least on the calibration's trace."""
-        policy, uploads = config.policy, config.uploads
-        if on_cpu and uploads is None:  # the CPU is the cheaper one: copies only renew the slots
-            uploads = max(1, plan.neurons // _RENEWED)
+        policy, max_fetches = config.policy, config.max_fetches
+        if on_cpu and max_fetches is None:  # the CPU is the cheaper one: copies only renew the slots
+            max_fetches = max(1, plan.neurons // _RENEWED)
         if policy == "auto":
-            rows = self.replayed(plan, low, uploads)
+            rows = self.replayed(plan, low, max_fetches)
             policy = replay.best(rows) if rows else "lfru"
-        return Caching(policy, uploads, on_cpu, self.calibration.frequency)
+        return Caching(policy, max_fetches, on_cpu, self.calibration.frequency)
 
-    def replayed(self, plan: SlotPlan, low: int, uploads: int | None) -> list[replay.Row]:
+    def replayed(self, plan: SlotPlan, low: int, max_fetches: int | None) -> list[replay.Row]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
         trace = self.trace(low)
         if trace is None or plan.empty:
             return []
-        return replay.compare(trace, plan.slots, uploads, plan.widths, hot=self.calibration.frequency)
+        return replay.compare(trace, plan.slots, max_fetches, plan.widths, hot=self.calibration.frequency)
 
     def trace(self, low: int) -> Trace | None:
         """The calibration's recorded wishes under this setting, of the planes from `low` on."""
