@@ -14,7 +14,10 @@ from policies.lru import Lru
 from policies.protocol import Eviction
 from policies.sieve import Sieve
 
-__all__ = ["POLICIES", "Eviction", "Factory", "make"]
+__all__ = ["BOUND", "POLICIES", "Eviction", "Factory", "make"]
+
+BOUND = "belady"
+"""The policy that knows the future: a bound for the others, which no run can follow."""
 
 Future = Sequence[npt.NDArray[np.integer]]
 Factory = Callable[[Future | None, npt.ArrayLike | None], Eviction]
@@ -39,7 +42,7 @@ POLICIES: Mapping[str, Factory] = MappingProxyType(
         "lfru": lambda future, hot: Lfru(),
         "sieve": lambda future, hot: Sieve(),
         "hot": _hot,
-        "belady": _belady,
+        BOUND: _belady,
     }
 )
 

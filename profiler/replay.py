@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from policies.eviction import POLICIES, make
+from policies.eviction import BOUND, POLICIES, make
 from policies.hot import hottest
 from policies.neurons import IntArray, NeuronResidency, Step
 from profiler.trace import Trace
-
-BOUND = "belady"
 
 Log = Callable[[int, int, int, Step], None]
 

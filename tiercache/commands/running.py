@@ -43,7 +43,7 @@ _BytesPerToken = Annotated[
     _mixed(help="What a token may read of the neurons: a share of int8's, 0.5, or 1.2GB."),
 ]
 _MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, nats a token.")]
-_Policy = Annotated[str, _mixed(help="Who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
+_Policy = Annotated[str, _mixed(help="Eviction policy of neurons in HBM: lru, sieve, ...; auto replays.")]
 _MaxFetches = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
 _Uploads = Annotated[int | None, typer.Option(min=0, hidden=True)]  # the deprecated name of max_fetches
 _Drafter = Annotated[str, _drafts(help="auto, resident, ngram, a small model's folder, or none.")]

@@ -20,7 +20,6 @@ CALIBRATION_TOKENS = 16_384
 Precision = Literal["source", "int8", "int4", "int3"]
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
-Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]
 
 
 class MixedOptions(TypedDict, total=False):
@@ -34,8 +33,8 @@ class MixedOptions(TypedDict, total=False):
             (0.5), or a size ("1.2GB").
         max_loss: a bound of the loss (KL from int8 on the calibration text, nats a token); then as few bytes as that
             allows.
-        policy: with an HBM tier, who stays in its slots: "atu", "lru", "lfru", "sieve" or "hot"; "auto" replays the
-            calibration's trace.
+        policy: with an HBM tier, which neurons stay in its slots: one of `policies.eviction.POLICIES`, or "auto", which
+            replays the calibration's trace.
         max_fetches: neurons that a token may bring into the slots of one layer's plane; others do with the planes at
             hand. None for as many as it wants.
         uploads: the deprecated name of max_fetches.
@@ -156,12 +155,21 @@ class OffloadConfig:
                 "kernels= out"
             )
 
+    def _check_policy(self) -> None:
+        """Refuse an eviction policy that there is not."""
+        if self.policy == "auto":
+            return
+        from policies.eviction import BOUND, POLICIES  # brings numpy, which `import tiercache` must not
+
+        if not isinstance(self.policy, str) or self.policy not in POLICIES or self.policy == BOUND:
+            known = ", ".join(name for name in POLICIES if name != BOUND)
+            raise UsageError(f"unknown policy {self.policy!r}; choose auto, or one of {known}")
+
     def _check_mode(self) -> None:
         """Refuse options of a mode that do not belong together."""
         if self.mode not in get_args(Mode):
             raise UsageError(f"unknown mode {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
-        if self.policy not in get_args(Policy):
-            raise UsageError(f"unknown policy {self.policy!r}; choose one of {', '.join(get_args(Policy))}")
+        self._check_policy()
         for name, value in (("link_gbps", self.link_gbps), ("max_loss", self.max_loss)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r} must be a number above zero, or None")

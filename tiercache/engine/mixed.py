@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from policies.eviction import BOUND
 from policies.precision import PRECISION_NAMES
 from policies.types import Key
 from profiler import replay
@@ -170,7 +171,7 @@ class MixedRun:
             self.choosing.trace = before
         if self.slots is not None and trace.tokens:
             hot = self.plan.calibration.frequency
-            bound = replay.replay(trace, self.slots.plan.slots, replay.BOUND, hot=hot)
+            bound = replay.replay(trace, self.slots.plan.slots, BOUND, hot=hot)
             self.choosing.stats.belady_hits = int(bound.hits.sum())
             self.choosing.stats.belady_requests = int(bound.requests.sum())
 
