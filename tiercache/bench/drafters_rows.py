@@ -22,8 +22,8 @@ class Turn:
         plain, drafted: the samples.
     """
 
-    plain: Sequence[Sample]
-    drafted: Sequence[Sample]
+    plain: list[Sample]
+    drafted: list[Sample]
 
     @property
     def speed_up(self) -> float:
@@ -32,7 +32,7 @@ class Turn:
         return rate(self.drafted) / plain if plain else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measured:
     """All turns of one way to draft.
 

@@ -8,8 +8,6 @@ from rich.table import Table
 from tiercache.config.sizes import human
 
 _WIDTH = 200  # more than the table takes: no terminal's width cuts what is kept in a log
-# Headings of the speeds against peers: seconds of the peer over seconds of the kernel.
-_PEERS = ("torch bf16", "torch int8", "torch int4")
 
 
 def report(result: dict[str, Any]) -> str:
@@ -42,14 +40,15 @@ def _table(device: str, results: list[dict[str, Any]]) -> Table:
     shown = Table(title=device, title_justify="left", box=None)
     for heading in ("kernel", "matrix", "weights"):
         shown.add_column(heading, no_wrap=True)
-    speeds = [f"x {name.removeprefix('torch ') if name.endswith('16') else name}" for name in _PEERS]
-    for heading in ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", *speeds, "error"):
+    own = [row for row in results if row["device"] == device]
+    peers = list(dict.fromkeys(name for row in own for name in row["peer_seconds"]))
+    for heading in ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", *(f"x {name}" for name in peers), "error"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    for row in _by_matrix([row for row in results if row["device"] == device]):
+    for row in _by_matrix(own):
         shown.add_row(
             *(row["kernel"], f"{row['rows']} x {row['columns']}", row["precision"], str(row["tokens"])),
             *(f"{1e3 * row['seconds']:.3f}", f"{row['gbps']:.2f}", f"{row['ratio']:.0%}", f"{row['gflops']:.0f}"),
-            *(_speed(row, name) for name in _PEERS),
+            *(_speed(row, name) for name in peers),
             f"{row['max_error']:.1e}",
         )
     return shown
@@ -64,5 +63,6 @@ def _by_matrix(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _speed(row: dict[str, Any], peer: str) -> str:
+    """Seconds of the peer over seconds of the kernel; empty where the peer was not timed."""
     seconds = row["peer_seconds"].get(peer)
     return "" if seconds is None else f"{seconds / row['seconds']:.2f}"

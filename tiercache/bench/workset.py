@@ -74,27 +74,6 @@ def nbytes(weight: Planes) -> int:
     return sum(plane.numel() for plane in weight.planes) + weight.scales.nbytes
 
 
-def some_rows(weight: Planes, rows: Tensor) -> Planes:
-    """The given rows, in main memory."""
-    planes = tuple(plane[rows.to(plane.device)].cpu() for plane in weight.planes)
-    scales = weight.scales[rows.to(weight.scales.device)].cpu()
-    return Planes(planes, scales, weight.columns, weight.group)
-
-
-def one_group(weight: Planes, group: int) -> Planes:
-    """The columns of one group, in main memory."""
-    size, groups = weight.group, weight.scales.shape[1]
-
-    def cut(plane: Tensor, width: int, begin: int = 0) -> Tensor:  # `width` bytes a group
-        return plane[:, begin + width * group : begin + width * (group + 1)].cpu()
-
-    first, *others = weight.planes  # the first has two bits of every group, then one bit of every group
-    halves = torch.cat([cut(first, size // 4), cut(first, size // 8, groups * size // 4)], dim=1)
-    widths = plane_widths(size, size, len(weight.planes))[1:]
-    planes = (halves, *(cut(plane, width) for plane, width in zip(others, widths, strict=True)))
-    return Planes(planes, weight.scales[:, group : group + 1].cpu(), size, size)
-
-
 def _offsets(widths: list[int], rows: int) -> list[int]:
     """Where each piece of a slot begins, and where the slot ends."""
     at = [0]
