@@ -20,7 +20,7 @@ from benchmarks.larger_model import Size, widen
 from tiercache.bench import drafters, drafters_report
 from tiercache.bench.drafters import Comparison
 from tiercache.bench.drafters_options import Options
-from tiercache.bench.drafters_rows import Measured, Turn, Verdict, rate
+from tiercache.bench.drafters_rows import Row, Turn, rate
 from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, open_timed
 from tiercache.commands.base import tell
 from tiercache.commands.bench import drafters_arguments
@@ -76,45 +76,43 @@ class Contest(Comparison):
 
     def measure(self, temperature: float) -> None:
         """See `Comparison`."""
-        before = len(self.measured)
+        before = len(self.rows)
         if self._place.cap_bytes is None:
             super().measure(temperature)
         else:
             self._measure_capped(temperature)
-        self._duel(self.measured[before:])
+        self._duel(self.rows[before:])
 
     def _measure_capped(self, temperature: float) -> None:
         """Rows in processes of their own, one of plain decoding before, between and after them."""
         groups = self.groups(temperature)
         firsts, cells = [group[0] for group in groups], [cell for group in groups for cell in group]
-        turns: dict[Entry, list[Turn]] = {entry: [] for entry in self.options.entries()}
-        verdicts = {entry: Verdict() for entry in turns}
-        accounts: dict[Entry, dict[str, Any] | None] = {}
+        rows = [Row(self.setting, entry, temperature) for entry in self.options.entries()]
         before: Visit | None = None
         for _ in range(self.options.repeats):
-            for entry, verdict in verdicts.items():
-                before = before or self._visit(Entry(drafter=PLAIN), firsts, verdict)
-                own = self._visit(entry, cells, verdict)
-                after = self._visit(Entry(drafter=PLAIN), firsts, verdict)
-                turns[entry].append(Turn([*before.samples, *after.samples], list(own.samples)))
-                accounts[entry], before = own.drafting, after
-        for entry, verdict in verdicts.items():
-            self.keep(Measured(self.setting, entry, temperature, turns[entry], verdict, accounts[entry]))
+            for row in rows:
+                before = before or self._visit(Entry(drafter=PLAIN), firsts, row)
+                own = self._visit(row.entry, cells, row)
+                after = self._visit(Entry(drafter=PLAIN), firsts, row)
+                row.turns.append(Turn([*before.samples, *after.samples], list(own.samples)))
+                row.drafting, before = own.drafting, after
+        for row in rows:
+            self.keep(row)
 
-    def _visit(self, entry: Entry, cells: Sequence[Cell], verdict: Verdict) -> Visit:
+    def _visit(self, entry: Entry, cells: Sequence[Cell], row: Row) -> Visit:
         tokens = self.tokens_of(entry)
-        found = self._place.visit(self.setting, entry, cells, self.warm_cell(cells[0].temperature), tokens)
+        found = self._place.visit(self.setting, entry, cells, self.warm_cell(row.temperature), tokens)
         self.judge.exact = found.exact
         self._peak_bytes = max(self._peak_bytes, found.peak_bytes)
         for cell, sample in zip(cells, found.samples, strict=True):
-            self.judge.judge(verdict, entry, cell, sample, tokens)
+            self.judge.judge(row, entry, cell, sample, tokens)
         self.say(f"  {entry.drafter}, a process under the cap: {rate(found.samples):.3f} tokens/s")
         return found
 
-    def _duel(self, measured: Sequence[Measured]) -> None:
+    def _duel(self, rows: Sequence[Row]) -> None:
         """`auto` against the best of the others: turn about where both can be open at once."""
-        autos = [each for each in measured if each.entry.drafter == "auto"]
-        others = [each for each in measured if each.entry.drafter not in ("auto", NONE)]
+        autos = [each for each in rows if each.entry.drafter == "auto"]
+        others = [each for each in rows if each.entry.drafter not in ("auto", NONE)]
         if not autos or not others:
             return
         best = max(others, key=lambda each: each.speed_up)
@@ -135,7 +133,7 @@ class Contest(Comparison):
                 }
             )
 
-    def _together(self, auto: Measured, best: Measured) -> float:
+    def _together(self, auto: Row, best: Row) -> float:
         """Tokens per second of `auto` over those of the best, both open, turn about; median over the repeats."""
         ratios = []
         cells = [cell for group in self.groups(auto.temperature) for cell in group]

@@ -32,7 +32,7 @@ class TorchPeers:
 
     def __init__(self, options: kernels.Options, peers: Sequence[Peer] | None = None) -> None:
         self._options, self._peers = options, peers
-        self._codes = workset.Pool.make(options.seed).codes
+        self._codes = workset.random_codes(options.seed)
         self.left_out: dict[str, dict[str, str]] = defaultdict(dict)
 
     def __call__(self, device: TimingDevice, case: Case, x: Tensor) -> dict[int, dict[str, Any]]:

@@ -106,7 +106,7 @@ def test_the_report_names_hardware_seed_and_backend(result: dict[str, Any]) -> N
 
 def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
     place = CpuDevice(ReferenceKernels())
-    units = workset.make(place, BRIEF, workset.Pool.make(0), (704, 256, 3), "int4")
+    units = workset.make(place, BRIEF, workset.random_codes(0), (704, 256, 3), "int4")
     assert sum(workset.nbytes(weight) for unit in units for weight in unit) >= BRIEF.least_bytes
     gate, up, _ = units[0]
     assert [plane.stride() for plane in gate.planes] == [(3 * 96, 1), (3 * 32, 1)]

@@ -14,7 +14,7 @@ import torch
 
 from tiercache import __version__
 from tiercache.bench.drafters_options import Options
-from tiercache.bench.drafters_rows import Judge, Measured, Turn, Verdict
+from tiercache.bench.drafters_rows import Judge, Row, Turn
 from tiercache.bench.drafting_prompts import Prompts
 from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
 from tiercache.doctor.checks import processor_name
@@ -43,11 +43,11 @@ def bench(options: Options, comparisons: Sequence["Comparison"] | None = None) -
         comparisons = [Comparison(options, model) for model in options.models]
     for comparison in comparisons:
         comparison.run()
-    measured = [each for comparison in comparisons for each in comparison.measured]
+    rows = [row for comparison in comparisons for row in comparison.rows]
     return {
         "schema": SCHEMA,
-        "rows": [each.row() for each in measured],
-        "details": [each.details() for each in measured],
+        "rows": [row.summary() for row in rows],
+        "details": [row.details() for row in rows],
         "auto": [],  # filled by benchmarks.drafters
         "left_out": [each for comparison in comparisons for each in comparison.left_out],
         "models": [comparison.describe() for comparison in comparisons],
@@ -78,7 +78,7 @@ class Comparison:
     Attributes:
         setting: where the model runs.
         judge: compares all texts with one another.
-        measured: the rows.
+        rows: what was measured.
         left_out: drafters that do not fit the budgets, and why.
 
     Raises:
@@ -87,7 +87,7 @@ class Comparison:
 
     def __init__(self, options: Options, model: Path) -> None:
         self.options, self.model, self.judge = options, model, Judge()
-        self.measured: list[Measured] = []
+        self.rows: list[Row] = []
         self.left_out: list[dict[str, Any]] = []
         folder = resolve(model).absolute()
         store = _planes(folder, options.show_progress)
@@ -126,25 +126,25 @@ class Comparison:
         with open_timed(self.setting, Entry(drafter=PLAIN)) as plain:
             self.judge.exact, self.judge.gap = plain.exact, plain.gap
             for entry in (Entry(drafter=NONE), *self.options.entries()):
-                turns, verdict, drafting = [], Verdict(), None
+                row = Row(self.setting, entry, temperature)
                 try:
                     for _ in range(self.options.repeats):
                         with open_timed(self.setting, entry) as own:
-                            turns.append(self._turn(plain, own, temperature, verdict))
-                            drafting = own.drafting
+                            row.turns.append(self._turn(plain, own, row))
+                            row.drafting = own.drafting
                 except DoesNotFitError as error:  # what it reserves for its trees; the others may go on
-                    self._leave_out(entry, temperature, error)
-                    continue
-                self.keep(Measured(self.setting, entry, temperature, turns, verdict, drafting))
+                    self._leave_out(row, error)
+                else:
+                    self.keep(row)
 
-    def keep(self, found: Measured) -> None:
+    def keep(self, row: Row) -> None:
         """Add a row, and tell of it."""
-        self.measured.append(found)
-        row = found.row()
+        self.rows.append(row)
+        told = row.summary()
         self.say(
-            f"  {row['drafter']} ({row['grower']}), {row['nodes']} nodes at {row['temperature']:g}: "
-            f"{row['tokens_per_pass']:.2f} tokens a pass, {row['tokens_per_s']:.2f} tokens/s, "
-            f"plain {row['plain_tokens_per_s']:.2f}"
+            f"  {told['drafter']} ({told['grower']}), {told['nodes']} nodes at {told['temperature']:g}: "
+            f"{told['tokens_per_pass']:.2f} tokens a pass, {told['tokens_per_s']:.2f} tokens/s, "
+            f"plain {told['plain_tokens_per_s']:.2f}"
         )
 
     def groups(self, temperature: float) -> list[list[Cell]]:
@@ -167,26 +167,27 @@ class Comparison:
         """A line for people."""
         note(text, show=self.options.show_progress)
 
-    def _turn(self, plain: TimedModel, own: TimedModel, temperature: float, verdict: Verdict) -> Turn:
-        groups = self.groups(temperature)
+    def _turn(self, plain: TimedModel, own: TimedModel, row: Row) -> Turn:
+        groups = self.groups(row.temperature)
         for each in (plain, own):
-            each.warm(self.warm_cell(temperature), self.options.tokens)
-        turn = Turn([], [])
+            each.warm(self.warm_cell(row.temperature), self.options.tokens)
+        turn = Turn()
         for group in groups:
-            turn.plain.append(self._write(plain, group[0], verdict))
-            turn.drafted.extend(self._write(own, cell, verdict) for cell in group)
-        turn.plain.append(self._write(plain, groups[-1][-1], verdict))
+            turn.plain.append(self._write(plain, group[0], row))
+            turn.drafted.extend(self._write(own, cell, row) for cell in group)
+        turn.plain.append(self._write(plain, groups[-1][-1], row))
         return turn
 
-    def _write(self, model: TimedModel, cell: Cell, verdict: Verdict) -> Sample:
+    def _write(self, model: TimedModel, cell: Cell, row: Row) -> Sample:
         tokens = self.tokens_of(model.entry)
         sample = model.run(cell, tokens)
-        self.judge.judge(verdict, model.entry, cell, sample, tokens)
+        self.judge.judge(row, model.entry, cell, sample, tokens)
         return sample
 
-    def _leave_out(self, entry: Entry, temperature: float, error: DoesNotFitError) -> None:
+    def _leave_out(self, row: Row, error: DoesNotFitError) -> None:
+        entry = row.entry
         what = {"setting": self.setting.text(), "drafter": entry.drafter, "grower": entry.grower, "nodes": entry.nodes}
-        self.left_out.append({**what, "temperature": temperature, "reason": str(error)})
+        self.left_out.append({**what, "temperature": row.temperature, "reason": str(error)})
         self.say(f"  {entry.drafter} with {entry.nodes or 'auto'} nodes is left out: {error}")
 
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from tiercache.bench.tables import table
 
-_WIDTH = 160  # more than the table takes: no terminal's width cuts what is kept in a log
+_NUMBERS = ("nodes", "verified", "tokens/pass", "tokens/s", "plain", "speed-up", "first s", "texts that differ")
 
 
 def report(result: dict[str, Any]) -> str:
@@ -29,30 +28,15 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _table(pairs: list[tuple[dict[str, Any], dict[str, Any]]], temperature: float) -> list[str]:
-    shown = Table(title=f"temperature {temperature:g}", title_justify="left", box=None)
-    for heading in ("drafter", "grower"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in (
-        "nodes",
-        "verified",
-        "tokens/pass",
-        "tokens/s",
-        "plain",
-        "speed-up",
-        "first s",
-        "texts that differ",
-    ):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for row, more in pairs:
-        shown.add_row(
+    rows = [
+        [
             *(row["drafter"], row["grower"], str(row["nodes"]), f"{more['nodes_per_pass']:.1f}"),
             *(f"{row['tokens_per_pass']:.2f}", f"{row['tokens_per_s']:.2f}", f"{row['plain_tokens_per_s']:.2f}"),
             *(f"{more['speed_up']:.2f} x", f"{more['first_token_s']:.3f}", _verdict(more)),
-        )
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(shown)
-    return [line.rstrip() for line in captured.get().splitlines()]
+        ]
+        for row, more in pairs
+    ]
+    return table(f"temperature {temperature:g}", ("drafter", "grower"), _NUMBERS, rows)
 
 
 def _verdict(more: dict[str, Any]) -> str:

@@ -7,14 +7,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from tiercache.bench.shapes import GROUP, SHAPES
+from tiercache.bench.shapes import GROUP, Shape, find
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes
 
-SHAPE_NAMES: Mapping[str, str] = MappingProxyType(
-    {"7b": "llama-2-7b", "70b": "llama-2-70b", **{name: name for name in SHAPES}}
-)
+_SHORT_NAMES: Mapping[str, str] = MappingProxyType({"7b": "llama-2-7b", "70b": "llama-2-70b"})
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,21 @@ class Case:
         return self.all_rows * self.columns * (3 if self.kernel == "ffn" else 1)
 
 
+def dimensions(shape: str) -> Shape:
+    """Those of a model's shape: of `shapes.SHAPES`, or 7b or 70b.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    return find(_SHORT_NAMES.get(shape, shape))
+
+
 def cases(shape: str) -> list[list[Case]]:
     """Those of a model's shape: a matrix as high as wide, a higher one, a feed-forward bundle.
 
     Cases that use the same matrices stand together.
     """
-    found = SHAPES[SHAPE_NAMES[shape]]
+    found = dimensions(shape)
     bundle = [Case(shape, kernel, found.ffn, found.hidden, 3) for kernel in ("products", "product_down", "ffn")]
     return [*([Case(shape, "product", rows, found.hidden, 1)] for rows in (found.hidden, found.ffn)), bundle]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tiercache import __version__
 from tiercache.bench import kernel_cases, timing_device, workset
-from tiercache.bench.kernel_cases import SHAPE_NAMES, Case
+from tiercache.bench.kernel_cases import Case
 from tiercache.bench.shapes import GROUP
 from tiercache.bench.timing_device import Effort, TimingDevice, median_s, working_set_bytes
 from tiercache.doctor.checks import processor_name
@@ -37,7 +37,7 @@ class Options:
     """What to measure.
 
     Attributes:
-        shapes: names from `SHAPE_NAMES`.
+        shapes: names of models' shapes; see `kernel_cases.dimensions`.
         precisions: names of precisions.
         token_counts: tokens of a call.
         seed: of weights and activations.
@@ -56,10 +56,11 @@ class Options:
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for what, chosen, choices in (("shape", self.shapes, SHAPE_NAMES), ("precision", self.precisions, PRECISIONS)):
-            for name in chosen:
-                if name not in choices:
-                    raise UsageError(f"unknown {what} {name!r}; choose among {', '.join(choices)}")
+        for name in self.shapes:
+            kernel_cases.dimensions(name)
+        for name in self.precisions:
+            if name not in PRECISIONS:
+                raise UsageError(f"unknown precision {name!r}; choose among {', '.join(PRECISIONS)}")
         if not all(1 <= count <= MAX_TOKENS for count in self.token_counts):
             counts = ",".join(map(str, self.token_counts))
             raise UsageError(f"token counts {counts!r} cannot be timed; give some of 1 to {MAX_TOKENS}, such as 1,16")
@@ -106,7 +107,7 @@ class _Run:
 
     def __init__(self, device: TimingDevice, options: Options, peers: Peers, advance: Advance) -> None:
         self._device, self._options, self._peers, self._advance = device, options, peers, advance
-        self._pool = workset.Pool.make(options.seed)
+        self._codes = workset.random_codes(options.seed)
         self._roofs: list[float] = []
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -134,7 +135,7 @@ class _Run:
         for precision in self._options.precisions:
             rows: list[dict[str, Any]] = []
             shape = (first.rows, first.columns, first.parts)
-            units = workset.make(self._device, self._options.effort, self._pool, shape, precision)
+            units = workset.make(self._device, self._options.effort, self._codes, shape, precision)
             before = self._roof(units)
             for case, x in inputs.items():
                 rows += [row | peers[case].get(row["tokens"], {}) for row in self._case(case, units, x)]

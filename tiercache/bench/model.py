@@ -69,12 +69,9 @@ def bench(options: Options) -> dict[str, Any]:
         UsageError: no such shape, or too few bytes a token for any recipe.
     """
     dimensions = shapes.find(options.shape)
-    place = (
-        options.folder.expanduser()
-        / f"{options.shape}-{'bf16' if options.precision == 'source' else 'planes'}-{options.seed}"
-    )
-    make = shapes.make_checkpoint if options.precision == "source" else shapes.make_store
-    path = make(dimensions, place, options.seed, show_progress=options.show_progress)
+    make, kind = (shapes.make_checkpoint, "bf16") if options.precision == "source" else (shapes.make_store, "planes")
+    folder = options.folder.expanduser() / f"{options.shape}-{kind}-{options.seed}"
+    path = make(dimensions, folder, options.seed, show_progress=options.show_progress)
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)
     with _opened(path, options) as model:
