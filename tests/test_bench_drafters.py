@@ -225,7 +225,7 @@ def test_options_that_measure_nothing_are_refused(options: Options, wrong: dict[
 
 def test_lists() -> None:
     plain: dict[str, Any] = {"as_json": False, "quiet": False, "seed": 3, "hbm": None}
-    lists = {"draft_nodes": "4, auto", "seeds": "1", "temperatures": "0.5,0", "drafter_names": None, "growers": "rsd-c"}
+    lists = {"nodes": "4, auto", "seeds": "1", "temperatures": "0.5,0", "drafters": None, "growers": "rsd-c"}
     assert arguments(plain | lists) == {
         "show_progress": None,
         "seed": 3,
@@ -234,7 +234,7 @@ def test_lists() -> None:
         "temperatures": (0.5, 0.0),
         "growers": ("rsd-c",),
     }
-    for wrong in ({"seeds": "x"}, {"draft_nodes": "1.5"}, {"drafter_names": ","}, {"token_counts": "1,many"}):
+    for wrong in ({"seeds": "x"}, {"nodes": "1.5"}, {"drafters": ","}, {"token_counts": "1,many"}):
         with pytest.raises(UsageError, match="list of"):
             arguments(plain | wrong)
 
@@ -260,9 +260,6 @@ def test_the_command(store: Path) -> None:
     result = call("bench", "drafters", *lookup)
     assert [row["drafter"] for row in data(result)["rows"]] == ["none", "lookup"]
     assert "texts that differ" in result.stderr
-    old = call("bench", *lookup, "--drafters")
-    assert [row["drafter"] for row in data(old)["rows"]] == ["none", "lookup"]
-    assert "deprecated; write: tiercache bench drafters --model" in old.stderr
     assert "two benchmarks" in refused(call("bench", "--drafters", "--kernels", "--json"), 2, "UsageError")
     for foreign in (("drafters", "--shape", "tiny"), ("model", "--seeds", "1"), ("kernels", "--hbm", "1GB")):
         assert data(call("bench", *foreign, "--json"))["error"] == "NoSuchOption"

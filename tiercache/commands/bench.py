@@ -17,17 +17,13 @@ app.add_typer(bench, name="bench", help="Time a model, the kernels or the drafte
 
 _Hbm = Annotated[str | None, typer.Option(help="Budget of the fastest tier; none by default.")]
 _Dram = Annotated[str, typer.Option(help="Budget of main memory.")]
-# Options that are lists with commas: the argument's name, and what reads each part.
-_LISTS: Mapping[str, tuple[str, Callable[[str], Any]]] = MappingProxyType(
+# Options that are lists with commas, and what reads each part.
+_LISTS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
-        "kernel_shapes": ("shapes", str),
-        "precisions": ("precisions", str),
-        "token_counts": ("token_counts", int),
-        "drafter_names": ("drafters", str),
-        "growers": ("growers", str),
-        "draft_nodes": ("nodes", lambda part: None if part == "auto" else int(part)),
-        "temperatures": ("temperatures", float),
-        "seeds": ("seeds", int),
+        **dict.fromkeys(("shapes", "precisions", "drafters", "growers"), str),
+        **dict.fromkeys(("token_counts", "seeds"), int),
+        "temperatures": float,
+        "nodes": lambda part: None if part == "auto" else int(part),
     }
 )
 
@@ -62,7 +58,7 @@ def model_command(
 @bench.command("kernels")
 def kernels_command(
     ctx: typer.Context,
-    kernel_shapes: Annotated[str | None, typer.Option(help="7b by default; also 70b and others.")] = None,
+    shapes: Annotated[str | None, typer.Option("--kernel-shapes", help="7b by default; also 70b and others.")] = None,
     precisions: Annotated[str | None, typer.Option(help="int3,int4,int8 by default.")] = None,
     token_counts: Annotated[str | None, typer.Option(help="1,4,16,32,64 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
@@ -79,12 +75,12 @@ def kernels_command(
 @bench.command("drafters")
 def drafters_command(
     ctx: typer.Context,
-    model: Annotated[list[Path] | None, typer.Option(help="A checkpoint or store; several.")] = None,
-    drafter_names: Annotated[
-        str | None, typer.Option(help="ngram,lookup,suffix,recycling,trigram,resident,auto.")
+    models: Annotated[list[Path] | None, typer.Option("--model", help="A checkpoint or store; several.")] = None,
+    drafters: Annotated[
+        str | None, typer.Option("--drafter-names", help="ngram,lookup,suffix,recycling,trigram,resident,auto.")
     ] = None,
     growers: Annotated[str, typer.Option(help="best-first,fixed-width,sequoia,rsd-c,rsd-s.")] = "best-first",
-    draft_nodes: Annotated[str | None, typer.Option(help="Sizes of trees; 4,16,64,auto by default.")] = None,
+    nodes: Annotated[str | None, typer.Option("--draft-nodes", help="Sizes of trees; 4,16,64,auto by default.")] = None,
     temperatures: Annotated[str, typer.Option(help="A list; 0 is greedy.")] = "0.8,0",
     seeds: Annotated[str, typer.Option(help="A list.")] = "0,1,2",
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file of prompts; else Python's own library.")] = None,
@@ -102,9 +98,10 @@ def drafters_command(
     quiet: Quiet = False,
 ) -> None:
     """Time decoding with each drafter against plain decoding."""
-    from tiercache.bench import drafters, drafters_options, drafters_report
+    from tiercache.bench import drafters as benchmark
+    from tiercache.bench import drafters_options, drafters_report
 
-    result = drafters.bench(drafters_options.Options(**drafters_arguments(ctx.params)))
+    result = benchmark.bench(drafters_options.Options(**drafters_arguments(ctx.params)))
     tell(drafters_report.report(result), result, as_json=True, quiet=quiet)
 
 
@@ -115,14 +112,9 @@ def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: a list that is empty or cannot be read.
     """
     found: dict[str, Any] = {"show_progress": progress(given["as_json"], given["quiet"])}
-    for option, value in given.items():
-        if value is None or option in ("as_json", "quiet"):
-            continue
-        if option in _LISTS:
-            name, read = _LISTS[option]
-            found[name] = _split(option.replace("_", " "), value, read)
-        else:
-            found[option] = value
+    for name, value in given.items():
+        if value is not None and name not in ("as_json", "quiet"):
+            found[name] = _split(name.replace("_", " "), value, _LISTS[name]) if name in _LISTS else value
     return found
 
 
@@ -132,11 +124,9 @@ def drafters_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a list that is empty or cannot be read, or the bundled model is not there.
     """
-    found = arguments(given)
-    models = tuple(found.pop("model", None) or [PICO])
-    if models == (PICO,) and not PICO.is_dir():
+    if not given["models"] and not PICO.is_dir():
         raise UsageError(f"the bundled model is not here ({PICO}); name one with --model")
-    return {**found, "models": models}
+    return {**arguments(given), "models": tuple(given["models"] or [PICO])}
 
 
 def _split(what: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
