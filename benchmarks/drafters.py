@@ -66,7 +66,8 @@ class Contest(Comparison):
         self.duels: list[dict[str, Any]] = []
         self._peak_bytes = 0
         name = "/".join(named.parts[-2:]) + ("" if place.widen is None else f" widened to {place.widen}")
-        self.setting = CappedSetting(**{**asdict(self.setting), "name": name}, cap_bytes=place.cap_bytes)
+        self._capped = CappedSetting(**{**asdict(self.setting), "name": name}, cap_bytes=place.cap_bytes)
+        self.setting = self._capped
 
     def describe(self) -> dict[str, Any]:
         """See `Comparison`."""
@@ -101,7 +102,7 @@ class Contest(Comparison):
 
     def _visit(self, entry: Entry, cells: Sequence[Cell], row: Row) -> Visit:
         tokens = self.tokens_of(entry)
-        found = self._place.visit(self.setting, entry, cells, self.warm_cell(row.temperature), tokens)
+        found = self._place.visit(self._capped, entry, cells, self.warm_cell(row.temperature), tokens)
         self.judge.exact = found.exact
         self._peak_bytes = max(self._peak_bytes, found.peak_bytes)
         for cell, sample in zip(cells, found.samples, strict=True):
