@@ -106,7 +106,8 @@ def test_drafting_emits_the_plain_runs_tokens(drafter: str, real_model: real.Rea
         for cell in cells:
             wanted, found = plain.run(cell, 32).text, own.run(cell, 32).text
             _same_but_for_ties(plain, cell, wanted, found)
-        drafting = own.account()["drafting"]
+        drafting = own.drafting
+    assert drafting is not None
     assert drafting["tokens_per_pass"] > 1
     assert not drafting["plain_reasons"]
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import policy_cost
 from policies.eviction import POLICIES, make
 from policies.hot import hottest
 from policies.neurons import NeuronResidency, Step
-from profiler import policy_cost
 from profiler.replay import Row, best, compare, replay
 from profiler.trace import Trace
 

@@ -90,11 +90,11 @@ def _row(name: str, own_model: TimedModel, samples: dict[str, list[Sample]]) -> 
     own, plain = samples[name], samples[PLAIN]
     written, passes = sum(each.tokens for each in own), sum(each.passes for each in own)
     same = [a.text == b.text for a, b in zip(own, plain, strict=True)]
-    account = own_model.account()["drafting"]
+    account = own_model.drafting
     return {
         "drafter": name,
         "instructions": len(own),
-        "streamed_bytes": own_model.streamed_bytes,
+        "streamed_bytes": _streamed_bytes(own_model.model),
         "tokens": written,
         "tokens_per_pass": written / max(1, passes),
         "tokens_per_s": _rate(own),
@@ -103,6 +103,13 @@ def _row(name: str, own_model: TimedModel, samples: dict[str, list[Sample]]) -> 
         "plain_rounds": None if account is None else account["plain_rounds"] / max(1, account["rounds"]),
         "same_texts": f"{sum(same)}/{len(same)}",
     }
+
+
+def _streamed_bytes(model: Any) -> int:
+    """What an exact pass brings to the fastest tier, or from the SSD where that is DRAM."""
+    tier = model.tiercache.plan.hbm or model.tiercache.plan.dram
+    payload: dict[int, int] = model.tiercache.payload
+    return sum(payload[key] for key in tier.order if key not in set(tier.placement.pinned))
 
 
 def _left_out(place: Place, temperature: float, name: str, reason: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiercache.errors import UsageError
 from tiercache.model import meta_model
 from tiercache.progress import bar
-from tiercache.quant.planes import PLANE_BITS, scale_row_bytes
+from tiercache.quant.planes import PLANE_BITS, num_groups
 from tiercache.store import catalog, layout
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
 from tiercache.store.header import TensorRef
@@ -155,20 +155,16 @@ def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:
         ones = torch.full((unit.sizes[name] // 2,), 0.02, dtype=torch.bfloat16)
         yield {name: ones.view(torch.uint8).numpy()}
         return
-    pairs = unit.rows * len(unit.parts) * scale_row_bytes(unit.columns, GROUP)
+    pairs = len(unit.parts) * num_groups(unit.columns, GROUP)
+    lo_and_step = np.array([-0.0625, 0.125 / LEVELS], np.float16)
     for low in range(0, unit.rows, _STEP_ROWS):
         rows = min(_STEP_ROWS, unit.rows - low)
-        block = {}
-        for name, nbytes in unit.sizes.items():
-            if name == SCALE_FILE:
-                count = pairs // unit.rows * rows
-                block[name] = np.tile(np.array([-0.0625, 0.125 / LEVELS], np.float16), count // 4).view(np.uint8)
-            else:
-                block[name] = np.resize(np.roll(pool, low), nbytes // unit.rows * rows)
+        planes = {name: nbytes // unit.rows for name, nbytes in unit.sizes.items() if name != SCALE_FILE}
+        block = {name: np.resize(np.roll(pool, low), rows * width) for name, width in planes.items()}
+        block[SCALE_FILE] = np.tile(lo_and_step, rows * pairs).view(np.uint8)
         yield block
-    factors = np.ones((unit.sizes[SCALE_FILE] - pairs) // 4, np.float32)
-    if len(factors):
-        yield {SCALE_FILE: factors.view(np.uint8)}
+    if len(unit.parts) > 1:  # a feed-forward block's factors follow its scales
+        yield {SCALE_FILE: np.ones(unit.columns, np.float32).view(np.uint8)}
 
 
 def _random(pool: torch.Tensor, size: torch.Size, place: int) -> torch.Tensor:
