@@ -25,9 +25,9 @@ from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, S
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
+from tiercache.store.checkpoint import Checkpoint, resolve
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE
-from tiercache.store.source import Source, resolve
 
 # Measures one way of decoding in a process under a cap.
 Visitor = Callable[[Setting, Entry, Sequence[Cell], Cell, int], Visit]
@@ -240,7 +240,7 @@ def _planes(model: Path, options: Options) -> Path:
         return store
     if (model / CATALOG_FILE).is_file():
         return model
-    store = default_store(Source.open(model))
+    store = default_store(Checkpoint.open(model))
     if not (store / CATALOG_FILE).is_file():
         convert(model, store, show_progress=show)
     return store

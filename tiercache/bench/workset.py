@@ -54,9 +54,9 @@ def make(
     *plane_at, scale_at = _offsets(widths, rows * parts)
     end = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
     unit_bytes = align(end)
+    places = (0,) * len(widths), tuple(plane_at), scale_at
     weights = [
-        PlaneWeight(0, rows, columns, GROUP, parts, (part,), tuple(plane_at), scale_at, transposed=False)
-        for part in range(parts)
+        PlaneWeight(rows, columns, GROUP, parts, *places, own=(part,), transposed=False) for part in range(parts)
     ]
     count = max(1, -(-working_set_bytes(device, effort) // unit_bytes))
     memory = device.memory(count * unit_bytes)

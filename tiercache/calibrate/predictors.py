@@ -75,7 +75,6 @@ def train_predictor(
 
 def train(
     model: Any,
-    blocks: Sequence[MixedBlock],
     norms: np.ndarray,
     windows: Sequence[Tensor],
     *,
@@ -86,6 +85,7 @@ def train(
     """Train what the journal does not have yet; each block is one step of it."""
     sample = _sample(windows)
     tokens = sum(map(len, sample))
+    blocks: Sequence[MixedBlock] = model.tiercache.mixed.blocks
     features = blocks[0].planes.block.columns
     each = tokens * (4 * features + 4 * norms.shape[1])
     together = max(1, _SAMPLED_BYTES // each - 1)  # beside them the one behind, to be looked ahead to
@@ -93,7 +93,7 @@ def train(
     while missing:
         here = missing[:together]
         wanted = {*here, *(place + 1 for place in here if place + 1 < len(blocks))}
-        inputs, truths = _gather(model, blocks, norms, sample, wanted, after)
+        inputs, truths = _gather(model, norms, sample, wanted, after)
         for place in here:
             arrays, found = _fit(inputs[place], [truths[place], truths.get(place + 1)], rank)
             journal.put(plain={f"predicted/{place}": found}, arrays={f"predictor/{place}": arrays})
@@ -109,7 +109,6 @@ def _sample(windows: Sequence[Tensor]) -> list[Tensor]:
 
 def _gather(
     model: Any,
-    blocks: Sequence[MixedBlock],
     norms: np.ndarray,
     sample: Sequence[Tensor],
     wanted: set[int],
@@ -125,7 +124,7 @@ def _gather(
             truths[place].append(seen.hidden.float().abs().cpu() * torch.from_numpy(norms[place]).float())
 
     for window in sample:
-        with watching(model, blocks, see):
+        with watching(model, see):
             model(input_ids=window[None].to(model.device), use_cache=False)
         after()
     made = [{place: torch.cat(rows) for place, rows in several.items()} for several in (inputs, truths)]

@@ -8,11 +8,11 @@ from typing import Any
 from policies.precision import PRECISION_NAMES, TOP
 from tiercache.calibrate import halving
 from tiercache.calibrate.job import Job
-from tiercache.calibrate.measure import Measured, Measurer, room
+from tiercache.calibrate.measure import Measured, Measurer
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, uniform
 from tiercache.errors import StoreError
 from tiercache.progress import note
-from tiercache.quality.measure import KeptLogits
+from tiercache.quality.measure import KeptLogits, kept_logits
 from tiercache.store.calibration import Setting
 
 _TRACED = 64
@@ -54,9 +54,10 @@ class Search:
 
     def _measure(self, tries: list[Try]) -> None:
         """Find the best of each share and rank; the exact model's logits first, for they are not kept beyond a run."""
-        config = self.job.store.config.get_text_config()
-        rest = self.job.options.precision
-        with room(self.job.store.folder, self.job.pieces, config.vocab_size, self.job.store.dtype.itemsize) as logits:
+        store, rest = self.job.store, self.job.options.precision
+        rows = sum(len(piece) - 1 for piece in self.job.pieces)
+        size_bytes = rows * store.config.get_text_config().vocab_size * store.dtype.itemsize
+        with kept_logits(store.folder, size_bytes, "give fewer --measure-tokens, or free some space") as logits:
             with self.job.opened("int8", self.job.sums()) as model:
                 self._keep_exact(model, logits)
                 if rest == "int8":
@@ -66,8 +67,8 @@ class Search:
                     self._halve(model, logits, tries)
 
     def _keep_exact(self, model: Any, kept: KeptLogits) -> None:
-        with self.job.bar("the exact model on the text", model.tiercache, len(self.job.pieces), 0) as after:
-            exact = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after).keep(kept)
+        with self.job.bar("the exact model on the text", model, len(self.job.pieces)) as after:
+            exact = Measurer(model, self.job.pieces, after).keep(kept)
         if not exact.finite:
             raise StoreError(
                 f"the exact model of {self.job.store.folder} predicts what is no number, so nothing can be held "
@@ -87,8 +88,8 @@ class Search:
             groups.setdefault((one.share, one.rank), []).append(one)
         pieces = len(self.job.pieces)
         passes = len(_UNIFORM) * pieces + halving.passes(list(groups.values()), pieces)
-        with self.job.bar(f"measuring {len(tries)} settings", model.tiercache, passes, 0) as after:
-            measurer = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after)
+        with self.job.bar(f"measuring {len(tries)} settings", model, passes) as after:
+            measurer = Measurer(model, self.job.pieces, after)
             for name, precision in _UNIFORM.items():
                 recipes = uniform(precision, self.job.inward, self.job.layers)
                 self._measured_with(measurer, logits, f"uniform/{name}", recipes, pieces)
@@ -139,9 +140,9 @@ class Search:
             return
         with (
             self.job.opened(self.job.options.precision, self.job.sums()) as model,
-            self.job.bar("traces of the settings", model.tiercache, len(missing), 0) as after,
+            self.job.bar("traces of the settings", model, len(missing)) as after,
         ):
-            measurer = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after)
+            measurer = Measurer(model, self.job.pieces, after)
             for place in missing:
                 arrays = measurer.trace(kept[place].recipes, _TRACED, min(_TRACE_BYTES, _TRACES_BYTES // len(kept)))
                 self.job.journal.put(arrays={f"trace/{place}": arrays})

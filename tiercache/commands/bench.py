@@ -8,6 +8,7 @@ import typer
 from tiercache.commands.base import Json, LinkGbps, Quiet, app, progress, tell
 from tiercache.commands.old_bench import OldSpelling
 from tiercache.commands.running import PICO
+from tiercache.config.options import STORE_PRECISION
 from tiercache.errors import UsageError
 
 bench = typer.Typer(cls=OldSpelling)
@@ -48,7 +49,7 @@ def model_command(
     from tiercache.bench import model
 
     chosen = {name: ctx.params[name] for name in _OF_MODEL} | {"folder": folder.expanduser()}
-    chosen["precision"] = precision or ("source" if bytes_per_token is None else "int8")
+    chosen["precision"] = precision or ("source" if bytes_per_token is None else STORE_PRECISION)
     result = model.bench(model.Options(**chosen, show_progress=progress(as_json, quiet)))
     tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 

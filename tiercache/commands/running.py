@@ -22,6 +22,7 @@ from tiercache.commands.base import (
     say,
     tell,
 )
+from tiercache.config.options import STORE_PRECISION
 from tiercache.errors import ContextExceededError, StoreError, UsageError
 
 PICO = Path(__file__).parents[2] / "examples" / "pico" / "checkpoint"
@@ -93,7 +94,7 @@ def run_command(
 ) -> None:
     """Generate text. It streams to standard output; with --json one object comes at the end instead."""
     import tiercache
-    from tiercache.store.source import resolve
+    from tiercache.store.checkpoint import resolve
 
     sampling = _sampling(temperature, top_p, top_k)
     folder = resolve(model if model is not None else _pico())
@@ -101,7 +102,7 @@ def run_command(
     ids = _encode(tokenizer, _prompt(prompt, model), chat)
     options = {name: ctx.params[name] for name in _OF_OFFLOAD} | _drafting(drafter, draft_nodes, draft_depth)
     options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
-    options["precision"] = precision or ("source" if mode == "exact" else "int8")
+    options["precision"] = precision or ("source" if mode == "exact" else STORE_PRECISION)
     with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
         attached: Any = opened.tiercache
         say(summary.outlook(opened, options["precision"]), quiet)

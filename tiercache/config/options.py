@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Final, Literal, TypedDict, get_args
 
 from tiercache.config.drafting import DraftConfig, DraftOptions
 from tiercache.config.sizes import Budget, SizeLike
@@ -17,6 +17,8 @@ CALIBRATION_TOKENS = 16_384
 """Of a text that codes are calibrated on: some ten for each input of the widest matrix of a small model."""
 
 Precision = Literal["source", "int8", "int4", "int3"]
+STORE_PRECISION: Final = "int8"
+"""What is read of a plane store where no precision is named: all of its planes."""
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
 Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]

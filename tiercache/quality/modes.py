@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tiercache.config.options import Precision
+from tiercache.config.options import STORE_PRECISION, Precision
 from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
@@ -15,7 +15,6 @@ FORMS = (
     "token) or 'mixed:<=0.01' (nats a token that may be lost) for a mixed mode, with /int4 behind it for the precision "
     "of its other matrices"
 )
-_MIXED_PRECISION = "int8"  # of the matrices that are no neurons, where none is named
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def parse(text: str) -> Mode:
     budget, slash, precision = rest.partition("/")
     if kind != "mixed" or not colon or not budget:
         raise UsageError(f"unknown mode {text!r}: {FORMS}")
-    precision = precision if slash else _MIXED_PRECISION
+    precision = precision if slash else STORE_PRECISION
     if precision not in precisions or precision == "source":
         raise UsageError(f"a mixed mode's other matrices are int8, int4 or int3, not {precision!r}: {FORMS}")
     if budget.startswith("<="):

@@ -83,20 +83,17 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write it to `path`, all or nothing."""
+        arrays = {"norms": self.norms, "frequency": self.frequency, "losses": self.losses, **self.arrays}
         values = {
             "meta": json.dumps(dict(self.meta), sort_keys=True).encode(),
             "settings": json.dumps([asdict(setting) for setting in self.settings]).encode(),
-            **{f"array/{name}": packed(array) for name, array in self._all_arrays().items()},
+            **{f"array/{name}": packed(array) for name, array in arrays.items()},
         }
         beside = path.with_name(path.name + ".new")
         catalog.write_values(beside, values)
-        for suffix in ("sha256", "mdb"):  # the digest first: between the two, the old file is refused and nothing lost
-            source = catalog.digest_file(beside) if suffix == "sha256" else beside
-            source.replace(catalog.digest_file(path) if suffix == "sha256" else path)
-
-    def _all_arrays(self) -> dict[str, Array]:
-        own = {"norms": self.norms, "frequency": self.frequency, "losses": self.losses}
-        return {**own, **self.arrays}
+        # the digest first: between the two, the old file is refused and nothing lost
+        catalog.digest_file(beside).replace(catalog.digest_file(path))
+        beside.replace(path)
 
     @classmethod
     def load(cls, store: PlaneStore, path: Path | None = None) -> "Calibration":
@@ -114,7 +111,7 @@ class Calibration:
             )
         try:
             values = catalog.read_values(path)
-        except StoreError as error:
+        except (StoreError, ValueError) as error:
             raise StoreError(f"{path} is damaged, or was not written to the end; calibrate again") from error
         try:
             meta = json.loads(values["meta"])
@@ -140,9 +137,9 @@ class Calibration:
         having = [setting for setting in self.settings if setting.rank in ranks]
         fit = [s for s in having if share is None or s.share <= share + 1e-9]
         fit = [s for s in fit if max_loss is None or s.kl <= max_loss]
+        if not having:
+            raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
         if not fit:
-            if not having:
-                raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
             least, best = min(s.share for s in having), min(s.kl for s in having)
             bounds = [] if share is None else [f"reads at most {share:.3g} of int8's bytes"]
             bounds += [] if max_loss is None else [f"loses at most {max_loss:g} nats a token"]

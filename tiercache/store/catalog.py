@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +31,10 @@ import lmdb
 from tiercache.errors import StoreError, permissions_named
 
 _MAP_BYTES = 1 << 30  # address space, not disk
-_META = b"meta"
+_META = "meta"
 _DIGEST_BYTES = 32
+_WAY_OUT = "convert the checkpoint again"
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -118,61 +120,65 @@ class Contents:
 
 
 @contextmanager
-def environment(path: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
-    """The LMDB file at `path`; closed at the end.
+def environment(path: Path, *, readonly: bool, way_out: str = _WAY_OUT) -> Iterator[lmdb.Environment]:
+    """The LMDB file at `path`; closed at the end. A damaged one is named with the `way_out`.
 
     Raises:
         StoreError: it is missing or damaged.
+        OSError: the disk is full, or the file cannot be written.
     """
-    if readonly and not path.is_file():
-        raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
     if readonly:
+        if not path.is_file():
+            raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
         _check_digest(path)
-    try:
+    with errors_translated(path, way_out):
         env = lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, lock=False, readonly=readonly)
-    except lmdb.Error as error:
-        raise _translated(error, path) from error
+        try:
+            yield env
+        finally:
+            env.close()
+
+
+@contextmanager
+def errors_translated(path: Path, way_out: str) -> Iterator[None]:
+    """LMDB's errors as those that `environment` raises. LMDB tells the system's errors by their text alone."""
     try:
-        yield env
+        yield
     except lmdb.Error as error:
-        raise _translated(error, path) from error
-    finally:
-        env.close()
+        for number in _SYSTEM_ERRORS:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise StoreError(f"{path} is damaged ({error}); {way_out}") from error
 
 
-def _translated(error: lmdb.Error, path: Path) -> Exception:
-    if os.strerror(errno.ENOSPC) in str(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return StoreError(f"{path} is damaged ({error}); convert the checkpoint again")
+def meta_values(meta: Mapping[str, Any]) -> dict[str, bytes]:
+    """What concerns the whole store, as a value by its key."""
+    return {_META: json.dumps(meta, sort_keys=True).encode()}
 
 
-def write(path: Path, meta: Mapping[str, Any], records: list[UnitRecord]) -> None:
+def record_values(records: Sequence[UnitRecord], first: int = 0) -> dict[str, bytes]:
+    """The records from the `first` on, as values by their keys."""
+    return {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records[first:], first)}
+
+
+def write(path: Path, meta: Mapping[str, Any], records: Sequence[UnitRecord]) -> None:
     """A fresh catalogue, on disk when this returns."""
-    values = {_META.decode(): json.dumps(meta, sort_keys=True).encode()}
-    values |= {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records)}
-    write_values(path, values)
+    write_values(path, meta_values(meta) | record_values(records))
 
 
 def write_values(path: Path, values: Mapping[str, bytes]) -> None:
     """A fresh file of sealed values with its digest beside it, on disk when this returns."""
     path.unlink(missing_ok=True)
-    with environment(path, readonly=False) as env, env.begin(write=True) as transaction:
-        for name, value in values.items():
-            transaction.put(name.encode(), sealed(name.encode(), value))
+    with environment(path, readonly=False) as env:
+        put(env, values)
     digest_file(path).write_text(digest(path) + "\n", encoding="utf-8")
 
 
-def read_values(path: Path) -> dict[str, bytes]:
-    """All sealed values of a file.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    with environment(path, readonly=True) as env, env.begin() as transaction:
-        try:
-            return {bytes(key).decode(): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
-        except ValueError as error:
-            raise StoreError(f"{path} holds a record that cannot be read ({error!r}); make it again") from error
+def put(env: lmdb.Environment, values: Mapping[str, bytes]) -> None:
+    """Enter values, sealed, in one transaction."""
+    with env.begin(write=True) as transaction:
+        for name, value in values.items():
+            transaction.put(name.encode(), sealed(name.encode(), value))
 
 
 def size_bytes(meta: Mapping[str, Any], records: list[UnitRecord]) -> int:
@@ -189,30 +195,30 @@ def read(path: Path) -> Contents:
     Raises:
         StoreError: it is missing or damaged.
     """
-    with environment(path, readonly=True) as env, env.begin() as transaction:
-        return contents(transaction, path)
+    with environment(path, readonly=True) as env:
+        return contents(env, path)
 
 
-def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
-    """What a transaction sees."""
+def contents(env: lmdb.Environment, path: Path) -> Contents:
+    """What an open catalogue, or the journal of one, holds."""
     try:
-        values = {bytes(key): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
+        values = values_in(env)
         meta = json.loads(values.pop(_META, b"{}"))
-        records = [UnitRecord.from_json(value) for value in values.values()]
+        return Contents(meta, tuple(map(UnitRecord.from_json, values.values())))
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
-    return Contents(meta, tuple(records))
 
 
-def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
-    """Enter what concerns the whole store."""
-    transaction.put(_META, sealed(_META, json.dumps(meta, sort_keys=True).encode()))
+def read_values(path: Path) -> dict[str, bytes]:
+    """All sealed values of a file; raises as `values_in` does, and StoreError where it is missing or damaged."""
+    with environment(path, readonly=True) as env:
+        return values_in(env)
 
 
-def put_record(transaction: lmdb.Transaction, index: int, record: UnitRecord) -> None:
-    """Enter one unit."""
-    key = b"unit/%05d" % index
-    transaction.put(key, sealed(key, record.to_json()))
+def values_in(env: lmdb.Environment) -> dict[str, bytes]:
+    """All sealed values of an open file; raises ValueError where one is not what was written."""
+    with env.begin() as transaction:
+        return {bytes(key).decode(): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
 
 
 def sealed(key: bytes, value: bytes) -> bytes:

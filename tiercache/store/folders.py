@@ -33,7 +33,7 @@ def locked(folder: Path, refusal: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def clear_io_errors(folder: Path) -> Iterator[None]:
+def clear_io_errors(folder: Path, way_out: str = "name a folder that can be written") -> Iterator[None]:
     """Turn what the file system refuses into one of our errors.
 
     Raises:
@@ -51,7 +51,7 @@ def clear_io_errors(folder: Path) -> Iterator[None]:
             raise UsageError(f"{error.filename or folder} is in the way; name a folder that can be made") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise EnvironmentUnsupportedError(
-                f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
+                f"cannot write {error.filename or folder}: {error.strerror}; {way_out}"
             ) from error
         raise
 

@@ -27,7 +27,7 @@ _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint and what it means.
 
     Attributes:
@@ -44,7 +44,7 @@ class Source:
     tensors: dict[str, TensorRef]
 
     @classmethod
-    def open(cls, path_or_id: str | Path) -> "Source":
+    def open(cls, path_or_id: str | Path) -> "Checkpoint":
         """Read the headers of a folder's or Hub repository's checkpoint.
 
         Raises:
@@ -105,6 +105,17 @@ def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: C
         for place in range(_SAMPLES):
             digest.update(read(name, max(0, nbytes - _SAMPLE_BYTES) * place // (_SAMPLES - 1), _SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def identity_in_memory(model: transformers.PreTrainedModel) -> str:
+    """What `Checkpoint.identity` would say of the same model saved as a checkpoint."""
+    slots = {name: parameter.data.view(-1).view(torch.uint8).numpy() for name, parameter in model.named_parameters()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described = {
+        name: (names[parameter.dtype], tuple(parameter.shape), parameter.nbytes)
+        for name, parameter in model.named_parameters()
+    }
+    return fingerprint(described, lambda name, offset, nbytes: slots[name][offset : offset + nbytes].tobytes())
 
 
 def resolve(path_or_id: str | Path) -> Path:
