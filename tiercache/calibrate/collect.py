@@ -84,7 +84,7 @@ class Collector:
                 name = layer_name(block.planes.block.outward)
                 if name is not None:
                     layer = self._model.get_submodule(name)
-                    stack.callback(layer.register_forward_hook(partial(self._note, place)).remove)
+                    stack.enter_context(layer.register_forward_hook(partial(self._note, place)))
             self._model(input_ids=window[None].to(self._model.device), use_cache=False)
         for place in list(self._pending):
             self._finish(place, self._pending[place].output)

@@ -10,8 +10,7 @@ between two layers are kept in a file, so that an interrupted pass goes on where
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,28 +32,16 @@ HIDDEN_FILES = "hidden-*.npy"
 Hessians = dict[str, Tensor]
 """fp32 [inputs, inputs], by name of the module."""
 
-
-@dataclass(frozen=True)
-class _Call:
-    """What the model calls a decoder layer with, beside the hidden states.
-
-    Attributes:
-        arguments, keywords: the same for every window, for all windows are as long and none is padded.
-        in_tuple: the layer returns its hidden states in a tuple.
-    """
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    in_tuple: bool
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments and keywords that the model calls a layer with, beside the hidden states."""
 
 
 class TextPass:
     """A text that is taken through a checkpoint.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint, reader: what weights are read from, and by.
         windows: token ids, int64 [windows, tokens].
-        reader: reads weights.
         folder: where hidden states are kept between two layers.
         looks_back: keep the hidden states before a layer in memory too, for `passed`.
 
@@ -74,7 +61,8 @@ class TextPass:
         self._model = meta_model.build(checkpoint.config, torch.float32)
         self._modules = {matrix.module for matrix in meta_model.matrices(self._model)}
         self._layers = _layers(self._model, self._modules)
-        self._calls: list[_Call] = []
+        self._calls: list[_Call] = []  # of each layer: the same for every window, for all windows are as long
+        self._in_tuple: dict[type, bool] = {}  # whether layers of a kind return their hidden states in a tuple
         self._hidden: Tensor | None = None  # [windows, tokens, features], of the layer that comes next
         self.at = 0
 
@@ -96,21 +84,16 @@ class TextPass:
             raise StoreError(f"{path} cannot be read ({error}); convert from the start, with --restart") from error
 
     def layer(self) -> Hessians:
-        """Take the text through the next layer.
-
-        Returns:
-            the sum over the text for each linear module; modules that are given the same x share one.
-        """
+        """Take the text through the next layer; modules that are given the same x share one Hessian."""
         name, module = self._layers[self.at]
-        call, hidden = self._calls[self.at], self._hidden
+        (arguments, keywords), hidden = self._calls[self.at], self._hidden
         assert hidden is not None
         self._before = None  # gone before there is another
         self._before = hidden.clone() if self._looks_back else None
         sums: Hessians = {}
-        with self._weights(name), _summed_hessians(self._model, name, self._modules, sums):
+        with self._weights(name), self._summed_hessians(name, sums):
             for place, window in enumerate(hidden):
-                made = module(window[None], *call.arguments, **call.keywords)
-                hidden[place] = (made[0] if call.in_tuple else made)[0]
+                hidden[place] = self._output(module, module(window[None], *arguments, **keywords))
         self.at += 1
         return sums
 
@@ -118,15 +101,14 @@ class TextPass:
     def passed(self) -> Iterator[Layer]:
         """The layer that the text was just taken through, its parameters in memory."""
         name, module = self._layers[self.at - 1]
-        call, before, after = self._calls[self.at - 1], self._before, self._hidden
+        (arguments, keywords), before, after = self._calls[self.at - 1], self._before, self._hidden
         assert before is not None
         assert after is not None
 
         def forward(weights: dict[str, Tensor], window: Tensor) -> Tensor:
-            given = (window[None], *call.arguments)
             own = {key.removeprefix(name + "."): weight for key, weight in weights.items()}
-            made = torch.func.functional_call(module, own, given, call.keywords)
-            return (made[0] if call.in_tuple else made)[0]  # type: ignore[no-any-return]
+            given = (window[None], *arguments)
+            return self._output(module, torch.func.functional_call(module, own, given, keywords))
 
         with self._weights(name):
             yield Layer(dict(module.named_parameters(prefix=name)), forward, before, after)
@@ -137,7 +119,7 @@ class TextPass:
         total: Tensor | None = None
         with self._outside():
             for window in self._hidden:
-                x = self._through(partial(_instead, window[None]), self._windows[:1])[0]
+                x = self._run(partial(_instead, window[None]), self._windows[:1])[0]
                 total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total
@@ -161,25 +143,27 @@ class TextPass:
 
     def _record(self) -> Tensor:
         """Find out what each layer is called with, and the hidden states before the first."""
-        kinds: dict[type, bool] = {}
         calls: list[_Call] = []
         first: list[Tensor] = []
 
-        def record(place: int, hidden: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        def record(place: int, hidden: Tensor, call: _Call) -> Tensor:
             name, module = self._layers[place]
             kind = type(module)
-            if kind not in kinds:
+            if kind not in self._in_tuple:
                 with self._weights(name):
-                    kinds[kind] = isinstance(kind.forward(module, hidden, *arguments, **keywords), tuple)
-            calls.append(_Call(arguments, keywords, kinds[kind]))
-            return (hidden,) if kinds[kind] else hidden
+                    made = kind.forward(module, hidden, *call[0], **call[1])
+                self._in_tuple[kind] = isinstance(made, tuple)
+            calls.append(call)
+            return hidden
 
-        def begin(place: int, hidden: Tensor) -> Tensor:
+        def begin(place: int, hidden: Tensor, _call: _Call) -> Tensor:
             if place == 0:
                 first.append(hidden[0].clone())
             return hidden
 
-        with self._outside(), _embedding_in_fp32(self._model):
+        embedding = self._model.get_submodule(meta_model.embedding(self._model)[0])
+        in_fp32 = embedding.register_forward_hook(lambda _module, _given, rows: rows.float())
+        with self._outside(), in_fp32:
             self._run(record, self._windows[:1])
             if len(calls) != len(self._layers):
                 kind = self._checkpoint.config.model_type
@@ -189,23 +173,15 @@ class TextPass:
                 )
             self._calls = calls
             for window in self._windows:
-                self._through(begin, window[None])
+                self._run(begin, window[None])
         return torch.stack(first)
 
-    def _through(self, replace: Callable[[int, Tensor], Tensor], ids: Tensor) -> Tensor:
-        """The model without its head, whose layers return what `replace` makes of their hidden states."""
-
-        def stand_in(place: int, hidden: Tensor, _arguments: tuple[Any, ...], _keywords: dict[str, Any]) -> Any:
-            made = replace(place, hidden)
-            return (made,) if self._calls[place].in_tuple else made
-
-        return self._run(stand_in, ids)
-
-    def _run(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
-        """Run the model without its head on one window, with other forwards for its layers."""
+    def _run(self, forward: Callable[[int, Tensor, _Call], Tensor], ids: Tensor) -> Tensor:
+        """Run the model without its head on one window, with another forward for its layers."""
 
         def called(place: int, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            return forward(place, hidden, arguments, keywords)
+            made = forward(place, hidden, (arguments, keywords))
+            return (made,) if self._in_tuple[type(self._layers[place][1])] else made
 
         for place, (_, module) in enumerate(self._layers):
             module.__dict__["forward"] = partial(called, place)
@@ -215,6 +191,34 @@ class TextPass:
             for _, module in self._layers:
                 del module.__dict__["forward"]
         return result
+
+    def _output(self, module: nn.Module, made: Any) -> Tensor:
+        """The hidden states of the one window in what a layer returned."""
+        hidden: Tensor = made[0] if self._in_tuple[type(module)] else made
+        return hidden[0]
+
+    @contextmanager
+    def _summed_hessians(self, layer: str, sums: Hessians) -> Iterator[None]:
+        """Within, add x x^T of what goes into the linear modules of a layer to `sums`."""
+        newest: list[tuple[Tensor, str]] = []
+        shared: dict[str, str] = {}
+
+        def listen(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0]
+            if newest and newest[0][0] is x and shared.setdefault(name, newest[0][1]) == newest[0][1]:
+                sums[name] = sums[newest[0][1]]  # the same tensor: q, k and v
+                return
+            newest[:] = [(x, name)]
+            flat = x.reshape(-1, x.shape[-1])
+            if name not in sums:
+                sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
+            sums[name].addmm_(flat.T, flat)
+
+        with ExitStack() as stack:
+            for name, module in self._model.get_submodule(layer).named_modules(prefix=layer):
+                if name in self._modules:
+                    stack.enter_context(module.register_forward_pre_hook(partial(listen, name)))
+            yield
 
     def _outside(self) -> Any:
         """The parameters outside of the layers, the head's left out, for as long as they are needed."""
@@ -246,8 +250,8 @@ class TextPass:
                 module._parameters[leaf] = parameter
 
 
-def _instead(last: Tensor, _place: int, _hidden: Tensor) -> Tensor:
-    """What the layers have made, whatever a stand-in is given."""
+def _instead(last: Tensor, *_given: Any) -> Tensor:
+    """What the layers have made, whatever a layer is given."""
     return last
 
 
@@ -263,40 +267,3 @@ def _layers(model: nn.Module, modules: Iterable[str]) -> list[tuple[str, nn.Modu
     if found.keys() != set(range(len(found))) or not found:
         raise UnsupportedModelError("the model's linear modules stand in no list of layers; convert with --plain")
     return [(found[place], model.get_submodule(found[place])) for place in range(len(found))]
-
-
-@contextmanager
-def _summed_hessians(model: nn.Module, layer: str, modules: set[str], sums: Hessians) -> Iterator[None]:
-    """Within, add x x^T of what goes into the linear modules of a layer to `sums`; modules with one input share one."""
-    newest: list[tuple[Tensor, str]] = []
-    shared: dict[str, str] = {}
-
-    def listen(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0]
-        if newest and newest[0][0] is x and shared.setdefault(name, newest[0][1]) == newest[0][1]:
-            sums[name] = sums[newest[0][1]]  # the same tensor: q, k and v
-            return
-        newest[:] = [(x, name)]
-        flat = x.reshape(-1, x.shape[-1])
-        if name not in sums:
-            sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
-        sums[name].addmm_(flat.T, flat)
-
-    named = [(name, module) for name, module in model.get_submodule(layer).named_modules(prefix=layer)]
-    hooks = [m.register_forward_pre_hook(partial(listen, name)) for name, m in named if name in modules]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _embedding_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Rows of the embedding table are cast as they are looked up."""
-    module, _ = meta_model.embedding(model)  # type: ignore[arg-type]
-    hook = model.get_submodule(module).register_forward_hook(lambda _module, _given, made: made.float())
-    try:
-        yield
-    finally:
-        hook.remove()

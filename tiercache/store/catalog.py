@@ -3,14 +3,12 @@
 Keys are `meta` and `unit/NNNNN`. Values are JSON behind a SHA-256 of key and value. `meta` counts the units. Weights
 never go in here.
 
-LMDB is an embedded key-value store: a B+ tree in one file, which is mapped into memory. It is used here for four things
-that it is good at.
+LMDB is an embedded key-value store: a B+ tree in one file, which is mapped into memory. It is used here because
 
-- One file holds everything, so a store is copied with plain file tools.
-- A transaction is kept whole or not at all, and it is on disk when it ends. The journal of a conversion
-  (`store.journal`) enters each layer in one transaction. A process that is killed at any moment leaves the last one.
-- Readers need no lock and no lock file, so a store on a read-only disk can be read.
-- Values are bytes of any kind. So each can carry its own checksum, which LMDB does not keep.
+- a store is copied with plain file tools;
+- a transaction is kept whole or not at all, and is on disk when it ends: the journal of a conversion (`store.journal`)
+  enters each layer in one;
+- readers need no lock and no lock file, so a store on a read-only disk can be read.
 
 A finished catalogue is written in one transaction into a fresh file, so the same records give the same bytes.
 """
@@ -39,11 +37,9 @@ _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.E
 
 @dataclass(frozen=True)
 class Extent:
-    """A unit's bytes in one file.
+    """A unit's bytes in one file: `nbytes` of them before compression.
 
     Attributes:
-        offset: first byte.
-        nbytes: plain bytes.
         sha256: of the stored bytes.
         frames: stored length of each zstd frame; empty when stored plain.
     """
@@ -73,14 +69,13 @@ class UnitRecord:
     """One unit as the catalogue knows it.
 
     Attributes:
-        name: the unit's name.
         kind: "planes", or "dense" for one tensor in its original dtype.
         extents: by file name.
         rows, columns, parts: of a unit of planes.
         members: the modules whose weights lie in a unit of planes.
         dtype, shape: of a dense tensor.
         all_planes: read every plane whatever the precision (the head).
-        inputs: of a unit whose inputs have scales, 16 hex digits of these scales' SHA-256; equal ones can be shared.
+        inputs: of a unit whose inputs have factors, 16 hex digits of these factors' SHA-256; equal ones can be shared.
     """
 
     name: str
@@ -227,11 +222,7 @@ def sealed(key: bytes, value: bytes) -> bytes:
 
 
 def unsealed(key: bytes, stored: bytes) -> bytes:
-    """The value that was sealed.
-
-    Raises:
-        ValueError: it is not what was written under this key.
-    """
+    """The value that was sealed; raises ValueError where it is not what was written under this key."""
     value = stored[_DIGEST_BYTES:]
     if sealed(key, value) != stored:
         raise ValueError(f"checksum of {key.decode(errors='replace')}")

@@ -31,8 +31,7 @@ class Checkpoint:
     """A checkpoint and what it means.
 
     Attributes:
-        folder: where it lies.
-        config: its transformers configuration.
+        folder, config: where it lies, and its transformers configuration.
         dtype: what its parameters are run in, as `from_pretrained` would choose.
         tensors: the file bytes of each parameter, by parameter name; tied parameters under the name transformers
             keeps (the token embedding's).
@@ -69,8 +68,7 @@ class Checkpoint:
             raise StoreError(
                 f"{folder / 'config.json'} describes no model that can be built ({error}); download it again"
             ) from error
-        tensors = _by_parameter(model, files, folder)
-        return cls(folder, config, dtype, tensors)
+        return cls(folder, config, dtype, _by_parameter(model, files, folder))
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with the generation defaults that lie beside the checkpoint."""
@@ -95,9 +93,7 @@ class Checkpoint:
 def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]) -> str:
     """A hash of tensors' names, dtypes, shapes, and a sample of their bytes.
 
-    Args:
-        tensors: header dtype, shape and bytes of each.
-        read: returns bytes of a tensor, given its name, an offset and a length.
+    `tensors` has the header's dtype, the shape and the bytes of each; `read` takes a name, an offset and a length.
     """
     digest = hashlib.sha256()
     for name, (dtype, shape, nbytes) in sorted(tensors.items()):

@@ -28,17 +28,16 @@ class ConversionReport:
     """What a conversion did, or would do.
 
     Attributes:
-        store: the folder.
-        source_bytes: bytes of the checkpoint's tensors.
-        store_bytes: bytes of the finished store, catalogue and copied files included; exact when nothing is
-            compressed, else what it came to.
-        free_bytes: free on the store's disk before the start.
-        resumed_bytes: bytes of the checkpoint that an earlier run had done.
+        source_bytes: of the checkpoint's tensors.
+        store_bytes: of the finished store, catalogue and copied files included; exact when nothing is compressed, else
+            what it came to.
+        free_bytes: on the store's disk before the start.
+        resumed_bytes: of the checkpoint, done by an earlier run.
         seconds: how long it took; 0 for a dry run.
         calibrating_s: how long calibrating will take, as samples on this machine say; 0 where codes are rounded.
         calibrating_bytes: the memory that it will take, beside what the process holds already.
         bits: a weight, at each precision, with scales and factors.
-        calibration: how codes were chosen: "gptq" with the text's hash and tokens, or "rounding".
+        calibration: how codes were chosen, as in the catalogue.
         compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
     """
 
@@ -60,17 +59,10 @@ class ConversionReport:
 
 
 class ConversionPlan:
-    """A conversion that was asked for.
-
-    Args:
-        checkpoint: the checkpoint.
-        store: the folder to make.
-        group: weights that share scales.
-        compress: when to use zstd.
-        corpus: the calibration text; None where codes are rounded.
-        tune: steps of learned rounding in each layer.
+    """A conversion that was asked for; the parameters are those of `convert`.
 
     Attributes:
+        corpus: the calibration text; None where codes are rounded.
         partial: the folder in which the store grows.
         units: what will be written, in order.
         meta: what the catalogue will say of the whole store.
@@ -156,11 +148,7 @@ class ConversionPlan:
         }
 
     def refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
-        """Refuse a folder that was made from another checkpoint or with other parameters.
-
-        Raises:
-            StoreError: it was.
-        """
+        """Refuse a folder that was made from another checkpoint or with other parameters, with a StoreError."""
         way_out = "name another folder, or remove that one"
         if folder == self.partial:
             way_out = "begin anew with restart=True (--restart), or name another folder"

@@ -14,12 +14,7 @@ from tiercache.errors import EnvironmentUnsupportedError, UsageError
 def locked(folder: Path, refusal: str | None) -> Iterator[None]:
     """Hold `folder` against other processes.
 
-    Args:
-        folder: to hold.
-        refusal: what the error says where another process holds it; None to wait for that process instead.
-
-    Raises:
-        UsageError: another process holds it.
+    Where another process holds it, a UsageError says `refusal`; where that is None, this waits for the other process.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

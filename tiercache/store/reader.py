@@ -56,12 +56,7 @@ class Ticket:
 
 
 class Reader:
-    """A small pool of reading threads over the files it is asked for.
-
-    Args:
-        threads: reads in flight.
-        chunk_bytes: the most that one read asks for.
-    """
+    """A small pool of reading threads over the files it is asked for; one read asks for at most `chunk_bytes`."""
 
     def __init__(self, threads: int = THREADS, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiercache-reader")
@@ -78,11 +73,9 @@ class Reader:
         return 0 if all(piece.aligned for piece in pieces) else threads * _STAGING_BYTES
 
     def read(self, pieces: Iterable[Piece], slot: Buffer) -> Ticket:
-        """Queue the reading of `pieces` into `slot`.
+        """Queue the reading of `pieces` into `slot`, whose address is a multiple of 4096.
 
-        Args:
-            pieces: file bytes and their places in the slot.
-            slot: uint8, its address a multiple of 4096, long enough for whole blocks around each piece.
+        The slot is long enough for whole blocks around each piece.
 
         Raises:
             ClosedError: after `close`.
@@ -131,10 +124,8 @@ class Reader:
         futures = []
         for low in range(0, span, self._chunk_bytes):
             high = min(low + self._chunk_bytes, span)
-            view = slot[at + low : at + high]
-            futures.append(
-                self._pool.submit(self._fetch, descriptor, piece.path, begin + low, view, min(needed, high) - low)
-            )
+            place = begin + low, slot[at + low : at + high], min(needed, high) - low
+            futures.append(self._pool.submit(self._fetch, descriptor, piece.path, *place))
         return futures
 
     def _queue_staged(self, descriptor: int, piece: Piece, slot: Buffer) -> list["Future[None]"]:
