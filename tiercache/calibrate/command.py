@@ -51,9 +51,8 @@ def calibrate(
     """Learn from a text what the store's neurons are worth; kept in the store's folder.
 
     Args:
-        store: a plane store.
-        text: a UTF-8 file.
-        tokens: of it to learn from, at most.
+        store, text: a plane store, and a UTF-8 file.
+        tokens: of the text to learn from, at most.
         window: tokens of a pass.
         measure_tokens: on which settings are measured at last, in pieces of 64 tokens spread over the text.
         precision: precision of what is no neuron, in the settings.
@@ -136,9 +135,8 @@ def _refuse_done(store: PlaneStore, asked: dict[str, Any]) -> None:
         meta = Calibration.load(store).meta
     except (UsageError, StoreError):
         return  # none, or none of this store's
-    known = {"text": meta["text"]["sha256"], "tokens": meta["text"]["tokens"]}
-    same = all(asked[name] == {**meta, **known}.get(name) for name in ("text", "tokens", "precision", "objective"))
-    if same:
+    known = {**meta, "text": meta["text"]["sha256"], "tokens": meta["text"]["tokens"]}
+    if all(asked[name] == known.get(name) for name in ("text", "tokens", "precision", "objective")):
         raise UsageError(f"{store.folder} is calibrated with this very text already; add --restart to do it again")
 
 
@@ -172,10 +170,5 @@ def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, A
     """What decides the contents of the result: an unfinished run is gone on with by the same alone."""
     names = ("window", "measure_tokens", "precision", "objective", "predictor_rank")
     own = {"method": METHOD, "schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}
-    return {
-        **own,
-        "text": text.sha256,
-        "tokens": len(text.ids),
-        "device": resolve_device(options.device).type,
-        **{name: getattr(options, name) for name in names},
-    }
+    own |= {"text": text.sha256, "tokens": len(text.ids), "device": resolve_device(options.device).type}
+    return own | {name: getattr(options, name) for name in names}

@@ -50,12 +50,6 @@ class Options:
 class Job:
     """One calibration, as far as its journal has it.
 
-    Args:
-        store: to calibrate.
-        text: to learn from.
-        options: how.
-        journal: of what is done.
-
     Attributes:
         windows: of the text, from which statistics are gathered.
         pieces: of the text, on which settings are measured.

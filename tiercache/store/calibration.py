@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         share: of int8's bytes of the neurons that it may read, a token.
         rank: planes that every neuron's ranking reads.
-        recipes: of each block.
+        recipes: one for each block.
         read_bytes: what it reads of the neurons, a token.
         kl: from the exact model (int8 everywhere), nats a token.
         entropy: of its own predictions, nats a token (M2Cache's measure).
@@ -53,10 +53,7 @@ class Setting:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Setting":
         """As read."""
-        recipes = tuple(
-            Recipe(r["scorer"], r["rank"], r["ranked"], (r["shares"][0], r["shares"][1], r["shares"][2]))
-            for r in plain["recipes"]
-        )
+        recipes = tuple(Recipe(**{**recipe, "shares": tuple(recipe["shares"])}) for recipe in plain["recipes"])
         return cls(**{**plain, "recipes": recipes})
 
 
@@ -147,9 +144,7 @@ class Calibration:
                 f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the "
                 f"least measured loss is {best:.2g}: ask for more"
             )
-        if share is None:
-            return min(fit, key=lambda s: (s.read_bytes, s.kl))
-        return min(fit, key=lambda s: (s.kl, s.read_bytes))
+        return min(fit, key=lambda s: (s.read_bytes, s.kl) if share is None else (s.kl, s.read_bytes))
 
 
 def _refuse_foreign(meta: Mapping[str, Any], store: PlaneStore, path: Path) -> None:
@@ -173,11 +168,7 @@ def packed(array: Array) -> bytes:
 
 
 def unpacked(value: bytes) -> Array:
-    """The array that was packed.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The array that was packed; raises ValueError where it is none."""
     try:
         array: Array = np.load(io.BytesIO(value), allow_pickle=False)
     except EOFError as error:

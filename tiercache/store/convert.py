@@ -222,12 +222,9 @@ def _announce(plan: ConversionPlan, expected: ConversionReport, *, show: bool | 
     if plan.corpus is not None:
         minutes = max(1, round(expected.calibrating_s / 60))
         steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
-        note(
-            f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: some {minutes} min in all, and up to "
-            f"{human(expected.calibrating_bytes)} of memory beside the process's own "
-            "(tiercache convert --plain rounds instead)",
-            show=show,
-        )
+        takes = f"some {minutes} min in all, and up to {human(expected.calibrating_bytes)} of memory"
+        text = f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: {takes} beside the process's own "
+        note(text + "(tiercache convert --plain rounds instead)", show=show)
 
 
 def _check_space(plan: ConversionPlan, expected: ConversionReport) -> None:
@@ -244,9 +241,9 @@ def _choose_compression(plan: ConversionPlan) -> Compression:
     """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
     if plan.compress == "off":
         return {}
-    sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(plan.partial).free // 4))
     disk_gbps = 0.0
     if plan.compress == "auto":
+        sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(plan.partial).free // 4))
         disk_gbps = probe.folder_read(plan.partial, sample_bytes=sample_bytes).gbps
     with Reader() as reader:
         sample = next(encode.rounded_chunks(plan.units[0], _tensor_reader(plan, reader), plan.group))

@@ -18,11 +18,7 @@ JOURNAL_FILE = "journal.mdb"
 
 
 class ConversionJournal:
-    """See the module; made by `opened`.
-
-    Attributes:
-        known: what it held when it was opened.
-    """
+    """See the module; made by `opened`. `known` is what it held when it was opened."""
 
     def __init__(self, env: lmdb.Environment, path: Path) -> None:
         self._env = env

@@ -29,7 +29,6 @@ class UnitPlan:
     """One unit to be written.
 
     Attributes:
-        name: its name.
         layer: its decoder layer; None for the head and dense tensors.
         rows, columns: of each part as stored; 0 for a dense tensor.
         parts: the matrices that lie side by side in each row; for a dense tensor the one that holds it.

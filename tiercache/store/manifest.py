@@ -19,13 +19,7 @@ from tiercache.store.header import DTYPES, TensorRef
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A parameter that lies in its slot as it is in the file.
-
-    Attributes:
-        unit: index of its unit.
-        at: first byte in the slot.
-        dtype, shape: as in the file.
-    """
+    """A parameter that lies in the slot of `unit` as it is in the file, from byte `at` on."""
 
     unit: int
     at: int
@@ -34,7 +28,7 @@ class PlainWeight:
 
     @property
     def units(self) -> tuple[int, ...]:
-        """The one unit, for whoever does not ask what kind of weight it is."""
+        """The one unit."""
         return (self.unit,)
 
     def view(self, slot: torch.Tensor) -> torch.Tensor:
@@ -198,7 +192,6 @@ class NeuronWeight:
     Attributes:
         unit: the block's first unit, which every pass needs.
         block: the block's place in the manifest.
-        shape: of the parameter.
     """
 
     unit: int

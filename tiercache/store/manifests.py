@@ -37,11 +37,9 @@ def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
 
 
 def check_in_memory(model: transformers.PreTrainedModel) -> None:
-    """Refuse models whose parameters are not plain tensors in main memory.
+    """Refuse models whose parameters are not plain tensors in main memory, and mixtures of experts.
 
-    Raises:
-        UsageError: offloaded already, by tiercache or by accelerate, or with parameters elsewhere.
-        UnsupportedModelError: a mixture of experts.
+    Raises UsageError for a model that is offloaded already, by tiercache or by accelerate, or has parameters elsewhere.
     """
     if hasattr(model, "tiercache"):
         raise UsageError("this model is offloaded already; leave that context before opening it again")
@@ -101,14 +99,7 @@ def store_manifest(
 ) -> Manifest:
     """A plane store at a precision, see `PlaneStore.manifest`.
 
-    Args:
-        folder: the store's.
-        contents: its catalogue.
-        embedding: module and parameter name of the token embedding.
-        precision, blocks, cut: see there.
-
-    Raises:
-        StoreError: the token embedding is missing.
+    `embedding` is the module and the parameter's name of the token embedding.
     """
     module, table = embedding
     group: int = contents.meta["group"]
