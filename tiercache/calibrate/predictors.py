@@ -4,6 +4,7 @@ Each block has one for itself, and one for the block behind it, whose planes cou
 blocks are sampled in one walk through the text as a bound of memory allows. Knows blocks and tensors.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,27 +24,11 @@ _TRAINED = 0.75  # of the tokens; the others judge
 PREDICTED = ("own", "ahead")
 
 
-class Predictor(nn.Module):
-    """A low-rank predictor of importance from a block's input (Deja Vu, arXiv 2310.17157, section 3).
-
-    May be trained for the block itself or for one some layers ahead, whose planes could then be fetched early.
-    """
-
-    def __init__(self, features: int, neurons: int, rank: int) -> None:
-        super().__init__()
-        self.inward = nn.Linear(features, rank, bias=False)
-        self.outward = nn.Linear(rank, neurons)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, features] -> scores [tokens, neurons]: the larger, the likelier to be among the important."""
-        result: Tensor = self.outward(torch.relu(self.inward(x)))
-        return result
-
-
 def train_predictor(
     x: Tensor, truth: Tensor, *, rank: int, share: float = 0.5, steps: int = 400, batch: int = 256, seed: int = 0
-) -> Predictor:
-    """Fit a predictor to which neurons are among the most important `share`, by cross-entropy as Deja Vu does.
+) -> nn.Module:
+    """Fit a low-rank predictor of which neurons are among the most important `share` (Deja Vu, arXiv 2310.17157,
+    section 3): x [tokens, features] -> scores [tokens, neurons], the larger, the likelier.
 
     Args:
         x: inputs [tokens, features].
@@ -58,7 +43,8 @@ def train_predictor(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = Predictor(x.shape[1], truth.shape[1], rank)
+        inward, outward = nn.Linear(x.shape[1], rank, bias=False), nn.Linear(rank, truth.shape[1])
+    made = nn.Sequential(OrderedDict(inward=inward, relu=nn.ReLU(), outward=outward))
     optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
     scale = x.float().std().clamp_min(1e-6)
     with torch.enable_grad():
@@ -69,7 +55,7 @@ def train_predictor(
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        made.inward.weight /= scale
+        inward.weight /= scale
     return made.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 from policies.precision import PRECISION_NAMES, TOP
@@ -21,12 +22,7 @@ _UNIFORM = {PRECISION_NAMES[precision]: precision for precision in range(TOP, 0,
 
 
 class Search:
-    """The settings of one calibration.
-
-    Args:
-        job: what they are measured on; each step is kept in its journal.
-        forecast: what the sums expect each setting to lose.
-    """
+    """Measures the settings of one calibration; each step is kept in the job's journal."""
 
     def __init__(self, job: Job, forecast: Forecast) -> None:
         self.job, self._forecast = job, forecast
@@ -78,11 +74,7 @@ class Search:
             self.job.journal.put(plain={"exact": asdict(exact)})
 
     def _halve(self, model: Any, logits: KeptLogits, tries: list[Try]) -> None:
-        """Keep the best of each share and rank, and what uniform precisions lose.
-
-        Raises:
-            StoreError: nothing is finite.
-        """
+        """Keep the best of each share and rank, and what uniform precisions lose."""
         groups: dict[tuple[float, int], list[Try]] = {}
         for one in tries:
             groups.setdefault((one.share, one.rank), []).append(one)
@@ -97,10 +89,8 @@ class Search:
             def measure(one: Try, some: int) -> Measured:
                 return self._measured_with(measurer, logits, f"measured/{some}/{one.key}", one.recipes, some)
 
-            by_loss = self.job.options.objective == "loss"
-            kept = halving.best(
-                list(groups.values()), pieces, measure, lambda found: found.kl if by_loss else found.entropy
-            )
+            objective = attrgetter("kl" if self.job.options.objective == "loss" else "entropy")
+            kept = halving.best(list(groups.values()), pieces, measure, objective)
         if not kept:
             raise StoreError(
                 f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
@@ -117,20 +107,15 @@ class Search:
             return Measured(**known)  # in an earlier round, or by a process that was killed
         found = measurer.mixed(recipes, logits, pieces)
         self.job.journal.put(plain={key: asdict(found)})
-        note(
-            f"{described(recipes)}: KL {found.kl:.5f} nats a token, on {pieces} of {len(self.job.pieces)} pieces",
-            show=self.job.options.show_progress,
-        )
+        on = f"on {pieces} of {len(self.job.pieces)} pieces"
+        note(f"{described(recipes)}: KL {found.kl:.5f} nats a token, {on}", show=self.job.options.show_progress)
         return found
 
     def _keep_uniform(self) -> None:
-        each = {
-            name: {
-                **_finite(self.job.journal.plain(f"uniform/{name}")),
-                "read_bytes": self.job.layers * self.job.neurons * self._forecast.sizes.neuron(precision),
-            }
-            for name, precision in _UNIFORM.items()
-        }
+        each = {}
+        for name, precision in _UNIFORM.items():
+            read_bytes = self.job.layers * self.job.neurons * self._forecast.sizes.neuron(precision)
+            each[name] = {**_finite(self.job.journal.plain(f"uniform/{name}")), "read_bytes": read_bytes}
         self.job.journal.put(plain={"uniform": each})
 
     def _trace(self, kept: list[Try]) -> None:

@@ -163,19 +163,14 @@ def score(
     for batch in inputs:
         with model.tiercache.every_token() if every_token else nullcontext():
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-        for rows, targets in _pieces(logits, batch[:, 1:]):
-            total.add(rows, targets, None if reference is None else reference.take(len(rows)))
-            if keep is not None:
-                keep.put(rows)
+        for sequence, wanted in zip(logits, batch[:, 1:], strict=True):
+            for some, targets in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
+                rows = some.cpu()
+                total.add(rows, targets.cpu(), None if reference is None else reference.take(len(rows)))
+                if keep is not None:
+                    keep.put(rows)
         after()
     return total
-
-
-def _pieces(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few rows at a time, in main memory."""
-    for sequence, wanted in zip(logits, targets, strict=True):
-        for rows, few in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
-            yield rows.cpu(), few.cpu()
 
 
 def decoding_speed(model: Any, prompt: Tensor, tokens: int) -> float | None:

@@ -46,11 +46,7 @@ class Mode:
 
 
 def parse(text: str) -> Mode:
-    """Read one mode.
-
-    Raises:
-        UsageError: it is none; the message names the forms.
-    """
+    """Read one mode; raises UsageError with the forms where it is none."""
     name = re.sub(r"\s", "", text)
     precisions = get_args(Precision)
     if name in precisions:
@@ -74,11 +70,7 @@ def parse(text: str) -> Mode:
 
 
 def parse_all(texts: Iterable[str]) -> list[Mode]:
-    """Read modes, several of them in one text where commas part them; each is kept once.
-
-    Raises:
-        UsageError: one is no mode, or there is none.
-    """
+    """Read modes, several of them in one text where commas part them; each is kept once. Raises as `parse`."""
     found = [parse(part) for text in texts for part in text.split(",") if part.strip()]
     if not found:
         raise UsageError(f"no mode was named: {FORMS}")
