@@ -62,12 +62,7 @@ class _Pending:
 
 
 class Collector:
-    """Adds up what blocks show.
-
-    Args:
-        model: attached, in mixed mode.
-        sums: to add to.
-    """
+    """Adds to `sums` what the blocks of a model show, which is attached in mixed mode."""
 
     def __init__(self, model: Any, sums: Sums) -> None:
         self._model, self.sums = model, sums

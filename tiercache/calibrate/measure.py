@@ -5,12 +5,11 @@ an attached model, blocks and recipes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from policies.precision import Recipe
@@ -36,13 +35,7 @@ class Measured:
 
 
 class Measurer:
-    """Runs windows of the text.
-
-    Args:
-        model: attached, in mixed mode.
-        windows: of the text.
-        after: called after each pass.
-    """
+    """Runs windows of the text through a model, attached in mixed mode; `after` is called after each pass."""
 
     def __init__(self, model: Any, windows: Sequence[Tensor], after: Callable[[], None]) -> None:
         self._model, self._windows, self._after = model, windows, after
@@ -63,20 +56,17 @@ class Measurer:
         return [window[None] for window in self._windows]
 
     def trace(self, recipes: Sequence[Recipe], tokens: int, most_bytes: int) -> dict[str, np.ndarray]:
-        """The neurons that tokens from the middle of windows want of planes above the ranking's, by block.
+        """The neurons that some `tokens` at most want of planes above the ranking's, by block, most important first.
 
-        Most important first: [tokens, most], uint16 where that counts all neurons of a block, else int32. The windows
-        come from all over the text, and from each tokens that follow one another, behind all that is before them in it.
-
-        Args:
-            recipes: of each block.
-            tokens: at most.
-            most_bytes: of all blocks together, unless one token alone takes more.
+        Arrays are [tokens, most], uint16 where that counts all neurons of a block, else int32, and take `most_bytes`
+        together, unless one token alone takes more. The windows come from all over the text, and from the middle of
+        each come tokens that follow one another, behind all that is before them in it.
         """
         self._set(recipes)
-        wanted = [max(r.wanted(b.planes.block.neurons)[r.rank :], default=0) for r, b in self._pairs(recipes)]
-        dtypes = [np.uint16 if b.planes.block.neurons <= 0xFFFF else np.int32 for b in self._blocks]
-        each = sum(count * np.dtype(dtype).itemsize for count, dtype in zip(wanted, dtypes, strict=True))
+        neurons = self._blocks[0].planes.block.neurons
+        wanted = [max(recipe.wanted(neurons)[recipe.rank :], default=0) for recipe in recipes]
+        dtype = np.dtype(np.uint16 if neurons <= 0xFFFF else np.int32)
+        each = sum(wanted) * dtype.itemsize
         count = max(1, min(tokens, most_bytes // max(1, each), sum(map(len, self._windows))))
         runs = max(1, min(len(self._windows), count // _RUN))
         found: list[list[np.ndarray]] = [[] for _ in self._blocks]
@@ -84,15 +74,14 @@ class Measurer:
             window = self._windows[int((run + 0.5) * len(self._windows) / runs)]
             length = min(count // runs, len(window))
             end = (len(window) + length) // 2
-            self._choices(window[:end], end - length, wanted, dtypes, found)
-        return {str(place): np.stack(rows) for place, rows in enumerate(found)}
+            self._choices(window[:end], end - length, wanted, found)
+        return {str(place): np.stack(rows).astype(dtype) for place, rows in enumerate(found)}
 
     def _choices(
         self,
         window: Tensor,
         start: int,
         wanted: Sequence[int],
-        dtypes: Sequence[npt.DTypeLike],
         found: Sequence[list[np.ndarray]],
     ) -> None:
         """Add what the tokens from `start` on choose; choices come block by block, and in one token by token."""
@@ -101,7 +90,7 @@ class Measurer:
 
         def note(block: int, order: np.ndarray) -> None:
             if seen[block] >= start:
-                found[block].append(order[: wanted[block]].astype(dtypes[block]))
+                found[block].append(order[: wanted[block]])
             seen[block] += 1
 
         before, choosing.trace = choosing.trace, note
@@ -111,11 +100,8 @@ class Measurer:
         finally:
             choosing.trace = before
 
-    def _pairs(self, recipes: Sequence[Recipe]) -> Iterator[tuple[Recipe, MixedBlock]]:
-        return zip(recipes, self._blocks, strict=True)
-
     def _set(self, recipes: Sequence[Recipe]) -> None:
-        for recipe, block in self._pairs(recipes):
+        for recipe, block in zip(recipes, self._blocks, strict=True):
             block.recipe = recipe
 
 

@@ -69,11 +69,11 @@ def train(
     after: Callable[[], None],
 ) -> None:
     """Train what the journal does not have yet; each block is one step of it."""
-    sample = _sample(windows)
+    most = max(2, TOKENS // len(windows[0]))  # windows evenly over the text that hold as many tokens
+    sample = windows[:: -(-len(windows) // most)]
     tokens = sum(map(len, sample))
     blocks: Sequence[MixedBlock] = model.tiercache.mixed.blocks
-    features = blocks[0].planes.block.columns
-    each = tokens * (4 * features + 4 * norms.shape[1])
+    each = tokens * 4 * (blocks[0].planes.block.columns + norms.shape[1])
     together = max(1, _SAMPLED_BYTES // each - 1)  # beside them the one behind, to be looked ahead to
     missing = [place for place in range(len(blocks)) if journal.plain(f"predicted/{place}") is None]
     while missing:
@@ -86,19 +86,8 @@ def train(
         missing = missing[together:]
 
 
-def _sample(windows: Sequence[Tensor]) -> list[Tensor]:
-    """Windows evenly over the text, as many as hold the tokens that are wanted."""
-    most = max(2, TOKENS // len(windows[0]))
-    step = -(-len(windows) // most)
-    return list(windows[::step])
-
-
 def _gather(
-    model: Any,
-    norms: np.ndarray,
-    sample: Sequence[Tensor],
-    wanted: set[int],
-    after: Callable[[], None],
+    model: Any, norms: np.ndarray, sample: Sequence[Tensor], wanted: set[int], after: Callable[[], None]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Inputs and importance of some blocks: [tokens, features], [tokens, neurons]."""
     inputs: dict[int, list[Tensor]] = {place: [] for place in wanted}
@@ -113,8 +102,7 @@ def _gather(
         with watching(model, see):
             model(input_ids=window[None].to(model.device), use_cache=False)
         after()
-    made = [{place: torch.cat(rows) for place, rows in several.items()} for several in (inputs, truths)]
-    return made[0], made[1]
+    return {place: torch.cat(inputs[place]) for place in wanted}, {place: torch.cat(truths[place]) for place in wanted}
 
 
 def _fit(x: Tensor, truths: Sequence[Tensor | None], rank: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -69,14 +69,13 @@ def report(job: Job, made: Calibration, sums: summing.Sums) -> dict[str, Any]:
 
 def _arrays(job: Job, sums: summing.Sums, settings: int) -> dict[str, np.ndarray]:
     """What else is kept, by name."""
-    tokens = sums["tokens"]
     arrays: dict[str, np.ndarray] = {
         "thresholds": sums["thresholds"] / sums["chunks"][:, None, None, None],
         "paired": sums["pair_of"].astype(np.int32),
         "coactivation": summing.lift(sums),
         "overlap": sums["overlap"] / np.maximum(sums["neighbours"], 1)[:, None],
         "unions": sums["unions"] / np.maximum(sums["union_runs"], 1)[:, None, :],
-        "zeros": sums["zeros"] / tokens,
+        "zeros": sums["zeros"] / sums["tokens"],
     }
     for place in range(settings):
         for block, rows in (job.journal.arrays(f"trace/{place}") or {}).items():
@@ -105,7 +104,9 @@ def _predictor_rows(job: Job) -> dict[str, Any]:
 def _policies(calibration: Calibration, store: PlaneStore) -> dict[str, Any] | None:
     """Every policy and Belady's bound, as plain data; None where no setting wants planes above its ranking's."""
     neurons = calibration.norms.shape[1]
-    for setting in _candidates(calibration):
+    within = [setting for setting in calibration.settings if setting.share <= SHARE + 1e-9]
+    # the one that would be run first comes first: int3 ranks where there are slots
+    for setting in sorted(within, key=lambda setting: (setting.rank, setting.kl, setting.read_bytes)):
         wanted = [recipe.wanted(neurons)[setting.rank :] for recipe in setting.recipes]
         trace = MixedPlan(calibration, setting, (TOP,) * len(wanted)).trace(setting.rank)
         if trace is None or not any(map(any, wanted)):
@@ -114,17 +115,7 @@ def _policies(calibration: Calibration, store: PlaneStore) -> dict[str, Any] | N
         sizes = mixed_plan.sizes_of(store.blocks()[0], store)
         widths = [sizes.parts * width for width in sizes.planes[setting.rank :]]
         rows = replay.compare(trace, slots, None, widths, hot=calibration.frequency)
-        return {
-            "share": setting.share,
-            "rank": setting.rank,
-            "slots": SLOTS,
-            "tokens": trace.tokens,
-            "rows": [{**asdict(row), "missed_bytes_per_token": row.missed_bytes / trace.tokens} for row in rows],
-        }
+        each = [{**asdict(row), "missed_bytes_per_token": row.missed_bytes / trace.tokens} for row in rows]
+        about = {"share": setting.share, "rank": setting.rank, "slots": SLOTS, "tokens": trace.tokens}
+        return {**about, "rows": each}
     return None
-
-
-def _candidates(calibration: Calibration) -> list[Setting]:
-    """Those within the share, the one that would be run first: int3 ranks where there are slots."""
-    within = [setting for setting in calibration.settings if setting.share <= SHARE + 1e-9]
-    return sorted(within, key=lambda setting: (setting.rank, setting.kl, setting.read_bytes))

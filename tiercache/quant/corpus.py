@@ -22,12 +22,7 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of a calibration text.
-
-    Attributes:
-        windows: token ids, int64 [windows, tokens].
-        sha256: of the file.
-    """
+    """Windows of a calibration text, int64 [windows, tokens], and the file's SHA-256."""
 
     windows: Tensor
     sha256: str
@@ -40,8 +35,7 @@ class Corpus:
 
         Args:
             file: the text; None for the package's own.
-            folder: the checkpoint's.
-            config: of the model.
+            folder, config: the checkpoint's.
             tokens: at most so many are used, in whole windows.
 
         Raises:

@@ -37,16 +37,13 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class TextPass:
-    """A text that is taken through a checkpoint.
+    """A text that is taken through a checkpoint; `at` is the layer that comes next.
 
     Args:
         checkpoint, reader: what weights are read from, and by.
         windows: token ids, int64 [windows, tokens].
         folder: where hidden states are kept between two layers.
         looks_back: keep the hidden states before a layer in memory too, for `passed`.
-
-    Attributes:
-        at: the layer that comes next.
 
     Raises:
         UnsupportedModelError: the model has no list of decoder layers, or calls them in a way that cannot be repeated.
@@ -57,25 +54,20 @@ class TextPass:
     ) -> None:
         self._checkpoint, self._windows, self._reader, self._folder = checkpoint, windows, reader, folder
         self._looks_back = looks_back
-        self._before: Tensor | None = None  # the hidden states before the last layer
+        self._before = torch.empty(0)  # the hidden states before the last layer, if it looks back
         self._model = meta_model.build(checkpoint.config, torch.float32)
         self._modules = {matrix.module for matrix in meta_model.matrices(self._model)}
         self._layers = _layers(self._model, self._modules)
         self._calls: list[_Call] = []  # of each layer: the same for every window, for all windows are as long
         self._in_tuple: dict[type, bool] = {}  # whether layers of a kind return their hidden states in a tuple
-        self._hidden: Tensor | None = None  # [windows, tokens, features], of the layer that comes next
+        self._hidden = torch.empty(0)  # [windows, tokens, features], of the layer that comes next
         self.at = 0
 
     def resume(self, layer: int | None) -> None:
-        """Take up the pass before decoder layer `layer`: 0, or one whose hidden states were kept; None for the head.
-
-        Raises:
-            StoreError: they are not there.
-        """
-        first = self._record()
+        """Take up the pass before decoder layer `layer`: 0, or one whose hidden states were kept; None for the head."""
+        self._hidden = self._record()
         self.at = len(self._layers) if layer is None else layer
         if self.at == 0:
-            self._hidden = first
             return
         path = self._file()
         try:
@@ -87,9 +79,9 @@ class TextPass:
         """Take the text through the next layer; modules that are given the same x share one Hessian."""
         name, module = self._layers[self.at]
         (arguments, keywords), hidden = self._calls[self.at], self._hidden
-        assert hidden is not None
-        self._before = None  # gone before there is another
-        self._before = hidden.clone() if self._looks_back else None
+        self._before = torch.empty(0)  # gone before there is another
+        if self._looks_back:
+            self._before = hidden.clone()
         sums: Hessians = {}
         with self._weights(name), self._summed_hessians(name, sums):
             for place, window in enumerate(hidden):
@@ -101,9 +93,7 @@ class TextPass:
     def passed(self) -> Iterator[Layer]:
         """The layer that the text was just taken through, its parameters in memory."""
         name, module = self._layers[self.at - 1]
-        (arguments, keywords), before, after = self._calls[self.at - 1], self._before, self._hidden
-        assert before is not None
-        assert after is not None
+        arguments, keywords = self._calls[self.at - 1]
 
         def forward(weights: dict[str, Tensor], window: Tensor) -> Tensor:
             own = {key.removeprefix(name + "."): weight for key, weight in weights.items()}
@@ -111,22 +101,19 @@ class TextPass:
             return self._output(module, torch.func.functional_call(module, own, given, keywords))
 
         with self._weights(name):
-            yield Layer(dict(module.named_parameters(prefix=name)), forward, before, after)
+            yield Layer(dict(module.named_parameters(prefix=name)), forward, self._before, self._hidden)
 
     def head(self) -> Tensor:
         """After the last layer: sum of x x^T of what goes into the head."""
-        assert self._hidden is not None
-        total: Tensor | None = None
+        total = torch.zeros(self._hidden.shape[-1], self._hidden.shape[-1])
         with self._outside():
             for window in self._hidden:
                 x = self._run(partial(_instead, window[None]), self._windows[:1])[0]
-                total = x.T @ x if total is None else total.addmm_(x.T, x)
-        assert total is not None
+                total.addmm_(x.T, x)
         return total
 
     def keep(self) -> None:
         """Write the hidden states before the next layer to disk; earlier ones may go once the journal says so."""
-        assert self._hidden is not None
         path = self._file()
         np.save(path, self._hidden.numpy())
         sync(path)

@@ -13,7 +13,7 @@ from tiercache.errors import StoreError, UsageError
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.planes import PLANE_BITS
 from tiercache.store import catalog, encode, estimate, journal, layout
-from tiercache.store.catalog import Extent
+from tiercache.store.catalog import Extent, UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.folders import clear_io_errors, existing, locked
 from tiercache.store.format import CATALOG_FILE, VERSION, align
@@ -105,12 +105,13 @@ class ConversionPlan:
 
     def report(self) -> ConversionReport:
         """What the store will take; measures nothing."""
-        data = sum(layout.total_sizes(self.units).values())
-        copied = sum(path.stat().st_size for path in self.copied())
+        ends, records = self._records()
+        catalog_bytes = catalog.size_bytes({**self.meta, "compression": {}}, records)
+        copied_bytes = sum(path.stat().st_size for path in self.copied())
         return ConversionReport(
             str(self.store),
             self.source_bytes(),
-            data + copied + self._catalog_bytes(),
+            sum(map(align, ends.values())) + copied_bytes + catalog_bytes,
             shutil.disk_usage(existing(self.store)).free,
             **self._calibrating(),
             bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
@@ -165,18 +166,18 @@ class ConversionPlan:
         found = {path for pattern in _COPIED for path in self.checkpoint.folder.glob(pattern)}
         return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
-    def _catalog_bytes(self) -> int:
-        """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
-        end: dict[str, int] = {}
+    def _records(self) -> tuple[dict[str, int], list[UnitRecord]]:
+        """Where each file will end, and the units' records, without compression and with made-up hashes."""
+        ends: dict[str, int] = {}
         records = []
         for unit in self.units:
             extents = {}
             for name, nbytes in unit.sizes.items():
-                offset = align(end.get(name, 0))
+                offset = align(ends.get(name, 0))
                 extents[name] = Extent(offset, nbytes, "0" * 64)
-                end[name] = offset + nbytes
+                ends[name] = offset + nbytes
             records.append(record_of(unit, self.checkpoint.tensors, extents))
-        return catalog.size_bytes({**self.meta, "compression": {}}, records)
+        return ends, records
 
 
 def _in_words(calibration: dict[str, Any]) -> str:

@@ -38,15 +38,7 @@ def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
 
 
 def rounded_chunks(unit: UnitPlan, read: ReadTensor, group: int) -> Iterator[dict[str, Buffer]]:
-    """The unit's bytes for each file, in order; then the factors of a down matrix's outputs.
-
-    Each weight is rounded by itself.
-
-    Args:
-        unit: what to encode.
-        read: reads its tensors.
-        group: weights that share scales.
-    """
+    """The unit's bytes for each file, each weight rounded by itself; then the factors of a down matrix's outputs."""
     if unit.dense:
         (part,), (name,) = unit.parts, unit.sizes
         yield {name: read(part.parameter).flatten().view(torch.uint8).numpy()}

@@ -3,7 +3,7 @@
 Knows planned units and arithmetic; runs a few small samples and none of the model.
 """
 
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -48,12 +48,7 @@ def _quantize(weight: torch.Tensor) -> None:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    taken = []
-    for _ in range(4):  # the first one warms up
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+    return min(timeit.repeat(work, number=1, repeat=4)[1:])  # the first one warms up
 
 
 def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: Rates) -> float:

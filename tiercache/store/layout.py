@@ -12,7 +12,7 @@ from tiercache.model.meta_model import Ffn, Matrix
 from tiercache.quant.planes import PRECISIONS, factor_bytes, plane_widths, scale_row_bytes
 from tiercache.store.catalog import Member
 from tiercache.store.checkpoint import Checkpoint
-from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, align
+from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,10 @@ def plan(checkpoint: Checkpoint, group: int, *, scaled: bool = False) -> list[Un
     return ordered + [_dense(name, checkpoint.tensors[name].nbytes) for name in kept]
 
 
-def total_sizes(units: list[UnitPlan]) -> dict[str, int]:
-    """Bytes of each file when nothing is compressed."""
-    totals: dict[str, int] = {}
-    for unit in units:
-        for name, nbytes in unit.sizes.items():
-            totals[name] = align(totals.get(name, 0)) + nbytes
-    return {name: align(nbytes) for name, nbytes in totals.items()}
-
-
 def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
     """Bits a weight at each precision, scales and factors included, padding not.
 
-    Args:
-        units: of each its weights, and its bytes in each file; what is not quantised has none in the planes' files.
+    `units` are each its weights, and its bytes in each file; what is not quantised has none in the planes' files.
     """
     coded = [(weights, sizes) for weights, sizes in units if PLANE_FILES[0] in sizes]
     weights = sum(count for count, _ in coded)

@@ -38,12 +38,7 @@ class Ticket:
         return all(future.done() for future in self._futures)
 
     def wait(self) -> None:
-        """Block until every byte has arrived.
-
-        Raises:
-            StoreError: the file is cut short or cannot be read.
-            ClosedError: the reader was closed before it got to it.
-        """
+        """Block until every byte has arrived; raises StoreError, or ClosedError where the reader was closed before."""
         try:
             for future in self._futures:
                 future.result()
@@ -73,13 +68,11 @@ class Reader:
         return 0 if all(piece.aligned for piece in pieces) else threads * _STAGING_BYTES
 
     def read(self, pieces: Iterable[Piece], slot: Buffer) -> Ticket:
-        """Queue the reading of `pieces` into `slot`, whose address is a multiple of 4096.
+        """Queue the reading of `pieces` into `slot`.
 
-        The slot is long enough for whole blocks around each piece.
+        The slot's address is a multiple of 4096, and it is long enough for whole blocks around each piece.
 
-        Raises:
-            ClosedError: after `close`.
-            StoreError, EnvironmentUnsupportedError: a file cannot be opened.
+        Raises ClosedError after `close`; StoreError or EnvironmentUnsupportedError where a file cannot be opened.
         """
         if self._closed:
             raise ClosedError("the reader is closed; open the model again with tiercache.offload(...)")
