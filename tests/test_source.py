@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
 from tiercache.store.checkpoint import Checkpoint, identity_in_memory
-from tiercache.store.encode import load
 from tiercache.store.header import read_checkpoint, read_file
-from tiercache.store.reader import Reader
+from tiercache.store.reader import Reader, load
 
 MakeCheckpoint = Callable[..., Path]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

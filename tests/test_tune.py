@@ -25,10 +25,9 @@ from tiercache.store import estimate, layout
 from tiercache.store.activations import TextPass
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
-from tiercache.store.encode import load
 from tiercache.store.manifest import PlaneWeight
 from tiercache.store.planestore import PlaneStore
-from tiercache.store.reader import Reader, aligned_buffer
+from tiercache.store.reader import Reader, aligned_buffer, load
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 

@@ -20,12 +20,11 @@ from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
 from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
-from tiercache.store.encode import load
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest
 from tiercache.store.manifests import check_in_memory, checkpoint_manifest, memory_manifest
 from tiercache.store.planestore import DECIDING, PlaneStore
-from tiercache.store.reader import Reader
+from tiercache.store.reader import Reader, load
 from tiercache.tiers.device import on_host
 from tiercache.tiers.stack import TierStack
 

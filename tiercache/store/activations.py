@@ -23,8 +23,7 @@ from tiercache.errors import StoreError, UnsupportedModelError
 from tiercache.model import meta_model
 from tiercache.quant.tune import Layer
 from tiercache.store.checkpoint import Checkpoint
-from tiercache.store.encode import load
-from tiercache.store.reader import Reader
+from tiercache.store.reader import Reader, load
 from tiercache.store.writer import sync
 
 HIDDEN_FILES = "hidden-*.npy"

@@ -30,13 +30,12 @@ from tiercache.store.activations import HIDDEN_FILES, TextPass
 from tiercache.store.catalog import UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.conversion_plan import Compress, ConversionPlan, ConversionReport
-from tiercache.store.encode import ReadTensor
+from tiercache.store.encode import ReadTensor, quantized
 from tiercache.store.folders import clear_io_errors, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
 from tiercache.store.journal import JOURNAL_FILE, ConversionJournal, opened
-from tiercache.store.layers import quantized
 from tiercache.store.layout import UnitPlan
-from tiercache.store.reader import Reader
+from tiercache.store.reader import Reader, load
 from tiercache.store.writer import Compression, Writer, compression_of, sync
 
 
@@ -187,7 +186,7 @@ def _write_layers(
 
 
 def _tensor_reader(plan: ConversionPlan, reader: Reader) -> ReadTensor:
-    return lambda name: encode.load(reader, plan.checkpoint.tensors[name])
+    return lambda name: load(reader, plan.checkpoint.tensors[name])
 
 
 def _text_pass(plan: ConversionPlan, todo: list[UnitPlan], reader: Reader) -> TextPass | None:

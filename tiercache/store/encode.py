@@ -1,7 +1,7 @@
-"""Turns one planned unit into the bytes of its files, a chunk of whole rows at a time.
+"""Turns the planned units of a layer into the bytes of their files: rounded, calibrated, or calibrated and tuned.
 
-It reads the unit's tensors from the checkpoint, at most one feed-forward block at once. It encodes them and puts the
-rows of the unit's matrices side by side. It does not know where the bytes go.
+It reads a unit's tensors from the checkpoint, at most one feed-forward block at once. It encodes them and puts the
+rows of the unit's matrices side by side, a chunk of whole rows at a time. It does not know where the bytes go.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from tiercache.errors import QuantizationError
-from tiercache.quant import gptq, hadamard
+from tiercache.quant import gptq, hadamard, tune
 from tiercache.quant.gptq import LayerMoments
 from tiercache.quant.planes import Planes, encode
 from tiercache.quant.tune import CodedPiece
+from tiercache.store.activations import TextPass
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import PLANE_FILES, SCALE_FILE
-from tiercache.store.header import DTYPES, TensorRef
+from tiercache.store.header import DTYPES
 from tiercache.store.layout import Part, UnitPlan
-from tiercache.store.manifest import plain_unit
-from tiercache.store.reader import Buffer, Reader, aligned_buffer
+from tiercache.store.reader import Buffer
 
 _CHUNK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
 
@@ -29,12 +29,54 @@ ReadTensor = Callable[[str], torch.Tensor]
 """Reads a parameter of the checkpoint, by its name."""
 
 
-def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
-    """A tensor of the checkpoint, in fresh memory."""
-    unit, weight = plain_unit(0, "", ref)
-    slot = aligned_buffer(unit.slot_bytes)
-    reader.read(unit.pieces, slot).wait()
-    return weight.view(torch.from_numpy(slot))
+UnitBytes = tuple[UnitPlan, Iterator[dict[str, Buffer]], str]
+"""A unit, its bytes as in `rounded_chunks`, and what `PlaneWeight.inputs` will say."""
+
+
+def quantized(
+    units: list[UnitPlan], read: ReadTensor, group: int, text_pass: TextPass | None, steps: int
+) -> Iterator[UnitBytes]:
+    """The units of a layer as bytes, in their order.
+
+    Args:
+        units: all of a decoder layer, or the head's, or dense ones.
+        read: reads their tensors.
+        group: weights that share scales.
+        text_pass: the calibration text, before this layer; None where codes are rounded.
+        steps: of learned rounding; above 0 only with a pass that looks back.
+    """
+    layer = units[0].layer
+    if text_pass is None or units[0].dense:
+        for unit in units:
+            yield unit, rounded_chunks(unit, read, group), ""
+        return
+    if layer is not None:
+        hessians = text_pass.layer()
+    else:
+        of_head = text_pass.head()
+        hessians = {member.module: of_head for unit in units for member in unit.members}
+    moments = LayerMoments(hessians, scaled=units[0].scaled)
+    del hessians  # for tuning, once moments are gone too
+    if steps and layer is not None:
+        made = [calibrated(unit, read, group, moments) for unit in units]
+        inputs = [_inputs(unit, moments) for unit in units]
+        del moments
+        for unit, pieces, own in zip(units, _tuned(text_pass, layer, made, steps), inputs, strict=True):
+            yield unit, coded_chunks(unit, pieces), own
+        return
+    for unit in units:  # choosing codes prepares the moments, which the digest reads: in this order
+        yield unit, coded_chunks(unit, calibrated(unit, read, group, moments)), _inputs(unit, moments)
+
+
+def _tuned(text_pass: TextPass, layer: int, made: list[list[CodedPiece]], steps: int) -> list[list[CodedPiece]]:
+    """The units' pieces with learned codes. The layer's number is the seed, for resumed runs."""
+    with text_pass.passed() as whole:
+        found = iter(tune.tuned(whole, [piece for pieces in made for piece in pieces], steps, seed=layer))
+    return [[replace(piece, planes=next(found)) for piece in pieces] for pieces in made]
+
+
+def _inputs(unit: UnitPlan, moments: LayerMoments) -> str:
+    return moments.digest(unit.members[0].module) if unit.scaled else ""
 
 
 def rounded_chunks(unit: UnitPlan, read: ReadTensor, group: int) -> Iterator[dict[str, Buffer]]:

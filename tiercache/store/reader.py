@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zstandard
 
 from profiler.direct import open_direct
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
-from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, Piece, align
+from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, FileRange, Piece, align, unit_of
+from tiercache.store.header import DTYPES, TensorRef
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -188,6 +190,16 @@ def aligned_buffer(nbytes: int) -> Buffer:
     raw = np.empty(nbytes + BLOCK_BYTES, np.uint8)
     start = -raw.ctypes.data % BLOCK_BYTES
     return raw[start : start + nbytes]
+
+
+def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
+    """A tensor of a checkpoint, in fresh memory."""
+    dtype = DTYPES[ref.dtype]
+    unit = unit_of("", [FileRange(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
+    slot = aligned_buffer(unit.slot_bytes)
+    reader.read(unit.pieces, slot).wait()
+    at = unit.pieces[0].at
+    return torch.from_numpy(slot[at : at + ref.nbytes]).view(dtype).view(ref.shape)
 
 
 def open_for_reading(path: Path) -> tuple[int, bool]:
