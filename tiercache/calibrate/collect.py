@@ -46,10 +46,10 @@ def watching(model: Any, see: Callable[[int, Seen], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """Squared errors of a block, token by token, until the residual stream behind it is known.
+    """Squares of a block, token by token, until the residual stream behind it is known.
 
     Attributes:
-        losses: [2, tokens], of the whole block at int3 and int4.
+        losses: [2, tokens], errors of the whole block at int3 and int4.
         output: [tokens], of the block itself.
         curves: [scorers, ranks, precisions, ordered tokens, points].
         some: which tokens have curves.

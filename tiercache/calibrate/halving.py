@@ -57,11 +57,7 @@ def best(
 ) -> list[Try]:
     """The best setting of each group; none of a group in which nothing is finite on the whole text.
 
-    Args:
-        groups: settings that compete.
-        pieces: of the text.
-        measure: what a setting loses on the first so many pieces.
-        objective: of it, what is to be small.
+    `measure` says what a setting loses on the first so many `pieces` of the text; of that `objective` is to be small.
     """
 
     def loss(some: int, one: Try) -> float:

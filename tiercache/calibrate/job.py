@@ -56,8 +56,7 @@ class Job:
         layers, neurons: feed-forward blocks, and the neurons of each.
         inward: matrices of a block that make its neurons: gate and up, or up alone.
 
-    Raises:
-        UsageError: predictors were asked for that are too large.
+    Raises UsageError where predictors were asked for that are too large.
     """
 
     def __init__(self, store: PlaneStore, text: Text, options: Options, journal: Journal) -> None:
@@ -90,14 +89,9 @@ class Job:
 
     @contextmanager
     def opened(self, rest: Rest, sums: summing.Sums | None) -> Iterator[Any]:
-        """The model, all of its neurons at hand with all of their planes.
+        """The model, all of its neurons at hand with all of their planes, and what is no neuron at precision `rest`.
 
-        Args:
-            rest: precision of what is no neuron.
-            sums: what is known of the neurons; None where nothing is.
-
-        Raises:
-            UsageError: the budgets leave no room for every plane.
+        `sums` are what is known of the neurons; None where nothing is. Raises UsageError where there is no room.
         """
         options = self.options
         config = OffloadConfig(

@@ -111,11 +111,6 @@ def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Pat
 
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """Name what stands in the way of writing `path`: around such writing alone, not around work with it.
-
-    Raises:
-        StoreError: it is damaged.
-        EnvironmentUnsupportedError: it cannot be written, or its disk is full.
-    """
+    """Name what stands in the way of writing `path`: around such writing alone, not around work with it."""
     with clear_io_errors(path.parent, "make the store writable"), catalog.errors_translated(path, _ANEW):
         yield

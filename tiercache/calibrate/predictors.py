@@ -30,13 +30,8 @@ def train_predictor(
     """Fit a low-rank predictor of which neurons are among the most important `share` (Deja Vu, arXiv 2310.17157,
     section 3): x [tokens, features] -> scores [tokens, neurons], the larger, the likelier.
 
-    Args:
-        x: inputs [tokens, features].
-        truth: importance [tokens, neurons].
-        rank: of the predictor.
-        share: what counts as important.
-        steps, batch: of Adam.
-        seed: of its first weights and of the batches.
+    `truth` is the importance [tokens, neurons]; `steps` and `batch` are Adam's; `seed` is of the first weights and of
+    the batches.
     """
     count = max(1, round(share * truth.shape[1]))
     wanted = torch.zeros_like(truth, dtype=torch.float32).scatter_(1, truth.topk(count, dim=1).indices, 1.0)

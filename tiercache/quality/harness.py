@@ -59,9 +59,8 @@ class Harness:
     def open(cls, folder: Path, tokenizer: Any, *, limit: int | None, length: int) -> Iterator["Harness"]:
         """Load all tasks that lie in `folder`; paths in them may be relative to it.
 
-        Raises:
-            EnvironmentUnsupportedError: the harness is not installed, or a task wants the network.
-            UsageError: no such folder, no task in it, or one that cannot be loaded.
+        Raises EnvironmentUnsupportedError where the harness is not installed or a task wants the network, UsageError
+        where there is no such folder, no task in it, or one that cannot be loaded.
         """
         _import()
         folder = folder.expanduser().resolve()
@@ -73,11 +72,7 @@ class Harness:
             yield harness
 
     def run(self, model: Any, *, mixed: bool, show: bool | None = None) -> dict[str, dict[str, float]]:
-        """Each task's metrics with an attached model, or any of transformers; `mixed`: choose neurons for each token.
-
-        Raises:
-            EnvironmentUnsupportedError: a task wants the network.
-        """
+        """Each task's metrics with an attached model, or any of transformers; `mixed`: neurons are chosen by token."""
         lm_eval = _import()
         every_token = model.tiercache.every_token() if mixed else nullcontext()
         visible = sys.stderr.isatty() if show is None else show
@@ -131,11 +126,7 @@ class Harness:
 
 
 def _import() -> Any:
-    """The harness, imported without the network.
-
-    Raises:
-        EnvironmentUnsupportedError: it is not installed.
-    """
+    """The harness, imported without the network; raises EnvironmentUnsupportedError where it is not installed."""
     try:
         with mock.patch.dict(os.environ, _OFFLINE), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # packages that it brings along

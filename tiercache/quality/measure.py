@@ -61,9 +61,7 @@ class KeptLogits:
 def kept_logits(folder: Path, size_bytes: int, way_out: str = _WAY_OUT) -> Iterator[KeptLogits]:
     """Room for logits in `folder`, given back at the end.
 
-    Raises:
-        EnvironmentUnsupportedError: it is not there, may not be written to, or is too full; the message ends in the
-            `way_out`.
+    Raises EnvironmentUnsupportedError with the `way_out` where the folder may not be written to, or is too full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,11 +145,11 @@ def score(
     every_token: bool = False,
     after: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Run the batches through a model.
+    """Run batches of tokens [batch, window] through an attached model, or any causal language model of transformers.
 
     Args:
-        model: an attached model, or any causal language model of transformers.
-        inputs: batches of tokens: [batch, window] each.
+        model: to run.
+        inputs: the batches.
         reference: what to compare with; None where this is the reference.
         keep: takes the logits, for later comparisons.
         every_token: choose neurons for each token as in decoding, which a mixed mode does not do in long passes.

@@ -31,16 +31,10 @@ class Corpus:
     def read(
         cls, file: Path | None, folder: Path, config: transformers.PretrainedConfig, tokens: int = CALIBRATION_TOKENS
     ) -> "Corpus":
-        """Tokenize a text with the tokenizer that lies in a checkpoint's folder.
+        """Tokenize a text, or the package's own, with the tokenizer that lies in a checkpoint's folder.
 
-        Args:
-            file: the text; None for the package's own.
-            folder, config: the checkpoint's.
-            tokens: at most so many are used, in whole windows.
-
-        Raises:
-            UsageError: no such text, or too short for one window.
-            StoreError: no tokenizer, or another model's.
+        At most `tokens` are used, in whole windows. Raises UsageError where there is no such text or not one window in
+        it, StoreError where there is no tokenizer, or another model's.
         """
         window = min(WINDOW, texts.positions(config) or WINDOW, tokens)
         if window < 2:

@@ -70,8 +70,7 @@ class Moments:
                 group may be short.
             scaled: give the inputs factors, so that weights of large inputs have finer steps than others.
 
-        Raises:
-            QuantizationError: it is not finite, so the model's activations are not.
+        Raises QuantizationError where it is not finite, so the model's activations are not.
         """
         energy = hessian.diagonal().clone()
         mean = energy.mean()

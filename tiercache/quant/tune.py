@@ -53,10 +53,7 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 class Layer:
     """A layer, and what goes in and comes out of it with the weights of the checkpoint.
 
-    Attributes:
-        parameters: by their names in the model, as the checkpoint has them.
-        forward: computes it.
-        inputs, outputs: hidden states, fp32 [windows, tokens, features].
+    Parameters are by their names in the model; inputs and outputs are hidden states, fp32 [windows, tokens, features].
     """
 
     parameters: Mapping[str, Tensor]
@@ -70,8 +67,7 @@ class CodedPiece:
     """Some rows of a parameter of the layer, and their planes.
 
     Attributes:
-        parameter: its name in the model.
-        first: the first row.
+        parameter, first: the parameter's name in the model, and the first row.
         transposed: the planes hold the rows of the parameter's transpose.
         planes: all of them, as `hadamard.stored` says.
         factors: of their columns, fp32; None for ones.

@@ -94,11 +94,9 @@ class Calibration:
 
     @classmethod
     def load(cls, store: PlaneStore, path: Path | None = None) -> "Calibration":
-        """The calibration of `store`.
+        """The calibration of `store`; raises UsageError where there is none.
 
-        Raises:
-            UsageError: there is none.
-            StoreError: it is damaged, or of another store or model.
+        Raises StoreError where it is damaged, or of another store or model.
         """
         path = path or store.folder / FILE
         if not path.is_file():
@@ -123,13 +121,8 @@ class Calibration:
     def choose(self, *, share: float | None, max_loss: float | None, ranks: Sequence[int] = (1, 2, 3)) -> Setting:
         """The setting of least measured loss within `share`, or the one that reads least within `max_loss`.
 
-        Args:
-            share: of int8's bytes of the neurons.
-            max_loss: bound of the measured KL, nats a token.
-            ranks: planes that ranking may read.
-
-        Raises:
-            UsageError: no measured setting does.
+        `share` is of int8's bytes of the neurons, `max_loss` bounds the measured KL in nats a token, and ranking may
+        read as many planes as one of `ranks`. Raises UsageError where no measured setting does.
         """
         having = [setting for setting in self.settings if setting.rank in ranks]
         fit = [s for s in having if share is None or s.share <= share + 1e-9]

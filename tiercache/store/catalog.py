@@ -116,11 +116,9 @@ class Contents:
 
 @contextmanager
 def environment(path: Path, *, readonly: bool, way_out: str = _WAY_OUT) -> Iterator[lmdb.Environment]:
-    """The LMDB file at `path`; closed at the end. A damaged one is named with the `way_out`.
+    """The LMDB file at `path`; closed at the end.
 
-    Raises:
-        StoreError: it is missing or damaged.
-        OSError: the disk is full, or the file cannot be written.
+    Raises StoreError with the `way_out` where it is missing or damaged, OSError where it cannot be written.
     """
     if readonly:
         if not path.is_file():
@@ -185,11 +183,7 @@ def size_bytes(meta: Mapping[str, Any], records: list[UnitRecord]) -> int:
 
 
 def read(path: Path) -> Contents:
-    """All of a catalogue.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
+    """All of a catalogue; raises StoreError where it is missing or damaged."""
     with environment(path, readonly=True) as env:
         return contents(env, path)
 

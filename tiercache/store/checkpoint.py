@@ -46,10 +46,8 @@ class Checkpoint:
     def open(cls, path_or_id: str | Path) -> "Checkpoint":
         """Read the headers of a folder's or Hub repository's checkpoint.
 
-        Raises:
-            UsageError: no such folder or repository.
-            StoreError: files missing, cut short, or tensors missing or of another shape.
-            UnsupportedModelError: an architecture or layout that tiercache does not run.
+        Raises UsageError where there is no such folder or repository, StoreError where files or tensors are missing or
+        cut short, UnsupportedModelError for what tiercache does not run.
         """
         folder = resolve(path_or_id)
         config = meta_model.read_config(folder)

@@ -1,7 +1,4 @@
-"""What a conversion will make: its units, what the catalogue will say of it, and what it will take.
-
-Writes nothing, but for the journal that a finished store still has.
-"""
+"""What a conversion will make: its units, what the catalogue will say of it, and what it will take."""
 
 import hashlib
 import shutil
@@ -119,11 +116,7 @@ class ConversionPlan:
         )
 
     def resumed_bytes(self) -> int:
-        """Bytes of the checkpoint that an interrupted conversion has done; 0 where there is none, or one under way.
-
-        Raises:
-            StoreError: its journal is damaged.
-        """
+        """Bytes of the checkpoint that an interrupted conversion has done; 0 where there is none, or one under way."""
         if not self.partial.is_dir():
             return 0
         try:

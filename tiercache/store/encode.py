@@ -28,7 +28,6 @@ _CHUNK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
 ReadTensor = Callable[[str], torch.Tensor]
 """Reads a parameter of the checkpoint, by its name."""
 
-
 UnitBytes = tuple[UnitPlan, Iterator[dict[str, Buffer]], str]
 """A unit, its bytes as in `rounded_chunks`, and what `PlaneWeight.inputs` will say."""
 
@@ -36,14 +35,10 @@ UnitBytes = tuple[UnitPlan, Iterator[dict[str, Buffer]], str]
 def quantized(
     units: list[UnitPlan], read: ReadTensor, group: int, text_pass: TextPass | None, steps: int
 ) -> Iterator[UnitBytes]:
-    """The units of a layer as bytes, in their order.
+    """The units of a layer as bytes, in their order: all of a decoder layer, or the head's, or dense ones.
 
-    Args:
-        units: all of a decoder layer, or the head's, or dense ones.
-        read: reads their tensors.
-        group: weights that share scales.
-        text_pass: the calibration text, before this layer; None where codes are rounded.
-        steps: of learned rounding; above 0 only with a pass that looks back.
+    `text_pass` is the calibration text, before this layer; without it codes are rounded. `steps` of learned rounding
+    need a pass that looks back.
     """
     layer = units[0].layer
     if text_pass is None or units[0].dense:

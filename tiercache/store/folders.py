@@ -29,12 +29,7 @@ def locked(folder: Path, refusal: str | None) -> Iterator[None]:
 
 @contextmanager
 def clear_io_errors(folder: Path, way_out: str = "name a folder that can be written") -> Iterator[None]:
-    """Turn what the file system refuses into one of our errors.
-
-    Raises:
-        EnvironmentUnsupportedError: a full disk, or no permission.
-        UsageError: a file in the way.
-    """
+    """Turn what the file system refuses into an EnvironmentUnsupportedError, or a UsageError for a file in the way."""
     try:
         yield
     except OSError as error:

@@ -97,7 +97,6 @@ class Unit:
 
     Attributes:
         name: for messages and statistics.
-        pieces: its file bytes.
         nbytes: the weights' own bytes.
         slot_bytes: what its slot takes, a multiple of 4096, padding included.
     """

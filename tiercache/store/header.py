@@ -29,11 +29,7 @@ class TensorRef:
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
-    """Every tensor of a single or sharded checkpoint, by its name in the files.
-
-    Raises:
-        StoreError: no safetensors, a shard missing or cut short, a header that does not describe its file.
-    """
+    """Every tensor of a single or sharded checkpoint, by its name in the files; raises StoreError for a damaged one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _read_sharded(folder, index)

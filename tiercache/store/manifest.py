@@ -187,11 +187,9 @@ class NeuronBlock(Rows):
 
 @dataclass(frozen=True)
 class NeuronWeight:
-    """A parameter whose rows (of a down matrix: columns) are neurons of a block.
+    """A parameter whose rows (of a down matrix: columns) are neurons of the block at place `block` in the manifest.
 
-    Attributes:
-        unit: the block's first unit, which every pass needs.
-        block: the block's place in the manifest.
+    Every pass needs `unit`, the block's first.
     """
 
     unit: int

@@ -56,10 +56,7 @@ def check_in_memory(model: transformers.PreTrainedModel) -> None:
 
 
 def memory_manifest(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
-    """The parts of a model in memory, and the bytes of each unit (uint8), which are the parameters' own.
-
-    No budget counts these bytes, for tiercache did not take them.
-    """
+    """The parts of a model in memory, and each unit's bytes, which are the parameters' own: no budget counts them."""
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
 
     def unit(key: int, name: str) -> tuple[Unit, PlainWeight]:

@@ -82,9 +82,6 @@ class PlaneStore:
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
             cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
-
-        Raises:
-            StoreError: the token embedding is missing.
         """
         embedding = meta_model.embedding(self.model())
         return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
@@ -101,8 +98,7 @@ class PlaneStore:
     def verify(self, *, show_progress: bool | None = None) -> "Verification":
         """Hash every extent and compare with the catalogue; also that what lies between extents is zero.
 
-        Raises:
-            StoreError: some extents differ; the message names the first and counts them.
+        Raises StoreError where some extents differ; the message names the first and counts them.
         """
         jobs = [(name, record, extent) for record in self.contents.records for name, extent in record.extents.items()]
         total = sum(extent.stored_bytes for _, _, extent in jobs)
