@@ -26,9 +26,9 @@ from tiercache.commands.base import tell
 from tiercache.commands.bench import drafters_arguments
 from tiercache.config.sizes import Budget, human
 from tiercache.errors import UsageError
+from tiercache.store.checkpoint import resolve
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE
-from tiercache.store.source import resolve
 
 # Measures one way of decoding under a cap: the setting, the way, the texts, one to warm up, and tokens to write.
 Visitor = Callable[[CappedSetting, Entry, Sequence[Cell], Cell, int], Visit]

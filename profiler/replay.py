@@ -14,6 +14,7 @@ import numpy.typing as npt
 from policies.eviction import BOUND, POLICIES, make
 from policies.hot import hottest
 from policies.neurons import IntArray, NeuronResidency, Step
+from policies.rates import rate
 from profiler.trace import Trace
 
 Log = Callable[[int, int, int, Step], None]
@@ -46,18 +47,18 @@ class Outcome:
     @property
     def hit_rate(self) -> float:
         """Hits / requests; 0 without requests."""
-        return float(self.hits.sum() / max(1, self.requests.sum()))
+        return rate(self.hits.sum(), self.requests.sum()) or 0.0
 
     @property
     def chance(self) -> float:
         """The hit rate of a random set in the same slots: their share of the neurons, weighted by requests."""
         share = np.minimum(1.0, self.slots / max(1, self.neurons))
-        return float((share * self.requests).sum() / max(1, self.requests.sum()))
+        return rate((share * self.requests).sum(), self.requests.sum()) or 0.0
 
     @property
     def lift(self) -> float:
         """Hit rate / chance; 0 without slots."""
-        return self.hit_rate / self.chance if self.chance else 0.0
+        return rate(self.hit_rate, self.chance) or 0.0
 
 
 def replay(

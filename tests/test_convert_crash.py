@@ -72,8 +72,8 @@ def spoil_what_is_not_vouched_for(partial: Path, rng: random.Random) -> None:
     """What a power cut may leave behind the last layer that the journal knows: anything."""
     if not (partial / "journal.mdb").exists() or (partial / "catalog.mdb").exists():
         return  # not begun, or whole
-    with catalog.environment(partial / "journal.mdb", readonly=False) as env, env.begin() as transaction:
-        records = catalog.contents(transaction, partial).records
+    with catalog.environment(partial / "journal.mdb", readonly=False) as env:
+        records = catalog.contents(env, partial).records
     ends = {name: 0 for name in FILES if (partial / name).exists()}
     for record in records:
         for name, extent in record.extents.items():

@@ -22,10 +22,10 @@ from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
 from tiercache.quant.hadamard import restored, stored, transform
 from tiercache.quant.planes import PRECISIONS, Planes, encode
 from tiercache.store.activations import TextPass
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
 from tiercache.store.reader import Reader
-from tiercache.store.source import Source
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 
@@ -159,7 +159,7 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
     windows = torch.randint(3, 131, (3, 12))
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
     wanted = _hessians(model, windows)
-    source = Source.open(checkpoint(name))
+    source = Checkpoint.open(checkpoint(name))
     with Reader() as reader:
         found: dict[str, Tensor] = {}
         for layer in range(3):  # each in a pass of its own
@@ -167,7 +167,7 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
             text_pass.resume(layer)
             found |= text_pass.layer()
             text_pass.keep()
-            text_pass.forget(upto=text_pass.at)
+            text_pass.forget()
         head = text_pass.head()
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-00003.npy"]
     matrices = meta_model.matrices(model)
@@ -298,6 +298,6 @@ def test_texts_that_cannot_be_used(checkpoint: Callable[..., Path], tmp_path: Pa
 
 
 def test_the_own_text_is_long_enough() -> None:
-    source = Source.open(PICO)
+    source = Checkpoint.open(PICO)
     corpus = Corpus.read(None, PICO, source.config)
     assert corpus.windows.numel() == 16_384

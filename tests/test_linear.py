@@ -48,7 +48,7 @@ def bundle() -> tuple[torch.Tensor, list[PlaneWeight], list[Planes]]:
     for piece in pieces:
         places.append(at)
         at += piece.numel()
-    fields = {"unit": 0, "rows": NEURONS, "columns": HIDDEN, "group": GROUP, "parts": 3}
+    fields = {"plane_units": (0, 0), "rows": NEURONS, "columns": HIDDEN, "group": GROUP, "parts": 3}
     where = {"plane_at": tuple(places[:2]), "scale_at": places[2]}
     weights = [PlaneWeight(own=(part,), transposed=part == 2, **fields, **where) for part in range(3)]
     return torch.cat(pieces), weights, parts

@@ -27,11 +27,11 @@ from policies.types import Key, Placement
 from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats.run import TierStats
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlainWeight
 from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
-from tiercache.store.source import Source
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import CallersTier, TierStack
 from tiercache.tiers.tier import Pending, Tier, waited_for_ssd
@@ -541,7 +541,7 @@ def needs_of(manifest: Manifest) -> PlanInputs:
 def test_the_stack_hands_out_the_checkpoint(
     checkpoint: Callable[..., Path], name: str, hbm: float | None, dram: float
 ) -> None:
-    source = Source.open(checkpoint(name))
+    source = Checkpoint.open(checkpoint(name))
     manifest = checkpoint_manifest(source)
     needs = needs_of(manifest)
     least, total = max(needs.sizes.values()), sum(needs.sizes.values())
@@ -577,14 +577,14 @@ def test_the_stack_hands_out_the_checkpoint(
             assert (told["hit"], told["miss"]) == (stack.stats[tier].hits, stack.stats[tier].misses)
 
 
-def _resident(source: Source) -> dict[str, torch.nn.Parameter]:
+def _resident(source: Checkpoint) -> dict[str, torch.nn.Parameter]:
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "copy")
-    manifest = checkpoint_manifest(Source.open(tmp_path / "copy"))
+    manifest = checkpoint_manifest(Checkpoint.open(tmp_path / "copy"))
     needs = needs_of(manifest)
     plan = fill_tiers(needs, hbm_bytes=1 << 24, dram_bytes=1 << 20)
     (file,) = (tmp_path / "copy").glob("*.safetensors")
@@ -599,7 +599,7 @@ def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Calla
 
 
 def test_a_budget_that_is_too_small_says_by_how_much(checkpoint: Callable[..., Path]) -> None:
-    needs = needs_of(checkpoint_manifest(Source.open(checkpoint("llama"))))
+    needs = needs_of(checkpoint_manifest(Checkpoint.open(checkpoint("llama"))))
     least = max(needs.sizes[key] for key in needs.order)
     fill_tiers(needs, hbm_bytes=least + 1000, dram_bytes=least + 2000)
     with pytest.raises(DoesNotFitError) as refused:

@@ -18,11 +18,11 @@ from tiercache.model import meta_model
 from tiercache.progress import bar
 from tiercache.quant.planes import PLANE_BITS, num_groups
 from tiercache.store import catalog, layout
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
 from tiercache.store.header import TensorRef
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Buffer
-from tiercache.store.source import Source
 from tiercache.store.writer import Writer
 
 _POOL_WEIGHTS = 1 << 24
@@ -136,7 +136,7 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
     return folder
 
 
-def _imagined(shape: Shape) -> Source:
+def _imagined(shape: Shape) -> Checkpoint:
     """A checkpoint that says what tensors it has, and has no files."""
     config = shape.config()
     model = meta_model.build(config, torch.bfloat16)
@@ -145,7 +145,7 @@ def _imagined(shape: Shape) -> Source:
         name: TensorRef(nowhere, 0, parameter.nbytes, "BF16", tuple(parameter.shape))
         for name, parameter in model.named_parameters()
     }
-    return Source(nowhere, config, torch.bfloat16, refs)
+    return Checkpoint(nowhere, config, torch.bfloat16, refs)
 
 
 def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:

@@ -35,9 +35,9 @@ def make(
     widths = plane_widths(columns, GROUP, PRECISIONS[precision])
     *plane_at, scale_at = accumulate((align(rows * parts * width) for width in widths), initial=0)
     end = scale_at + rows * parts * scale_row_bytes(columns, GROUP)
+    places = (0,) * len(widths), tuple(plane_at), scale_at
     weights = [
-        PlaneWeight(0, rows, columns, GROUP, parts, (part,), tuple(plane_at), scale_at, transposed=False)
-        for part in range(parts)
+        PlaneWeight(rows, columns, GROUP, parts, *places, own=(part,), transposed=False) for part in range(parts)
     ]
     unit_bytes = align(end)
     count = max(1, -(-working_set_bytes(device, effort) // unit_bytes))

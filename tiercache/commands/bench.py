@@ -10,6 +10,7 @@ import typer
 from tiercache.commands.base import Json, LinkGbps, Quiet, app, progress, tell
 from tiercache.commands.old_bench import OldSpelling
 from tiercache.commands.running import PICO
+from tiercache.config.options import STORE_PRECISION
 from tiercache.errors import UsageError
 
 bench = typer.Typer(cls=OldSpelling)
@@ -50,7 +51,7 @@ def model_command(
     """Time a model of random weights against the roofs of the disk and of main memory."""
     from tiercache.bench import model
 
-    chosen = {"precision": "source" if bytes_per_token is None else "int8", **arguments(ctx.params)}
+    chosen = {"precision": "source" if bytes_per_token is None else STORE_PRECISION, **arguments(ctx.params)}
     result = model.bench(model.Options(**chosen))
     tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 

@@ -95,7 +95,7 @@ def run_command(
 ) -> None:
     """Generate text. It streams to standard output; with --json one object comes at the end instead."""
     import tiercache
-    from tiercache.store.source import resolve
+    from tiercache.store.checkpoint import resolve
 
     sampling = _sampling(temperature, top_p, top_k)
     folder = resolve(model if model is not None else _pico())

@@ -8,7 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Final, Literal, TypedDict, cast, get_args
 
 from tiercache.config.drafting import DraftConfig, DraftOptions
 from tiercache.config.sizes import Budget, SizeLike
@@ -18,6 +18,8 @@ CALIBRATION_TOKENS = 16_384
 """Of a text that codes are calibrated on: some ten for each input of the widest matrix of a small model."""
 
 Precision = Literal["source", "int8", "int4", "int3"]
+STORE_PRECISION: Final = "int8"
+"""What is read of a plane store where no precision is named: all of its planes."""
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
 

@@ -25,7 +25,7 @@ from tiercache.kv import speckv
 from tiercache.kv.cache import support
 from tiercache.model.trace import trace_on_meta
 from tiercache.progress import note
-from tiercache.store.source import Source, resolve
+from tiercache.store.checkpoint import Checkpoint, resolve
 
 _PIECE = 256  # tokens of a small model's pass that is traced
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes for a moment
@@ -189,7 +189,7 @@ def _small_requirements(
     small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None
 ) -> DrafterRequirements:
     """What a small model takes, from its checkpoint's header and a trace; refuses one of another vocabulary."""
-    meta_model = Source.open(small).model()
+    meta_model = Checkpoint.open(small).model()
     own = meta_model.config.get_text_config(decoder=True).vocab_size
     same = _same_tokens(small, folder)
     if same is False or (same is None and own != vocabulary):

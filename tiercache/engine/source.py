@@ -18,15 +18,13 @@ from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
-from tiercache.store import loaded
+from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
-from tiercache.store.encode import load
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest
-from tiercache.store.manifests import checkpoint_manifest, memory_manifest
+from tiercache.store.manifests import check_in_memory, checkpoint_manifest, memory_manifest
 from tiercache.store.planestore import DECIDING, PlaneStore
-from tiercache.store.reader import Reader
-from tiercache.store.source import Source, resolve
+from tiercache.store.reader import Reader, load
 from tiercache.tiers.device import on_host
 from tiercache.tiers.stack import TierStack
 
@@ -138,20 +136,20 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     folder = resolve(model_or_path)
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
-    source = Source.open(folder)
+    source = Checkpoint.open(folder)
     if config.precision != "source":
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
 
-def default_store(source: Source, group: int = 64) -> Path:
+def default_store(source: Checkpoint, group: int = 64) -> Path:
     """Where the plane store of a checkpoint is kept when none is named."""
     digest = hashlib.sha256(source.identity().encode() + (source.folder / "config.json").read_bytes()).hexdigest()
     return home_folder() / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}-v{VERSION}"
 
 
-def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
+def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
     """The checkpoint's store, made now if it is not there; one of another checkpoint is refused."""
     folder = config.store or default_store(source)
     if not (folder / CATALOG_FILE).is_file():
@@ -179,7 +177,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
-    loaded.check(model)
+    check_in_memory(model)
     bare = meta_model.build(model.config, model.dtype)
     if config.precision == "source":
         _refuse_checks(config)
@@ -195,7 +193,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
             model.save_pretrained(folder)
             convert(folder, config.store, show_progress=show_progress)
     store = PlaneStore.open(config.store)
-    if store.contents.meta["identity"] != loaded.identity(model):
+    if store.contents.meta["identity"] != identity_in_memory(model):
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
