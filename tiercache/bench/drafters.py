@@ -21,9 +21,9 @@ from tiercache.doctor.checks import processor_name
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
+from tiercache.store.checkpoint import Checkpoint, resolve
 from tiercache.store.convert import convert
 from tiercache.store.format import CATALOG_FILE
-from tiercache.store.source import Source, resolve
 
 SCHEMA = "tiercache.drafters/1"
 
@@ -195,7 +195,7 @@ def _planes(model: Path, show_progress: bool | None) -> Path:
     """The plane store of what was named; made now if it is not there."""
     if (model / CATALOG_FILE).is_file():
         return model
-    store = default_store(Source.open(model))
+    store = default_store(Checkpoint.open(model))
     if not (store / CATALOG_FILE).is_file():
         convert(model, store, show_progress=show_progress)
     return store
