@@ -181,8 +181,6 @@ def test_best_first_goes_back_for_what_is_likelier() -> None:
 @named
 def test_drafting_ends_where_it_is_not_worth_it(name: str, options: dict) -> None:
     toy = Toy()
-    assert len(grow(name, options, toy, TreeBudget(64, 5, 4, deadline_s=0.0))) == 0
-    assert toy.calls == 0
     tree = grow(name, options, toy, TreeBudget(64, 5, 4, grow_floor=1.0))
     assert toy.calls == 1
     assert set(tree.depths) == {1}

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget
 from tiercache.draft.ngram.automaton import Automaton
 from tiercache.draft.ngram.growth import grow_tree
 from tiercache.draft.ngram.lookup import PromptLookup
@@ -27,7 +27,7 @@ from tiercache.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DRAFTERS: dict[str, Callable[[int], BaseDrafter]] = {
+DRAFTERS: dict[str, Callable[[int], Drafter]] = {
     "lookup": lambda vocabulary: PromptLookup(window=64),
     "suffix": lambda vocabulary: SuffixAutomaton(limit=256),
     "recycling": TokenRecycling,
@@ -41,7 +41,7 @@ def ranked(before: int, last: int, vocabulary: int) -> list[int]:
     return rng.sample(range(max(0, vocabulary - 20), vocabulary), min(8, vocabulary))
 
 
-def step(drafter: BaseDrafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
+def step(drafter: Drafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
     """A pass of a target that says `coming`: up to the token after the accepted ones it is committed and told."""
     path, vocabulary = tree.along(coming), context.vocabulary
     emitted = tuple(coming[: len(path) + 1])
@@ -62,7 +62,7 @@ def text(vocabulary: int, size: int, seed: int = 0) -> list[int]:
     return tokens
 
 
-def run(drafter: BaseDrafter, context: Context, coming: Sequence[int], budget: TreeBudget, **how: Any) -> float:
+def run(drafter: Drafter, context: Context, coming: Sequence[int], budget: TreeBudget, **how: Any) -> float:
     """Tokens per pass."""
     at = passes = 0
     while at < len(coming):
@@ -480,7 +480,7 @@ class TestEach:
         assert run(drafter, context, tokens[400:], TreeBudget(16), topk=topk) > 1.5
 
     def test_takes_no_more_memory_than_it_says(self, name: str) -> None:
-        sizes: dict[str, tuple[Callable[[], BaseDrafter], list[list[int]]]] = {
+        sizes: dict[str, tuple[Callable[[], Drafter], list[list[int]]]] = {
             "lookup": (lambda: PromptLookup(window=2048), [[1, 2] * 3000]),
             # Two tokens at random make the most states, many the largest root.
             "suffix": (
@@ -502,9 +502,9 @@ class TestEach:
             drafter.observe(Feedback(tree, (), (), torch.zeros(1 + len(tree), 8, dtype=torch.int64)))
             held, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-            assert held <= drafter.needs.host_bytes
-            assert peak <= drafter.needs.host_bytes + 500_000  # of a pass, and freed again
-            assert drafter.needs.host_bytes < 12 * held + 200_000
+            assert held <= drafter.requirements.host_bytes
+            assert peak <= drafter.requirements.host_bytes + 500_000  # of a pass, and freed again
+            assert drafter.requirements.host_bytes < 12 * held + 200_000
 
 
 def test_arguments_that_cannot_be_meant() -> None:

@@ -15,7 +15,7 @@ import torch
 from policies.acceptance import trials
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
-from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, combined_requirements
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, joint_requirements
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats.drafting import DraftStats
 
@@ -72,7 +72,7 @@ class DrafterScheduler:
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree, of which the drafters were not told yet
         self._late_s = 0.0  # of this round, telling of rounds before it
         self._tokens: list[int] = []  # of the text
-        self.needs = combined_requirements([drafter.needs for drafter in drafters])
+        self.requirements = joint_requirements(drafters)
 
     def begin(self, context: Context) -> None:
         """Start a new text."""
@@ -111,7 +111,7 @@ class DrafterScheduler:
     def observe(self, done: Round) -> None:
         """Count a round, and tell the drafters and the budgeter of it."""
         feedback, plan = done.feedback, done.plan
-        if plan.drafter is None and not self.needs.logits:
+        if plan.drafter is None and not self.requirements.logits:
             assert feedback.logits is not None
             self._plain.append(feedback.logits)
             if len(self._plain) == min(_AT_ONCE, self.most_nodes):  # as many rows as a tree would have
@@ -140,9 +140,9 @@ class DrafterScheduler:
     def _tell(self, feedback: Feedback) -> None:
         rows = feedback.logits
         assert rows is not None
-        topk = min(self.needs.topk, rows.shape[-1])
+        topk = min(self.requirements.topk, rows.shape[-1])
         likeliest = torch.topk(rows, topk).indices.cpu() if topk else None
-        told = replace(feedback, topk=likeliest, logits=rows if self.needs.logits else None)
+        told = replace(feedback, topk=likeliest, logits=rows if self.requirements.logits else None)
         for drafter in self._drafters:
             drafter.observe(told)
 

@@ -4,7 +4,6 @@ Knows scores and budgets; it does not know models, or which children a grower ta
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -118,12 +117,11 @@ class PassBudget:
         self.depth = max(0, min(budget.depth, context.room - 1)) if min(budget.nodes, budget.width) > 0 else 0
         self._done = 0
         self._least = safe_log(budget.grow_floor)
-        self._end = math.inf if budget.deadline_s is None else time.perf_counter() + budget.deadline_s
 
     def another(self, score: float) -> bool:
         """Whether one more pass may begin and is worth it for a likeliest node of this score; counts it."""
         self._done += 1
-        return self._done <= self.depth and score >= self._least and time.perf_counter() < self._end
+        return self._done <= self.depth and score >= self._least
 
 
 def within(candidates: Candidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:

@@ -81,7 +81,9 @@ def _drafters(
     if spec.small is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(spec.small, dtype="auto")
         nn.Module.to(model, device)
-        drafters.append(LmDrafter(model, grower(config.grower), needs=spec.needs, capacity=context + config.slots))
+        drafters.append(
+            LmDrafter(model, grower(config.grower), requirements=spec.requirements, capacity=context + config.slots)
+        )
     if spec.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
         drafters = [Cascade([*drafters, own], _SURE)] if drafters else [own]
@@ -101,7 +103,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
                 max_depth=config.depth,
                 max_nodes=nodes,
                 open_ended=drafter.open_ended,
-                passes=not drafter.tables,
+                passes=drafter.runs_model,
             )
             for drafter in drafters
         ]
@@ -113,7 +115,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
 
 def _assumed_rates(drafter: Drafter, depth: int) -> list[list[float]]:
     """A drafter's acceptance rates by depth and rank before anything was measured."""
-    is_model = drafter.needs.shared_kv or isinstance(drafter, LmDrafter)
+    is_model = drafter.requirements.shared_kv or isinstance(drafter, LmDrafter)
     return [_MODEL_RATES if is_model else _NGRAM_RATES] * depth
 
 

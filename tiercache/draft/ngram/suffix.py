@@ -42,7 +42,7 @@ class SuffixAutomaton(Follower):
     """
 
     name = "suffix"
-    open_ended = tables = True
+    open_ended = True
 
     def __init__(self, *, factor: float = 16.0, offset: float = 16.0, limit: int = 1 << 14) -> None:
         if limit < 2 or factor < 0 or factor + offset < 1:
@@ -55,7 +55,7 @@ class SuffixAutomaton(Follower):
         self._text = array("q")  # that the automaton holds; the present sequence begins at `_start`
         self._start = 0
         self._automaton = Automaton()
-        self.needs = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
+        self.requirements = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`."""

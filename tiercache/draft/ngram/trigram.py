@@ -4,7 +4,7 @@ from math import sqrt
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.growth import Continuation, grow_tree
 from tiercache.draft.ngram.rates import RankShares
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
@@ -21,7 +21,7 @@ _WORD = 1 << 64
 _PAIR = tuple[int, int]
 
 
-class AdaptiveTrigram(BaseDrafter):
+class AdaptiveTrigram(Drafter):
     """M[a, b] -> c: probabilities of what the target says after two tokens, learnt from every node that it verifies.
 
     ADED (arXiv 2407.12021, section 3): the tri-gram matrix follows the target's distribution, and the draft maker
@@ -40,7 +40,7 @@ class AdaptiveTrigram(BaseDrafter):
     """
 
     name = "trigram"
-    open_ended = tables = True
+    open_ended = True
 
     def __init__(self, vocabulary: int, *, slots: int = 1 << 15, exploration: float = 0.1) -> None:
         if not 1 <= vocabulary < 1 << 31 or slots < 2 or exploration < 0:
@@ -57,7 +57,7 @@ class AdaptiveTrigram(BaseDrafter):
         self._visits = np.zeros(slots, dtype=np.int32)
         self._ranks = RankShares(_PRIOR)
         held = (self._pairs, self._tokens, self._weights, self._visits)
-        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
+        self.requirements = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`; the prompt's own tri-grams are learnt too."""
