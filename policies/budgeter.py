@@ -1,7 +1,4 @@
-"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`."""
 
 import sys
 from collections.abc import Sequence
@@ -39,7 +36,7 @@ class Budgeter:
 
     Args:
         drafters: their costs and rates are what to think before measuring; costs of 0 are unknown.
-        max_nodes, max_depth, width: see `best_plan`.
+        max_nodes, max_depth, width: see `SpeedUpTable`.
 
     Raises:
         ValueError: no drafter, or a limit below 1.

@@ -1,7 +1,4 @@
-"""What a drafter has shown so far: how often its guesses were accepted, what it costs, how fast its rounds were.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""What a drafter has shown so far: how often its guesses were accepted, what it costs, how fast its rounds were."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

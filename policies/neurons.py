@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.eviction import Eviction
-from policies.protocol import IntArray
+from policies.protocol import Eviction, IntArray
 
 __all__ = ["IntArray", "NeuronResidency", "Step"]
 

@@ -1,7 +1,4 @@
-"""How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them.
-
-Knows counts and seconds; neither tokens nor models.
-"""
+"""How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them."""
 
 import numpy as np
 

@@ -151,7 +151,7 @@ def test_negative_numbers_are_refused(neurons: int, slots: int, max_fetches: int
 
 def test_make_knows_the_names() -> None:
     with pytest.raises(ValueError, match="atu, lru, lfru, sieve, hot, belady"):
-        make("fifo")
+        make("nobody")
     assert [make(name, future=[], hot=[1, 2]).name for name in POLICIES] == list(POLICIES)
     for name in ("hot", "belady"):
         with pytest.raises(ValueError, match=name):
@@ -362,7 +362,7 @@ def test_belady_refuses_another_future() -> None:
 
 # ---------------------------------------------------------------- golden table
 
-# hits of 60 tokens that want 32 of 128 neurons each, by policy: (48 slots, 16 slots, 48 slots and 4 max_fetches)
+# hits of 60 tokens that want 32 of 128 neurons each, by policy: (48 slots, 16 slots, 48 slots and 4 fetches a step)
 GOLDEN = {
     "atu": (1294, 642, 1053),
     "lru": (1327, 642, 1155),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget
+from tiercache.draft.ngram import trigram
 from tiercache.draft.ngram.automaton import Automaton
 from tiercache.draft.ngram.growth import grow_tree
 from tiercache.draft.ngram.lookup import PromptLookup
@@ -22,10 +23,16 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.noise import GumbelNoise
-from tiercache.draft.tree import DraftTree
+from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tokens_to(tree: DraftTree, node: int) -> tuple[int, ...]:
+    """The tokens from the root to a node."""
+    return () if node == ROOT else (*tokens_to(tree, tree.parents[node]), tree.tokens[node])
+
 
 DRAFTERS: dict[str, Callable[[int], Drafter]] = {
     "lookup": lambda vocabulary: PromptLookup(window=64),
@@ -138,10 +145,7 @@ class TestGrow:
         tree = grow_tree(0, table.__getitem__, budget, context)
         assert tree.order == ("shared_gumbel" if noisy else "deterministic")
         assert tree.logq is not None
-        got = {
-            tuple(tree.tokens[n] for n in tree.path(node)): pytest.approx(math.exp(tree.logq[node]), rel=1e-5)
-            for node in range(len(tree))
-        }
+        got = {tokens_to(tree, node): pytest.approx(math.exp(tree.logq[node]), rel=1e-5) for node in range(len(tree))}
         wanted = self.oracle(table, budget, context)
         assert {path: p for path, (p, _) in wanted.items()} == got
 
@@ -259,11 +263,11 @@ class TestSuffixAutomaton:
         assert path[0] == 3
 
     def test_longer_matches_allow_more_nodes(self) -> None:
-        drafter = SuffixAutomaton(factor=2, offset=1)
-        drafter.begin(Context([*range(20), 3], 20))
-        assert len(drafter.propose(TreeBudget(64))) == 3
-        drafter.begin(Context([*range(20), 3, 4, 5], 20))
-        assert len(drafter.propose(TreeBudget(64))) == 7
+        drafter = SuffixAutomaton()
+        drafter.begin(Context([*range(90), 3], 90))
+        assert len(drafter.propose(TreeBudget(80, depth=80))) == 32
+        drafter.begin(Context([*range(90), 3, 4, 5], 90))
+        assert len(drafter.propose(TreeBudget(80, depth=80))) == 64
         assert len(drafter.propose(TreeBudget(2))) == 2
 
     def test_knows_earlier_sequences_and_goes_on_with_this_one(self) -> None:
@@ -381,9 +385,10 @@ class TestTrigram:
         for token, logq in zip(tree.tokens, tree.logq, strict=True):
             assert math.exp(logq) == pytest.approx(wanted[token], rel=1e-4)
 
-    def test_is_curious_about_what_it_never_saw(self) -> None:
+    def test_is_curious_about_what_it_never_saw(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def tree(exploration: float) -> DraftTree:
-            drafter, context = AdaptiveTrigram(9, exploration=exploration), Context([1, 2], 9)
+            monkeypatch.setattr(trigram, "_EXPLORATION", exploration)
+            drafter, context = AdaptiveTrigram(9), Context([1, 2], 9)
             drafter.begin(context)
             for turn in range(24):  # after 1 2 comes 3, now and then 4; what comes after 2 3 is known
                 context.tokens[:] = [1, 2, 3 + (turn % 3 == 0)]
@@ -512,11 +517,9 @@ def test_arguments_that_cannot_be_meant() -> None:
         lambda: PromptLookup(0),
         lambda: PromptLookup(window=0),
         lambda: SuffixAutomaton(limit=1),
-        lambda: SuffixAutomaton(factor=0, offset=0),
         lambda: TokenRecycling(0),
         lambda: AdaptiveTrigram(0),
         lambda: AdaptiveTrigram(5, slots=1),
-        lambda: AdaptiveTrigram(5, exploration=-1),
     ):
         with pytest.raises(UsageError):
             make()

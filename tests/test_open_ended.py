@@ -260,8 +260,8 @@ def test_a_disturbance_is_soon_forgotten() -> None:
 
 
 def test_a_static_tree_follows_its_own_guesses_though_others_were_taken() -> None:
-    rates = RankRates()
-    model = GrownDrafter(Static(rates))
+    static = Static()
+    model, rates = GrownDrafter(static), static.rates
     model.begin(Context([1], 9))
     model._tree = DraftTree((5, 6, 7), (-1, -1, 0))
     model.observe(Feedback(chain([6, 8]), (0,), (6, 3)))

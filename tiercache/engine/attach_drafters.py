@@ -17,7 +17,7 @@ from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
-from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
+from tiercache.decode.verify import Rejection, Rule, ShiftedRejection, TargetWalk, Typical
 from tiercache.draft.base import Drafter
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
@@ -75,7 +75,7 @@ def _drafters(
         device: where the model computes.
     """
     config = spec.config
-    drafters = list(spec.made)
+    drafters = [] if spec.made is None else [spec.made]
     if spec.ngrams is not None:
         drafters.append(spec.ngrams())
     if spec.small is not None:
@@ -125,7 +125,7 @@ def _rule_maker(config: DraftConfig) -> RuleMaker:
     def make(noise: GumbelNoise | None) -> Rule:
         generator = None if noise is None else torch.Generator().manual_seed(noise.seed)
         if config.verify == "rejection":
-            return Shifted(Rejection(generator), config.shift) if config.shift else Rejection(generator)
+            return ShiftedRejection(generator, config.shift) if config.shift else Rejection(generator)
         return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
 
     return make

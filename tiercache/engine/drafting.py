@@ -41,7 +41,7 @@ class DrafterSpec:
         vocabulary: of the target.
         resident: the target's own planes draft.
         requirements: the memory that all drafters take beside the target's own.
-        made: the caller's own drafters.
+        made: the caller's own drafter.
         ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
             model may be refused before.
         small: a small model's folder; the model is loaded once its bytes are reserved.
@@ -53,7 +53,7 @@ class DrafterSpec:
     vocabulary: int
     resident: bool
     requirements: DrafterRequirements
-    made: tuple[Drafter, ...] = ()
+    made: Drafter | None = None
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
     eviction_bytes: int = 0
@@ -170,7 +170,7 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
     size = wanted.requirements.vocabulary
     if size is not None and size != vocabulary:
         raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    return DrafterSpec(draft, vocabulary, False, wanted.requirements, (wanted,))
+    return DrafterSpec(draft, vocabulary, False, wanted.requirements, wanted)
 
 
 def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config: OffloadConfig) -> MemoryRequirements:
