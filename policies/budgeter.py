@@ -11,7 +11,8 @@ from policies.acceptance import RANKS
 from policies.candidates import NOISE, Candidates, candidates
 from policies.costs import PassCosts
 from policies.drafting import DrafterProfile, RoundPlan
-from policies.history import DrafterHistory, Outcome
+from policies.history import DrafterHistory
+from policies.throughput import Outcome
 
 _SHARE = 0.01  # of all seconds: what may be lost by exploration, and by drafting that is slower than plain passes
 _START = 2.0  # plain passes whose seconds may be lost at once: enough to try a drafter, too few to be noticed

@@ -1,7 +1,4 @@
-"""The base of a drafter that is made of several drafters.
-
-It knows drafters by their protocol only; it does not know how their trees become one.
-"""
+"""The base of a drafter that is made of several drafters."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

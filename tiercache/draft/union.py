@@ -1,7 +1,4 @@
-"""The union of several drafters: asks all of them and merges their draft trees into one.
-
-It knows drafters by their protocol only.
-"""
+"""The union of several drafters: asks all of them and merges their draft trees into one."""
 
 import math
 from collections.abc import Sequence

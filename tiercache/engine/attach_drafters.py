@@ -66,14 +66,7 @@ def attach_drafters(
 def _drafters(
     spec: DrafterSpec, resident: Callable[[], AbstractContextManager[None]], context: int, device: torch.device
 ) -> list[Drafter]:
-    """The drafters of a spec.
-
-    Args:
-        spec: what was asked for.
-        resident: passes of the target within it use the resident planes alone.
-        context: tokens that a sequence may have.
-        device: where the model computes.
-    """
+    """The drafters of a spec; passes of the target within `resident` use the resident planes alone."""
     config = spec.config
     drafters = [] if spec.made is None else [spec.made]
     if spec.ngrams is not None:
