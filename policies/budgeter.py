@@ -1,7 +1,4 @@
-"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +11,8 @@ from policies.acceptance import RANKS
 from policies.candidates import NOISE, Candidates, candidates
 from policies.costs import PassCosts
 from policies.drafting import DrafterProfile, RoundPlan
-from policies.history import DrafterHistory, Outcome
+from policies.history import DrafterHistory
+from policies.throughput import Outcome
 
 _SHARE = 0.01  # of all seconds: what may be lost by exploration, and by drafting that is slower than plain passes
 _START = 2.0  # plain passes whose seconds may be lost at once: enough to try a drafter, too few to be noticed
@@ -39,7 +37,7 @@ class Budgeter:
 
     Args:
         drafters: their costs and rates are what to think before measuring; costs of 0 are unknown.
-        max_nodes, max_depth, width: see `best_plan`.
+        max_nodes, max_depth, width: see `SpeedUpTable`.
 
     Raises:
         ValueError: no drafter, or a limit below 1.

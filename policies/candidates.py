@@ -1,7 +1,4 @@
-"""What may be done in the next round, and what of it is thought best.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""What may be done in the next round, and what of it is thought best."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +36,7 @@ def candidates(
         histories: of the drafters.
         verify: the seconds of the target's passes.
         used: the drafter of the best plan so far; another one must be faster by more than noise. None for none.
-        limits: `max_nodes`, `max_depth` and `width`, see `best_plan`.
+        limits: `max_nodes`, `max_depth` and `width`, see `SpeedUpTable`.
     """
     profiles = [history.profile(verify.largest) for history in histories]
     most = max(profile.max_nodes for profile in profiles)

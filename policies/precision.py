@@ -208,30 +208,6 @@ def divide(
         chosen[-layer] = other
 
 
-@dataclass(frozen=True)
-class Service:
-    """What is done about misses, in numbers of neurons, most important first: the rest takes the level at hand."""
-
-    fetched: int
-    below: int
-
-
-def serve(missed: int, *, uploads: int | None, link_s: float, below_s: float | None) -> Service:
-    """Fetch a miss, have the processor below multiply it where it lies, or take the level at hand, by cost.
-
-    Args:
-        missed: neurons whose planes are not here.
-        uploads: the most that may be fetched; None for any number.
-        link_s: seconds to fetch one.
-        below_s: seconds to multiply one below; None where nobody can.
-    """
-    if below_s is not None and below_s < link_s:
-        fetched = min(missed, uploads or 0)  # only to renew the cache, as far as was asked for
-        return Service(fetched, missed - fetched)
-    fetched = missed if uploads is None else min(missed, uploads)
-    return Service(fetched, 0 if below_s is None else missed - fetched)
-
-
 def share_slots(wanted: Sequence[Sequence[int]], widths: Sequence[int], neurons: int, budget: int) -> list[list[int]]:
     """Slots of each layer's planes within `budget` bytes: in proportion to what a token wants, at most all neurons.
 

@@ -65,7 +65,7 @@ def replay(
     trace: Trace,
     slots: npt.ArrayLike,
     policy: str,
-    uploads: int | None = None,
+    max_fetches: int | None = None,
     *,
     hot: npt.ArrayLike | None = None,
     log: Log | None = None,
@@ -76,7 +76,7 @@ def replay(
         trace: the wishes.
         slots: [layers, planes], neurons that each has room for.
         policy: one of `policies.eviction.POLICIES`.
-        uploads: loads of one plane of one layer for one token at most; None for no cap.
+        max_fetches: loads of one plane of one layer for one token at most; None for no cap.
         hot: calibrated frequencies [layers, neurons]. With them every plane starts warm: with what the policy would
             start with, if it has an opinion, else with the hottest neurons. Without them it starts empty.
         log: called after each step with the token, layer, plane and `Step`.
@@ -85,7 +85,7 @@ def replay(
         ValueError: slots or frequencies of another shape, an unknown policy or one that lacks `hot`.
     """
     slots = _slots(trace, slots)
-    residencies = _residencies(trace, slots, policy, uploads, hot)
+    residencies = _residencies(trace, slots, policy, max_fetches, hot)
     requests = trace.counts * trace.tokens
     hits, loads, evictions = (np.zeros_like(requests) for _ in range(3))
     for token in range(trace.tokens):
@@ -107,7 +107,7 @@ def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
 
 
 def _residencies(
-    trace: Trace, slots: IntArray, policy: str, uploads: int | None, hot: npt.ArrayLike | None
+    trace: Trace, slots: IntArray, policy: str, max_fetches: int | None, hot: npt.ArrayLike | None
 ) -> dict[tuple[int, int], NeuronResidency]:
     """One for each layer and plane with slots, warm if there are frequencies, in the order of asking."""
     heat = None if hot is None else np.asarray(hot)
@@ -118,7 +118,7 @@ def _residencies(
         room = min(int(slots[layer, plane]), trace.neurons)
         future = list(trace.rows(layer, plane)) if policy == BOUND else None
         eviction = make(policy, future=future, hot=None if heat is None else heat[layer])
-        residency = NeuronResidency(trace.neurons, room, eviction, uploads=uploads)
+        residency = NeuronResidency(trace.neurons, room, eviction, max_fetches=max_fetches)
         if heat is not None:
             own = eviction.preload()
             residency.warm(own if own.size else hottest(heat[layer], room))
@@ -137,7 +137,7 @@ class Row:
         lift: hit rate / chance.
         loaded_bytes: brought into slots.
         refused_bytes: wanted and neither here nor brought; they are fetched or computed elsewhere all the same.
-        belady: the hit rate that no policy exceeds, whatever its uploads.
+        belady: the hit rate that no policy exceeds, however many may be fetched.
     """
 
     policy: str
@@ -157,7 +157,7 @@ class Row:
 def compare(
     trace: Trace,
     slots: npt.ArrayLike,
-    uploads: int | None,
+    max_fetches: int | None,
     row_bytes: Sequence[int],
     *,
     hot: npt.ArrayLike | None = None,
@@ -169,7 +169,7 @@ def compare(
     Args:
         trace: the wishes.
         slots: [layers, planes].
-        uploads: cap of one step, or None.
+        max_fetches: cap of one step, or None.
         row_bytes: bytes of one neuron at each plane [planes].
         hot: calibrated frequencies [layers, neurons], best from another trace. Without them the policy "hot" is left
             out, for its set would have to be taken from the very trace it is judged on, and every start is empty.
@@ -181,7 +181,7 @@ def compare(
     if sizes.shape != (trace.planes,):
         raise ValueError(f"row bytes {sizes.tolist()}: give one for each of {trace.planes} planes")
     names = [name for name in POLICIES if name != "hot" or hot is not None]
-    outcomes = [replay(trace, slots, name, None if name == BOUND else uploads, hot=hot) for name in names]
+    outcomes = [replay(trace, slots, name, None if name == BOUND else max_fetches, hot=hot) for name in names]
     bound = next(outcome.hit_rate for outcome in outcomes if outcome.policy == BOUND)
     return [
         Row(

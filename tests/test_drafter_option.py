@@ -23,7 +23,7 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
@@ -333,7 +333,7 @@ def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None
 # ---------------------------------------------------------------- refusals
 
 
-class Foreign(BaseDrafter):
+class Foreign(Drafter):
     name = "foreign"
     needs = DrafterRequirements(vocabulary=97)
 
@@ -681,7 +681,7 @@ def test_a_drafter_gets_what_it_asks_for(piece: int | None, checkpoint: Folders)
 
 
 def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
-    class Breaks(BaseDrafter):
+    class Breaks(Drafter):
         def propose(self, budget: TreeBudget) -> DraftTree:
             raise BoomError
 

@@ -15,7 +15,7 @@ from tiercache.compat import BaseStreamer
 from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig, Precision
 from tiercache.config.sizes import Budget
-from tiercache.draft.base import BaseDrafter
+from tiercache.draft.base import Drafter
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
@@ -217,7 +217,7 @@ def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
         yield TimedModel(model, entry)
 
 
-class _Silent(BaseDrafter):
+class _Silent(Drafter):
     """Never guesses: what its loop costs more than transformers' is the loop's own cost."""
 
     name = NONE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiercache.decode.request import Request
-from tiercache.decode.scheduler import DrafterScheduler, Round
+from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rule
 from tiercache.draft.base import Context, Feedback, Noise
 from tiercache.draft.tree import ROOT, DraftTree
@@ -64,7 +64,7 @@ class DecodeLoop:
             rows = self._run.prefill(part)
         self._scheduler.begin(self._context)
         ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        self._scheduler.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
+        self._scheduler.tell(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
         return ended
 
     def _round(self) -> bool:
@@ -73,7 +73,7 @@ class DecodeLoop:
         begin = time.perf_counter()
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
-        tree, choice, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
+        tree, plan, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
         if len(tree):
             tree = self._fit(tree)
         drafted = time.perf_counter()
@@ -88,7 +88,7 @@ class DecodeLoop:
         done = time.perf_counter()
         feedback = Feedback(tree, path, emitted, None, logits)
         del logits
-        scheduler.observe(Round(choice, passes, feedback, done - drafted, begin))
+        scheduler.observe(plan, passes, feedback, done - drafted, begin)
         return ended
 
     def _evict(self, tree: DraftTree) -> None:

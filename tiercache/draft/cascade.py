@@ -1,7 +1,4 @@
-"""The cascade of several drafters: asks one after the other until a tree promises enough accepted tokens.
-
-It knows drafters by their protocol only.
-"""
+"""The cascade of several drafters: asks one after the other until a tree promises enough accepted tokens."""
 
 import math
 from collections.abc import Sequence

@@ -40,8 +40,8 @@ class DrafterSpec:
         config: the options.
         vocabulary: of the target.
         resident: the target's own planes draft.
-        needs: the memory that all drafters take beside the target's own.
-        made: the caller's own drafters.
+        requirements: the memory that all drafters take beside the target's own.
+        made: the caller's own drafter.
         ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
             model may be refused before.
         small: a small model's folder; the model is loaded once its bytes are reserved.
@@ -52,8 +52,8 @@ class DrafterSpec:
     config: DraftConfig
     vocabulary: int
     resident: bool
-    needs: DrafterRequirements
-    made: tuple[Drafter, ...] = ()
+    requirements: DrafterRequirements
+    made: Drafter | None = None
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
     eviction_bytes: int = 0
@@ -66,7 +66,7 @@ class DrafterSpec:
         rows = KEPT_POSITIONS + _ROWS * (1 + config.width)
         if config.grower.startswith("rsd"):  # what children were drawn from stays until the tree is verified
             rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
-        return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
+        return self.requirements.device_bytes + 4 * rows * self.vocabulary
 
 
 def with_planes(config: OffloadConfig, *, kernels: bool, show: bool) -> OffloadConfig:
@@ -148,8 +148,8 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
         learned = None if draft.learned is None else Path(draft.learned).expanduser()
         ngrams = partial(Ngrams, vocabulary, _identity(folder, target), folder=learned)
         with closing(ngrams()) as made:
-            needs = made.needs
-        return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
+            requirements = made.requirements
+        return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, requirements, ngrams=ngrams)
     if wanted == "resident":
         return DrafterSpec(draft, vocabulary, True, DrafterRequirements(shared_kv=True))
     if isinstance(wanted, str | Path):
@@ -167,10 +167,10 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
         raise UsageError(
             f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
         )
-    size = wanted.needs.vocabulary
+    size = wanted.requirements.vocabulary
     if size is not None and size != vocabulary:
         raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    return DrafterSpec(draft, vocabulary, False, wanted.needs, (wanted,))
+    return DrafterSpec(draft, vocabulary, False, wanted.requirements, wanted)
 
 
 def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config: OffloadConfig) -> MemoryRequirements:
@@ -181,7 +181,7 @@ def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config:
     compute = {**asked.needs.compute, "drafter and trees": drafter_spec.compute_bytes + mask}
     if drafter_spec.eviction_bytes:
         compute["looking at the prompt"] = drafter_spec.eviction_bytes
-    dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.needs.host_bytes}
+    dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.requirements.host_bytes}
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback
+from tiercache.draft.base import Context, Drafter, Feedback
 
 
-class Follower(BaseDrafter):
+class Follower(Drafter):
     """A drafter that follows the context's tokens."""
 
     seen = 0
