@@ -28,6 +28,9 @@ ONE_FILE_RULES = {
     r"fcntl\.flock": ("tiercache/store/folders.py",),
     r"\bO_DIRECT\b": ("profiler/direct.py",),
     r"madvise": ("profiler/hugepages.py",),
+    r"[!=]= \"source\"": ("tiercache/config/options.py",),
+    r"config\.mode\b|[!=]= \"mixed\"": ("tiercache/config/options.py", "tiercache/engine/session.py"),
+    r"(plan|made|placed)\.hbm is|self\.hbm is": ("policies/plan.py", "tiercache/tiers/stack.py"),
 }
 
 # Lowest first: inside tiercache a file imports only from entries above it in this list. An entry that is a package
@@ -63,7 +66,7 @@ LADDER = (
         "engine.memory",
         "engine.budgets",
         "engine.on_cpu",
-        "engine.loaded",
+        "engine.placement",
         "engine.run",
     ),
     *("engine.mixed_plan", "engine.mixed", "engine.mixed_fit", "engine.drafting", "engine.attach_drafters"),

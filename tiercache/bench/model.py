@@ -18,7 +18,7 @@ from profiler import probe
 from tiercache.bench import shapes
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config.options import OffloadConfig, Precision
+from tiercache.config.options import OffloadConfig, Precision, of_planes
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
 from tiercache.stats import run as stats_module
@@ -70,7 +70,7 @@ def bench(options: Options) -> dict[str, Any]:
     """
     dimensions = shapes.find(options.shape)
     place = options.folder / f"{options.shape}-{'bf16' if options.precision == 'source' else 'planes'}-{options.seed}"
-    make = shapes.make_checkpoint if options.precision == "source" else shapes.make_store
+    make = shapes.make_store if of_planes(options.precision) else shapes.make_checkpoint
     path = make(dimensions, place, options.seed, show_progress=options.show_progress)
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)

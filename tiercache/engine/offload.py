@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, read_options
+from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, default_precision, read_options
 from tiercache.config.sizes import Budget, SizeLike
 from tiercache.engine.session import Session
 from tiercache.store.calibration import Calibration
@@ -72,7 +72,7 @@ def offload(
     """
     places: dict[str, Any] = {"hbm": hbm if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
-    precision = precision or ("int8" if options.get("mode") == "mixed" else "source")
+    precision = precision or default_precision(options)
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
     config = OffloadConfig(**places, **sizes, **chosen, **read_options(options))

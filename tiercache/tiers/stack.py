@@ -118,9 +118,9 @@ class TierStack:
         self._units, self._reader, self._plan = manifest.units, reader, plan
         self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
         self._sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
-        self._observe = observe
+        self._observe, self.link = observe, link or Link()
         self.stats: dict[str, TierStats] = {}
-        self.weights, self._spans = _layout(manifest, device, memory is not None, plan.hbm is None)
+        self.weights, self._spans = _layout(manifest, device, memory is not None, not plan.has_hbm)
         with ExitStack() as stack:
             self._dram = self._make_dram(plan, device) if memory is None else None
             lower = self._dram if memory is None else CallersTier(memory, TierStats())
@@ -130,7 +130,7 @@ class TierStack:
             self.top: Tier | CallersTier | TierChoice = lower
             self._hbm = None
             if plan.hbm is not None:
-                transfer = Transfer(lower, self._spans, device, link)
+                transfer = Transfer(lower, self._spans, device, self.link)
                 stack.callback(transfer.close)
                 self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
                 stack.callback(self._hbm.close)
