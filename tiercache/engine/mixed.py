@@ -20,7 +20,7 @@ from tiercache.engine.placement import Placement
 from tiercache.engine.run import Views
 from tiercache.errors import UsageError
 from tiercache.model import shortlist
-from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.choosing import Choosing, Kind, holding
 from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import NextPass
 from tiercache.model.slotted_planes import Deltas
@@ -166,11 +166,8 @@ class MixedRun:
         """Record each token's wishes; at the end the statistics get Belady's bound for the same slots."""
         neurons = self.blocks[0].planes.block.neurons
         trace = Trace(neurons, [block.recipe.wanted(neurons)[self.low :] for block in self.blocks])
-        before, self.choosing.trace = self.choosing.trace, _Rows(trace)
-        try:
+        with holding(self.choosing, "trace", _Rows(trace)):
             yield trace
-        finally:
-            self.choosing.trace = before
         if self.slots is not None and trace.tokens:
             hot = self.plan.calibration.frequency
             bound = replay.replay(trace, self.slots.plan.slots, BOUND, hot=hot)

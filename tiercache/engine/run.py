@@ -11,7 +11,7 @@ from policies.plan import Plan
 from policies.types import Key
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.errors import UsageError
-from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.choosing import Choosing, Kind, holding
 from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import NextPass
 
@@ -81,11 +81,9 @@ class ResidentRun(ExactRun):
         self.resident_bytes = sum(asked.payload[key] for view in self.views.values() for key in view)
 
     def pass_bytes(self) -> dict[str, int]:
-        """See `ExactRun`."""
         return {"needed": 0, "resident": self.resident_bytes}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """See `ExactRun`."""
         if kind == "mixed":
             raise UsageError("passes of a model that is run exactly are 'exact' or 'resident', not 'mixed'")
-        return self.next_pass.within(resident=kind == "resident")
+        return holding(self.next_pass, "resident", kind == "resident")

@@ -105,7 +105,9 @@ class Kernels(Protocol):
     def matmuls(
         self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
     ) -> None:
-        """`matmul` of several matrices with as many rows each, read together where they lie side by side (gate, up)."""
+        """`matmul` of several matrices with as many rows each; a backend may read them together (gate, up)."""
+        for weight, out in zip(weights, outs, strict=True):
+            self.matmul(x, weight, out, rows)
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
@@ -161,6 +163,12 @@ def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
 def _check_list(rows: Tensor) -> None:
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
+
+
+def check_activation(name: str) -> None:
+    """Refuse the name of an activation that there is not."""
+    if name not in ACTIVATIONS:
+        raise UsageError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
 
 
 def check_output(out: Tensor, tokens: int, features: int, device: torch.device) -> None:

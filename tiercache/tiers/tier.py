@@ -95,7 +95,7 @@ class _Arrival:
     pending: Pending
 
 
-class Tier:
+class Tier(Supply):
     """See the module.
 
     Args:
@@ -143,11 +143,9 @@ class Tier:
             loaded(self._payload[load.key])
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
-        """See `Supply`; None as well before it has arrived."""
-        return self._ready.get(key)
+        return self._ready.get(key)  # None as well before it has arrived
 
     def hit(self, keys: Iterable[Key]) -> None:
-        """See `Supply`."""
         if self._closed:
             raise ClosedError(_CLOSED)
         for key in keys:

@@ -15,8 +15,10 @@ from torch import Tensor
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
+    Kernels,
     QuantizedActivations,
     Selection,
+    check_activation,
     check_activations,
     check_output,
     check_transform,
@@ -32,7 +34,7 @@ _ALIGN = 64
 _FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """See `contract.Kernels`.
 
     Args:
@@ -59,7 +61,6 @@ class CpuKernels:
         self._views = Views()
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """See `contract.Kernels`."""
         check_activations(x)
         check_on_host("x", x)
         tokens, columns = x.shape
@@ -76,7 +77,6 @@ class CpuKernels:
         return QuantizedActivations(tokens, columns, group, (memory,), self.name)
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """See `contract.Kernels`."""
         check_transform(x, before, after)
         check_on_host("x", x)  # and so are the factors, which are where x is
         out = torch.empty(x.shape, **_FLOATS)
@@ -88,7 +88,6 @@ class CpuKernels:
         return out
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
         lists = row_lists(rows)
@@ -98,7 +97,6 @@ class CpuKernels:
     def matmuls(
         self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
     ) -> None:
-        """See `contract.Kernels`."""
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
         count = checked_rows(rows, *weights)
@@ -117,7 +115,6 @@ class CpuKernels:
         del lists
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
         check_activations(x, checked_rows(rows, weight))
         check_on_host("x", x)
         check_output(out, x.shape[0], weight.columns, self.device)
@@ -138,9 +135,7 @@ class CpuKernels:
         out: Tensor,
         rows: Selection = None,
     ) -> None:
-        """See `contract.Kernels`."""
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        check_activation(activation)
         count = checked_rows(rows, down, *inward)
         check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
@@ -159,7 +154,6 @@ class CpuKernels:
         del lists
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
-        """See `contract.Kernels`."""
         for what, tensor in (("rows", rows), ("out", out)):
             check_on_host(what, tensor)
         needed = sum(piece.shape[1] for piece in pieces) * rows.numel()

@@ -20,8 +20,10 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import (
     ACTIVATIONS,
+    Kernels,
     QuantizedActivations,
     Selection,
+    check_activation,
     check_activations,
     check_output,
     check_transform,
@@ -55,7 +57,7 @@ int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 
 
-class CudaKernels:
+class CudaKernels(Kernels):
     """See `contract.Kernels`. Row lists that lie on the device are not checked for range: that would stall the stream.
 
     Args:
@@ -77,7 +79,6 @@ class CudaKernels:
         self._tiler = Tiler(launcher, device, self._switch)
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """See `contract.Kernels`."""
         tokens, columns = x.shape
         self._check_input(x, columns)
         if tokens > self._switch:
@@ -94,7 +95,6 @@ class CudaKernels:
         return QuantizedActivations(tokens, columns, group, (packed, sums))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """See `contract.Kernels`."""
         check_transform(x, before, after)
         if x.device != self.device:
             raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
@@ -107,21 +107,12 @@ class CudaKernels:
         return out
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
         _check_prepared(x, weight)
         check_output(out, x.tokens, checked_rows(rows, weight), self.device)
         for some, (near,), chosen in self._tiles(x.tokens, (weight,), rows):
             self._matmul(x, near, out[:, some], chosen)
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
-        """See `contract.Kernels`. One launch each: on a GPU nothing is gained by walking matrices together."""
-        for weight, out in zip(weights, outs, strict=True):
-            self.matmul(x, weight, out, rows)
-
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
         self._check_input(x, checked_rows(rows, weight))
         check_output(out, x.shape[0], weight.columns, self.device)
         for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
@@ -136,9 +127,7 @@ class CudaKernels:
         out: Tensor,
         rows: Selection = None,
     ) -> None:
-        """See `contract.Kernels`."""
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
             raise UsageError(
                 f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"

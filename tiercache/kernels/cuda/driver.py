@@ -49,7 +49,7 @@ class Launcher(Protocol):
         """Enqueue a call; what it reads and writes is in use until the stream has got there."""
 
 
-class Driver:
+class Driver(Launcher):
     """See `Launcher`. Kernels are compiled, or taken from the disk, when first launched.
 
     *Ordering*: all calls go to the stream that is torch's current one when they are launched, and overtake nothing
@@ -89,7 +89,6 @@ class Driver:
         self._check(retain(ctypes.byref(self._context), number), "opening the device")
 
     def address(self, tensor: Tensor) -> int:
-        """See `Launcher`."""
         if on_gpu(tensor.device):
             if tensor.device != self.device:
                 raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
@@ -108,11 +107,9 @@ class Driver:
         return found.value
 
     def is_near(self, tensor: Tensor) -> bool:
-        """See `Launcher`."""
         return on_gpu(tensor.device)
 
     def launch(self, call: Call) -> None:
-        """See `Launcher`."""
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         packed = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))  # the driver copies it before it returns
         with self._current():
