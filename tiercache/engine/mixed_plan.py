@@ -85,7 +85,7 @@ class MixedPlan:
         first = manifest.blocks[0]
         widths = plane_widths(first.columns, first.group)[first.low :]
         most = map(max, zip(*self._wanted(manifest), strict=True))
-        held = sum(count * width for count, width in zip(most, widths, strict=True))
+        held: int = sum(count * width for count, width in zip(most, widths, strict=True))
         return self.slot_plan(manifest, 0).nbytes + (Choosing().few - 1) * held
 
     def share_bytes(self, store: PlaneStore) -> int:
