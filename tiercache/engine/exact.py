@@ -60,11 +60,7 @@ class ExactPlacement(Placement):
 def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool) -> ExactPlacement:
     """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
 
-    Args:
-        opened: the model.
-        config: the options, with `resident` where the model's own planes may draft.
-        machine: where it runs.
-        show: whether notes may be printed.
+    With `config.resident` the model's own planes may draft; `show`: notes may be printed.
 
     Raises:
         DoesNotFitError: a budget is too small, with "auto" even for plain decoding.

@@ -26,7 +26,6 @@ class OffloadHandle:
 
     Attributes:
         plan: what lies where.
-        meta_trace: what a pass does and takes.
         mixed: in mixed mode, how neurons are run.
         run: how passes go.
     """
@@ -34,7 +33,7 @@ class OffloadHandle:
     def __init__(
         self, made: Plan, asked: MemoryRequirements, stats: Stats, refresh: Callable[[Stats], None], run: Run
     ) -> None:
-        self.plan, self.meta_trace, self.run = made, asked.meta_trace, run
+        self.plan, self.run = made, run
         self.mixed = run if isinstance(run, MixedRun) else None
         self._asked, self._stats, self._refresh = asked, stats, refresh
 

@@ -67,15 +67,10 @@ class MixedRun:
     def start(
         cls, plan: MixedPlan, placed: Placement, tiers: TierStack, stack: ExitStack, *, on_cpu: bool
     ) -> "MixedRun":
-        """Make the blocks and fill their slots, if there are any.
+        """Make the blocks and fill their slots, if there are any; `stack` closes what is opened here.
 
-        Args:
-            plan: how neurons are run.
-            placed: the model and what lies where.
-            tiers: hold the units.
-            stack: closes what is opened here.
-            on_cpu: the CPU multiplies, in DRAM, what has no slot; a token then brings up only as many neurons as renew
-                the slots.
+        With `on_cpu` the CPU multiplies, in DRAM, what has no slot; a token then brings up only as many neurons as
+        renew the slots.
         """
         config, opened, slotted = placed.config, placed.opened, placed.plan.has_hbm
         choosing = Choosing(in_order=config.max_fetches is not None)

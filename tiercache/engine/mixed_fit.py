@@ -42,11 +42,7 @@ class MixedPlacement(Placement):
 def place(opened: Opened, config: OffloadConfig, machine: Machine, calibration: Calibration | None) -> MixedPlacement:
     """Choose the recipe and plan for it: of several, the best whose ranking planes all stay in HBM.
 
-    Args:
-        opened: the model, from a plane store.
-        config: the options.
-        machine: where it runs.
-        calibration: stands in for the store's own; None for that.
+    `calibration` stands in for the store's own.
 
     Raises:
         UsageError, UnsupportedModelError: mixed mode cannot run this model, or knows no recipe within what was asked.

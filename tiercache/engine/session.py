@@ -38,15 +38,7 @@ from tiercache.tiers.stack import Observer, TierStack
 
 
 class Session:
-    """See the module.
-
-    Args:
-        stack: closes what is opened, in reverse order.
-        config: the options.
-        show_progress: draw bars and print notes; None for bars on a terminal.
-        observe: is told (tier, event, unit) of every decision.
-        calibration: stands in for the store's own; None for that.
-    """
+    """See the module, and `engine.offload` for the arguments; `stack` closes what is opened here, in reverse order."""
 
     def __init__(
         self,

@@ -70,12 +70,7 @@ class Bindings:
 
 
 class Binder:
-    """Binds the linear modules of one model.
-
-    Args:
-        model: the model.
-        bindings: of its modules.
-    """
+    """Binds the linear modules of one model."""
 
     def __init__(self, model: nn.Module, bindings: Bindings) -> None:
         self._supply, self._workspace = bindings.supply, bindings.workspace

@@ -23,7 +23,6 @@ class BlockMatmuls:
         cpu_kernels: multiply in main memory.
 
     Args:
-        planes: see above.
         modules: its inward modules, in the order of the block's, and the outward one.
         kernels: who multiplies, by the kind of device.
     """

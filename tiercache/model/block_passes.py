@@ -49,10 +49,7 @@ class BlockPass:
         x: the input that it is for, [..., features].
         values: of each inward matrix its products with x, [tokens, neurons], fp32.
 
-    Args:
-        matmuls: of the block, its planes open.
-        ranking: of its neurons.
-        x: see above.
+    The planes of the block are open.
     """
 
     def __init__(self, matmuls: BlockMatmuls, ranking: Ranking, x: Tensor) -> None:

@@ -76,9 +76,7 @@ class BlockPlanes:
         output_factors: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
 
     Args:
-        block: which.
         supply: where its first unit comes from.
-        device: where the slots are.
     """
 
     def __init__(self, block: NeuronBlock, supply: SlotSource, device: torch.device) -> None:

@@ -37,12 +37,7 @@ class FileRows(EmbeddingRows):
     """Rows read from the file, each on its own; counts their bytes in `read_bytes`.
 
     A thread of its own reads them, for a pass of planes that stay would wait behind all that was asked for the next
-    one that streams.
-
-    Args:
-        piece: the whole table in its file.
-        shape: of the table.
-        dtype: of the table.
+    one that streams. `piece` is the whole table in its file.
     """
 
     def __init__(self, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -28,7 +28,6 @@ class Deltas:
     less W at the lower. Rounding that `lo` to fp16 is off by at most a 256th of a step.
 
     Args:
-        block: which.
         scales: of the block: bytes [neurons, parts, bytes of a row's scales].
         above: the planes above, in main memory: [neurons, parts, bytes of a row].
     """
@@ -55,10 +54,7 @@ class SlottedPlanes(BlockPlanes):
     """The first planes are one unit in the upper tier, the planes above lie in slots there. See `BlockPlanes`.
 
     Args:
-        block: which.
-        supply: where its first unit comes from.
         slots: of the planes above.
-        device: where all of it lies.
         deltas: multiplies in main memory what has no slot; None leaves such neurons at the precision at hand.
     """
 

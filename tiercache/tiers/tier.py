@@ -58,13 +58,8 @@ class Pending(Protocol):
         """Give up; return when nothing writes any more."""
 
 
-class Fill(Protocol):
-    """Brings the bytes of a key into a slot."""
-
-    def __call__(self, key: Key, slot: torch.Tensor, after: Event | None) -> Pending:
-        """Begin; `after` is the event of the slot's last reader on a GPU."""
-
-
+# Begins to bring the bytes of a key into a slot, after the event of the slot's last reader on a GPU.
+Fill = Callable[[Key, torch.Tensor, Event | None], Pending]
 Cause = Callable[[Pending, float], Mapping[str, float]]
 
 

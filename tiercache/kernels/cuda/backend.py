@@ -29,7 +29,7 @@ from tiercache.kernels.contract import (
     check_transform,
     checked_rows,
 )
-from tiercache.kernels.cuda.driver import Driver, Launcher
+from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.launches import (
     CHUNK_COLUMNS,
     FEW_TOKENS,
@@ -62,17 +62,17 @@ class CudaKernels(Kernels):
 
     Args:
         device: the CUDA device.
-        launcher: what runs the kernels; None for the device's driver.
+        launcher: what runs the kernels; None for the device's driver. The tests give an emulation.
         switch: tokens above which weights are decoded first.
 
     Raises:
         EnvironmentUnsupportedError: no such device, or no compiler for it.
     """
 
-    def __init__(self, device: torch.device, launcher: Launcher | None = None, switch: int = DEFAULT_SWITCH) -> None:
+    def __init__(self, device: torch.device, launcher: Driver | None = None, switch: int = DEFAULT_SWITCH) -> None:
         if launcher is None:
-            driver = Driver(device)
-            launcher, device = driver, driver.device
+            launcher = Driver(device)
+            device = launcher.device
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
         self._switch = max(switch, FEW_TOKENS)
