@@ -101,10 +101,6 @@ class MixedRun:
             )
         return self.choosing.passes(kind)
 
-    def neurons(self) -> "MixedRun":
-        """See `engine.run.ExactRun`."""
-        return self
-
     @property
     def notice(self) -> str:
         """See `engine.run.ExactRun`."""

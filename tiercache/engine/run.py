@@ -5,7 +5,6 @@ Knows plans and requirements; moves nothing.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NoReturn
 
 from policies.plan import Plan
 from policies.types import Key
@@ -53,14 +52,6 @@ class ExactRun:
 
         Raises:
             UsageError: there are none of it.
-        """
-        raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
-
-    def neurons(self) -> NoReturn:
-        """The mixed run that chooses neurons.
-
-        Raises:
-            UsageError: this is none.
         """
         raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
 
