@@ -13,7 +13,7 @@ import transformers
 
 from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, default_precision, read_options
 from tiercache.config.sizes import Budget, SizeLike
-from tiercache.engine.session import Session
+from tiercache.engine.session import open_session
 from tiercache.store.calibration import Calibration
 from tiercache.tiers.stack import Observer
 
@@ -91,7 +91,7 @@ def open_offloaded(
 ) -> Iterator[transformers.PreTrainedModel]:
     """`offload` with its options read already; `calibration` stands in for the store's own."""
     with ExitStack() as stack:
-        session = Session(stack, config, show_progress=show_progress, observe=observe, calibration=calibration)
+        given: dict[str, Any] = {"show_progress": show_progress, "observe": observe, "calibration": calibration}
         with torch.inference_mode(False):  # a caller's own would make tensors that a pass on the meta device cannot use
-            model = session.open(model_or_path)
+            model = open_session(model_or_path, config, stack, **given)
         yield model
