@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tiercache.kernels.contract import (
-    Kernels,
-    QuantizedActivations,
-    Selection,
-    SlotRows,
-    check_activation,
-    check_activations,
-    check_output,
-    check_transform,
-    checked_rows,
-)
+from tiercache.kernels import contract
+from tiercache.kernels.contract import Kernels, QuantizedActivations, Selection, SlotRows
 from tiercache.quant import hadamard
 from tiercache.quant.planes import Planes, decode
 
@@ -41,7 +32,7 @@ def activate(name: str, x: Tensor) -> Tensor:
     Raises:
         UsageError: there is none.
     """
-    check_activation(name)
+    contract.check_activation(name)
     return _FUNCTIONS[name](x)
 
 
@@ -59,21 +50,21 @@ class ReferenceKernels(Kernels):
         self.device, self._dtype = device or torch.device("cpu"), dtype
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        check_activations(x)
+        contract.check_activations(x)
         return QuantizedActivations(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        check_transform(x, before, after)
+        contract.check_transform(x, before, after)
         turned = hadamard.transform(x.float() if before is None else x.float() * before)
         return turned if after is None else turned * after
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
+        contract.check_output(out, x.tokens, contract.checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        check_activations(x, checked_rows(rows, weight))
-        check_output(out, x.shape[0], weight.columns, self.device)
+        contract.check_activations(x, contract.checked_rows(rows, weight))
+        contract.check_output(out, x.shape[0], weight.columns, self.device)
         out += x.to(self._dtype) @ self._weights(weight, rows)
 
     def ffn(
@@ -85,11 +76,11 @@ class ReferenceKernels(Kernels):
         out: Tensor,
         rows: Selection = None,
     ) -> None:
-        checked_rows(rows, *inward, down)
+        contract.checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
         for more in inward[1:]:
             hidden = hidden * (x.data[0] @ self._weights(more, rows).T)
-        check_output(out, x.tokens, down.columns, self.device)
+        contract.check_output(out, x.tokens, down.columns, self.device)
         out += hidden @ self._weights(down, rows)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
