@@ -29,7 +29,7 @@ ONE_FILE_RULES = {
     r"\bO_DIRECT\b": ("profiler/direct.py",),
     r"madvise": ("profiler/hugepages.py",),
     r"[!=]= \"source\"": ("tiercache/config/options.py",),
-    r"config\.mode\b|[!=]= \"mixed\"": ("tiercache/config/options.py", "tiercache/engine/session.py"),
+    r"(config|self)\.mode\b|get\(\"mode\"\)": ("tiercache/config/options.py", "tiercache/engine/session.py"),
     r"(plan|made|placed)\.hbm is|self\.hbm is": ("policies/plan.py", "tiercache/tiers/stack.py"),
 }
 

@@ -81,6 +81,10 @@ Selection = Tensor | SlotRows | None
 """Which rows are taken: a list for all planes, a list for each, or all rows."""
 
 
+Parts = Sequence[Planes]
+"""Several matrices: gate and up, or all parts of a feed-forward block."""
+
+
 class Kernels(Protocol):
     """A backend."""
 
@@ -102,9 +106,7 @@ class Kernels(Protocol):
         A token that holds NaN or infinity gets NaN or infinity in every result.
         """
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
+    def matmuls(self, x: QuantizedActivations, weights: Parts, outs: Sequence[Tensor], rows: Selection = None) -> None:
         """`matmul` of several matrices with as many rows each; a backend may read them together (gate, up)."""
         for weight, out in zip(weights, outs, strict=True):
             self.matmul(x, weight, out, rows)
@@ -117,13 +119,7 @@ class Kernels(Protocol):
         """
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
         """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tiercache.kernels import contract
-from tiercache.kernels.contract import Kernels, QuantizedActivations, Selection, SlotRows
+from tiercache.kernels.contract import Kernels, Parts, QuantizedActivations, Selection, SlotRows
 from tiercache.quant import hadamard
 from tiercache.quant.planes import Planes, decode
 
@@ -68,13 +68,7 @@ class ReferenceKernels(Kernels):
         out += x.to(self._dtype) @ self._weights(weight, rows)
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
         contract.checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)

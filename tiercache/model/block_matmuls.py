@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations, Selection
-from tiercache.model.block_planes import BlockPlanes, Group, Parts
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, Parts, QuantizedActivations, Selection
+from tiercache.model.block_planes import BlockPlanes, Group
 from tiercache.model.linear import plain
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiercache.kernels.contract import Selection
+from tiercache.kernels.contract import Parts, Selection
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.tier import SlotSource
 
-Parts = Sequence[Planes]
 _ALL = slice(None)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from policies.neurons import IntArray
-from tiercache.kernels.contract import SlotRows
-from tiercache.model.block_planes import BlockPlanes, Group, Parts, cut
+from tiercache.kernels.contract import Parts, SlotRows
+from tiercache.model.block_planes import BlockPlanes, Group, cut
 from tiercache.quant.codes import MIDDLES
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock

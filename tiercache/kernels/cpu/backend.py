@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import contract
-from tiercache.kernels.contract import ACTIVATIONS, Kernels, QuantizedActivations, Selection
+from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
@@ -84,9 +84,7 @@ class CpuKernels(Kernels):
         self._matmul(x, some_rows(self._views.matrix(weight), lists), out)
         del lists
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
+    def matmuls(self, x: QuantizedActivations, weights: Parts, outs: Sequence[Tensor], rows: Selection = None) -> None:
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
         count = contract.checked_rows(rows, *weights)
@@ -117,13 +115,7 @@ class CpuKernels(Kernels):
         del lists, keep
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
         contract.check_activation(activation)
         count = contract.checked_rows(rows, down, *inward)

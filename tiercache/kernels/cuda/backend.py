@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
-from tiercache.kernels.contract import ACTIVATIONS, Kernels, QuantizedActivations, Selection
+from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cuda import launches
 from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.launches import Blocks, Slices
@@ -98,13 +98,7 @@ class CudaKernels(Kernels):
             self._matmul_transposed(x[:, some], near, out, chosen)
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
         contract.check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
@@ -137,7 +131,7 @@ class CudaKernels(Kernels):
                 raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
         self._tiler.gather(pieces, rows.to(self.device, torch.int32).contiguous(), out)
 
-    def _tiles(self, tokens: int, weights: Sequence[Planes], rows: Selection) -> Iterator[Tile]:
+    def _tiles(self, tokens: int, weights: Parts, rows: Selection) -> Iterator[Tile]:
         return self._tiler.tiles(tokens, weights, RowLists.of(rows, self.device))
 
     def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: RowLists) -> None:
@@ -148,7 +142,7 @@ class CudaKernels(Kernels):
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
 
     def _launch_rows(
-        self, x: QuantizedActivations, weights: Sequence[Planes], out: tuple[int, int], rows: RowLists, activation: int
+        self, x: QuantizedActivations, weights: Parts, out: tuple[int, int], rows: RowLists, activation: int
     ) -> None:
         packed, sums = x.data
         matrices = [launches.matrix(weight, self._at) for weight in weights]
@@ -157,14 +151,14 @@ class CudaKernels(Kernels):
         how = (shape, activation, self._launcher.multiprocessors)
         self._launcher.launch(launches.rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
 
-    def _hidden(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
+    def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
         blocks = Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
+    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
         count = rows.count(inward[0])
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
