@@ -74,6 +74,17 @@ class TierPlan:
         """What the tier allocates for units."""
         return max(self.placement.pinned_bytes + self.placement.ring_bytes, self.transit_bytes)
 
+    @property
+    def allocated_bytes(self) -> int:
+        """All that it takes: units, slots of neurons, and what is reserved beside them."""
+        return self.slab_bytes + self.neuron_bytes + sum(self.reserved_bytes.values())
+
+    @property
+    def passing(self) -> tuple[Key, ...]:
+        """The units that do not stay."""
+        staying = set(self.placement.pinned)
+        return tuple(key for key in self.order if key not in staying)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,15 +94,29 @@ class Plan:
     dram: TierPlan
 
     @property
+    def has_hbm(self) -> bool:
+        """Whether there is an HBM tier above DRAM."""
+        return self.hbm is not None
+
+    @property
+    def fastest(self) -> TierPlan:
+        """The HBM tier, or DRAM without one."""
+        return self.hbm or self.dram
+
+    @property
+    def copied(self) -> tuple[Key, ...]:
+        """Units that every pass copies up to the HBM tier; none without one."""
+        return self.fastest.passing if self.has_hbm else ()
+
+    @property
     def streamed(self) -> tuple[Key, ...]:
         """Units that every pass reads from the SSD."""
-        return tuple(key for key in self.dram.order if key not in set(self.dram.placement.pinned))
+        return self.dram.passing
 
     @property
     def still(self) -> bool:
         """Whether a pass moves nothing, for all units stay in the fastest tier."""
-        tier = self.hbm or self.dram
-        return set(tier.order) <= set(tier.placement.pinned)
+        return not self.fastest.passing
 
     def resident(self, matrices: Iterable[Sequence[Key]]) -> list[tuple[Key, ...]]:
         """Of each matrix, given as the units of its planes, those that a resident pass does with.
@@ -99,7 +124,7 @@ class Plan:
         They stay in the fastest tier, up to the first one that does not; never all of them, so that where everything
         stays drafting still reads a precision less.
         """
-        staying = frozenset((self.hbm or self.dram).placement.pinned)
+        staying = frozenset(self.fastest.placement.pinned)
         return [tuple(takewhile(staying.__contains__, units[:-1])) for units in matrices]
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,6 +28,9 @@ ONE_FILE_RULES = {
     r"fcntl\.flock": ("tiercache/store/folders.py",),
     r"\bO_DIRECT\b": ("profiler/direct.py",),
     r"madvise": ("profiler/hugepages.py",),
+    r"[!=]= \"source\"": ("tiercache/config/options.py",),
+    r"(config|self)\.mode\b|get\(\"mode\"\)": ("tiercache/config/options.py", "tiercache/engine/session.py"),
+    r"(plan|made|placed)\.hbm is|self\.hbm is": ("policies/plan.py", "tiercache/tiers/stack.py"),
 }
 
 # Lowest first: inside tiercache a file imports only from entries above it in this list. An entry that is a package
@@ -55,7 +58,7 @@ LADDER = (
         "engine.memory",
         "engine.budgets",
         "engine.on_cpu",
-        "engine.loaded",
+        "engine.placement",
         "engine.run",
     ),
     *("engine.mixed_plan", "engine.mixed", "engine.mixed_fit", "engine.drafting", "engine.attach_drafters"),
@@ -81,6 +84,7 @@ def _files() -> dict[str, Path]:
 
 FILES = _files()
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+CLASSES = {node.name: node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def imports(name: str) -> set[str]:
@@ -214,8 +218,21 @@ def test_one_file_asks(question: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if FILES[name].stat().st_size])
 def test_everything_public_is_documented(name: str) -> None:
-    bare = [what for what, node in public(name) if ast.get_docstring(node) is None]
+    bare = [what for what, node in public(name) if ast.get_docstring(node) is None and not _is_told_above(what)]
     assert not bare
+
+
+def _is_told_above(method: str) -> bool:
+    """Whether a class that a method's class inherits from has a docstring for it."""
+    *_, owner, leaf = method.split(".")
+    for base in CLASSES[owner].bases if owner in CLASSES else ():
+        above = CLASSES.get(ast.unparse(base).split("[")[0])
+        for node in above.body if above is not None else ():
+            if isinstance(node, _FUNCTIONS) and node.name == leaf and ast.get_docstring(node):
+                return True
+        if above is not None and _is_told_above(f"{above.name}.{leaf}"):
+            return True
+    return False
 
 
 def test_one_file_knows_transformers_moving_parts() -> None:

@@ -19,7 +19,7 @@ from profiler import probe
 from tiercache.bench import shapes
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config.options import OffloadConfig, Precision
+from tiercache.config.options import OffloadConfig, Precision, of_planes
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
 from tiercache.stats import run as stats_module
@@ -69,7 +69,7 @@ def bench(options: Options) -> dict[str, Any]:
         UsageError: no such shape, or too few bytes a token for any recipe.
     """
     dimensions = shapes.find(options.shape)
-    make, kind = (shapes.make_checkpoint, "bf16") if options.precision == "source" else (shapes.make_store, "planes")
+    make, kind = (shapes.make_store, "planes") if of_planes(options.precision) else (shapes.make_checkpoint, "bf16")
     folder = options.folder.expanduser() / f"{options.shape}-{kind}-{options.seed}"
     path = make(dimensions, folder, options.seed, show_progress=options.show_progress)
     generator = torch.Generator().manual_seed(options.seed)

@@ -24,6 +24,11 @@ KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
 
 
+def of_planes(precision: str) -> bool:
+    """Whether weights at this precision are bit planes; at "source" they are the original ones."""
+    return precision != "source"
+
+
 class MixedOptions(TypedDict, total=False):
     """Options of `offload` for choosing planes neuron by neuron; without them a model is run exactly.
 
@@ -55,6 +60,11 @@ class MixedOptions(TypedDict, total=False):
 
 class Options(MixedOptions, DraftOptions, total=False):
     """Everything that `offload` takes beside places and precisions."""
+
+
+def default_precision(options: Options) -> Precision:
+    """What weights are read at where no precision was asked for."""
+    return STORE_PRECISION if options.get("mode") == "mixed" else "source"
 
 
 def read_options(options: Options) -> dict[str, Any]:
@@ -185,7 +195,12 @@ class OffloadConfig:
             if self.policy != "auto" or self.max_fetches is not None:
                 raise UsageError("policy= and max_fetches= are for mode='mixed'; exact mode has no slots of neurons")
             return
-        if self.precision == "source":
+        if self.draft is not None:
+            raise UsageError(
+                "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would "
+                "choose all of them; leave one of the two out"
+            )
+        if not of_planes(self.precision):
             raise UsageError(
                 "mode='mixed' is made of planes: give precision='int8' or 'int4', the precision of what is no neuron"
             )

@@ -78,15 +78,10 @@ def with_planes(config: OffloadConfig, *, kernels: bool, show: bool) -> OffloadC
         show: whether notes may be printed.
 
     Raises:
-        UsageError: a drafter for a mode or precision that it cannot draft for.
+        UsageError: a drafter for a precision that it cannot draft for.
     """
     if config.draft is None:
         return config
-    if config.mode == "mixed":
-        raise UsageError(
-            "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would "
-            "choose all of them; leave one of the two out"
-        )
     named = config.draft.drafter
     able = config.precision in ("int8", "int4") and kernels
     if named == "resident" and config.precision in ("int8", "int4") and not kernels:

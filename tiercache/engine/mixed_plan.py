@@ -70,23 +70,22 @@ class MixedPlan:
         ranks = [min(recipe.rank, top) if slotted else top for recipe, top in zip(self.recipes, self.tops, strict=True)]
         return store.manifest(level, list(zip(ranks, self.tops, strict=True)))
 
+    def _wanted(self, manifest: Manifest) -> list[tuple[int, ...]]:
+        """Of each block, how many neurons a token wants in each plane that may have slots."""
+        low, blocks = manifest.blocks[0].low, manifest.blocks
+        return [recipe.wanted(block.neurons)[low:] for block, recipe in zip(blocks, self.recipes, strict=True)]
+
     def passing(self, manifest: Manifest) -> tuple[int, ...]:
         """Rows of each slotted plane that one token of any block may need at once."""
-        low = manifest.blocks[0].low
-        most = [0] * (TOP - low)
-        for block, recipe in zip(manifest.blocks, self.recipes, strict=True):
-            for plane, count in enumerate(recipe.wanted(block.neurons)[low:]):
-                most[plane] = max(most[plane], count, min(block.neurons, _PASSING_ROWS))
-        return tuple(most)
+        least = min(manifest.blocks[0].neurons, _PASSING_ROWS)
+        return tuple(max(least, *counts) for counts in zip(*self._wanted(manifest), strict=True))
 
     def passing_bytes(self, manifest: Manifest) -> int:
         """Memory for `passing`, and for the down rows that the first tokens of a short pass hold from the others."""
-        low, first = manifest.blocks[0].low, manifest.blocks[0]
-        wanted = [
-            recipe.wanted(block.neurons)[low:] for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
-        ]
-        widths = plane_widths(first.columns, first.group)[low:]
-        held = sum(max(layer[plane] for layer in wanted) * width for plane, width in enumerate(widths))
+        first = manifest.blocks[0]
+        widths = plane_widths(first.columns, first.group)[first.low :]
+        most = map(max, zip(*self._wanted(manifest), strict=True))
+        held: int = sum(count * width for count, width in zip(most, widths, strict=True))
         return self.slot_plan(manifest, 0).nbytes + (Choosing().few - 1) * held
 
     def share_bytes(self, store: PlaneStore) -> int:
@@ -98,11 +97,8 @@ class MixedPlan:
         first = manifest.blocks[0]
         widths = tuple(first.parts * width for width in plane_widths(first.columns, first.group)[first.low :])
         wanted = [
-            [
-                count if first.low + plane < len(block.units) else 0
-                for plane, count in enumerate(recipe.wanted(block.neurons)[first.low :])
-            ]
-            for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
+            [count if first.low + plane < len(block.units) else 0 for plane, count in enumerate(counts)]
+            for block, counts in zip(manifest.blocks, self._wanted(manifest), strict=True)
         ]
         slots = precision.share_slots(wanted, widths, first.neurons, budget_bytes)
         return SlotPlan(tuple(map(tuple, slots)), self.passing(manifest), widths, first.neurons)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiercache.config.options import OffloadConfig, home_folder
+from tiercache.config.options import OffloadConfig, home_folder, of_planes
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
@@ -53,11 +53,9 @@ class Opened:
     store: PlaneStore | None = None
     folder: Path | None = None
 
-    def cut(self, precision: str, *, resident: bool) -> "Opened":
-        """The same model with its matrices cut by plane, if `resident`, or whole; as it is without a store."""
-        if self.store is None:
-            return self
-        return replace(self, manifest=self.store.manifest(precision, cut=resident))
+    def cut_by_plane(self, precision: str) -> "Opened":
+        """The same model with its matrices cut by plane; as it is without a store."""
+        return replace(self, manifest=self.store.manifest(precision, cut=True)) if self.store else self
 
     @property
     def row_bytes(self) -> int:
@@ -137,7 +135,7 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
     source = Checkpoint.open(folder)
-    if config.precision != "source":
+    if of_planes(config.precision):
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
@@ -165,21 +163,21 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
 
 
 def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:
-    if config.precision == "source":
+    if not of_planes(config.precision):
         raise UsageError(
             f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
             "'int3', or name the checkpoint (and the store as store=, --store, for its planes)"
         )
     if config.checks:
         store.verify(show_progress=show_progress)
-    manifest = store.manifest(config.precision, cut=config.resident)
+    manifest = store.manifest(config.precision)
     return Opened(model := store.model(), model, manifest, None, False, store, store.folder)
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
     check_in_memory(model)
     bare = meta_model.build(model.config, model.dtype)
-    if config.precision == "source":
+    if not of_planes(config.precision):
         _refuse_checks(config)
         manifest, slots = memory_manifest(model)
         return Opened(model, bare, manifest, slots, True)
@@ -197,7 +195,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model, bare, store.manifest(config.precision, cut=config.resident), None, True, store)
+    return Opened(model, bare, store.manifest(config.precision), None, True, store)
 
 
 def _refuse_checks(config: OffloadConfig) -> None:

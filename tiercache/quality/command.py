@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tiercache
 from tiercache import text as texts
-from tiercache.config.options import STORE_PRECISION, home_folder
+from tiercache.config.options import STORE_PRECISION, home_folder, of_planes
 from tiercache.config.sizes import SizeLike
 from tiercache.engine.source import default_store
 from tiercache.errors import UsageError
@@ -128,7 +128,7 @@ def quality(
 
 def _check_stores(folder: Path, modes: list[Mode], store: Path | None) -> None:
     """Refuse modes that lack their weights or their calibration now, not after hours of work."""
-    if _is_store(folder) and any(mode.precision == "source" for mode in modes):
+    if _is_store(folder) and any(not of_planes(mode.precision) for mode in modes):
         raise UsageError(f"{folder} is a plane store, which holds no original weights; name the checkpoint for source")
     if any(mode.mixed for mode in modes):
         place = folder if _is_store(folder) else store or default_store(Checkpoint.open(folder))
@@ -185,7 +185,7 @@ def _one(
     sizes = {"context": max(tokens, len(prompt) + options.decode), "logits": tokens}
     if harness is not None:
         sizes = {name: max(size, harness.tokens) for name, size in sizes.items()}
-    store = {} if mode.precision == "source" or _is_store(folder) else {"store": options.store}
+    store = {} if not of_planes(mode.precision) or _is_store(folder) else {"store": options.store}
     asked: dict[str, Any] = {**options.offload, **sizes, **store, **mode.options()}
     with tiercache.offload(folder, **asked, show_progress=options.show_progress) as model:
         attached: Any = model.tiercache

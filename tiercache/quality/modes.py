@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tiercache.config.options import STORE_PRECISION, Precision
+from tiercache.config.options import STORE_PRECISION, Precision, of_planes
 from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
@@ -56,7 +56,7 @@ def parse(text: str) -> Mode:
     if kind != "mixed" or not colon or not budget:
         raise UsageError(f"unknown mode {text!r}: {FORMS}")
     precision = precision if slash else STORE_PRECISION
-    if precision not in precisions or precision == "source":
+    if precision not in precisions or not of_planes(precision):
         raise UsageError(f"a mixed mode's other matrices are int8, int4 or int3, not {precision!r}: {FORMS}")
     if budget.startswith("<="):
         return Mode(name, precision, max_loss=_loss(budget[2:], text))

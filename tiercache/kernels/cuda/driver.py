@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,37 +23,17 @@ from tiercache.tiers.device import on_gpu
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 
 
-class Launcher(Protocol):
-    """What runs calls: the driver, or in the tests an emulation.
-
-    Attributes:
-        capability: the card's compute capability.
-        multiprocessors: how many it has.
-    """
-
-    capability: tuple[int, int]
-    multiprocessors: int
-
-    def address(self, tensor: Tensor) -> int:
-        """Where a kernel finds the tensor's bytes.
-
-        Raises:
-            UsageError: it cannot reach them.
-        """
-
-    def is_near(self, tensor: Tensor) -> bool:
-        """Whether the bytes lie in the card's own memory and not across a link."""
-
-    def launch(self, call: Call) -> None:
-        """Enqueue a call; what it reads and writes is in use until the stream has got there."""
-
-
 class Driver:
-    """See `Launcher`. Kernels are compiled, or taken from the disk, when first launched.
+    """Runs calls. Kernels are compiled, or taken from the disk, when first launched.
 
     *Ordering*: all calls go to the stream that is torch's current one when they are launched, and overtake nothing
     there. Host memory handed to a call is read later: its owner keeps it locked and unchanged until that stream has
     passed the call.
+
+    Attributes:
+        device: the CUDA device.
+        capability: the card's compute capability.
+        multiprocessors: how many it has.
 
     Args:
         device: the CUDA device.
@@ -89,7 +68,11 @@ class Driver:
         self._check(retain(ctypes.byref(self._context), number), "opening the device")
 
     def address(self, tensor: Tensor) -> int:
-        """See `Launcher`."""
+        """Where a kernel finds the tensor's bytes.
+
+        Raises:
+            UsageError: it cannot reach them.
+        """
         if on_gpu(tensor.device):
             if tensor.device != self.device:
                 raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
@@ -108,11 +91,11 @@ class Driver:
         return found.value
 
     def is_near(self, tensor: Tensor) -> bool:
-        """See `Launcher`."""
+        """Whether the bytes lie in the card's own memory and not across a link."""
         return on_gpu(tensor.device)
 
     def launch(self, call: Call) -> None:
-        """See `Launcher`."""
+        """Enqueue a call; what it reads and writes is in use until the stream has got there."""
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         packed = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))  # the driver copies it before it returns
         with self._current():
