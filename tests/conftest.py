@@ -2,11 +2,12 @@
 
 import fcntl
 import gc
-import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,9 +64,9 @@ settings.register_profile(
 settings.load_profile("tests")
 
 # Children are forked from a server that has imported everything and runs one thread, so one costs milliseconds.
-_FORKS = multiprocessing.get_context("forkserver")
+_FORKS = get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "conftest"]
+    ["conftest", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
 )
 
 
@@ -140,6 +141,10 @@ class ChildDiedError(Exception):
 @pytest.fixture(scope="session")
 def start_child() -> Callable[..., tuple[BaseProcess, Connection]]:
     """`start_child(function, *arguments)`: runs it in a fresh process, `function` being given a pipe's end first."""
+
+    with pytest.MonkeyPatch.context() as patch:  # or the server, which is not told sys.path, would preload no conftest
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
     def start(function: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
         here, there = _FORKS.Pipe()
