@@ -45,7 +45,6 @@ from tiercache.store.calibration import FILE, PARTIAL_FILE, Calibration
 from tiercache.store.folders import locked
 from tiercache.store.planestore import PlaneStore
 
-PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 TEXT = Path(__file__)
 SMALL: dict[str, Any] = {"tokens": 96, "window": 32, "measure_tokens": 32, "show_progress": False}
 FEW = (0.5,)
@@ -511,9 +510,8 @@ def test_budgets_too_small_for_the_model_change_nothing(
     assert [setting.share for setting in upper.settings] == [setting.share for setting in whole.settings]
 
 
-def test_pico_ranks_well_and_loses_little(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    tiercache.convert(PICO, store, compress="off", show_progress=False)
+def test_pico_ranks_well_and_loses_little(pico_store: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(pico_store, tmp_path / "store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trying, "SHARES", ())
         result = calibrate(

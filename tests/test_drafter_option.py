@@ -195,12 +195,12 @@ def test_growers_and_budgets_change_nothing(kind: str, name: str, plane_store: F
         drafter: Drafter = LmDrafter(other, grower(name))
         if kind == "resident":
             drafter = ResidentDrafter(lambda: model.tiercache.passes("resident"), grower(name))
-        for nodes in (1, 2, 7, 64, 512):
+        for nodes in (1, 7, 512):
             with drafting(model, [drafter], nodes, depth=4) as stats:
                 for seed in SEEDS:
                     assert generate(model, seed, NEW) == want[seed], (nodes, seed)
             assert 0 < stats.nodes <= nodes * stats.rounds
-            if nodes >= (64 if name.startswith("rsd") else 7):
+            if nodes >= (512 if name.startswith("rsd") else 7):
                 assert stats.accepted > 0
         assert (model.tiercache.stats().draft_passes > 0) == (kind == "resident")
 
@@ -236,11 +236,11 @@ def test_tables_and_budgets_change_nothing(checkpoint: Folders, tmp_path: Path) 
 def test_bf16_differs_only_at_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bf16 a tree's pass adds up in another order, so two logits that are all but equal may change places."""
     epsilon = 2**-6  # of the logits' size: two steps from one number of bf16 to the next
-    convert(PICO / "checkpoint", tmp_path / "store", show_progress=False)
+    convert(PICO / "checkpoint", tmp_path / "store", plain=True, compress="off", show_progress=False)
     tokenizer = tf.AutoTokenizer.from_pretrained(PICO / "checkpoint")
     words = ("def read(self, path):\n    ", "class Tree:\n    def __init__(self", "for x in range(10):\n")
     prompts = [tokenizer(text, return_tensors="pt").input_ids for text in words]
-    greedy: dict[str, Any] = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    greedy: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def write(model: Any) -> list[list[int]]:
         return [model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0].tolist() for ids in prompts]
@@ -266,7 +266,7 @@ def test_bf16_differs_only_at_ties(tmp_path: Path, capsys: pytest.CaptureFixture
                     made = model(new, use_cache=True, logits_to_keep=1, **cache_kwargs(model, cache))
                     logits, cache = made.logits[0, -1].float(), cache_out(made)
     with capsys.disabled():
-        print(f"\n{excused} of {100 * len(drafted)} tokens differ in bf16, each at a tie")
+        print(f"\n{excused} of {48 * len(drafted)} tokens differ in bf16, each at a tie")
     assert excused <= len(drafted)
 
 

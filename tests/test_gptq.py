@@ -199,12 +199,11 @@ def _hessians(model: transformers.PreTrainedModel, windows: Tensor) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def stores(pico_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Pico's planes, calibrated on the package's own text and rounded."""
-    folder = tmp_path_factory.mktemp("pico")
-    convert(PICO, folder / "calibrated", compress="off", tokens=2048, show_progress=False)
-    convert(PICO, folder / "rounded", compress="off", plain=True, show_progress=False)
-    return folder / "calibrated", folder / "rounded"
+    rounded = tmp_path_factory.mktemp("pico") / "rounded"
+    convert(PICO, rounded, compress="off", plain=True, show_progress=False)
+    return pico_store, rounded
 
 
 def test_a_store_remembers_how_its_codes_were_chosen(stores: tuple[Path, Path]) -> None:

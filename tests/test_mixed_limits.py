@@ -266,15 +266,21 @@ def grown(folder: Path, small: Path, options: dict[str, Any]) -> dict[str, Any]:
     return {"grown": peak_rss_bytes() - before, "tiers": tiers}
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store, and one of a single layer of the same shapes."""
+    folder = tmp_path_factory.mktemp("stores")
+    small = dataclasses.replace(LARGE, layers=1)
+    return make_store(LARGE, folder / "large", 0), make_store(small, folder / "small", 0)
+
+
 @pytest.mark.parametrize("hbm", [None, 48 << 20])
 def test_the_process_grows_by_no_more_than_its_budgets(
-    hbm: int | None, in_child: Callable[..., Any], tmp_path: Path
+    hbm: int | None, in_child: Callable[..., Any], folders: tuple[Path, Path]
 ) -> None:
-    make_store(LARGE, tmp_path / "large", 0)
-    make_store(dataclasses.replace(LARGE, layers=1), tmp_path / "small", 0)
     dram = 52 << 20
     options = {"hbm": hbm, "dram": dram, "context": 128, "logits": 1}
-    measured = in_child(grown, tmp_path / "large", tmp_path / "small", options)
+    measured = in_child(grown, *folders, options)
     for tier in measured["tiers"].values():
         assert tier["peak_bytes"] <= tier["capacity_bytes"]
     budget = dram + (hbm or 0)

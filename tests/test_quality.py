@@ -29,10 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quality") / "store"
-    tiercache.convert(PICO, folder, compress="off", show_progress=False)
-    return folder
+def store(pico_store: Path) -> Path:
+    return pico_store
 
 
 @pytest.fixture(scope="module")

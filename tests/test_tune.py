@@ -170,7 +170,7 @@ def test_a_tuned_stores_int8_and_its_scales_are_those_of_an_untuned_one(
     looks = itertools.count(2)
     monkeypatch.setattr(tune._Learner, "watch", lambda _self: [1 / next(looks)] * len(tune.LEARNED))
     model = with_tokenizer(checkpoint("llama"), tmp_path / "model")
-    options: dict[str, Any] = {"compress": "off", "tokens": 1024, "show_progress": False}
+    options: dict[str, Any] = {"compress": "off", "tokens": 512, "show_progress": False}
     stores = []
     for steps in (0, 20):
         convert(model, tmp_path / str(steps), tune=steps, **options)
