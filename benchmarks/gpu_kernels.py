@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import kernels as with_peers
 from tiercache.bench import kernels, kernels_report
-from tiercache.bench.timing_device import CudaDevice, Effort
+from tiercache.bench.timing_device import Effort, TimingCuda
 from tiercache.tiers.slab import Slab
 
 BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
@@ -19,7 +19,7 @@ NEAR = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progr
 FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
 
 
-class PinnedDevice(CudaDevice):
+class PinnedDevice(TimingCuda):
     """A GPU whose kernels read weights from pinned main memory themselves, over the link."""
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class PinnedDevice(CudaDevice):
 def main() -> None:
     """Time the matrices of a 7B."""
     card = torch.device("cuda", torch.cuda.current_device())
-    near = with_peers.bench(NEAR, [CudaDevice(card)])
+    near = with_peers.bench(NEAR, [TimingCuda(card)])
     print(kernels_report.report(near), file=sys.stderr, flush=True)
     pinned = PinnedDevice(card)
     try:

@@ -20,7 +20,9 @@ class Eviction:
 
     Of a step, `admit`, `victims` and `loaded` are called once each, in this order, even when there is nothing to
     load. Every slot that `victims` names is emptied and filled in that step. Arrays that a policy is given may be
-    read until it returns; `slots` of `loaded` and `hits` of `victims` may be kept, and are never written to.
+    read until it returns; `slots` of `loaded` and `hits` of `victims` may be kept, and are never written to. Before the
+    first step `loaded` is called once for the neurons that fill the slots at the start, least important first. Each
+    layer and plane has an instance of its own. After `reset` the same calls give the same answers.
     """
 
     def reset(self, neurons: int, slots: int) -> None:
@@ -45,7 +47,7 @@ class Eviction:
         Args:
             hits: slots of the wanted neurons that are here, most important first.
             evictable: [slots], True for a slot that is full and whose neuron is not wanted now.
-            count: at most the number of True.
+            count: at most the number of True; often 0.
         """
         raise NotImplementedError
 

@@ -301,17 +301,13 @@ def test_under_a_cap_three_drafters_choose_their_sizes(monkeypatch: pytest.Monke
     assert {place.cap_bytes for _, place in asked} == {1 << 30}
 
 
-def test_what_an_entry_asks_for(store: Path) -> None:
-    setting = Setting(name="toy", store=str(store))
-    assert Entry(drafter=PLAIN).options(setting) is None
-    fixed, free = (Entry(drafter="resident", nodes=nodes, most=32).options(setting) for nodes in (4, None))
+def test_what_an_entry_asks_for() -> None:
+    assert Entry(drafter=PLAIN).options() is None
+    fixed, free = (Entry(drafter="resident", nodes=nodes, most=32).options() for nodes in (4, None))
     assert fixed is not None
     assert free is not None
     assert (fixed.nodes, fixed.depth, fixed.width, fixed.fixed) == (4, 4, 4, True)
     assert (free.nodes, free.depth, free.width, free.fixed) == (32, 16, 8, False)
-    drawn = Entry(drafter="resident", grower="rsd-s", nodes=4).options(setting)
+    drawn = Entry(drafter="resident", grower="rsd-s", nodes=4).options()
     assert drawn is not None
     assert (drawn.grower, drawn.verify) == ("rsd-s", "rejection")
-    each = [Entry(drafter=name).options(setting) for name in ("lookup", "suffix", "recycling", "trigram")]
-    kinds = ["PromptLookup", "SuffixAutomaton", "TokenRecycling", "AdaptiveTrigram"]
-    assert [type(found.drafter).__name__ for found in each if found is not None] == kinds

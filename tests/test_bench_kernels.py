@@ -14,7 +14,7 @@ from benchmarks import torch_peers
 from tiercache import cli
 from tiercache.bench import kernels, kernels_report, timing_device, workset
 from tiercache.bench.kernels import Options
-from tiercache.bench.timing_device import CpuDevice, Effort
+from tiercache.bench.timing_device import Effort, TimingCpu
 from tiercache.errors import DoesNotFitError, TiercacheError
 from tiercache.kernels.contract import QuantizedActivations, Selection
 from tiercache.kernels.reference import ReferenceKernels
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return kernels.bench(TINY, [CpuDevice(ReferenceKernels())])
+    return kernels.bench(TINY, [TimingCpu(ReferenceKernels())])
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     real = kernels.bench
 
     def bench(options: Options) -> dict[str, Any]:
-        return real(dataclasses.replace(options, effort=BRIEF), [CpuDevice(ReferenceKernels())])
+        return real(dataclasses.replace(options, effort=BRIEF), [TimingCpu(ReferenceKernels())])
 
     monkeypatch.setattr(kernels, "bench", bench)
 
@@ -105,7 +105,7 @@ def test_the_report_names_hardware_seed_and_backend(result: dict[str, Any]) -> N
 
 
 def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
-    place = CpuDevice(ReferenceKernels())
+    place = TimingCpu(ReferenceKernels())
     units = workset.make(place, BRIEF, workset.random_codes(0), (704, 256, 3), "int4")
     assert sum(workset.nbytes(weight) for unit in units for weight in unit) >= BRIEF.least_bytes
     gate, up, _ = units[0]
@@ -122,7 +122,7 @@ def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
 @pytest.mark.parametrize("wrong", [Toppled(), Toxic()])
 def test_wrong_results_stop_the_run(wrong: ReferenceKernels) -> None:
     with pytest.raises(TiercacheError, match="off the reference"):
-        kernels.bench(TINY, [CpuDevice(wrong)])
+        kernels.bench(TINY, [TimingCpu(wrong)])
 
 
 def test_a_peer_that_is_missing_is_told_once() -> None:
@@ -131,7 +131,7 @@ def test_a_peer_that_is_missing_is_told_once() -> None:
 
     peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
     options = dataclasses.replace(TINY, precisions=("int3",))
-    result = with_peers.bench(options, [CpuDevice(ReferenceKernels())], peers)
+    result = with_peers.bench(options, [TimingCpu(ReferenceKernels())], peers)
     assert result["stands"][0]["peers_left_out"] == {"torch int3": "no such operator"}
     assert all(row.keys() == ROW for row in result["results"])
     assert all(row["peers"].keys() == row["peer_seconds"].keys() == {"torch bf16"} for row in result["results"])
@@ -144,7 +144,7 @@ def test_the_command_with_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     real = with_peers.bench
 
     def bench(options: Options) -> dict[str, Any]:
-        return real(dataclasses.replace(options, effort=BRIEF), [CpuDevice(ReferenceKernels())])
+        return real(dataclasses.replace(options, effort=BRIEF), [TimingCpu(ReferenceKernels())])
 
     monkeypatch.setattr(with_peers, "bench", bench)
     with_peers.run(["--kernel-shapes", "tiny", "--precisions", "int4", "--token-counts", "1"])
@@ -166,7 +166,7 @@ def test_peers_multiply_the_same_shapes() -> None:
 
 def test_too_little_memory_is_told_before_it_is_taken() -> None:
     with pytest.raises(DoesNotFitError, match="--kernel-shapes") as caught:
-        CpuDevice(ReferenceKernels()).memory(1 << 60)
+        TimingCpu(ReferenceKernels()).memory(1 << 60)
     assert caught.value.missing_bytes > 0
 
 

@@ -33,9 +33,9 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.draft.tree import DraftTree
+from tiercache.draft.tree import DraftTree, chain
 from tiercache.draft.union import Union
-from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, StoreError, UsageError
+from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, DraftError, StoreError, UsageError
 from tiercache.kv.cache import support
 from tiercache.store.convert import convert
 
@@ -335,14 +335,14 @@ def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None
 
 class Foreign(Drafter):
     name = "foreign"
-    needs = DrafterRequirements(vocabulary=97)
+    requirements = DrafterRequirements(vocabulary=97)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"drafter": "residnet"}, r"'auto', 'resident' and 'ngram'.*'residnet' is neither"),
+    ({"drafter": "residnet"}, r"auto, resident, ngram, lookup, .*'residnet' is neither"),
     ({"drafter": Path("no/such/folder")}, "'no/such/folder' is neither"),
     ({"drafter": 7}, r"drafter=7 is no drafter; give 'auto'"),
-    ({"drafter": SuffixAutomaton}, "SuffixAutomaton.* is no drafter"),
+    ({"drafter": SuffixAutomaton}, r"SuffixAutomaton is a class; make one of it: drafter=SuffixAutomaton\(\.\.\.\)"),
     ({"drafter": "resident", "precision": "int3"}, "than precision='int3'.* ask for 'int8'"),
     ({"drafter": "resident", "kernels": "decode"}, "no kernels"),
     ({"drafter": "ngram", "mode": "mixed", "bytes_per_token": 1.0}, r"mode='mixed'.*leave one"),
@@ -354,6 +354,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"drafter": None, "verify": "walk"}, "verify= does nothing without a drafter"),
     ({"drafter": "ngram", "verify": "rejection", "grower": "rsd-c"}, r"n-grams.*choose 'resident'"),
     ({"drafter": "auto", "verify": "rejection", "grower": "rsd-s"}, r"n-grams.*choose 'resident'"),
+    ({"drafter": "lookup", "verify": "rejection", "grower": "rsd-s"}, r"'lookup' looks tokens up"),
+    ({"drafter": SuffixAutomaton(), "verify": "rejection", "grower": "rsd-s"}, r"'suffix' looks tokens up"),
     ({"drafter": "resident", "verify": "rejection"}, r"'best-first' does not; choose 'rsd-c'"),
     ({"drafter": Foreign()}, "foreign drafts 97 tokens, the target has 131"),
 ]
@@ -641,7 +643,7 @@ class Curious(Oracle):
     """Knows what comes, writes down what it is told, and checks it."""
 
     name = "curious"
-    needs = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
+    requirements = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
 
     def __init__(self, text: Sequence[int]) -> None:
         super().__init__(text)
@@ -689,3 +691,36 @@ def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
         with pytest.raises(BoomError):
             generate(model, None, NEW)
         assert model(IDS).logits.shape == (1, len(PROMPT), 131)
+
+
+# ---------------------------------------------------------------- drafters of one's own, and by name
+
+
+class Bigram(Drafter):
+    """The example of docs/drafting.md."""
+
+    name = "bigram"
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        *before, newest = self.context.tokens
+        found = [place for place, token in enumerate(before) if token == newest]
+        if not found:
+            return DraftTree()
+        return chain(self.context.tokens[found[-1] + 1 :][: min(budget.nodes, budget.depth)])
+
+
+class Wrong(Drafter):
+    name = "wrong"
+
+    def propose(self, budget: TreeBudget) -> Any:
+        return [1, 2, 3]
+
+
+def test_a_drafter_of_one_s_own(plane_store: Folders, texts: Texts) -> None:
+    for drafter in (Bigram(), "lookup"):
+        with opened(plane_store("llama"), drafter=drafter, draft_fixed=True) as model:
+            assert generate(model, None, NEW) == texts("llama")[None]
+            assert model.tiercache.stats().drafting.drafters == ("bigram" if drafter != "lookup" else "lookup",)
+    refused = pytest.raises(DraftError, match="proposed a list, not a DraftTree")
+    with opened(plane_store("llama"), drafter=Wrong(), draft_fixed=True) as model, refused:
+        generate(model, None, NEW)

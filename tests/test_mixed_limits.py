@@ -70,6 +70,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_fetches": 1.5}, "max_fetches"),
     ({"max_fetches": True}, "max_fetches"),
     ({"max_fetches": "3"}, "max_fetches"),
+    ({"policy": "lru"}, "HBM tier"),
+    ({"max_fetches": 3}, "HBM tier"),
     ({"link_gbps": 0}, "link_gbps"),
     ({"link_gbps": -3.0, "hbm": PLENTY}, "link_gbps"),
     ({"link_gbps": "fast"}, "link_gbps"),

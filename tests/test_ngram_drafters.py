@@ -23,6 +23,7 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.registry import LOOKUPS
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
@@ -35,9 +36,9 @@ def tokens_to(tree: DraftTree, node: int) -> tuple[int, ...]:
 
 
 DRAFTERS: dict[str, Callable[[int], Drafter]] = {
+    **LOOKUPS,
     "lookup": lambda vocabulary: PromptLookup(window=64),
     "suffix": lambda vocabulary: SuffixAutomaton(limit=256),
-    "recycling": TokenRecycling,
     "trigram": lambda vocabulary: AdaptiveTrigram(vocabulary, slots=256),
 }
 

@@ -16,16 +16,12 @@ from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig, Precision
 from tiercache.config.sizes import Budget
 from tiercache.draft.base import Drafter
-from tiercache.draft.ngram.lookup import PromptLookup
-from tiercache.draft.ngram.recycling import TokenRecycling
-from tiercache.draft.ngram.suffix import SuffixAutomaton
-from tiercache.draft.ngram.trigram import AdaptiveTrigram
+from tiercache.draft.registry import LOOKUPS
 from tiercache.engine.offload import open_offloaded
-from tiercache.store.planestore import PlaneStore
 
 PLAIN = "plain"  # transformers' own loop
 NONE = "none"  # ours, without trees
-NGRAMS = ("ngram", "lookup", "suffix", "recycling", "trigram")
+NGRAMS = ("ngram", *LOOKUPS)
 NAMED = (*NGRAMS, "resident", "auto")
 _DEPTH, _WIDTH = 16, 8  # of a tree at most
 _WARM_UP = 16  # tokens that nobody times
@@ -72,7 +68,7 @@ class Entry:
     nodes: int | None = None
     most: int = 64
 
-    def options(self, setting: Setting) -> DraftConfig | None:
+    def options(self) -> DraftConfig | None:
         """The options of drafting, with a drafter that has seen nothing yet; None to decode plainly."""
         if self.drafter == PLAIN:
             return None
@@ -82,7 +78,7 @@ class Entry:
         nodes, fixed = (self.most, False) if self.nodes is None else (self.nodes, True)
         verify: Any = "rejection" if self.draws else "walk"
         return DraftConfig(
-            drafter=_drafter(self.drafter, setting),
+            drafter=self.drafter,
             grower=grower,
             nodes=nodes,
             depth=min(_DEPTH, nodes),  # no more than the tree has: room is reserved for it
@@ -202,7 +198,7 @@ class TimedModel:
 @contextmanager
 def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
     """Open the model for one way of decoding; a drafter begins with nothing learnt."""
-    draft = entry.options(setting)
+    draft = entry.options()
     config = OffloadConfig(
         hbm=None if setting.hbm is None else Budget.parse(setting.hbm),
         dram=Budget.parse(setting.dram),
@@ -238,15 +234,3 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to do."""
-
-
-def _drafter(name: str, setting: Setting) -> Any:
-    """What `drafter=` takes, with nothing learnt."""
-    if name == "lookup":
-        return PromptLookup()
-    if name == "suffix":
-        return SuffixAutomaton()
-    if name in ("recycling", "trigram"):
-        vocabulary = PlaneStore.open(setting.store).config.get_text_config(decoder=True).vocab_size
-        return TokenRecycling(vocabulary) if name == "recycling" else AdaptiveTrigram(vocabulary)
-    return name

@@ -76,14 +76,13 @@ class TimingDevice:
         device_of(self.torch_device).synchronize()
 
 
-class CpuDevice(TimingDevice):
+class TimingCpu(TimingDevice):
     """This machine's processor and main memory, in huge pages as the tiers' slabs are."""
 
     def __init__(self, kernels: Kernels | None = None) -> None:
         super().__init__(torch.device("cpu"), last_level_cache_bytes(), kernels)
 
     def memory(self, nbytes: int) -> Tensor:
-        """See `TimingDevice`."""
         free = hardware.memory().free_bytes
         if nbytes > free:
             raise DoesNotFitError(
@@ -94,11 +93,10 @@ class CpuDevice(TimingDevice):
         return super().memory(nbytes)
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
-        """See `TimingDevice`."""
         return probe.dram_read(memory=memory.numpy().data)
 
 
-class CudaDevice(TimingDevice):
+class TimingCuda(TimingDevice):
     """A GPU and its own memory."""
 
     batch = 16  # a look at the clock waits for the GPU, which takes about as long as a small product
@@ -129,8 +127,8 @@ class CudaDevice(TimingDevice):
 def devices() -> tuple[TimingDevice, ...]:
     """The processor and, where there is one, the current GPU."""
     if not torch.cuda.is_available():
-        return (CpuDevice(),)
-    return CpuDevice(), CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+        return (TimingCpu(),)
+    return TimingCpu(), TimingCuda(torch.device("cuda", torch.cuda.current_device()))
 
 
 def working_set_bytes(device: TimingDevice, effort: Effort) -> int:

@@ -46,7 +46,7 @@ _MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, 
 _Policy = Annotated[str, _mixed(help="Eviction policy of neurons in HBM: lru, sieve, ...; auto replays.")]
 _MaxFetches = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
 _Uploads = Annotated[int | None, typer.Option(min=0, hidden=True)]  # the deprecated name of max_fetches
-_Drafter = Annotated[str, _drafts(help="auto, resident, ngram, a small model's folder, or none.")]
+_Drafter = Annotated[str, _drafts(help="auto, resident, ngram, lookup, ..., a small model's folder, or none.")]
 _DraftNodes = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 64 by default.")]
 _DraftDepth = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 16 by default.")]
 _Temperature = Annotated[float, _samples(min=0.0, help="0 takes the likeliest token.")]

@@ -14,7 +14,7 @@ from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rule
 from tiercache.draft.base import Context, Feedback, Noise
 from tiercache.draft.tree import ROOT, DraftTree
-from tiercache.errors import ContextExceededError
+from tiercache.errors import ContextExceededError, DraftError
 from tiercache.kv.speckv import AHEAD, WINDOW
 from tiercache.kv.tree_pass import TreeRun
 
@@ -130,6 +130,8 @@ class DecodeLoop:
 
     def _fit(self, tree: DraftTree) -> DraftTree:
         """Without what cannot be accepted or run: foreign tokens, nodes too many or deep, a chain model's branches."""
+        if not isinstance(tree, DraftTree):
+            raise DraftError(f"a drafter proposed a {type(tree).__name__}, not a DraftTree; draft.tree.chain makes one")
         deepest = self._context.room - 1
         keep = [
             node

@@ -93,7 +93,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Feedback:
-    """The result of one pass of the target. The prompt's pass has an empty tree.
+    """The result of the target's newest pass. The prompt's pass has an empty tree.
+
+    Passes without a tree are told together, up to 64 of them; `emitted` is then the newest one's alone. Learn from
+    `context.tokens`, which hold all that was emitted.
 
     Attributes:
         tree: the tree that was verified.
@@ -140,7 +143,10 @@ class Drafter:
         self.context = context
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """Return a draft tree below the context's last token; it may be empty."""
+        """Return a draft tree below the context's last token; it may be empty.
+
+        Its nodes are no more, and no deeper, than the budget says. What exceeds it, the room or the vocabulary is cut.
+        """
         raise NotImplementedError
 
     def observe(self, feedback: Feedback) -> None:

@@ -38,7 +38,6 @@ class Cascade(CompositeDrafter):
         self._guesses: list[tuple[Drafter, DraftTree]] = []
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         threshold = self._threshold if budget.enough is None else budget.enough
         later = 1.0 if budget.enough is None else _LATER
         best, most, self.passes = DraftTree(), 0.0, 0

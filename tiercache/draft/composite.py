@@ -26,7 +26,6 @@ class CompositeDrafter(Drafter):
         self.runs_model = any(drafter.runs_model for drafter in drafters)
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         for drafter in self.drafters:
             drafter.begin(context)

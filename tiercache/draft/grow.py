@@ -61,7 +61,6 @@ class Ranked:
         self._by_depth = by_depth
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing = GrowingTree()
         kept: list[float] = []  # scores of the likeliest nodes, a heap whose first is the least
@@ -106,7 +105,6 @@ class Static:
         self._last: tuple[tuple[object, ...], tuple[int, ...]] | None = None  # of which budget, and its tree's parents
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         children = self._children(budget, passes.depth)
         growing = GrowingTree()

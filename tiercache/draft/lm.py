@@ -57,13 +57,11 @@ class LmDrafter(GrownDrafter):
         self._scores: RunScorer | None = None
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         self._run = TreeRun(self.model, None, self._capacity)
         self._scores = None
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         run = self._run
         assert run is not None
         if budget.nodes < 1 or self.context.room < 2:

@@ -32,7 +32,6 @@ class ResidentDrafter(GrownDrafter):
         self._resident = resident
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         run = self.context.run
         assert run is not None
         try:

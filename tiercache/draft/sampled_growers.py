@@ -96,7 +96,6 @@ class Branching:
         self.draws, self._branching = Draws(seed), tuple(branching)
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         frontier = [ROOT]
@@ -139,7 +138,6 @@ class StochasticBeam:
         self.draws = Draws(seed)
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         beam = max(1, min(budget.width, budget.nodes // max(1, passes.depth)))

@@ -34,7 +34,6 @@ class Union(CompositeDrafter):
         self._merged = _MergedTree()
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         self._merged = _MergedTree()
 
@@ -62,7 +61,6 @@ class Union(CompositeDrafter):
         return merged.tree()
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         self._judge(feedback.emitted)
         super().observe(feedback)
 

@@ -18,6 +18,7 @@ from tiercache.config.options import OffloadConfig
 from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.noise import KEPT_POSITIONS
+from tiercache.draft.registry import LOOKUPS
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
@@ -147,25 +148,40 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
         return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, requirements, ngrams=ngrams)
     if wanted == "resident":
         return DrafterSpec(draft, vocabulary, True, DrafterRequirements(shared_kv=True))
+    if isinstance(wanted, str) and wanted in LOOKUPS:
+        wanted = LOOKUPS[wanted](vocabulary)
     if isinstance(wanted, str | Path):
         try:
             small = resolve(wanted)
         except UsageError as error:
             hint = "; to draft nothing, give drafter=None" if str(wanted) == "none" else ""
             raise UsageError(
-                f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}{hint}"
+                f"drafter= is none of auto, resident, ngram, {', '.join(LOOKUPS)}, and no model: {error}{hint}"
             ) from error
         return DrafterSpec(
             draft, vocabulary, False, _small_requirements(small, config, vocabulary, folder), small=small
         )
-    if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
+    return _made(wanted, draft, vocabulary)
+
+
+def _made(drafter: object, draft: DraftConfig, vocabulary: int) -> DrafterSpec:
+    """The spec of a drafter that exists already."""
+    if isinstance(drafter, type):
+        raise UsageError(f"drafter={drafter.__name__} is a class; make one of it: drafter={drafter.__name__}(...)")
+    if not isinstance(drafter, Drafter):
         raise UsageError(
-            f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
+            f"drafter={drafter!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or an object of "
+            "a class that inherits from tiercache.draft.base.Drafter"
         )
-    size = wanted.requirements.vocabulary
+    size = drafter.requirements.vocabulary
     if size is not None and size != vocabulary:
-        raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    return DrafterSpec(draft, vocabulary, False, wanted.requirements, wanted)
+        raise UsageError(f"{drafter.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
+    if draft.verify == "rejection" and not drafter.runs_model:
+        raise UsageError(
+            f"verify='rejection' needs trees that are drawn, and {drafter.name!r} looks tokens up; choose 'resident' "
+            "or a small model, or verify='walk'"
+        )
+    return DrafterSpec(draft, vocabulary, False, drafter.requirements, drafter)
 
 
 def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config: OffloadConfig) -> MemoryRequirements:

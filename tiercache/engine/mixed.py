@@ -89,11 +89,11 @@ class MixedRun:
         return cls(plan, tuple(blocks), choosing, slots, units, plan.setting.rank, config.precision, capped, head)
 
     def pass_bytes(self) -> dict[str, int]:
-        """See `engine.run.ExactRun`."""
+        """What a token needs."""
         return {"needed": self.needed_bytes}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """See `engine.run.ExactRun`."""
+        """Passes within run as `kind`."""
         if kind == "exact" and not self.plan.whole:
             raise UsageError(
                 "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
@@ -103,7 +103,7 @@ class MixedRun:
 
     @property
     def notice(self) -> str:
-        """See `engine.run.ExactRun`."""
+        """What a person is told before the first token."""
         return self.loss_line
 
     @property

@@ -17,7 +17,7 @@ from tiercache.engine.mixed_plan import MixedPlan
 from tiercache.engine.on_cpu import OnCpu
 from tiercache.engine.placement import Placement
 from tiercache.engine.source import Opened
-from tiercache.errors import DoesNotFitError
+from tiercache.errors import DoesNotFitError, UsageError
 from tiercache.model.trace import MetaTrace
 from tiercache.quant.planes import scale_row_bytes
 from tiercache.store.calibration import Calibration
@@ -51,6 +51,11 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, calibration: 
     mixed_plan.refuse_unfit(opened)
     assert opened.store is not None
     budgets, on_cpu = Budgets.of(config, machine.device), OnCpu.of(config.cpu_tokens, machine, lossy=True)
+    if not budgets.has_hbm and (config.policy != "auto" or config.max_fetches is not None):
+        raise UsageError(
+            "policy= and max_fetches= are for the slots of an HBM tier, and there is none; give hbm= a size, or leave "
+            "them out"
+        )
     fitting = _Fitting(opened, opened.store, config, machine, on_cpu, budgets, traced(opened, config))
     found: MixedPlacement | None = None
     refused: list[DoesNotFitError] = []

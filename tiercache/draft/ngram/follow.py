@@ -11,13 +11,11 @@ class Follower(Drafter):
     seen = 0
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         self._enter(context.tokens)
         self.seen = len(context.tokens)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens = self.context.tokens
         self._append(tokens[self.seen :])
         self.seen = len(tokens)

@@ -59,7 +59,6 @@ class PromptLookup(Follower):
         return tree
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         copied, match = self._copied
         for guess, came in zip(copied, self.context.tokens[self.seen :], strict=False):
             self._rates.add(match, guess == came)

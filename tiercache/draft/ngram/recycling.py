@@ -37,7 +37,6 @@ class TokenRecycling(Drafter):
         self.requirements = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         table, shares = self._table, self._ranks.shares()
         order = sorted(range(_KEPT), key=shares.__getitem__, reverse=True)
 
@@ -50,7 +49,6 @@ class TokenRecycling(Drafter):
         return grow_tree(self.context.tokens[-1], expand, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens, emitted = self.context.tokens, feedback.emitted
         first = len(tokens) - len(emitted)
         for token, came in zip(tokens[first - 1 : -1], emitted, strict=True):

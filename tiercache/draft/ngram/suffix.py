@@ -55,7 +55,6 @@ class SuffixAutomaton(Follower):
         self.requirements = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         state = self._automaton.link[self._automaton.last]
         if state <= EMPTY:  # nothing matches
             return DraftTree()

@@ -72,14 +72,12 @@ class AdaptiveTrigram(Drafter):
             self._learn(before, told, shares)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         tokens = self.context.tokens
         if len(tokens) < 2:
             return DraftTree()
         return grow_tree((tokens[-2], tokens[-1]), self._continuations, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens, emitted = self.context.tokens, feedback.emitted
         if not emitted:
             return
