@@ -20,7 +20,7 @@ from benchmarks.larger_model import Size, widen
 from tiercache.bench import drafters, drafters_report
 from tiercache.bench.drafters import Comparison
 from tiercache.bench.drafters_options import Options
-from tiercache.bench.drafters_rows import Row, Turn, rate
+from tiercache.bench.drafters_rows import DrafterRow, Turn, rate
 from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, open_timed
 from tiercache.commands.base import tell
 from tiercache.commands.bench import drafters_arguments
@@ -88,7 +88,7 @@ class Contest(Comparison):
         """Rows in processes of their own, one of plain decoding before, between and after them."""
         groups = self.groups(temperature)
         firsts, cells = [group[0] for group in groups], [cell for group in groups for cell in group]
-        rows = [Row(self.setting, entry, temperature) for entry in self.options.entries()]
+        rows = [DrafterRow(self.setting, entry, temperature) for entry in self.options.entries()]
         before: Visit | None = None
         for _ in range(self.options.repeats):
             for row in rows:
@@ -100,7 +100,7 @@ class Contest(Comparison):
         for row in rows:
             self.keep(row)
 
-    def _visit(self, entry: Entry, cells: Sequence[Cell], row: Row) -> Visit:
+    def _visit(self, entry: Entry, cells: Sequence[Cell], row: DrafterRow) -> Visit:
         tokens = self.tokens_of(entry)
         found = self._place.visit(self._capped, entry, cells, self.warm_cell(row.temperature), tokens)
         self.judge.exact = found.exact
@@ -110,7 +110,7 @@ class Contest(Comparison):
         self.say(f"  {entry.drafter}, a process under the cap: {rate(found.samples):.3f} tokens/s")
         return found
 
-    def _duel(self, rows: Sequence[Row]) -> None:
+    def _duel(self, rows: Sequence[DrafterRow]) -> None:
         """`auto` against the best of the others: turn about where both can be open at once."""
         autos = [each for each in rows if each.entry.drafter == "auto"]
         others = [each for each in rows if each.entry.drafter not in ("auto", NONE)]
@@ -134,7 +134,7 @@ class Contest(Comparison):
                 }
             )
 
-    def _together(self, auto: Row, best: Row) -> float:
+    def _together(self, auto: DrafterRow, best: DrafterRow) -> float:
         """Tokens per second of `auto` over those of the best, both open, turn about; median over the repeats."""
         ratios = []
         cells = [cell for group in self.groups(auto.temperature) for cell in group]

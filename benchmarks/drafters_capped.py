@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cgroup import drop_caches, run_capped
-from tiercache.bench.timed_generation import Cell, Entry, Sample, Setting, open_timed
+from tiercache.bench.timed_generation import Cell, Entry, ModelSetting, Sample, open_timed
 from tiercache.config.sizes import human
 from tiercache.errors import TiercacheError
 
@@ -22,7 +22,7 @@ _CHECKOUT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CappedSetting(Setting):
+class CappedSetting(ModelSetting):
     """A setting under a cap.
 
     Attributes:
@@ -32,7 +32,7 @@ class CappedSetting(Setting):
     cap_bytes: int | None = None
 
     def text(self) -> str:
-        """See `Setting`."""
+        """See `ModelSetting`."""
         return super().text() + (f", cap {human(self.cap_bytes)}" if self.cap_bytes else "")
 
 
@@ -53,7 +53,7 @@ class Visit:
     peak_bytes: int = 0
 
 
-def measure(setting: Setting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
+def measure(setting: ModelSetting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
     """Open the model, write a text of each cell, close it."""
     with open_timed(setting, entry) as own:
         own.warm(warm, tokens)

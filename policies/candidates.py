@@ -13,7 +13,7 @@ NOISE = 0.03  # a difference in speed that is not told from the machine's own; n
 
 
 @dataclass(frozen=True)
-class Candidates:
+class PlanChoice:
     """The plans among which the next rounds have a choice.
 
     Attributes:
@@ -27,9 +27,9 @@ class Candidates:
     others: tuple[RoundPlan, ...] = ()
 
 
-def candidates(
+def plan_choice(
     histories: Sequence[DrafterHistory], verify: PassCosts, used: int | None, limits: Mapping[str, int]
-) -> Candidates:
+) -> PlanChoice:
     """Finds them in the speed-up table that follows from all that was measured.
 
     Args:
@@ -54,7 +54,7 @@ def candidates(
     others = [plan for place, plan in enumerate(plans) if place != best.drafter]
     if best.drafter is not None:
         others += [plain, *_beside(best, best.drafter, table)]
-    return Candidates(plain, best, tuple(sorted(others, key=lambda plan: -plan.tokens_per_s)))
+    return PlanChoice(plain, best, tuple(sorted(others, key=lambda plan: -plan.tokens_per_s)))
 
 
 def _beside(best: RoundPlan, drafter: int, table: SpeedUpTable) -> Iterator[RoundPlan]:

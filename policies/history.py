@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from policies.acceptance import Acceptance, Floats
 from policies.costs import DraftCosts
 from policies.drafting import DrafterProfile, RoundPlan
-from policies.throughput import Outcome, ThroughputEstimator
+from policies.throughput import RoundOutcome, ThroughputEstimator
 
 _KEEP = 0.99  # weight of a round after another
 _PULL_ALL, _PULL_SIZE = 4.0, 24.0  # tokens and rounds that a promise counts for, beside what was measured
@@ -115,7 +115,7 @@ class DrafterHistory:
         self,
         now: int,
         plan: RoundPlan,
-        outcome: Outcome,
+        outcome: RoundOutcome,
         tried: ArrayLike | None = None,
         accepted: ArrayLike | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from policies import pinned
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 
 # What the loader keeps in flight; a ring this much larger than two units never waits for room.
 AHEAD_BYTES = 32 << 20
@@ -64,7 +64,7 @@ class TierPlan:
     capacity_bytes: int
     reserved_bytes: Mapping[str, int]
     order: tuple[Key, ...]
-    placement: Placement
+    placement: UnitPlacement
     table: bool
     transit_bytes: int = 0
     neuron_bytes: int = 0
@@ -191,7 +191,7 @@ def _tier(
         size = inputs.sizes[table]
         whole = sum(inputs.sizes[key] for key in order) + size
         if whole <= spare:  # the table is the last to get room: a token inputs only one row of it
-            placement = Placement((*order, table), whole, 0)
+            placement = UnitPlacement((*order, table), whole, 0)
             return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
     ahead, levels, groups = min(AHEAD_BYTES, spare // 4), inputs.levels, inputs.together
     placement = pinned.place(order, inputs.sizes, spare, ahead, always, prefer=levels, together=groups)

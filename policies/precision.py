@@ -110,7 +110,7 @@ def exact_bytes(neurons: int, sizes: Sizes) -> int:
     return neurons * sizes.neuron(TOP)
 
 
-def fitted(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe | None:
+def fitted_recipe(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe | None:
     """`recipe` with as many neurons in the lowest level it uses as `share` of int8's bytes allow.
 
     None where even without them it reads more, or where there is not one neuron to give.
@@ -136,7 +136,7 @@ def fitted(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe |
     return with_count(count) if count > 0 else None
 
 
-def candidates(
+def candidate_recipes(
     share: float, neurons: int, sizes: Sizes, scorers: Mapping[str, int], ranks: Iterable[int] = (1, 2)
 ) -> list[Recipe]:
     """Recipes that read at most `share` of int8's bytes and leave little of it unused.
@@ -150,7 +150,7 @@ def candidates(
     found: dict[tuple[object, ...], Recipe] = {}
     for scorer, ranked in scorers.items():
         for rank, shares in product(ranks if ranked else (0,), _TEMPLATES):
-            made = fitted(Recipe(scorer, rank, min(ranked, sizes.inward), shares), share, neurons, sizes)
+            made = fitted_recipe(Recipe(scorer, rank, min(ranked, sizes.inward), shares), share, neurons, sizes)
             if made is not None:
                 found[scorer, rank, made.counts(neurons)] = made
     full = 0.9 * share * exact_bytes(neurons, sizes)

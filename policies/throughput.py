@@ -11,7 +11,7 @@ _PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundOutcome:
     """What came of a drafted round.
 
     Attributes:
@@ -42,7 +42,7 @@ class ThroughputEstimator:
         self._pull = _PULL
         self.drafted = 0
 
-    def observe(self, outcome: Outcome, *, whole: bool = False) -> None:
+    def observe(self, outcome: RoundOutcome, *, whole: bool = False) -> None:
         """What came of a round.
 
         `whole`: passes were to draft wherever they pay, and not only where cheaper guesses did not promise enough. Only

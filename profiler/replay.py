@@ -21,7 +21,7 @@ Log = Callable[[int, int, int, Step], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """What a replay counted, in neurons; the arrays are [layers, planes].
 
     Attributes:
@@ -69,7 +69,7 @@ def replay(
     *,
     hot: npt.ArrayLike | None = None,
     log: Log | None = None,
-) -> Outcome:
+) -> ReplayOutcome:
     """Count what a policy would have done.
 
     Args:
@@ -96,7 +96,7 @@ def replay(
             evictions[layer, plane] += step.evicted.size
             if log is not None:
                 log(token, layer, plane, step)
-    return Outcome(policy, trace.neurons, slots, requests, hits, loads, requests - hits - loads, evictions)
+    return ReplayOutcome(policy, trace.neurons, slots, requests, hits, loads, requests - hits - loads, evictions)
 
 
 def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
@@ -127,7 +127,7 @@ def _residencies(
 
 
 @dataclass(frozen=True)
-class Row:
+class PolicyRow:
     """One policy of a comparison.
 
     Attributes:
@@ -161,7 +161,7 @@ def compare(
     row_bytes: Sequence[int],
     *,
     hot: npt.ArrayLike | None = None,
-) -> list[Row]:
+) -> list[PolicyRow]:
     """Every policy on one trace, Belady's bound among them, in the registry's order.
 
     The bound is replayed without an upload cap, where it is one, and from the start that suits it best.
@@ -184,7 +184,7 @@ def compare(
     outcomes = [replay(trace, slots, name, None if name == BOUND else max_fetches, hot=hot) for name in names]
     bound = next(outcome.hit_rate for outcome in outcomes if outcome.policy == BOUND)
     return [
-        Row(
+        PolicyRow(
             outcome.policy,
             outcome.hit_rate,
             outcome.chance,
@@ -197,7 +197,7 @@ def compare(
     ]
 
 
-def best(rows: Sequence[Row]) -> str:
+def best(rows: Sequence[PolicyRow]) -> str:
     """The policy that misses the fewest bytes, the earlier one on a tie; never Belady's, which needs the future.
 
     Raises:

@@ -17,9 +17,9 @@ from benchmarks.drafters_capped import CappedSetting, Visit
 from benchmarks.larger_model import Size
 from tiercache.bench import drafters, drafters_report
 from tiercache.bench.drafters_options import Options
-from tiercache.bench.drafters_rows import NEAR_TIE, Judge, Row, Turn, rate
+from tiercache.bench.drafters_rows import NEAR_TIE, DrafterRow, Judge, Turn, rate
 from tiercache.bench.drafting_prompts import Prompts
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Sample, Setting
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, ModelSetting, Sample
 from tiercache.commands import old_bench
 from tiercache.commands.bench import arguments
 from tiercache.errors import TiercacheError, UsageError
@@ -157,7 +157,7 @@ def test_the_judge() -> None:
         asked.append(text)
         return next(gaps)
 
-    judge, row = Judge(gap=gap), Row(Setting(name="toy", store=""), own, 0.0)
+    judge, row = Judge(gap=gap), DrafterRow(ModelSetting(name="toy", store=""), own, 0.0)
 
     def counted() -> tuple[int, int, int, int]:
         return row.checked, row.differ, row.near_ties, row.no_ties

@@ -71,7 +71,7 @@ def slow_codes(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
             least, most = states[:, :, own].float().amin((0, 2)), states[:, :, own].float().amax((0, 2))
             lo, step = (some[:, 0] for some in code_choice.ranges(least[:, None], most[:, None]))
         wanted = states[:, :, index].float()
-        h, c = code_choice.choose(wanted[0], wanted[1], wanted[2], lo, step)
+        h, c = code_choice.nearest_codes(wanted[0], wanted[1], wanted[2], lo, step)
         codes[0, :, index], codes[1, :, index] = h, c
         error = (states[:, :, index] - code_choice.values(h, c, lo, step).double()) / inverse[0, 0]
         states[:, :, left] -= error[..., None] * inverse[0]

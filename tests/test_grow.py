@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.grow import Static, grower
-from tiercache.draft.growing_tree import Candidates, Grower, GrowingTree
+from tiercache.draft.growing_tree import Grower, GrowingTree, TokenCandidates
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.sampled_growers import Branching, StochasticBeam
 from tiercache.draft.static import best_template
@@ -48,7 +48,7 @@ class Toy:
     def logq(self, path: tuple[int, ...]) -> Tensor:
         return table(self._seed, (*self._root, *path))
 
-    def __call__(self, sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
+    def __call__(self, sketch: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
         self.calls += 1
         assert nodes
         for node in nodes:
@@ -57,11 +57,11 @@ class Toy:
         self._asked |= {*nodes}
         rows = torch.stack([self.logq(path_in(sketch, node)) for node in nodes])
         if not self._partial:
-            return Candidates(rows)
+            return TokenCandidates(rows)
         best = rows.topk(self._partial)
         nothing = torch.full((len(nodes), 1), -torch.inf)
         outside = torch.tensor([[-1, VOCABULARY + 3]]).expand(len(nodes), 2)
-        return Candidates(
+        return TokenCandidates(
             torch.cat([nothing, best.values.flip(1), torch.zeros(len(nodes), 2)], 1),
             torch.cat([torch.zeros(len(nodes), 1, dtype=torch.long), best.indices.flip(1), outside], 1),
         )
@@ -164,7 +164,7 @@ def test_fixed_width_expands_its_width_at_each_depth() -> None:
     toy = Toy()
     asked: list[list[int]] = []
 
-    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
+    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
         asked.append([sketch.depth(node) for node in nodes])
         return toy(sketch, nodes)
 
@@ -173,9 +173,9 @@ def test_fixed_width_expands_its_width_at_each_depth() -> None:
 
 
 def test_best_first_goes_back_for_what_is_likelier() -> None:
-    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
+    def scorer(sketch: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
         depths.append([sketch.depth(node) for node in nodes])
-        return Candidates(torch.tensor([[0.5, 0.45, 0.05]]).log().expand(len(nodes), 3))
+        return TokenCandidates(torch.tensor([[0.5, 0.45, 0.05]]).log().expand(len(nodes), 3))
 
     depths: list[list[int]] = []
     grower("best-first")(scorer, Context([1], 3), TreeBudget(20, 4, 1))
@@ -246,13 +246,13 @@ def test_the_beam_draws_paths_without_replacement() -> None:
 
 
 def test_a_node_without_candidates_gets_no_children() -> None:
-    def nothing(sketch: GrowingTree, nodes: Sequence[int]) -> Candidates:
+    def nothing(sketch: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
         logq = torch.full((len(nodes), VOCABULARY), -torch.inf)
         for row, node in enumerate(nodes):
             logq[row, :2] = torch.tensor([0.0, -1.0]) if node == ROOT else -torch.inf
             if node == 1:
                 logq[row] = torch.nan
-        return Candidates(logq)
+        return TokenCandidates(logq)
 
     for name, options in GROWERS:
         assert grow(name, options, nothing, TreeBudget(20, 4, 4)).depths == (1, 1)  # type: ignore[arg-type]

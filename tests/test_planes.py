@@ -174,7 +174,7 @@ def test_the_last_plane_reaches_beyond_its_cell() -> None:
     one = torch.ones((), dtype=torch.float16)
     w4 = torch.arange(7.5, 188, 12.0)  # right on each level of int4
     for offset in (-7.0, -3.0, 0.0, 3.0, 7.0):  # a cell ends at 6
-        h, c = code_choice.choose(w4, w4, w4 + offset, one - 1, one)
+        h, c = code_choice.nearest_codes(w4, w4, w4 + offset, one - 1, one)
         assert torch.equal(h, torch.arange(16, dtype=torch.uint8))
         made = code_choice.values(h, c, one - 1, one)
         assert torch.equal(made[1], w4)

@@ -100,7 +100,7 @@ def test_sizes(size: Sizes, count: int) -> None:
 def test_fitted_is_the_most_that_fits(recipe: Recipe, share: float, count: int, size: Sizes) -> None:
     if recipe.ranked > size.inward:
         return
-    made, budget = precision.fitted(recipe, share, count, size), share * precision.exact_bytes(count, size)
+    made, budget = precision.fitted_recipe(recipe, share, count, size), share * precision.exact_bytes(count, size)
     used = [place for place, part in enumerate(recipe.shares) if part > 0]
 
     def other(more: int) -> Recipe | None:
@@ -125,7 +125,7 @@ def test_fitted_is_the_most_that_fits(recipe: Recipe, share: float, count: int, 
 def test_candidates(share: float, count: int, inward: int) -> None:
     size = Sizes((16, 16, 32), 4, inward)
     scorers = {"product": 2, "gate": 1}
-    found = precision.candidates(share, count, size, scorers)
+    found = precision.candidate_recipes(share, count, size, scorers)
     budget = share * precision.exact_bytes(count, size)
     reads = [recipe.read_bytes(count, size) for recipe in found]
     assert all(read <= budget for read in reads)

@@ -14,7 +14,7 @@ from benchmarks import policy_cost
 from policies.eviction import POLICIES, make
 from policies.hot import hottest
 from policies.neurons import NeuronResidency, Step
-from profiler.replay import Row, best, compare, replay
+from profiler.replay import PolicyRow, best, compare, replay
 from profiler.trace import Trace
 
 LAYERS, NEURONS = 2, 24
@@ -288,8 +288,10 @@ def test_no_policy_beats_the_bound_from_any_start(seed: int, slots: int, max_fet
 
 
 def test_best_takes_the_fewest_bytes_and_the_first_of_equals() -> None:
-    rows = [Row(name, 0.5, 0.5, 1.0, *sizes, 0.9) for name, sizes in {"a": (5, 5), "b": (9, 0), "c": (0, 9)}.items()]
-    assert best([*rows, Row("belady", 0.9, 0.5, 1.8, 0, 1, 0.9)]) == "b"
+    rows = [
+        PolicyRow(name, 0.5, 0.5, 1.0, *sizes, 0.9) for name, sizes in {"a": (5, 5), "b": (9, 0), "c": (0, 9)}.items()
+    ]
+    assert best([*rows, PolicyRow("belady", 0.9, 0.5, 1.8, 0, 1, 0.9)]) == "b"
     with pytest.raises(ValueError, match="compare"):
         best([])
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from policies.pinned import place, smallest_bytes
 from policies.plan import PlanInputs
 from policies.residency import Residency
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats.run import TierStats
@@ -126,12 +126,12 @@ class House:
                 wait_all([ticket.future])
 
 
-def placement_of(sizes: Mapping[Key, int], order: Sequence[Key], spare: int) -> Placement:
+def placement_of(sizes: Mapping[Key, int], order: Sequence[Key], spare: int) -> UnitPlacement:
     return place(order, sizes, smallest_bytes(order, sizes) + spare, 0)
 
 
 def tier_of(
-    name: str, sizes: dict[Key, int], order: Sequence[Key], placement: Placement, fill: Callable, traces: dict
+    name: str, sizes: dict[Key, int], order: Sequence[Key], placement: UnitPlacement, fill: Callable, traces: dict
 ) -> Tier:
     capacity = placement.pinned_bytes + placement.ring_bytes
     return Tier(
@@ -170,8 +170,8 @@ def house(
         above = placement_of(sizes, order, hbm_spare)
         rest = [key for key in order if key not in above.pinned]
         ring = max(sizes.values()) + dram_spare
-        dram = tier_of("dram", sizes, above.pinned, Placement((), 0, ring), disk.fill, traces)
-        dram.decide(Residency(above.pinned, sizes, Placement((), 0, ring), once=True))
+        dram = tier_of("dram", sizes, above.pinned, UnitPlacement((), 0, ring), disk.fill, traces)
+        dram.decide(Residency(above.pinned, sizes, UnitPlacement((), 0, ring), once=True))
         stack.callback(dram.close)
         mover = transfer(dram, {key: [Span(0, 0, size)] for key, size in sizes.items()}, CPU)
         stack.callback(mover.close)
@@ -183,7 +183,7 @@ def house(
         hbm = tier_of("hbm", sizes, order, above, fill, traces)
         stack.callback(hbm.close)
         hbm.load_pinned(lambda _: None)
-        below = place(rest, sizes, ring, 0) if rest else Placement((), 0, 0)
+        below = place(rest, sizes, ring, 0) if rest else UnitPlacement((), 0, 0)
         dram.decide(Residency(rest, sizes, below))
         dram.load_pinned(lambda _: None)
         yield House(hbm, dram, disk, sizes, traces, tickets)
@@ -331,7 +331,7 @@ def test_reserved_bytes_are_part_of_the_peak() -> None:
     stats = TierStats(1000, {"KV cache": 300, "staging": 50})
     tier = Tier(
         Slab(100, CPU),
-        Residency([0], sizes, Placement((0,), 100, 0)),
+        Residency([0], sizes, UnitPlacement((0,), 100, 0)),
         sizes,
         Disk(lambda: 0.0).fill,
         stats,

@@ -208,7 +208,7 @@ def _slot(reader: Reader, unit: Any) -> Tensor:
 
 def test_the_estimate_counts_the_steps() -> None:
     units = layout.plan(Checkpoint.open(PICO), 64)
-    rates = estimate.Rates(1e9, 1e-9, 1e-6)
+    rates = estimate.ConversionRates(1e9, 1e-9, 1e-6)
     takes = [estimate.seconds(units, 4096, 512, steps, rates) for steps in (0, 100, 200)]
     assert takes[2] - takes[1] == pytest.approx(takes[1] - takes[0], rel=0.1)
     assert takes[1] > takes[0]

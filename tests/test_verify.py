@@ -16,7 +16,7 @@ from tiercache.decode import verify
 from tiercache.decode.verify import Rejection, Rule, Scores, ShiftedRejection, TargetWalk, Typical, Walk
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.grow import grower
-from tiercache.draft.growing_tree import Candidates, Grower, GrowingTree
+from tiercache.draft.growing_tree import Grower, GrowingTree, TokenCandidates
 from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.sampled_growers import Branching, StochasticBeam
 from tiercache.draft.tree import ROOT, DraftTree, chain
@@ -102,9 +102,9 @@ class Decoder:
         while len(done) < self.length:
             context = Context([*PROMPT, *done], VOCABULARY, noise=self.noise)
 
-            def scorer(sketch: GrowingTree, nodes: Sequence[int], done: Path = tuple(done)) -> Candidates:
+            def scorer(sketch: GrowingTree, nodes: Sequence[int], done: Path = tuple(done)) -> TokenCandidates:
                 rows = [logq_after(done + path_in(sketch, node)) for node in nodes]
-                return Candidates(rows[0][None] if len(rows) == 1 else torch.stack(rows))
+                return TokenCandidates(rows[0][None] if len(rows) == 1 else torch.stack(rows))
 
             tree = self.grow(scorer, context, self.budget)
             tree = tree if self.spoil is None else self.spoil(tree, tuple(done))

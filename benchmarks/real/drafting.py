@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, ModelSetting, Sample, TimedModel, open_timed
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
 
@@ -65,7 +65,7 @@ def contest(store: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[
 def _rows(store: Path, place: Place, cells: Sequence[Cell], tokens: int) -> list[dict[str, Any]]:
     context = max(len(cell.prompt) for cell in cells) + tokens
     places: dict[str, Any] = {"hbm": place.hbm, "dram": "2GiB", "link_gbps": place.link_gbps, "context": context}
-    setting = Setting(name=store.name, store=str(store), **places)
+    setting = ModelSetting(name=store.name, store=str(store), **places)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         models: dict[str, TimedModel] = {}

@@ -14,9 +14,9 @@ import torch
 
 from tiercache import __version__
 from tiercache.bench.drafters_options import Options
-from tiercache.bench.drafters_rows import Judge, Row, Turn
+from tiercache.bench.drafters_rows import DrafterRow, Judge, Turn
 from tiercache.bench.drafting_prompts import Prompts
-from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, ModelSetting, Sample, TimedModel, open_timed
 from tiercache.doctor.checks import processor_name
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
@@ -87,13 +87,13 @@ class Comparison:
 
     def __init__(self, options: Options, model: Path) -> None:
         self.options, self.model, self.judge = options, model, Judge()
-        self.rows: list[Row] = []
+        self.rows: list[DrafterRow] = []
         self.left_out: list[dict[str, Any]] = []
         folder = resolve(model).absolute()
         store = _planes(folder, options.show_progress)
         count = len(options.seeds) * options.prompts + 1  # one to warm up
         self._prompts = Prompts.read(store, options.text, count, options.prompt_tokens)
-        self.setting = Setting(
+        self.setting = ModelSetting(
             name="/".join(folder.parts[-2:]),
             store=str(store),
             precision=options.precision,
@@ -126,7 +126,7 @@ class Comparison:
         with open_timed(self.setting, Entry(drafter=PLAIN)) as plain:
             self.judge.exact, self.judge.gap = plain.exact, plain.gap
             for entry in (Entry(drafter=NONE), *self.options.entries()):
-                row = Row(self.setting, entry, temperature)
+                row = DrafterRow(self.setting, entry, temperature)
                 try:
                     for _ in range(self.options.repeats):
                         with open_timed(self.setting, entry) as own:
@@ -137,7 +137,7 @@ class Comparison:
                 else:
                     self.keep(row)
 
-    def keep(self, row: Row) -> None:
+    def keep(self, row: DrafterRow) -> None:
         """Add a row, and tell of it."""
         self.rows.append(row)
         told = row.summary()
@@ -167,7 +167,7 @@ class Comparison:
         """A line for people."""
         note(text, show=self.options.show_progress)
 
-    def _turn(self, plain: TimedModel, own: TimedModel, row: Row) -> Turn:
+    def _turn(self, plain: TimedModel, own: TimedModel, row: DrafterRow) -> Turn:
         groups = self.groups(row.temperature)
         for each in (plain, own):
             each.warm(self.warm_cell(row.temperature), self.options.tokens)
@@ -178,13 +178,13 @@ class Comparison:
         turn.plain.append(self._write(plain, groups[-1][-1], row))
         return turn
 
-    def _write(self, model: TimedModel, cell: Cell, row: Row) -> Sample:
+    def _write(self, model: TimedModel, cell: Cell, row: DrafterRow) -> Sample:
         tokens = self.tokens_of(model.entry)
         sample = model.run(cell, tokens)
         self.judge.judge(row, model.entry, cell, sample, tokens)
         return sample
 
-    def _leave_out(self, row: Row, error: DoesNotFitError) -> None:
+    def _leave_out(self, row: DrafterRow, error: DoesNotFitError) -> None:
         entry = row.entry
         what = {"setting": self.setting.text(), "drafter": entry.drafter, "grower": entry.grower, "nodes": entry.nodes}
         self.left_out.append({**what, "temperature": row.temperature, "reason": str(error)})

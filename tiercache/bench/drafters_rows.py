@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, ModelSetting, Sample
 from tiercache.errors import TiercacheError
 
 NEAR_TIE = 2.0**-7  # of the logits' size: one step of bf16, within which another order of sums may change the likeliest
@@ -29,7 +29,7 @@ class Turn:
 
 
 @dataclass
-class Row:
+class DrafterRow:
     """One way to draft, at one temperature.
 
     Attributes:
@@ -42,7 +42,7 @@ class Row:
         no_ties: likewise, where they are further apart.
     """
 
-    setting: Setting
+    setting: ModelSetting
     entry: Entry
     temperature: float
     turns: list[Turn] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Judge:
     gap: Callable[[Cell, tuple[int, ...]], float] | None = None
     _known: dict[Cell, tuple[tuple[int, ...], int]] = field(default_factory=dict)  # a text, and the tokens asked for
 
-    def judge(self, row: Row, entry: Entry, cell: Cell, sample: Sample, tokens: int) -> None:
+    def judge(self, row: DrafterRow, entry: Entry, cell: Cell, sample: Sample, tokens: int) -> None:
         """Count a text of a row that `entry` wrote when asked for `tokens` tokens.
 
         Raises:

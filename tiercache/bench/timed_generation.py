@@ -28,7 +28,7 @@ _WARM_UP = 16  # tokens that nobody times
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ModelSetting:
     """Where a model runs.
 
     Attributes:
@@ -196,7 +196,7 @@ class TimedModel:
 
 
 @contextmanager
-def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
+def open_timed(setting: ModelSetting, entry: Entry) -> Iterator[TimedModel]:
     """Open the model for one way of decoding; a drafter begins with nothing learnt."""
     draft = entry.options()
     config = OffloadConfig(

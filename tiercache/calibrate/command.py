@@ -13,7 +13,7 @@ from tiercache import text as texts
 from tiercache.calibrate import predictors, result
 from tiercache.calibrate.collect import Collector
 from tiercache.calibrate.halving import METHOD
-from tiercache.calibrate.job import Job, Objective, Options, Rest
+from tiercache.calibrate.job import CalibrationOptions, Job, Objective, Rest
 from tiercache.calibrate.journal import clear_errors, journal
 from tiercache.calibrate.search import Search
 from tiercache.calibrate.settings import Forecast
@@ -75,7 +75,7 @@ def calibrate(
     chosen: dict[str, Any] = {"precision": precision, "objective": objective, "predictor_rank": predictor_rank}
     budgets: dict[str, Any] = {"hbm": None if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     budgets |= {"context": window if context is None else context, "device": device}
-    options = Options(**counts, **chosen, **budgets, show_progress=show_progress)
+    options = CalibrationOptions(**counts, **chosen, **budgets, show_progress=show_progress)
     _check(options)
     opened = _open(store)
     read = _read(opened, Path(text).expanduser(), options)
@@ -140,7 +140,7 @@ def _refuse_done(store: PlaneStore, asked: dict[str, Any]) -> None:
         raise UsageError(f"{store.folder} is calibrated with this very text already; add --restart to do it again")
 
 
-def _check(options: Options) -> None:
+def _check(options: CalibrationOptions) -> None:
     """Refuse numbers that cannot be meant, before anything is opened."""
     for name, least in (("tokens", _LEAST_TOKENS), ("window", 8), ("measure_tokens", 8), ("context", options.window)):
         value = getattr(options, name)
@@ -154,7 +154,7 @@ def _check(options: Options) -> None:
         raise UsageError(f"unknown objective {options.objective!r}; choose one of {', '.join(get_args(Objective))}")
 
 
-def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
+def _read(store: PlaneStore, file: Path, options: CalibrationOptions) -> texts.Text:
     """The text's tokens."""
     config = store.config.get_text_config()
     texts.check_window(config, options.window)
@@ -166,7 +166,7 @@ def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
     return read
 
 
-def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, Any]:
+def _asked(store: PlaneStore, text: texts.Text, options: CalibrationOptions) -> dict[str, Any]:
     """What decides the contents of the result: an unfinished run is gone on with by the same alone."""
     names = ("window", "measure_tokens", "precision", "objective", "predictor_rank")
     own = {"method": METHOD, "schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}

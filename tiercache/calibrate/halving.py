@@ -38,7 +38,7 @@ def rounds(pieces: int) -> list[int]:
     return [*found, pieces]
 
 
-def passes(groups: Sequence[Sequence[Try]], pieces: int) -> int:
+def halving_passes(groups: Sequence[Sequence[Try]], pieces: int) -> int:
     """Passes over a piece that `best` makes, at most."""
     total = 0
     for group in groups:

@@ -31,7 +31,7 @@ _PREDICTOR_BYTES = 384 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CalibrationOptions:
     """What a calibration was asked for; see `tiercache.calibrate.command.calibrate`."""
 
     tokens: int
@@ -59,7 +59,7 @@ class Job:
     Raises UsageError where predictors were asked for that are too large.
     """
 
-    def __init__(self, store: PlaneStore, text: Text, options: Options, journal: Journal) -> None:
+    def __init__(self, store: PlaneStore, text: Text, options: CalibrationOptions, journal: Journal) -> None:
         self.store, self.text, self.options, self.journal = store, text, options, journal
         self.windows = text.windows(options.window)
         self.pieces = halving.spread(text.windows(min(halving.PIECE, options.window)), options.measure_tokens)

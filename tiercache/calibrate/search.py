@@ -79,7 +79,7 @@ class Search:
         for one in tries:
             groups.setdefault((one.share, one.rank), []).append(one)
         pieces = len(self.job.pieces)
-        passes = len(_UNIFORM) * pieces + halving.passes(list(groups.values()), pieces)
+        passes = len(_UNIFORM) * pieces + halving.halving_passes(list(groups.values()), pieces)
         with self.job.bar(f"measuring {len(tries)} settings", model, passes) as after:
             measurer = Measurer(model, self.job.pieces, after)
             for name, precision in _UNIFORM.items():

@@ -90,7 +90,7 @@ class Forecast:
 
     def _candidates(self, share: float, rank: int) -> list[Recipe]:
         known = {name: min(ranked, self.sizes.inward) for name, ranked in _RANKED.items() if name in self._scorers}
-        return precision.candidates(share, self.neurons, self.sizes, known, (rank,))
+        return precision.candidate_recipes(share, self.neurons, self.sizes, known, (rank,))
 
     def _divided(self, share: float, rank: int) -> Recipes | None:
         """Bytes divided over the blocks by what each would lose, instead of evenly; None where there is no choice."""

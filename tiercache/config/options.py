@@ -58,16 +58,16 @@ class MixedOptions(TypedDict, total=False):
     link_gbps: float | None
 
 
-class Options(MixedOptions, DraftOptions, total=False):
+class OffloadOptions(MixedOptions, DraftOptions, total=False):
     """Everything that `offload` takes beside places and precisions."""
 
 
-def default_precision(options: Options) -> Precision:
+def default_precision(options: OffloadOptions) -> Precision:
     """What weights are read at where no precision was asked for."""
     return STORE_PRECISION if options.get("mode") == "mixed" else "source"
 
 
-def read_options(options: Options) -> dict[str, Any]:
+def read_options(options: OffloadOptions) -> dict[str, Any]:
     """The options as fields of `OffloadConfig`.
 
     Raises:
@@ -91,7 +91,7 @@ def read_options(options: Options) -> dict[str, Any]:
     return fields | {"draft": DraftConfig(**{name.removeprefix("draft_"): value for name, value in wanted.items()})}
 
 
-def _renamed(options: Options) -> Options:
+def _renamed(options: OffloadOptions) -> OffloadOptions:
     """Options under their names of today."""
     if "uploads" not in options:
         return options
@@ -99,7 +99,7 @@ def _renamed(options: Options) -> Options:
         raise UsageError("uploads= is the deprecated name of max_fetches=; leave it out")
     warnings.warn("uploads= is now max_fetches=", DeprecationWarning, stacklevel=5)
     rest = {name: value for name, value in options.items() if name != "uploads"}
-    return cast("Options", rest | {"max_fetches": options["uploads"]})
+    return cast("OffloadOptions", rest | {"max_fetches": options["uploads"]})
 
 
 @dataclass(frozen=True, kw_only=True)

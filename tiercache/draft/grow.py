@@ -15,12 +15,12 @@ import torch
 
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.growing_tree import (
-    Candidates,
     Grower,
     GrowingTree,
     PassBudget,
     Scorer,
     Siblings,
+    TokenCandidates,
     safe_log,
     siblings_of,
     within,
@@ -137,7 +137,12 @@ class Static:
 
 
 def _ranked(
-    growing: GrowingTree, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, score_scale: float
+    growing: GrowingTree,
+    nodes: Sequence[int],
+    candidates: TokenCandidates,
+    context: Context,
+    count: int,
+    score_scale: float,
 ) -> list[Siblings]:
     """The best `count` children of each node."""
     z, tokens = within(candidates, context.vocabulary)

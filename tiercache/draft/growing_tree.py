@@ -62,7 +62,7 @@ class GrowingTree:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class TokenCandidates:
     """The tokens that may follow each of some nodes, as a drafter scores them.
 
     Attributes:
@@ -76,7 +76,7 @@ class Candidates:
 
 # Returns what follows each of some nodes (`ROOT` for the root). No node is asked for twice; its parent was asked for
 # before. One call is one pass of the drafter.
-Scorer = Callable[[GrowingTree, Sequence[int]], Candidates]
+Scorer = Callable[[GrowingTree, Sequence[int]], TokenCandidates]
 # (scorer, context, budget) -> a tree within the budget and the context's room; without a call if that is empty.
 Grower = Callable[[Scorer, Context, TreeBudget], DraftTree]
 
@@ -115,7 +115,7 @@ class PassBudget:
         return self._done <= self.depth and score >= self._least
 
 
-def within(candidates: Candidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+def within(candidates: TokenCandidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:
     """(logq, tokens) with no token outside the vocabulary."""
     logq, tokens = candidates.logq.float(), candidates.tokens
     if tokens is None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.growing_tree import (
-    Candidates,
     GrowingTree,
     PassBudget,
     Scorer,
     Siblings,
+    TokenCandidates,
     safe_log,
     siblings_of,
     within,
@@ -71,7 +71,7 @@ class Draws:
         self._generator.manual_seed(int.from_bytes(digest) >> 1)
 
     def __call__(
-        self, nodes: Sequence[int], candidates: Candidates, count: int, q: ParentDistributions
+        self, nodes: Sequence[int], candidates: TokenCandidates, count: int, q: ParentDistributions
     ) -> list[Siblings]:
         """At most `count` children of each of `nodes`; what they were drawn from goes to `q`."""
         logq, tokens = within(candidates, q.vocabulary)

@@ -9,7 +9,7 @@ from typing import get_args
 
 from policies.plan import Plan
 from policies.types import Key
-from profiler.replay import Row
+from profiler.replay import PolicyRow
 from profiler.trace import Trace
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
@@ -90,7 +90,7 @@ class OffloadHandle:
         """
         return self._neurons().recording()
 
-    def replay(self, trace: Trace) -> list[Row]:
+    def replay(self, trace: Trace) -> list[PolicyRow]:
         """In mixed mode with an HBM tier: a recorded trace under every policy, in this run's slots from its own start.
 
         The row of this run's policy is what the run did, if it was recorded from its first token. Each row has the hit

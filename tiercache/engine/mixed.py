@@ -141,7 +141,7 @@ class MixedRun:
         blocks = self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
         return blocks + (0 if self.head is None else shortlist.read_bytes(self.head))
 
-    def replay(self, trace: Trace) -> list[replay.Row]:
+    def replay(self, trace: Trace) -> list[replay.PolicyRow]:
         """What every policy would have done with a recorded trace in these slots, from the start that this run had.
 
         Raises:

@@ -59,7 +59,7 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, calibration: 
     fitting = _Fitting(opened, opened.store, config, machine, on_cpu, budgets, traced(opened, config))
     found: MixedPlacement | None = None
     refused: list[DoesNotFitError] = []
-    for plan in mixed_plan.choose(calibration or Calibration.load(opened.store), opened, config):
+    for plan in mixed_plan.plans_within(calibration or Calibration.load(opened.store), opened, config):
         fit = fitting.best_slotted(plan) if budgets.has_hbm else fitting.best_in_dram(plan)
         if isinstance(fit, DoesNotFitError):  # another plan may need less
             refused.append(fit)

@@ -90,7 +90,7 @@ class MixedPlan:
 
     def share_bytes(self, store: PlaneStore) -> int:
         """What whole layers may bring of the neurons: the share of int8's bytes that was chosen."""
-        return int(self.setting.share * exact_bytes(store))
+        return int(self.setting.share * neurons_bytes(store))
 
     def slot_plan(self, manifest: Manifest, budget_bytes: int) -> SlotPlan:
         """Slots of every block within a budget."""
@@ -113,7 +113,7 @@ class MixedPlan:
             policy = replay.best(rows) if rows else "lfru"
         return Caching(policy, max_fetches, on_cpu, self.calibration.frequency)
 
-    def replayed(self, plan: SlotPlan, low: int, max_fetches: int | None) -> list[replay.Row]:
+    def replayed(self, plan: SlotPlan, low: int, max_fetches: int | None) -> list[replay.PolicyRow]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
         trace = self.trace(low)
         if trace is None or plan.empty:
@@ -131,7 +131,7 @@ class MixedPlan:
         return Trace(neurons, counts, [row for row in rows if row is not None])
 
 
-def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[MixedPlan]:
+def plans_within(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[MixedPlan]:
     """Ways that are within what was asked for, best first: each ranks with fewer planes than the one before.
 
     Raises:
@@ -140,7 +140,7 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
     assert opened.store is not None
     asked, share = config.bytes_per_token, None
     if asked is not None:
-        whole = exact_bytes(opened.store)
+        whole = neurons_bytes(opened.store)
         share = asked.fraction or asked.resolve(total_bytes=whole, free_bytes=whole) / whole
     rest = calibration.meta.get("precision", config.precision)
     if config.max_loss is not None and rest != config.precision:
@@ -174,7 +174,7 @@ def capped(mixing: MixedPlan, store: PlaneStore, limit_bytes: int, *, slotted: b
     return replace(mixing, tops=tuple(top + 1 for top in tops))
 
 
-def exact_bytes(store: PlaneStore) -> int:
+def neurons_bytes(store: PlaneStore) -> int:
     """Bytes of all neurons at int8."""
     return sum(precision.exact_bytes(block.rows, sizes_of(block, store)) for block in store.blocks())
 

@@ -11,7 +11,14 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, default_precision, read_options
+from tiercache.config.options import (
+    KernelChoice,
+    OffloadConfig,
+    OffloadOptions,
+    Precision,
+    default_precision,
+    read_options,
+)
 from tiercache.config.sizes import Budget, SizeLike
 from tiercache.engine.session import open_session
 from tiercache.store.calibration import Calibration
@@ -34,7 +41,7 @@ def offload(
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
-    **options: Unpack[Options],
+    **options: Unpack[OffloadOptions],
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
 

@@ -37,7 +37,7 @@ _LEAST_DECODED = 3  # speed is counted from one single-token step's start to the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class QualityOptions:
     """What `quality` was asked for, beside the model, the text and the modes.
 
     Attributes:
@@ -85,7 +85,7 @@ def quality(
     scratch: Path | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Measure the modes; the options are those of `Options`.
+    """Measure the modes; the options are those of `QualityOptions`.
 
     Args:
         model: a checkpoint or plane store.
@@ -107,7 +107,7 @@ def quality(
     _check_stores(folder, [exact, *wanted], store)
     if plot is not None:
         report.check_plot(plot)
-    options = Options(
+    options = QualityOptions(
         tokens=tokens,
         window=window,
         batch=batch,
@@ -140,7 +140,7 @@ def _check_stores(folder: Path, modes: list[Mode], store: Path | None) -> None:
         Calibration.load(PlaneStore.open(place))
 
 
-def _measure(folder: Path, file: Path, modes: list[Mode], options: Options) -> dict[str, Any]:
+def _measure(folder: Path, file: Path, modes: list[Mode], options: QualityOptions) -> dict[str, Any]:
     """The first mode is the reference."""
     config = meta_model.read_config(folder).get_text_config()
     _check(config, options)
@@ -174,7 +174,7 @@ def _one(
     windows: list[Tensor],
     kept: measure.KeptLogits | None,
     harness: Harness | None,
-    options: Options,
+    options: QualityOptions,
     *,
     first: bool,
 ) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _one(
     return row | {"tokens_per_s": speed, **rates, **extras}
 
 
-def _check(config: transformers.PretrainedConfig, options: Options) -> None:
+def _check(config: transformers.PretrainedConfig, options: QualityOptions) -> None:
     """Refuse numbers that cannot be meant, before anything is opened."""
     least = {"tokens": 2, "window": 2, "batch": 1, "decode": 0, "length": 2}
     for name, low in least.items():

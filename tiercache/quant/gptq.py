@@ -8,8 +8,8 @@ outputs. The weights of the inputs after j are changed so that they take this ba
 
 Here one pair of codes serves three precisions, which make different errors. So the weights that remain are kept three
 times, as one state for each precision, and each state gets the feedback of its own errors alone. The codes of an input
-are those whose weighted errors against the three states are least (`codes.choose`). Inputs with the largest second
-moments come first, because most inputs are then left to take their errors back. Inputs that share a group stay
+are those whose weighted errors against the three states are least (`codes.nearest_codes`). Inputs with the largest
+second moments come first, because most inputs are then left to take their errors back. Inputs that share a group stay
 together, because they share its scales.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tiercache.errors import QuantizationError
 from tiercache.quant import hadamard
-from tiercache.quant.codes import choose, ranges, values
+from tiercache.quant.codes import nearest_codes, ranges, values
 from tiercache.quant.planes import Planes, from_codes, num_groups
 
 DAMPING = 0.1
@@ -34,7 +34,7 @@ INPUT_POWER = 0.25
 section 3.2), whose search finds powers around 1/2: it has no error feedback beside it."""
 
 _SIZES = (1e-2, 1e2)  # an input's root mean square over the mean one: bounds scales, also of inputs that never come
-STATES = 3  # int3, int4 and int8, in the order of `codes.choose`
+STATES = 3  # int3, int4 and int8, in the order of `codes.nearest_codes`
 REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
 CHUNK_WEIGHTS = 4 << 20  # of a matrix at a time
@@ -229,7 +229,7 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
             for at, index in enumerate(batch.tolist()):
                 here = slope[index] + (among[at, :at] @ changes[:at].flatten(1)).view(shape[1:])
                 wanted = made[index] - here / hessian[index, index]
-                h, c = choose(wanted[0], wanted[1], wanted[2], *scales[index])
+                h, c = nearest_codes(wanted[0], wanted[1], wanted[2], *scales[index])
                 changed = values(h, c, *scales[index])
                 changes[at] = changed - made[index]
                 codes[index, 0], codes[index, 1], made[index] = h, c, changed
@@ -255,7 +255,7 @@ class _ErrorFeedback:
         """Choose the next input's codes, h and c [2, outputs], and pass on the errors."""
         at, first = self._at, self._at - self._at % _BATCH
         wanted = self._settled(at, at + 1)[0]  # [states, outputs]
-        h, c = choose(wanted[0], wanted[1], wanted[2], lo, step)
+        h, c = nearest_codes(wanted[0], wanted[1], wanted[2], lo, step)
         self._errors[at - first] = (wanted - values(h, c, lo, step)) / self._spread[at, at]
         self._at += 1
         if self._at % _BATCH == 0 and self._at < len(self._left):

@@ -137,7 +137,9 @@ class ConversionPlan:
             return {}
         tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
         return {
-            "calibrating_s": estimate.seconds(self.units, tokens, window, self.tune, estimate.Rates.measure()),
+            "calibrating_s": estimate.seconds(
+                self.units, tokens, window, self.tune, estimate.ConversionRates.measure()
+            ),
             "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window, tuned=self.tune > 0),
         }
 

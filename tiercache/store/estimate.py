@@ -20,7 +20,7 @@ _INPUTS, _FEW, _MANY = 128, 64, 2048  # inputs, and outputs, of the two matrices
 
 
 @dataclass(frozen=True)
-class Rates:
+class ConversionRates:
     """What this machine does in a second.
 
     Attributes:
@@ -34,7 +34,7 @@ class Rates:
     input_s: float
 
     @classmethod
-    def measure(cls) -> "Rates":
+    def measure(cls) -> "ConversionRates":
         """Run small samples, each three times; the fastest counts."""
         a = torch.rand(_SAMPLE, _SAMPLE)
         flops = 2 * _SAMPLE**3 / _fastest(lambda: a @ a)
@@ -51,7 +51,7 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(timeit.repeat(work, number=1, repeat=4)[1:])  # the first one warms up
 
 
-def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: Rates) -> float:
+def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: ConversionRates) -> float:
     """How long taking a text through the model's units and choosing their codes takes, reading and writing left out.
 
     `window` is the tokens of a pass, `steps` those of learned rounding in each layer.

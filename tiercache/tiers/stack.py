@@ -13,7 +13,7 @@ import torch
 
 from policies.plan import Plan, TierPlan
 from policies.residency import Residency
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 from tiercache.progress import bar
 from tiercache.stats.run import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
@@ -178,7 +178,7 @@ class TierStack:
         slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device_of(device).wants_pinned)
         tier = self._make_tier("dram", plan.dram, slab, self._read, waited_for_ssd)
         if plan.hbm is not None:
-            passing = Placement((), 0, plan.dram.slab_bytes)
+            passing = UnitPlacement((), 0, plan.dram.slab_bytes)
             tier.decide(Residency(plan.hbm.placement.pinned, self._sizes, passing, once=True))
         return tier
 

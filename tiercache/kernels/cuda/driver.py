@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.launches import Call
-from tiercache.kernels.cuda.nvrtc import Unit, cache_folder, choose, compilers, image
+from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, image
 from tiercache.tiers.device import on_gpu
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
@@ -55,11 +55,11 @@ class Driver:
             )
         self.capability = torch.cuda.get_device_capability(self.device)
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._compiler, self._target = choose(self.capability, compilers())
+        self._compiler, self._target = compiler_for(self.capability, compilers())
         self._folder = folder or cache_folder()
         self._library = _library()
         self._lock = threading.Lock()  # over the two tables
-        self._modules: dict[Unit, ctypes.c_void_p] = {}
+        self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._context = ctypes.c_void_p()
         number = ctypes.c_int()
@@ -109,7 +109,7 @@ class Driver:
         """The kernel's handle; the context is current."""
         with self._lock:
             if kernel not in self._functions:
-                unit = Unit.of(kernel)
+                unit = SourceUnit.of(kernel)
                 if unit not in self._modules:
                     code = image(unit, self._compiler, self._target, self._folder)
                     module = ctypes.c_void_p()
