@@ -29,8 +29,10 @@ from profiler import probe
 from tiercache.errors import UsageError
 from tiercache.model import meta_model
 from tiercache.store import catalog
+from tiercache.store.catalog import UnitRecord
 from tiercache.store.convert import convert
 from tiercache.store.format import FILES, align
+from tiercache.store.journal import ConversionJournal
 from tiercache.store.planestore import PlaneStore
 
 TOKENS = 512  # of a calibration text
@@ -315,13 +317,13 @@ def test_bytes_are_on_the_disk_before_anything_vouches_for_them(
     note("ftruncate", dirty.add)
     note("fdatasync", dirty.discard)
     note("fsync", synced.add)
-    put_record, rename = catalog.put_record, Path.rename
+    put_records, rename = ConversionJournal.put_records, Path.rename
 
-    def vouch(*arguments: Any) -> None:
+    def vouch(journal: ConversionJournal, records: list[UnitRecord], first: int) -> None:
         nonlocal vouched
         assert not dirty
-        vouched += 1
-        put_record(*arguments)
+        vouched += len(records) - first
+        put_records(journal, records, first)
 
     def publish(partial: Path, store: Path) -> Path:
         nonlocal renamed
@@ -330,7 +332,7 @@ def test_bytes_are_on_the_disk_before_anything_vouches_for_them(
         renamed += 1
         return rename(partial, store)
 
-    monkeypatch.setattr(catalog, "put_record", vouch)
+    monkeypatch.setattr(ConversionJournal, "put_records", vouch)
     monkeypatch.setattr(Path, "rename", publish)
     convert(checkpoint("llama"), tmp_path / "store", compress="off")
     assert (vouched > 20, renamed) == (True, 1)

@@ -15,8 +15,9 @@ from tiercache.compat import BaseStreamer
 from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig, Precision
 from tiercache.config.sizes import Budget
-from tiercache.draft.base import Drafter
+from tiercache.draft.base import Drafter, TreeBudget
 from tiercache.draft.registry import LOOKUPS
+from tiercache.draft.tree import DraftTree
 from tiercache.engine.offload import open_offloaded
 
 PLAIN = "plain"  # transformers' own loop
@@ -217,6 +218,9 @@ class _Silent(Drafter):
     """Never guesses: what its loop costs more than transformers' is the loop's own cost."""
 
     name = NONE
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        return DraftTree()
 
 
 class _Clock(BaseStreamer):

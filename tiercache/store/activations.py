@@ -104,11 +104,12 @@ class TextPass:
 
     def head(self) -> Tensor:
         """After the last layer: sum of x x^T of what goes into the head."""
-        total = torch.zeros(self._hidden.shape[-1], self._hidden.shape[-1])
+        total: Tensor | None = None
         with self._outside():
             for window in self._hidden:
                 x = self._run(partial(_instead, window[None]), self._windows[:1])[0]
-                total.addmm_(x.T, x)
+                total = x.T @ x if total is None else total.addmm_(x.T, x)  # OPT narrows hidden states before its head
+        assert total is not None
         return total
 
     def keep(self) -> None:
