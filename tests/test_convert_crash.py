@@ -127,7 +127,7 @@ def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "compress", "tune", "least"),
     [("deep", "off", 0, 8), ("deep", "on", 0, 4), ("tiny_bf16", "off", 0, 4), ("tiny", "off", 20, 4)],
 )
-def test_killed_at_twenty_random_moments(
+def test_killed_at_random_moments(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     start_child: StartChild,

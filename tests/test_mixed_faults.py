@@ -22,9 +22,8 @@ Folders = Callable[..., Path]
 
 def opened(store: Path, hbm: int | None) -> Any:
     budgets = {"hbm": None if hbm is None else Budget.parse(hbm), "dram": Budget.parse("64MiB")}
-    config = OffloadConfig(
-        **budgets, precision="int8", context=64, mode="mixed", bytes_per_token=Budget.parse(1.0), policy="lru"
-    )
+    known: dict[str, Any] = {"precision": "int8", "mode": "mixed", "bytes_per_token": Budget.parse(1.0), "context": 64}
+    config = OffloadConfig(**budgets, **known, policy="auto" if hbm is None else "lru")
     return open_offloaded(store, config, calibration=made_up(store, Recipe("product", 1, 2, (0.2, 0.3, 0.2))))
 
 

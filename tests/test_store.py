@@ -1,5 +1,6 @@
 """Plane stores: every weight at every precision, exact sizes, and each way a disk or a user can go wrong."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,7 +31,7 @@ from tiercache.errors import (
     UsageError,
 )
 from tiercache.quant import hadamard, planes
-from tiercache.store import catalog
+from tiercache.store import catalog, journal
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
 from tiercache.store.format import BLOCK_BYTES, FILES, PLANE_FILES, SCALE_FILE, VERSION, align
@@ -194,6 +195,18 @@ def test_a_dry_run_is_exact_and_writes_nothing(
     assert report.free_bytes > 0
     tensors = load_file(checkpoint(name) / "model.safetensors")
     assert report.source_bytes >= sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_dry_run_beside_what_may_not_be_read(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    (tmp_path / "store.partial").mkdir()
+    monkeypatch.setattr(journal, "read", refused)
+    with pytest.raises(EnvironmentUnsupportedError, match="Permission denied"):
+        convert(checkpoint("llama"), tmp_path / "store", dry_run=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

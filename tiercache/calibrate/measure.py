@@ -16,6 +16,7 @@ from policies.precision import Recipe
 from tiercache.model.mixed import MixedBlock
 from tiercache.quality.measure import KeptLogits, Score, score
 
+_ROWS = 64  # compared at a time: another number would change the last bits of a calibration's losses
 _RUN = 16  # tokens of a trace that follow one another, at least: caches live of what neighbours share
 
 
@@ -44,13 +45,14 @@ class Measurer:
     def keep(self, kept: KeptLogits) -> Measured:
         """The exact model: its logits are kept."""
         with self._model.tiercache.passes("exact"):
-            return _means(score(self._model, self._inputs(), keep=kept, after=self._after))
+            return _means(score(self._model, self._inputs(), keep=kept, rows=_ROWS, after=self._after))
 
     def mixed(self, recipes: Sequence[Recipe], kept: KeptLogits, windows: int | None = None) -> Measured:
         """Each token's neurons chosen, in the first `windows` windows; in all of them where it is None."""
         self._set(recipes)
         inputs = self._inputs()[:windows]
-        return _means(score(self._model, inputs, reference=kept, every_token=True, after=self._after))
+        total = score(self._model, inputs, reference=kept, every_token=True, rows=_ROWS, after=self._after)
+        return _means(total)
 
     def _inputs(self) -> list[Tensor]:
         return [window[None] for window in self._windows]
@@ -74,14 +76,15 @@ class Measurer:
             window = self._windows[int((run + 0.5) * len(self._windows) / runs)]
             length = min(count // runs, len(window))
             end = (len(window) + length) // 2
-            self._choices(window[:end], end - length, wanted, found)
-        return {str(place): np.stack(rows).astype(dtype) for place, rows in enumerate(found)}
+            self._choices(window[:end], end - length, wanted, dtype, found)
+        return {str(place): np.stack(rows) for place, rows in enumerate(found)}
 
     def _choices(
         self,
         window: Tensor,
         start: int,
         wanted: Sequence[int],
+        dtype: np.dtype[Any],
         found: Sequence[list[np.ndarray]],
     ) -> None:
         """Add what the tokens from `start` on choose; choices come block by block, and in one token by token."""
@@ -90,7 +93,7 @@ class Measurer:
 
         def note(block: int, order: np.ndarray) -> None:
             if seen[block] >= start:
-                found[block].append(order[: wanted[block]])
+                found[block].append(order[: wanted[block]].astype(dtype))  # a copy: a view would keep all of `order`
             seen[block] += 1
 
         before, choosing.trace = choosing.trace, note

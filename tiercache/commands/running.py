@@ -105,6 +105,8 @@ def run_command(
     options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
     options["precision"] = precision
     if uploads is not None:
+        if max_fetches is not None:
+            raise UsageError("--uploads is the deprecated name of --max-fetches; leave it out")
         say("deprecated; write: --max-fetches", quiet)
         options["max_fetches"] = uploads
     with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:

@@ -93,12 +93,12 @@ def read_options(options: OffloadOptions) -> dict[str, Any]:
 
 def _renamed(options: OffloadOptions) -> OffloadOptions:
     """Options under their names of today."""
-    if "uploads" not in options:
-        return options
-    if "max_fetches" in options:
+    rest = {name: value for name, value in options.items() if name != "uploads"}
+    if options.get("uploads") is None:
+        return cast("OffloadOptions", rest)
+    if options.get("max_fetches") is not None:
         raise UsageError("uploads= is the deprecated name of max_fetches=; leave it out")
     warnings.warn("uploads= is now max_fetches=", DeprecationWarning, stacklevel=5)
-    rest = {name: value for name, value in options.items() if name != "uploads"}
     return cast("OffloadOptions", rest | {"max_fetches": options["uploads"]})
 
 

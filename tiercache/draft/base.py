@@ -122,7 +122,8 @@ class Drafter:
         requirements: what it wants to be told, and the memory that it takes.
         open_ended: its trees end by themselves where the budget's floors say so, so that it may be asked for the
             largest tree.
-        runs_model: its proposals may take passes of a model; otherwise it only looks tokens up.
+        runs_model: its proposals may take passes of a model, which it counts in `passes`; otherwise it only looks
+            tokens up.
         passes: how many passes of a model its newest proposal took.
         context: the sequence, from `begin` on.
     """

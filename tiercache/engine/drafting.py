@@ -176,7 +176,7 @@ def _made(drafter: object, draft: DraftConfig, vocabulary: int) -> DrafterSpec:
     size = drafter.requirements.vocabulary
     if size is not None and size != vocabulary:
         raise UsageError(f"{drafter.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    if draft.verify == "rejection" and not drafter.runs_model:
+    if draft.verify == "rejection" and isinstance(draft.drafter, str):
         raise UsageError(
             f"verify='rejection' needs trees that are drawn, and {drafter.name!r} looks tokens up; choose 'resident' "
             "or a small model, or verify='walk'"

@@ -25,7 +25,8 @@ class OnCpu:
     @classmethod
     def of(cls, asked: int | None, machine: Machine, *, lossy: bool) -> "OnCpu":
         """For a run that may be `lossy` or not; `asked` is the option `cpu_tokens`."""
-        wanted = machine.is_gpu == lossy if asked is None else asked > 0
+        by_default = machine.is_gpu if lossy else not machine.is_gpu
+        wanted = by_default if asked is None else asked > 0
         return cls("cpu" in machine.kernels and wanted, asked)
 
     def tokens(self, measure: Callable[[], int]) -> int:

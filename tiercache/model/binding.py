@@ -98,10 +98,9 @@ class Binder:
         """What multiplies by a module's planes as they are; None where its weight is made instead."""
         if not isinstance(use.weight, PlaneWeight) or not bindings.kernels:
             return None
-        of = use.module, module, use.weight, bindings.kernels, self._inputs
         if bindings.choosing is not None and layer_of(use.module) is None:
-            return ShortlistForward(*of, choosing=bindings.choosing)
-        return PlaneForward(*of, partner)
+            return ShortlistForward(use.module, module, use.weight, bindings.kernels, self._inputs, bindings.choosing)
+        return PlaneForward(use.module, module, use.weight, bindings.kernels, self._inputs, partner)
 
     def begin_pass(self, *, resident: bool) -> None:
         """A pass begins; `resident`: it multiplies by the planes that stay."""

@@ -3,15 +3,14 @@
 Knows one matrix, and how the passes at hand choose; not where its planes come from.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.choosing import TOKENS_AT_ONCE, Choosing
-from tiercache.model.linear import PlaneForward, plain, transformed
+from tiercache.model.linear import Inputs, PlaneForward, plain, transformed
 from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
@@ -29,12 +28,20 @@ class ShortlistForward(PlaneForward):
     int8: also behind a long prompt, of which the last token's logits alone are wanted. Else it is read at int8.
 
     Args:
-        of: as `PlaneForward`'s, of the head.
+        name, module, weight, kernels, inputs: as `PlaneForward`'s, of the head.
         choosing: what the feed-forward blocks share.
     """
 
-    def __init__(self, *of: Any, choosing: Choosing) -> None:
-        super().__init__(*of)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: PlaneWeight,
+        kernels: Mapping[str, Kernels],
+        inputs: Inputs,
+        choosing: Choosing,
+    ) -> None:
+        super().__init__(name, module, weight, kernels, inputs)
         self._choosing = choosing
 
     def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:

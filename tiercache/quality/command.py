@@ -192,7 +192,7 @@ def _one(
         pass_bytes = attached.pass_bytes()
         title, needed = f"{mode.name} over the text", pass_bytes["needed"]
         with bar(title, needed * len(inputs), show=options.show_progress) as advance:
-            compared = {"keep": kept} if first else {"reference": kept}
+            compared: dict[str, Any] = {"keep": kept} if first else {"reference": kept}
             after = partial(advance, needed)
             score = measure.score(model, inputs, **compared, every_token=mode.mixed, after=after)
         with attached.recording() if mode.mixed else nullcontext():  # of the tokens that pass through the slots

@@ -128,7 +128,7 @@ class Harness:
 def _import() -> Any:
     """The harness, imported without the network; raises EnvironmentUnsupportedError where it is not installed."""
     try:
-        with mock.patch.dict(os.environ, _OFFLINE), warnings.catch_warnings():
+        with _environment(_OFFLINE), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # packages that it brings along
             for part in ("lm_eval.models.huggingface", "lm_eval.tasks"):
                 import_module(part)
@@ -196,10 +196,25 @@ def _offline(cache: Path) -> Iterator[None]:
         (datasets, "HF_DATASETS_CACHE", cache),
         (import_module("lm_eval.evaluator"), "get_git_commit_hash", lambda: None),  # of whatever folder this is
     ]
-    with mock.patch.dict(os.environ, _OFFLINE), ExitStack() as stack:
+    with _environment(_OFFLINE), ExitStack() as stack:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
         yield
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment; at the end these alone are as before, for imports may have set others."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -223,7 +238,7 @@ def _same_randomness() -> Iterator[None]:
     """Give the generators back the state that the harness's seeding takes from them."""
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_available() else 0)):
             yield
     finally:
         random.setstate(state)

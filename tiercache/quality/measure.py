@@ -143,6 +143,7 @@ def score(
     reference: KeptLogits | None = None,
     keep: KeptLogits | None = None,
     every_token: bool = False,
+    rows: int = _ROWS,
     after: Callable[[], None] = lambda: None,
 ) -> Score:
     """Run batches of tokens [batch, window] through an attached model, or any causal language model of transformers.
@@ -153,6 +154,7 @@ def score(
         reference: what to compare with; None where this is the reference.
         keep: takes the logits, for later comparisons.
         every_token: choose neurons for each token as in decoding, which a mixed mode does not do in long passes.
+        rows: of logits that are compared at a time.
         after: called after each batch.
     """
     total = Score()
@@ -162,11 +164,11 @@ def score(
         with model.tiercache.every_token() if every_token else nullcontext():
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
         for sequence, wanted in zip(logits, batch[:, 1:], strict=True):
-            for some, targets in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
-                rows = some.cpu()
-                total.add(rows, targets.cpu(), None if reference is None else reference.take(len(rows)))
+            for some, targets in zip(sequence.split(rows), wanted.split(rows), strict=True):
+                here = some.cpu()
+                total.add(here, targets.cpu(), None if reference is None else reference.take(len(here)))
                 if keep is not None:
-                    keep.put(rows)
+                    keep.put(here)
         after()
     return total
 

@@ -87,7 +87,7 @@ class Calibration:
             **{f"array/{name}": packed(array) for name, array in arrays.items()},
         }
         beside = path.with_name(path.name + ".new")
-        catalog.write_values(beside, values)
+        catalog.write_values(beside, values, "begin again with --restart")
         # the digest first: between the two, the old file is refused and nothing lost
         catalog.digest_file(beside).replace(catalog.digest_file(path))
         beside.replace(path)

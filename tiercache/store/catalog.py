@@ -159,10 +159,10 @@ def write(path: Path, meta: Mapping[str, Any], records: Sequence[UnitRecord]) ->
     write_values(path, meta_values(meta) | record_values(records))
 
 
-def write_values(path: Path, values: Mapping[str, bytes]) -> None:
-    """A fresh file of sealed values with its digest beside it, on disk when this returns."""
+def write_values(path: Path, values: Mapping[str, bytes], way_out: str = _WAY_OUT) -> None:
+    """A fresh file of sealed values with its digest beside it, on disk when this returns; errors as `environment`'s."""
     path.unlink(missing_ok=True)
-    with environment(path, readonly=False) as env:
+    with environment(path, readonly=False, way_out=way_out) as env:
         put(env, values)
     digest_file(path).write_text(digest(path) + "\n", encoding="utf-8")
 

@@ -120,7 +120,7 @@ class ConversionPlan:
         if not self.partial.is_dir():
             return 0
         try:
-            with locked(self.partial, "a conversion is under way"):  # an open journal must not be read
+            with clear_io_errors(self.partial), locked(self.partial, "a conversion is under way"):  # must not be read
                 known = journal.read(self.partial)
         except UsageError:
             return 0
