@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from profiler import hardware, probe
+from profiler import probe
+from profiler.host_memory import host_memory
 from tiercache.bench.torch_peers import CPU_PEERS, Peer
 from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError
@@ -91,7 +92,7 @@ class CpuDevice:
 
     def memory(self, nbytes: int) -> Tensor:
         """See `TimingDevice`."""
-        free = hardware.memory().free_bytes
+        free = host_memory().free_bytes
         if nbytes > free:
             raise DoesNotFitError(
                 f"the matrices to rotate take {human(nbytes)} and {human(free)} of main memory are free: "

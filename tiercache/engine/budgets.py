@@ -6,7 +6,7 @@ import torch
 
 from policies import plan
 from policies.plan import Plan, PlanInputs, TooSmallError
-from profiler import hardware
+from profiler.host_memory import host_memory
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.memory import MemoryRequirements
@@ -17,7 +17,7 @@ from tiercache.tiers.device import device_of, on_gpu, on_host
 
 def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, device: torch.device) -> Plan:
     """Resolve the budgets and divide them."""
-    main = hardware.memory()
+    main = host_memory()
     hbm_bytes: int | None = None
     own_memory = device_of(device)
     own_memory.release_cache()  # what torch keeps for itself is free to us
