@@ -212,6 +212,17 @@ def test_the_command_predicts() -> None:
     assert run("hardware", "--json").exit_code == 0
 
 
+def test_a_sweep_says_what_does_not_fit() -> None:
+    options = [option for size in ("100MiB", "16GiB", "64GiB") for option in ("--dram", size)]
+    found = run("sweep", "llama-2-7b", "--gpu", "none", "--gpu", "3090", *options, "--context", "512", "--json")
+    assert found.exit_code == 0, found.output
+    rows = {(row["gpu"], row["dram"]): row for row in json.loads(found.stdout)["rows"]}
+    assert len(rows) == 6
+    assert rows["none", "100MiB"]["tokens_per_s"] is None
+    assert rows["none", "100MiB"]["missing_bytes"] > 0
+    assert rows["none", "16GiB"]["tokens_per_s"] == rows["none", "64GiB"]["tokens_per_s"], "all of it fits in either"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [

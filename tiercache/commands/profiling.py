@@ -3,6 +3,7 @@
 The numbers are `profiler.cost_model`'s; this file reads options and tells people.
 """
 
+import itertools
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from profiler.hardware import Catalogue, Hardware, HardwareError, catalogue
 from profiler.workload import Workload
 from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
 from tiercache.config.sizes import Budget, human
-from tiercache.errors import UsageError
+from tiercache.errors import DoesNotFitError, UsageError
 
 profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 profile.callback()(options_of_all)
@@ -70,6 +71,60 @@ def predict_command(
     result = predicted(_workload(model, machine, precision, context), machine, past, drafting)
     result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
     tell(report(result), result, as_json, quiet)
+
+
+@profile.command("sweep")
+def sweep_command(
+    model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
+    gpus: Annotated[list[str], typer.Option("--gpu", help="Cards; several.")] = ["3090"],  # noqa: B006 - typer copies it
+    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = ["64GiB"],  # noqa: B006
+    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = ["pcie-3"],  # noqa: B006
+    precisions: Annotated[list[str], typer.Option("--precision", help="Precisions; several.")] = ["int4"],  # noqa: B006
+    dram_kind: _DramKind = "ddr4-3200",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
+    past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
+    file: _File = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict tokens a second on every combination of some cards, memories, SSDs and precisions."""
+    known, rows = _known(file), []
+    for precision in precisions:
+        workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
+        for gpu, dram, ssd in itertools.product(gpus, drams, ssds):
+            machine = _machine(known, gpu, dram, dram_kind, ssd, None)
+            on_card = machine.gpu is not None
+            if on_card not in workloads:
+                workloads[on_card] = _workload(model, machine, precision, context)
+            rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
+    if not quiet and not as_json:
+        console().print(_sweep_table(model, rows))
+    tell("", {"schema": "tiercache.sweep/1", "model": model, "rows": rows}, as_json, quiet=True)
+
+
+def _swept(workload: Workload, machine: Hardware, past: int) -> dict[str, Any]:
+    """A row of a sweep; without a speed where the model does not fit."""
+    try:
+        found = predicted(workload, machine, past, None)
+    except DoesNotFitError as error:
+        nothing: dict[str, Any] = dict.fromkeys(("tokens_per_s", "low", "high", "binding_tier"))
+        return {"precision": workload.precision, **nothing, "missing_bytes": error.missing_bytes}
+    kept = ("precision", "tokens_per_s", "low", "high", "binding_tier")
+    return {name: found[name] for name in kept} | {"missing_bytes": 0}
+
+
+def _sweep_table(model: str, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"{model}, by data sheets (+-{ERROR['spec']:.0%})", title_justify="left")
+    for heading in ("precision", "gpu", "dram", "ssd", "tokens/s", "between", "bound by"):
+        shown.add_column(heading)
+    for row in rows:
+        where = (row["precision"], row["gpu"], row["dram"], row["ssd"])
+        if row["tokens_per_s"] is None:
+            shown.add_row(*where, "-", f"{human(row['missing_bytes'])} are missing", "memory")
+        else:
+            between = f"{row['low']:.2f} to {row['high']:.2f}"
+            shown.add_row(*where, f"{row['tokens_per_s']:.2f}", between, row["binding_tier"])
+    return shown
 
 
 def predicted(workload: Workload, machine: Hardware, past: int, drafting: Drafting | None) -> dict[str, Any]:
@@ -127,7 +182,7 @@ def report(result: dict[str, Any]) -> str:
         "stay": "all weights stay in the fastest tier",
         "ssd": "what main memory does not hold is read from the SSD",
         "stream": "what the card does not hold is copied up",
-        "cpu": "the CPU multiplies by what the card does not hold",
+        "cpu": "with cpu_tokens= the CPU multiplies by what the card does not hold",
     }
     other = result["runner_up_tokens_per_s"]
     beside = "" if other is None else f" (the other way {other:.2f})"
