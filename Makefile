@@ -98,13 +98,13 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 bench: peers
-	$(BIN)/tiercache bench kernels --kernel-shapes $(BENCH_KERNELS)
+	$(BIN)/python -m benchmarks.kernels --kernel-shapes $(BENCH_KERNELS)
 	$(BIN)/python -m benchmarks.mixed --shape $(BENCH_SHAPE) --folder $(BENCH_DIR)
-	$(BIN)/python -m profiler.policy_cost
-	$(BIN)/tiercache bench drafters --dram 1GiB
-	$(BIN)/tiercache bench drafters --hbm 80MB --dram 1GiB --link-gbps 0.4 --widen 1024x2048x8 --prompts 1 \
+	$(BIN)/python -m benchmarks.policy_cost
+	$(BIN)/python -m benchmarks.drafters --dram 1GiB
+	$(BIN)/python -m benchmarks.drafters --hbm 80MB --dram 1GiB --link-gbps 0.4 --widen 1024x2048x8 --prompts 1 \
 		--plain-tokens 32 --drafter-names ngram,resident,auto --folder $(BENCH_DIR)
-	$(BIN)/tiercache bench drafters --cap $(BENCH_CAP) --dram 1060MiB --widen 4096x8192x14 --prompts 1 \
+	$(BIN)/python -m benchmarks.drafters --cap $(BENCH_CAP) --dram 1060MiB --widen 4096x8192x14 --prompts 1 \
 		--plain-tokens 24 --tokens 96 --folder $(BENCH_DIR)
 	$(BIN)/python -m benchmarks --shape $(BENCH_SHAPE) --cap $(BENCH_CAP) --folder $(BENCH_DIR)
 	$(BIN)/python -m benchmarks --shape llama-2-7b --precision int4 --cap 18GiB --folder $(BENCH_DIR)

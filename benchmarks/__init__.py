@@ -1,1 +1,1 @@
-"""Contests with peers, the real model's tables, and what a card shows; imports tiercache, and nothing imports it."""
+"""Contests with peers, the real model's tables, and what a card shows. Imports tiercache; nothing imports it."""

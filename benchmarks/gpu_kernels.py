@@ -6,21 +6,58 @@ Prints a table of each, and one line of JSON last.
 import json
 import sys
 
-from tiercache.bench import kernels, kernels_cuda, kernels_report
-from tiercache.bench.timing_device import Effort
+import torch
+from torch import Tensor
+
+from benchmarks import kernels as with_peers
+from tiercache.bench import kernels, kernels_report
+from tiercache.bench.timing_device import Effort, TimingCuda
+from tiercache.tiers.slab import Slab
 
 BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
 NEAR = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progress=False)
 FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
 
 
+class PinnedDevice(TimingCuda):
+    """A GPU whose kernels read weights from pinned main memory themselves, over the link."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.label = f"{device}, weights in pinned memory"
+        self._slab: Slab | None = None
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Pinned; what was handed out before is not pinned any more."""
+        self.close()
+        self._slab = Slab(nbytes, torch.device("cpu"), pinned=True)
+        return self._slab.bytes
+
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
+        """One large copy of `memory`, which is pinned, to the device."""
+        source = memory[: effort.roof_bytes]
+        target = torch.empty_like(source, device=self.torch_device)
+        return self.best_gbps(lambda: target.copy_(source, non_blocking=True), source.nbytes)
+
+    def close(self) -> None:
+        """Unlock the memory handed out; harmless when done twice."""
+        if self._slab is not None:
+            self.wait()
+            self._slab.close()
+            self._slab = None
+
+
 def main() -> None:
     """Time the matrices of a 7B."""
-    results = []
-    for device, options in zip(kernels_cuda.devices(), (NEAR, FAR), strict=True):
-        results.append(kernels.bench(options, [device]))
-        print(kernels_report.report(results[-1]), file=sys.stderr, flush=True)
-    near, far = results
+    card = torch.device("cuda", torch.cuda.current_device())
+    near = with_peers.bench(NEAR, [TimingCuda(card)])
+    print(kernels_report.report(near), file=sys.stderr, flush=True)
+    pinned = PinnedDevice(card)
+    try:
+        far = kernels.bench(FAR, [pinned])
+    finally:
+        pinned.close()
+    print(kernels_report.report(far), file=sys.stderr, flush=True)
     print(json.dumps({**near, "stands": near["stands"] + far["stands"], "results": near["results"] + far["results"]}))
 
 

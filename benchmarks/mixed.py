@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.cgroup import drop_caches, run_capped
 from tiercache.bench import shapes
-from tiercache.bench.cgroup import drop_caches, run_capped
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config.options import OffloadConfig

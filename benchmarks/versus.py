@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.cgroup import CappedRun, drop_caches, run_capped
 from tiercache.bench import shapes
-from tiercache.bench.cgroup import CappedRun, drop_caches, run_capped
 from tiercache.config.sizes import human
 from tiercache.errors import TiercacheError
 

@@ -10,16 +10,6 @@ from policies.protocol import BoolArray, Eviction, IntArray
 class Atu(Eviction):
     """Any neuron that is not wanted now may go; the lowest slots go first."""
 
-    name = "atu"
-
-    def reset(self, neurons: int, slots: int) -> None:
-        """Nothing to forget."""
-        return
-
     def victims(self, hits: IntArray, evictable: BoolArray, count: int) -> IntArray:
         """The first `count` slots that are not wanted now."""
         return evictable.nonzero()[0][:count]
-
-    def loaded(self, neurons: IntArray, slots: IntArray) -> None:
-        """Nothing to remember."""
-        return

@@ -23,8 +23,6 @@ class Belady(Eviction):
         future: the wanted neurons of every step to come, each as `step` will be given them.
     """
 
-    name = "belady"
-
     def __init__(self, future: Sequence[npt.NDArray[np.integer]]) -> None:
         self._future = future
 

@@ -1,7 +1,4 @@
-"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`."""
 
 import sys
 from collections.abc import Sequence
@@ -11,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from policies.acceptance import RANKS
-from policies.candidates import NOISE, Candidates, candidates
+from policies.candidates import NOISE, PlanChoice, plan_choice
 from policies.costs import PassCosts
 from policies.drafting import DrafterProfile, RoundPlan
-from policies.history import DrafterHistory, Outcome
+from policies.history import DrafterHistory
+from policies.throughput import RoundOutcome
 
 _SHARE = 0.01  # of all seconds: what may be lost by exploration, and by drafting that is slower than plain passes
 _START = 2.0  # plain passes whose seconds may be lost at once: enough to try a drafter, too few to be noticed
@@ -39,7 +37,7 @@ class Budgeter:
 
     Args:
         drafters: their costs and rates are what to think before measuring; costs of 0 are unknown.
-        max_nodes, max_depth, width: see `best_plan`.
+        max_nodes, max_depth, width: see `SpeedUpTable`.
 
     Raises:
         ValueError: no drafter, or a limit below 1.
@@ -60,7 +58,7 @@ class Budgeter:
         self._clock_s = self._budget_s = 0.0
         self._explored_s: dict[tuple[int | None, bool], float] = {}  # the clock when each was last explored
         nothing = RoundPlan(None, 0, 0, width, 0.0, 0.0)
-        self._candidates = Candidates(nothing, nothing)
+        self._candidates = PlanChoice(nothing, nothing)
 
     def renew(self) -> None:
         """Another text begins, in which another drafter may be the best: explore all of them."""
@@ -71,7 +69,7 @@ class Budgeter:
     def decide(self, room: int | None = None) -> RoundPlan:
         """What to do in the next round; `room` is how many tokens may still be emitted, where that is known."""
         if self._verify.largest and self._round >= self._replan_at:
-            self._candidates = candidates(self._histories, self._verify, self._candidates.best.drafter, self._limits)
+            self._candidates = plan_choice(self._histories, self._verify, self._candidates.best.drafter, self._limits)
             drafts = self._candidates.best.drafter is not None  # else nothing new is seen until an exploration
             self._replan_at = self._round + min(_REPLAN, max(1, self._round // 4)) if drafts else sys.maxsize
         due = (replace(plan, exploration=True) for plan in self._candidates.others if self._due(plan))
@@ -118,7 +116,7 @@ class Budgeter:
         if self._round == 1:
             self._budget_s = _START * seconds
         if history is not None:
-            outcome = Outcome(emitted, seconds, nodes, passes, draft_s, draft_s * seconds / (draft_s + verify_s))
+            outcome = RoundOutcome(emitted, seconds, nodes, passes, draft_s, draft_s * seconds / (draft_s + verify_s))
             history.observe(self._round, plan, outcome, tried, accepted)
         if plan.plain_tokens_per_s:
             self._account(plan, seconds, emitted)

@@ -1,7 +1,4 @@
-"""What may be done in the next round, and what of it is thought best.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""What may be done in the next round, and what of it is thought best."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +13,7 @@ NOISE = 0.03  # a difference in speed that is not told from the machine's own; n
 
 
 @dataclass(frozen=True)
-class Candidates:
+class PlanChoice:
     """The plans among which the next rounds have a choice.
 
     Attributes:
@@ -30,16 +27,16 @@ class Candidates:
     others: tuple[RoundPlan, ...] = ()
 
 
-def candidates(
+def plan_choice(
     histories: Sequence[DrafterHistory], verify: PassCosts, used: int | None, limits: Mapping[str, int]
-) -> Candidates:
+) -> PlanChoice:
     """Finds them in the speed-up table that follows from all that was measured.
 
     Args:
         histories: of the drafters.
         verify: the seconds of the target's passes.
         used: the drafter of the best plan so far; another one must be faster by more than noise. None for none.
-        limits: `max_nodes`, `max_depth` and `width`, see `best_plan`.
+        limits: `max_nodes`, `max_depth` and `width`, see `SpeedUpTable`.
     """
     profiles = [history.profile(verify.largest) for history in histories]
     most = max(profile.max_nodes for profile in profiles)
@@ -57,7 +54,7 @@ def candidates(
     others = [plan for place, plan in enumerate(plans) if place != best.drafter]
     if best.drafter is not None:
         others += [plain, *_beside(best, best.drafter, table)]
-    return Candidates(plain, best, tuple(sorted(others, key=lambda plan: -plan.tokens_per_s)))
+    return PlanChoice(plain, best, tuple(sorted(others, key=lambda plan: -plan.tokens_per_s)))
 
 
 def _beside(best: RoundPlan, drafter: int, table: SpeedUpTable) -> Iterator[RoundPlan]:

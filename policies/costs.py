@@ -1,7 +1,4 @@
-"""The seconds of the target's passes and of drafting, from measurements that may be disturbed.
-
-Knows counts and seconds; neither tokens nor models.
-"""
+"""The seconds of the target's passes and of drafting, from measurements that may be disturbed."""
 
 import math
 from collections import deque

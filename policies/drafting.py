@@ -2,7 +2,7 @@
 
 A round costs drafting and one pass of the target over the root and the nodes; it emits the accepted nodes and one
 token of the target's own. Wanted is the most tokens per second, as in the cost models of Sequoia (arXiv 2402.12374,
-section 4.2), here from what the running machine shows. Knows seconds, counts and rates; neither tokens nor models.
+section 4.2), here from what the running machine shows.
 
 Why there are floors: let S(x) be the seconds of a round with tree x, T(x) its tokens, and r the best T/S there is.
 Then T(x) - r S(x) is at most 0 for all trees and 0 for the best (Dinkelbach, On nonlinear fractional programming,
@@ -10,7 +10,7 @@ Then T(x) - r S(x) is at most 0 for all trees and 0 for the best (Dinkelbach, On
 tree is better for it where p > r s, wherever in the tree it stands.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,7 +74,7 @@ class RoundPlan:
 
     Attributes:
         drafter: its index; None to pass without drafting.
-        nodes, depth, width: of the tree, at most; see `best_plan`.
+        nodes, depth, width: of the tree, at most; see `SpeedUpTable`.
         tokens_per_s: expected.
         plain_tokens_per_s: expected without drafting.
         floor: a node whose path is accepted with less than this probability costs more than it brings.
@@ -100,45 +100,24 @@ class RoundPlan:
     enough: float | None = None
 
 
-def best_plan(
-    drafters: Sequence[DrafterProfile],
-    verify: Callable[[int], float] | ArrayLike,
-    *,
-    max_nodes: int,
-    max_depth: int,
-    width: int = 8,
-) -> RoundPlan:
-    """The drafter and the size of tree with the most tokens per second.
+class SpeedUpTable:
+    """Tokens and seconds of the best tree of each drafter, depth and node count.
 
     Args:
         drafters: who may draft.
-        verify: seconds of the target's pass by the nodes it verifies, 0 for a plain one: a function, or the seconds
-            at 0..max_nodes.
+        verify: seconds of the target's pass by the nodes it verifies, 0..max_nodes; 0 is a plain one.
         max_nodes, max_depth: of a tree.
         width: nodes of one depth that get children, and children of a node.
 
-    Returns:
-        The plan; a plain one unless a tree is faster.
+    Attributes:
+        plain: the plan without drafting.
 
     Raises:
         ValueError: no drafter, a limit below 1, or seconds that are too few, not finite or not above 0.
     """
-    table = SpeedUpTable(drafters, verify, max_nodes=max_nodes, max_depth=max_depth, width=width)
-    best = max((table.best(drafter) for drafter in range(len(drafters))), key=lambda plan: plan.tokens_per_s)
-    return best if best.tokens_per_s > table.plain.tokens_per_s else table.plain
-
-
-class SpeedUpTable:
-    """Tokens and seconds of the best tree of each drafter, depth and node count; arguments as of `best_plan`."""
 
     def __init__(
-        self,
-        drafters: Sequence[DrafterProfile],
-        verify: Callable[[int], float] | ArrayLike,
-        *,
-        max_nodes: int,
-        max_depth: int,
-        width: int,
+        self, drafters: Sequence[DrafterProfile], verify: ArrayLike, *, max_nodes: int, max_depth: int, width: int
     ) -> None:
         if not drafters or min(max_nodes, max_depth, width) < 1:
             raise ValueError(
@@ -146,8 +125,7 @@ class SpeedUpTable:
             )
         max_nodes = min(max_nodes, max(drafter.max_nodes for drafter in drafters))
         max_depth = min(max_depth, max(drafter.max_depth for drafter in drafters))
-        seconds = [verify(nodes) for nodes in range(max_nodes + 1)] if callable(verify) else verify
-        self._verify = np.asarray(seconds, dtype=np.float64)[: max_nodes + 1]
+        self._verify = np.asarray(verify, dtype=np.float64)[: max_nodes + 1]
         if self._verify.shape != (max_nodes + 1,) or not (np.isfinite(self._verify) & (self._verify > 0)).all():
             raise ValueError(f"give seconds above 0 for passes over each of 0..{max_nodes} nodes")
         self._drafters, self._width = drafters, width

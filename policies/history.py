@@ -1,10 +1,7 @@
-"""What a drafter has shown so far: how often its guesses were accepted, what it costs, how fast its rounds were.
-
-Knows seconds, counts and rates; neither tokens nor models.
-"""
+"""What a drafter has shown so far: how often its guesses were accepted, what it costs, how fast its rounds were."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,7 +9,7 @@ from numpy.typing import ArrayLike
 from policies.acceptance import Acceptance, Floats
 from policies.costs import DraftCosts
 from policies.drafting import DrafterProfile, RoundPlan
-from policies.throughput import ThroughputEstimator
+from policies.throughput import RoundOutcome, ThroughputEstimator
 
 _KEEP = 0.99  # weight of a round after another
 _PULL_ALL, _PULL_SIZE = 4.0, 24.0  # tokens and rounds that a promise counts for, beside what was measured
@@ -21,26 +18,6 @@ _DEEPER, _LARGER = 2, 4  # times the depth and nodes of the last tree a tree may
 _MEASURED = 2  # rounds, with passes if it takes any, after which a drafter that ends its trees is let to
 _SURER = 1.5  # times as much must guesses promise: the surest ones are also those most overrated
 _KNOWN = 3  # rounds, before which what a drafter brings is a guess
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a drafted round.
-
-    Attributes:
-        emitted: tokens.
-        seconds: that it took, a disturbance cut off.
-        nodes: verified.
-        passes, draft_s: of a model, and seconds, that drafting took.
-        charged_s: likewise, a disturbance cut off.
-    """
-
-    emitted: int
-    seconds: float
-    nodes: int
-    passes: int
-    draft_s: float
-    charged_s: float
 
 
 class DrafterHistory:
@@ -138,7 +115,7 @@ class DrafterHistory:
         self,
         now: int,
         plan: RoundPlan,
-        outcome: Outcome,
+        outcome: RoundOutcome,
         tried: ArrayLike | None = None,
         accepted: ArrayLike | None = None,
     ) -> None:
@@ -148,14 +125,7 @@ class DrafterHistory:
         if tried is not None and accepted is not None:
             depth = self._first.max_depth
             self.acceptance.observe(np.asarray(tried)[:depth], np.asarray(accepted)[:depth])
-        self.throughput.observe(
-            outcome.emitted,
-            outcome.seconds,
-            outcome.nodes,
-            outcome.passes,
-            outcome.charged_s,
-            whole=plan.enough == np.inf,
-        )
+        self.throughput.observe(outcome, whole=plan.enough == np.inf)
         if plan.gain > 0:
             tokens, seconds = (outcome.emitted - 1, plan.gain), (outcome.seconds, plan.seconds)
             self.compare(plan.depth, plan.nodes, tokens, seconds)

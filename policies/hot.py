@@ -22,11 +22,8 @@ class Hot(Eviction):
         frequencies: [neurons], any unit: only their order counts.
     """
 
-    name = "hot"
-
     def __init__(self, frequencies: npt.ArrayLike) -> None:
         self._frequencies = np.array(frequencies)
-        self.reset(self._frequencies.size, 0)
 
     def reset(self, neurons: int, slots: int) -> None:
         """Choose the set.
@@ -51,7 +48,3 @@ class Hot(Eviction):
     def victims(self, hits: IntArray, evictable: BoolArray, count: int) -> IntArray:
         """None, ever."""
         return nothing()
-
-    def loaded(self, neurons: IntArray, slots: IntArray) -> None:
-        """Nothing to remember."""
-        return

@@ -18,11 +18,6 @@ _CLASS = 6  # one class for each whole use: a neuron that is always wanted comes
 class Lfru(Eviction):
     """The lowest frequency class goes first, and in it the oldest use."""
 
-    name = "lfru"
-
-    def __init__(self) -> None:
-        self.reset(0, 0)
-
     def reset(self, neurons: int, slots: int) -> None:
         """Forget uses and their order."""
         self._queue = nothing()  # full slots, oldest use first

@@ -12,11 +12,6 @@ from policies.protocol import BoolArray, Eviction, IntArray, nothing
 class Lru(Eviction):
     """Equal to a cache of one key at a time that is asked for a step's hits, then its loads."""
 
-    name = "lru"
-
-    def __init__(self) -> None:
-        self._queue = nothing()  # full slots, oldest use first
-
     def reset(self, neurons: int, slots: int) -> None:
         """Forget the order of use."""
         self._queue = nothing()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policies.eviction import Eviction
-from policies.protocol import IntArray
+from policies.protocol import Eviction, IntArray
 
 __all__ = ["IntArray", "NeuronResidency", "Step"]
 
@@ -24,7 +23,7 @@ class Step:
         loads: neurons brought now, in the order in which to bring them.
         slots: the slot of each of `loads`.
         evicted: neurons that lost their slot to a load.
-        refused: wanted, not here and not brought, most important first: beyond the uploads, no room, or not worth it.
+        refused: wanted, not here and not brought, most important first: beyond `max_fetches`, no room, or not worth it.
     """
 
     hits: IntArray
@@ -43,7 +42,7 @@ class NeuronResidency:
         neurons: of the layer.
         slots: of this plane, each for one neuron; 0 refuses everything.
         eviction: who comes and who leaves; it belongs to this residency from now on, and is reset.
-        uploads: loads in one step at most; None for as many as there is room for.
+        max_fetches: loads in one step at most; None for as many as there is room for.
 
     Attributes:
         slot_of: [neurons], the slot of each, -1 where absent; to read, not to write.
@@ -52,10 +51,10 @@ class NeuronResidency:
         ValueError: a number is negative, or the policy does not fit the neurons.
     """
 
-    def __init__(self, neurons: int, slots: int, eviction: Eviction, *, uploads: int | None = None) -> None:
-        if min(neurons, slots, uploads or 0) < 0:
-            raise ValueError(f"{neurons} neurons, {slots} slots, {uploads} uploads: none may be negative")
-        self.neurons, self.slots, self.uploads = neurons, slots, uploads
+    def __init__(self, neurons: int, slots: int, eviction: Eviction, *, max_fetches: int | None = None) -> None:
+        if min(neurons, slots, max_fetches or 0) < 0:
+            raise ValueError(f"{neurons} neurons, {slots} slots, {max_fetches} fetches: none may be negative")
+        self.neurons, self.slots, self.max_fetches = neurons, slots, max_fetches
         self._eviction = eviction
         self.slot_of: IntArray = np.empty(neurons, dtype=np.int64)
         self._neuron_of: IntArray = np.zeros(slots, dtype=np.int64)
@@ -118,7 +117,7 @@ class NeuronResidency:
         if np.count_nonzero(evictable) != others or self._doubled(misses):
             raise ValueError("a neuron is wanted twice: give each once")
         bring = self._eviction.admit(wanted, misses)
-        most = bring.size if self.uploads is None else min(bring.size, self.uploads)
+        most = bring.size if self.max_fetches is None else min(bring.size, self.max_fetches)
         free = min(most, self.slots - self._full)
         gone = self._eviction.victims(hit_slots, evictable, min(most - free, others))
         loads = bring[: free + gone.size]

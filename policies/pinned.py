@@ -17,7 +17,7 @@ less than that one, so a ring of all of them and the largest but the first is al
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 
 Groups = Sequence[Sequence[Key]]
 """Keys that are held at once, in their order in the scan; a key in none is held alone."""
@@ -40,7 +40,7 @@ def place(
     *,
     prefer: Sequence[Collection[Key]] = (),
     together: Groups = (),
-) -> Placement:
+) -> UnitPlacement:
     """Divide `capacity_bytes` so that as many bytes as possible stay.
 
     Args:
@@ -77,7 +77,7 @@ def place(
     placed = tuple(key for key in keys if key in best[2])
     placed_bytes = sum(sizes[key] for key in placed)
     ring_bytes = 0 if len(placed) == len(keys) else capacity_bytes - placed_bytes
-    return Placement(placed, placed_bytes, ring_bytes)
+    return UnitPlacement(placed, placed_bytes, ring_bytes)
 
 
 def _filled(

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from policies import pinned
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 
 # What the loader keeps in flight; a ring this much larger than two units never waits for room.
 AHEAD_BYTES = 32 << 20
@@ -64,7 +64,7 @@ class TierPlan:
     capacity_bytes: int
     reserved_bytes: Mapping[str, int]
     order: tuple[Key, ...]
-    placement: Placement
+    placement: UnitPlacement
     table: bool
     transit_bytes: int = 0
     neuron_bytes: int = 0
@@ -73,6 +73,17 @@ class TierPlan:
     def slab_bytes(self) -> int:
         """What the tier allocates for units."""
         return max(self.placement.pinned_bytes + self.placement.ring_bytes, self.transit_bytes)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """All that it takes: units, slots of neurons, and what is reserved beside them."""
+        return self.slab_bytes + self.neuron_bytes + sum(self.reserved_bytes.values())
+
+    @property
+    def passing(self) -> tuple[Key, ...]:
+        """The units that do not stay."""
+        staying = set(self.placement.pinned)
+        return tuple(key for key in self.order if key not in staying)
 
 
 @dataclass(frozen=True)
@@ -83,15 +94,29 @@ class Plan:
     dram: TierPlan
 
     @property
+    def has_hbm(self) -> bool:
+        """Whether there is an HBM tier above DRAM."""
+        return self.hbm is not None
+
+    @property
+    def fastest(self) -> TierPlan:
+        """The HBM tier, or DRAM without one."""
+        return self.hbm or self.dram
+
+    @property
+    def copied(self) -> tuple[Key, ...]:
+        """Units that every pass copies up to the HBM tier; none without one."""
+        return self.fastest.passing if self.has_hbm else ()
+
+    @property
     def streamed(self) -> tuple[Key, ...]:
         """Units that every pass reads from the SSD."""
-        return tuple(key for key in self.dram.order if key not in set(self.dram.placement.pinned))
+        return self.dram.passing
 
     @property
     def still(self) -> bool:
         """Whether a pass moves nothing, for all units stay in the fastest tier."""
-        tier = self.hbm or self.dram
-        return set(tier.order) <= set(tier.placement.pinned)
+        return not self.fastest.passing
 
     def resident(self, matrices: Iterable[Sequence[Key]]) -> list[tuple[Key, ...]]:
         """Of each matrix, given as the units of its planes, those that a resident pass does with.
@@ -99,7 +124,7 @@ class Plan:
         They stay in the fastest tier, up to the first one that does not; never all of them, so that where everything
         stays drafting still reads a precision less.
         """
-        staying = frozenset((self.hbm or self.dram).placement.pinned)
+        staying = frozenset(self.fastest.placement.pinned)
         return [tuple(takewhile(staying.__contains__, units[:-1])) for units in matrices]
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +191,7 @@ def _tier(
         size = inputs.sizes[table]
         whole = sum(inputs.sizes[key] for key in order) + size
         if whole <= spare:  # the table is the last to get room: a token inputs only one row of it
-            placement = Placement((*order, table), whole, 0)
+            placement = UnitPlacement((*order, table), whole, 0)
             return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
     ahead, levels, groups = min(AHEAD_BYTES, spare // 4), inputs.levels, inputs.together
     placement = pinned.place(order, inputs.sizes, spare, ahead, always, prefer=levels, together=groups)

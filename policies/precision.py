@@ -110,7 +110,7 @@ def exact_bytes(neurons: int, sizes: Sizes) -> int:
     return neurons * sizes.neuron(TOP)
 
 
-def fitted(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe | None:
+def fitted_recipe(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe | None:
     """`recipe` with as many neurons in the lowest level it uses as `share` of int8's bytes allow.
 
     None where even without them it reads more, or where there is not one neuron to give.
@@ -136,7 +136,7 @@ def fitted(recipe: Recipe, share: float, neurons: int, sizes: Sizes) -> Recipe |
     return with_count(count) if count > 0 else None
 
 
-def candidates(
+def candidate_recipes(
     share: float, neurons: int, sizes: Sizes, scorers: Mapping[str, int], ranks: Iterable[int] = (1, 2)
 ) -> list[Recipe]:
     """Recipes that read at most `share` of int8's bytes and leave little of it unused.
@@ -150,7 +150,7 @@ def candidates(
     found: dict[tuple[object, ...], Recipe] = {}
     for scorer, ranked in scorers.items():
         for rank, shares in product(ranks if ranked else (0,), _TEMPLATES):
-            made = fitted(Recipe(scorer, rank, min(ranked, sizes.inward), shares), share, neurons, sizes)
+            made = fitted_recipe(Recipe(scorer, rank, min(ranked, sizes.inward), shares), share, neurons, sizes)
             if made is not None:
                 found[scorer, rank, made.counts(neurons)] = made
     full = 0.9 * share * exact_bytes(neurons, sizes)
@@ -206,30 +206,6 @@ def divide(
         _, layer, other = max(steps)
         left -= sizes[-layer][other] - sizes[-layer][chosen[-layer]]
         chosen[-layer] = other
-
-
-@dataclass(frozen=True)
-class Service:
-    """What is done about misses, in numbers of neurons, most important first: the rest takes the level at hand."""
-
-    fetched: int
-    below: int
-
-
-def serve(missed: int, *, uploads: int | None, link_s: float, below_s: float | None) -> Service:
-    """Fetch a miss, have the processor below multiply it where it lies, or take the level at hand, by cost.
-
-    Args:
-        missed: neurons whose planes are not here.
-        uploads: the most that may be fetched; None for any number.
-        link_s: seconds to fetch one.
-        below_s: seconds to multiply one below; None where nobody can.
-    """
-    if below_s is not None and below_s < link_s:
-        fetched = min(missed, uploads or 0)  # only to renew the cache, as far as was asked for
-        return Service(fetched, missed - fetched)
-    fetched = missed if uploads is None else min(missed, uploads)
-    return Service(fetched, 0 if below_s is None else missed - fetched)
 
 
 def share_slots(wanted: Sequence[Sequence[int]], widths: Sequence[int], neurons: int, budget: int) -> list[list[int]]:

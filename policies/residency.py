@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.prefetch import CyclicPrefetch
-from policies.types import Key, Load, Placement
+from policies.types import Key, Load, UnitPlacement
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Residency:
     """
 
     def __init__(
-        self, order: Sequence[Key], sizes: Mapping[Key, int], placement: Placement, *, once: bool = False
+        self, order: Sequence[Key], sizes: Mapping[Key, int], placement: UnitPlacement, *, once: bool = False
     ) -> None:
         self._sizes = sizes
         self._pinned: dict[Key, Load] = {}

@@ -13,11 +13,6 @@ from policies.protocol import BoolArray, Eviction, IntArray, nothing
 class Sieve(Eviction):
     """A hit costs one bit; survivors keep their place in the queue, so what was wanted once is soon swept out."""
 
-    name = "sieve"
-
-    def __init__(self) -> None:
-        self.reset(0, 0)
-
     def reset(self, neurons: int, slots: int) -> None:
         """An empty queue, and the hand at its tail."""
         self._queue = nothing()  # full slots, oldest arrival first

@@ -4,8 +4,6 @@ A drafter that is nearly the target is right almost always, whatever probability
 are given the same noise, only the gap between scores counts, against the drafter's own error in them. One factor on
 the scores before their softmax makes confidences as high, on average, as guesses are accepted (temperature scaling,
 Guo et al., arXiv 1706.04599, section 4.2, here step by step).
-
-Knows confidences and outcomes; neither tokens nor models.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them.
+"""How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them."""
 
-Knows counts and seconds; neither tokens nor models.
-"""
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +8,26 @@ from policies.drafting import RoundPlan
 
 _KEEP = 0.98  # weight of a round after another one
 _PULL, _FADE = 4.0, 8.0  # rounds that a promise counts for at first, and rounds that halve this
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What came of a drafted round.
+
+    Attributes:
+        emitted: tokens.
+        seconds: that it took, a disturbance cut off.
+        nodes: verified.
+        passes, draft_s: of a model, and seconds, that drafting took.
+        charged_s: the seconds that drafting took, a disturbance cut off.
+    """
+
+    emitted: int
+    seconds: float
+    nodes: int
+    passes: int
+    draft_s: float
+    charged_s: float
 
 
 class ThroughputEstimator:
@@ -23,24 +42,17 @@ class ThroughputEstimator:
         self._pull = _PULL
         self.drafted = 0
 
-    def observe(
-        self, tokens: int, seconds: float, nodes: int, passes: int, draft_s: float, *, whole: bool = False
-    ) -> None:
+    def observe(self, outcome: RoundOutcome, *, whole: bool = False) -> None:
         """What came of a round.
 
-        Args:
-            tokens: emitted.
-            seconds: that it took.
-            nodes: verified.
-            passes, draft_s: of a model, and seconds, that drafting took.
-            whole: passes were to draft wherever they pay, and not only where cheaper guesses did not promise enough;
-                only such rounds tell what they bring, for where these promise little a model is unsure too.
+        `whole`: passes were to draft wherever they pay, and not only where cheaper guesses did not promise enough. Only
+        such rounds tell what passes bring, for where cheap guesses promise little a model is unsure too.
         """
-        self._rounds = _KEEP * self._rounds + (1, tokens, seconds, nodes)
+        self._rounds = _KEEP * self._rounds + (1, outcome.emitted, outcome.seconds, outcome.nodes)
         self._pull *= 0.5 ** (1 / _FADE)
-        self.drafted += passes > 0
+        self.drafted += outcome.passes > 0
         if whole:
-            self._drafting = _KEEP * self._drafting + (1, tokens - 1, draft_s)
+            self._drafting = _KEEP * self._drafting + (1, outcome.emitted - 1, outcome.charged_s)
 
     @property
     def nodes(self) -> float:

@@ -6,7 +6,7 @@ Key = int
 
 
 @dataclass(frozen=True)
-class Placement:
+class UnitPlacement:
     """How a tier's bytes are divided.
 
     Attributes:

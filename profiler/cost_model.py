@@ -87,10 +87,8 @@ def pass_time(
         past: tokens in the KV cache before it.
         cpu_tokens: up to how many tokens the CPU multiplies, in main memory, what does not stay on the card.
     """
-    staying = set((plan.hbm or plan.dram).placement.pinned)
-    streamed = set(plan.streamed)
-    moved = [key for key in workload.needs.order if plan.hbm is not None and key not in staying]
-    beside = plan.hbm is not None and tokens <= cpu_tokens
+    staying, streamed, moved = set(plan.fastest.placement.pinned), set(plan.streamed), plan.copied
+    beside = plan.has_hbm and tokens <= cpu_tokens
     on_cpu = [matmul for matmul in workload.matmuls if beside and not staying.issuperset(matmul.units)]
     on_device = [matmul for matmul in workload.matmuls if matmul not in on_cpu]
     up_bytes = 0 if beside else sum(workload.payload[key] for key in moved)

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from policies.eviction import POLICIES, make
+from policies.eviction import BOUND, POLICIES, make
 from policies.hot import hottest
 from policies.neurons import IntArray, NeuronResidency, Step
+from policies.rates import rate
 from profiler.trace import Trace
-
-BOUND = "belady"
 
 Log = Callable[[int, int, int, Step], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReplayOutcome:
     """What a replay counted, in neurons; the arrays are [layers, planes].
 
     Attributes:
@@ -48,36 +47,36 @@ class Outcome:
     @property
     def hit_rate(self) -> float:
         """Hits / requests; 0 without requests."""
-        return float(self.hits.sum() / max(1, self.requests.sum()))
+        return rate(self.hits.sum(), self.requests.sum()) or 0.0
 
     @property
     def chance(self) -> float:
         """The hit rate of a random set in the same slots: their share of the neurons, weighted by requests."""
         share = np.minimum(1.0, self.slots / max(1, self.neurons))
-        return float((share * self.requests).sum() / max(1, self.requests.sum()))
+        return rate((share * self.requests).sum(), self.requests.sum()) or 0.0
 
     @property
     def lift(self) -> float:
         """Hit rate / chance; 0 without slots."""
-        return self.hit_rate / self.chance if self.chance else 0.0
+        return rate(self.hit_rate, self.chance) or 0.0
 
 
 def replay(
     trace: Trace,
     slots: npt.ArrayLike,
     policy: str,
-    uploads: int | None = None,
+    max_fetches: int | None = None,
     *,
     hot: npt.ArrayLike | None = None,
     log: Log | None = None,
-) -> Outcome:
+) -> ReplayOutcome:
     """Count what a policy would have done.
 
     Args:
         trace: the wishes.
         slots: [layers, planes], neurons that each has room for.
         policy: one of `policies.eviction.POLICIES`.
-        uploads: loads of one plane of one layer for one token at most; None for no cap.
+        max_fetches: loads of one plane of one layer for one token at most; None for no cap.
         hot: calibrated frequencies [layers, neurons]. With them every plane starts warm: with what the policy would
             start with, if it has an opinion, else with the hottest neurons. Without them it starts empty.
         log: called after each step with the token, layer, plane and `Step`.
@@ -86,7 +85,7 @@ def replay(
         ValueError: slots or frequencies of another shape, an unknown policy or one that lacks `hot`.
     """
     slots = _slots(trace, slots)
-    residencies = _residencies(trace, slots, policy, uploads, hot)
+    residencies = _residencies(trace, slots, policy, max_fetches, hot)
     requests = trace.counts * trace.tokens
     hits, loads, evictions = (np.zeros_like(requests) for _ in range(3))
     for token in range(trace.tokens):
@@ -97,7 +96,7 @@ def replay(
             evictions[layer, plane] += step.evicted.size
             if log is not None:
                 log(token, layer, plane, step)
-    return Outcome(policy, trace.neurons, slots, requests, hits, loads, requests - hits - loads, evictions)
+    return ReplayOutcome(policy, trace.neurons, slots, requests, hits, loads, requests - hits - loads, evictions)
 
 
 def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
@@ -108,7 +107,7 @@ def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
 
 
 def _residencies(
-    trace: Trace, slots: IntArray, policy: str, uploads: int | None, hot: npt.ArrayLike | None
+    trace: Trace, slots: IntArray, policy: str, max_fetches: int | None, hot: npt.ArrayLike | None
 ) -> dict[tuple[int, int], NeuronResidency]:
     """One for each layer and plane with slots, warm if there are frequencies, in the order of asking."""
     heat = None if hot is None else np.asarray(hot)
@@ -119,7 +118,7 @@ def _residencies(
         room = min(int(slots[layer, plane]), trace.neurons)
         future = list(trace.rows(layer, plane)) if policy == BOUND else None
         eviction = make(policy, future=future, hot=None if heat is None else heat[layer])
-        residency = NeuronResidency(trace.neurons, room, eviction, uploads=uploads)
+        residency = NeuronResidency(trace.neurons, room, eviction, max_fetches=max_fetches)
         if heat is not None:
             own = eviction.preload()
             residency.warm(own if own.size else hottest(heat[layer], room))
@@ -128,7 +127,7 @@ def _residencies(
 
 
 @dataclass(frozen=True)
-class Row:
+class PolicyRow:
     """One policy of a comparison.
 
     Attributes:
@@ -138,7 +137,7 @@ class Row:
         lift: hit rate / chance.
         loaded_bytes: brought into slots.
         refused_bytes: wanted and neither here nor brought; they are fetched or computed elsewhere all the same.
-        belady: the hit rate that no policy exceeds, whatever its uploads.
+        belady: the hit rate that no policy exceeds, however many may be fetched.
     """
 
     policy: str
@@ -158,11 +157,11 @@ class Row:
 def compare(
     trace: Trace,
     slots: npt.ArrayLike,
-    uploads: int | None,
+    max_fetches: int | None,
     row_bytes: Sequence[int],
     *,
     hot: npt.ArrayLike | None = None,
-) -> list[Row]:
+) -> list[PolicyRow]:
     """Every policy on one trace, Belady's bound among them, in the registry's order.
 
     The bound is replayed without an upload cap, where it is one, and from the start that suits it best.
@@ -170,7 +169,7 @@ def compare(
     Args:
         trace: the wishes.
         slots: [layers, planes].
-        uploads: cap of one step, or None.
+        max_fetches: cap of one step, or None.
         row_bytes: bytes of one neuron at each plane [planes].
         hot: calibrated frequencies [layers, neurons], best from another trace. Without them the policy "hot" is left
             out, for its set would have to be taken from the very trace it is judged on, and every start is empty.
@@ -182,10 +181,10 @@ def compare(
     if sizes.shape != (trace.planes,):
         raise ValueError(f"row bytes {sizes.tolist()}: give one for each of {trace.planes} planes")
     names = [name for name in POLICIES if name != "hot" or hot is not None]
-    outcomes = [replay(trace, slots, name, None if name == BOUND else uploads, hot=hot) for name in names]
+    outcomes = [replay(trace, slots, name, None if name == BOUND else max_fetches, hot=hot) for name in names]
     bound = next(outcome.hit_rate for outcome in outcomes if outcome.policy == BOUND)
     return [
-        Row(
+        PolicyRow(
             outcome.policy,
             outcome.hit_rate,
             outcome.chance,
@@ -198,7 +197,7 @@ def compare(
     ]
 
 
-def best(rows: Sequence[Row]) -> str:
+def best(rows: Sequence[PolicyRow]) -> str:
     """The policy that misses the fewest bytes, the earlier one on a tie; never Belady's, which needs the future.
 
     Raises:

@@ -1,10 +1,13 @@
 """Shared by all tests: no network, repeatable examples, checkpoints and stores made once, children that start fast."""
 
-import multiprocessing
+import fcntl
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,8 +25,10 @@ from hypothesis import HealthCheck, settings
 from benchmarks.real import model as real
 from tiercache.config.options import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
+from tiercache.store import estimate
 from tiercache.store.convert import convert
 
+PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 LONG = ("test_convert_crash", "test_calibrate_crash", "test_drafter_limits", "test_mixed_limits", "test_tune")
 CACHE = "TIERCACHE_TESTS_CACHE"  # the user's own cache folder, which keeps the real model; workers inherit it
 
@@ -45,14 +50,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+def pytest_collection_finish() -> None:
+    """What importing made stays to the end, so `gc.collect()` need not walk through it each time."""
+    gc.freeze()
+
+
+# Each calibrated conversion measures what the machine does in a second; toys need no good answer.
+estimate._SAMPLE, estimate._INPUTS, estimate._FEW, estimate._MANY = 32, 8, 2, 16
+
 settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )  # two shared cores: time proves nothing, and a failure must come back
 settings.load_profile("tests")
 
 # Children are forked from a server that has imported everything and runs one thread, so one costs milliseconds.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "transformers", "architectures", "tiercache.store.planestore", "conftest"])
+_FORKS = get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["conftest", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +118,22 @@ def plane_store(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return get
 
 
+@pytest.fixture(scope="session")
+def pico_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibrated plane store of the pico model, made once for all workers, since it takes half a minute.
+
+    For reading only.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with (shared / "pico.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "pico").exists():
+            convert(PICO, shared / "pico", compress="off", tokens=2048, show_progress=False)
+    return shared / "pico"
+
+
 class ChildDiedError(Exception):
     """A child ended without an answer."""
 
@@ -110,6 +141,10 @@ class ChildDiedError(Exception):
 @pytest.fixture(scope="session")
 def start_child() -> Callable[..., tuple[BaseProcess, Connection]]:
     """`start_child(function, *arguments)`: runs it in a fresh process, `function` being given a pipe's end first."""
+
+    with pytest.MonkeyPatch.context() as patch:  # or the server, which is not told sys.path, would preload no conftest
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
 
     def start(function: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
         here, there = _FORKS.Pipe()

@@ -85,8 +85,8 @@ def bundle(matrices: Sequence[Planes], offset: int = 0) -> list[Planes]:
     slot = torch.frombuffer(bytearray(at[-1] + offset), dtype=torch.uint8, offset=offset)
     laid = []
     for part, matrix in enumerate(matrices):
-        place = (len(matrices), (part,), tuple(at[:-2]), at[-2])
-        here = PlaneWeight(0, rows, columns, group, *place, transposed=False).part(slot, part)
+        place = (len(matrices), (0,) * len(widths), tuple(at[:-2]), at[-2])
+        here = PlaneWeight(rows, columns, group, *place, own=(part,), transposed=False).part(slot, part)
         for target, source in zip([*here.planes, here.scales], [*matrix.planes, matrix.scales], strict=True):
             target.copy_(source)
         laid.append(here)

@@ -1,8 +1,7 @@
-"""The kernel benchmark on toy matrices: its schema, its layout in memory, its checks, and what it refuses."""
+"""The kernel benchmarks on toy matrices: their schema, layout in memory and checks, and what they refuse."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from benchmarks import kernels as with_peers
+from benchmarks import torch_peers
 from tiercache import cli
-from tiercache.bench import kernel_cases, kernels, kernels_report, timing_device, torch_peers, workset
+from tiercache.bench import kernels, kernels_report, timing_device, workset
 from tiercache.bench.kernels import Options
-from tiercache.bench.timing_device import CpuDevice, Effort
+from tiercache.bench.timing_device import Effort, TimingCpu
 from tiercache.errors import DoesNotFitError, TiercacheError
 from tiercache.kernels.contract import QuantizedActivations, Selection
 from tiercache.kernels.reference import ReferenceKernels
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return kernels.bench(TINY, [CpuDevice(ReferenceKernels())])
+    return kernels.bench(TINY, [TimingCpu(ReferenceKernels())])
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command measures briefly, with the reference."""
     real = kernels.bench
 
-    def bench(options: Options, devices: Sequence[timing_device.TimingDevice] | None = None) -> dict[str, Any]:
-        return real(dataclasses.replace(options, effort=BRIEF), [CpuDevice(ReferenceKernels())])
+    def bench(options: Options) -> dict[str, Any]:
+        return real(dataclasses.replace(options, effort=BRIEF), [TimingCpu(ReferenceKernels())])
 
     monkeypatch.setattr(kernels, "bench", bench)
 
@@ -78,7 +79,7 @@ def test_every_case_has_its_row(result: dict[str, Any]) -> None:
     for row in rows:
         assert row["ratio"] == pytest.approx(row["gbps"] / row["roof_gbps"])
         assert 0 <= row["max_error"] < 1e-4  # the reference beside itself, summed in another order
-        assert row["peers"].keys() == row["peer_seconds"].keys() >= {"torch bf16"}
+        assert row["peers"] == row["peer_seconds"] == {}
     assert json.loads(json.dumps(result)) == result
 
 
@@ -98,16 +99,14 @@ def test_the_report_names_hardware_seed_and_backend(result: dict[str, Any]) -> N
     head = "".join(text.splitlines()[:3])
     for part in ("seed 0", "threads", "kernels reference", "roof"):
         assert part in head
-    assert "x bf16" in text
-    assert "x torch int4" in text
     assert max(map(len, text.splitlines())) <= 200
     kernels_named = [line.split()[0] for line in text.splitlines() if line.startswith(" product") or "ffn" in line]
     assert kernels_named == sorted(kernels_named, key=["product", "products", "product_down", "ffn"].index)
 
 
 def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
-    place = CpuDevice(ReferenceKernels())
-    units = workset.make(place, BRIEF, workset.Pool.make(0), (704, 256, 3), "int4")
+    place = TimingCpu(ReferenceKernels())
+    units = workset.make(place, BRIEF, workset.random_codes(0), (704, 256, 3), "int4")
     assert sum(workset.nbytes(weight) for unit in units for weight in unit) >= BRIEF.least_bytes
     gate, up, _ = units[0]
     assert [plane.stride() for plane in gate.planes] == [(3 * 96, 1), (3 * 32, 1)]
@@ -120,33 +119,39 @@ def test_matrices_lie_as_in_a_slot_and_overflow_the_cache() -> None:
     assert not values.equal(decode(units[1][0], torch.float32))
 
 
-def test_samples_are_the_whole_results() -> None:
-    place, pool = CpuDevice(ReferenceKernels()), workset.Pool.make(1)
-    for case in kernel_cases.cases("tiny"):
-        units = workset.make(place, BRIEF, pool, (case.rows, case.columns, case.parts), "int3")
-        x = torch.randn(2, case.inputs).bfloat16()
-        weights = kernel_cases.work(case, units)
-        out = torch.zeros(2, case.outputs)
-        kernel_cases.bound_call(place.kernels, case, weights, x, out)(0)
-        assert kernel_cases.error(kernel_cases.expected(case, weights[0], x), out) < 1e-4
-
-
 @pytest.mark.parametrize("wrong", [Toppled(), Toxic()])
 def test_wrong_results_stop_the_run(wrong: ReferenceKernels) -> None:
     with pytest.raises(TiercacheError, match="off the reference"):
-        kernels.bench(TINY, [CpuDevice(wrong)])
+        kernels.bench(TINY, [TimingCpu(wrong)])
 
 
 def test_a_peer_that_is_missing_is_told_once() -> None:
     def absent(*_: object) -> torch_peers.Packed:
         raise AttributeError("no such operator\nat all")
 
-    place = CpuDevice(ReferenceKernels())
-    place.peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
-    result = kernels.bench(dataclasses.replace(TINY, precisions=("int3",)), [place])
+    peers = (torch_peers.BF16, torch_peers.Peer("torch int3", absent, lambda x, packed: x))
+    options = dataclasses.replace(TINY, precisions=("int3",))
+    result = with_peers.bench(options, [TimingCpu(ReferenceKernels())], peers)
     assert result["stands"][0]["peers_left_out"] == {"torch int3": "no such operator"}
-    assert all(row["peers"].keys() == {"torch bf16"} for row in result["results"])
-    assert kernels_report.report(result).count("torch int3 is left out: no such operator") == 1
+    assert all(row.keys() == ROW for row in result["results"])
+    assert all(row["peers"].keys() == row["peer_seconds"].keys() == {"torch bf16"} for row in result["results"])
+    text = kernels_report.report(result)
+    assert text.count("torch int3 is left out: no such operator") == 1
+    assert "x torch bf16" in text
+
+
+def test_the_command_with_peers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = with_peers.bench
+
+    def bench(options: Options) -> dict[str, Any]:
+        return real(dataclasses.replace(options, effort=BRIEF), [TimingCpu(ReferenceKernels())])
+
+    monkeypatch.setattr(with_peers, "bench", bench)
+    with_peers.run(["--kernel-shapes", "tiny", "--precisions", "int4", "--token-counts", "1"])
+    told = capsys.readouterr()
+    rows = json.loads(told.out)["results"]
+    assert all(row["peers"].keys() >= {"torch bf16"} for row in rows)
+    assert "x torch bf16" in told.err
 
 
 def test_peers_multiply_the_same_shapes() -> None:
@@ -161,7 +166,7 @@ def test_peers_multiply_the_same_shapes() -> None:
 
 def test_too_little_memory_is_told_before_it_is_taken() -> None:
     with pytest.raises(DoesNotFitError, match="--kernel-shapes") as caught:
-        CpuDevice(ReferenceKernels()).memory(1 << 60)
+        TimingCpu(ReferenceKernels()).memory(1 << 60)
     assert caught.value.missing_bytes > 0
 
 
@@ -173,7 +178,7 @@ def test_the_cache_of_this_machine() -> None:
     ("arguments", "says"),
     [
         (("--kernel-shapes", "7c"), "70b"),
-        (("--kernel-shapes", ""), "70b"),
+        (("--kernel-shapes", ""), "empty list"),
         (("--precisions", "int4,int2"), "int3, int4, int8"),
         (("--token-counts", "1,many"), "1,16"),
         (("--token-counts", "0"), "512"),

@@ -29,7 +29,7 @@ from tiercache.calibrate import settings as trying
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.command import calibrate
 from tiercache.calibrate.job import Job
-from tiercache.calibrate.measure import Measurer, room
+from tiercache.calibrate.measure import Measurer
 from tiercache.calibrate.report import report
 from tiercache.calibrate.settings import Forecast, shares, uniform
 from tiercache.config.options import OffloadConfig
@@ -42,9 +42,9 @@ from tiercache.quality.measure import Score
 from tiercache.quant.hadamard import restored
 from tiercache.store import catalog
 from tiercache.store.calibration import FILE, PARTIAL_FILE, Calibration
+from tiercache.store.folders import locked
 from tiercache.store.planestore import PlaneStore
 
-PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 TEXT = Path(__file__)
 SMALL: dict[str, Any] = {"tokens": 96, "window": 32, "measure_tokens": 32, "show_progress": False}
 FEW = (0.5,)
@@ -281,8 +281,8 @@ def test_traces_are_of_tokens_that_follow_one_another_inside_the_text(llama: Sim
     texts = windows(llama.folder)
     with opened(llama.folder) as model:
         blocks = model.tiercache.mixed.blocks
-        measurer = Measurer(model, blocks, texts, lambda: None)
-        whole = [Measurer(model, blocks, [text], lambda: None).trace(setting.recipes, 32, 1 << 20) for text in texts]
+        measurer = Measurer(model, texts, lambda: None)
+        whole = [Measurer(model, [text], lambda: None).trace(setting.recipes, 32, 1 << 20) for text in texts]
         middle = measurer.trace(setting.recipes, 8, 1 << 20)
         two = measurer.trace(setting.recipes, 64, 2 * 32 * sum(each))
         least = measurer.trace(setting.recipes, 64, 0)
@@ -357,6 +357,14 @@ def test_logits_that_are_no_numbers_lose_no_number(who: str) -> None:
 
 
 @contextmanager
+def logits_are_nan() -> Iterator[None]:
+    add = Score.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Score, "add", lambda self, logits, *others: add(self, logits * math.nan, *others))
+        yield
+
+
+@contextmanager
 def breaking(broken: Callable[[Measurer, Any], bool]) -> Iterator[None]:
     """Whose logits are NaN from here on."""
     true = Measurer.mixed
@@ -364,9 +372,7 @@ def breaking(broken: Callable[[Measurer, Any], bool]) -> Iterator[None]:
     def mixed(measurer: Measurer, recipes: Any, kept: Any, windows: int | None) -> Any:
         if not broken(measurer, recipes):
             return true(measurer, recipes, kept, windows)
-        with pytest.MonkeyPatch.context() as patch:
-            run = Measurer._run
-            patch.setattr(Measurer, "_run", lambda self, window: run(self, window) * math.nan)
+        with logits_are_nan():
             return true(measurer, recipes, kept, windows)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -419,11 +425,8 @@ def test_a_model_that_breaks_whatever_is_done_is_named(llama: SimpleNamespace, t
     shutil.copytree(llama.folder, folder)
     with breaking(lambda measurer, recipes: True), pytest.raises(StoreError, match=r"none of .* has a finite loss"):
         calibrate(folder, TEXT, **SMALL)
-    with pytest.MonkeyPatch.context() as patch:
-        run = Measurer._run
-        patch.setattr(Measurer, "_run", lambda self, window: run(self, window) * math.nan)
-        with pytest.raises(StoreError, match=r"exact model .* predicts what is no number"):
-            calibrate(folder, TEXT, **SMALL, restart=True)
+    with logits_are_nan(), pytest.raises(StoreError, match=r"exact model .* predicts what is no number"):
+        calibrate(folder, TEXT, **SMALL, restart=True)
 
 
 def test_the_report_is_json_and_tables(llama: SimpleNamespace) -> None:
@@ -507,9 +510,8 @@ def test_budgets_too_small_for_the_model_change_nothing(
     assert [setting.share for setting in upper.settings] == [setting.share for setting in whole.settings]
 
 
-def test_pico_ranks_well_and_loses_little(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    tiercache.convert(PICO, store, compress="off", show_progress=False)
+def test_pico_ranks_well_and_loses_little(pico_store: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(pico_store, tmp_path / "store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trying, "SHARES", ())
         result = calibrate(
@@ -602,7 +604,7 @@ def test_an_unfinished_run_is_gone_on_with_by_the_same_command_alone(
     shutil.copy(folder / PARTIAL_FILE, foreign)
     with pytest.raises(UsageError, match=r"another store than the one it lies in.*--restart"):
         calibrate(foreign, TEXT, **SMALL)
-    with journals._locked(folder), pytest.raises(UsageError, match="another calibration is writing"):
+    with locked(folder, None), pytest.raises(UsageError, match="another calibration is writing"):
         calibrate(folder, TEXT, **SMALL)
     calibrate(folder, TEXT, **{**SMALL, "predictor_rank": 4}, restart=True)
     assert same(Calibration.load(PlaneStore.open(folder)), llama.kept)
@@ -677,15 +679,10 @@ def test_errors_of_the_work_itself_are_not_the_journals(tmp_path: Path, error: O
 
 
 def test_room_names_its_own_way_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "scratch"
-    foreign = EnvironmentUnsupportedError(f"no GPU for {folder}; ask for another device")
-    with pytest.raises(EnvironmentUnsupportedError) as raised, room(folder, [torch.arange(3)], 10, 4):
-        raise foreign
-    assert raised.value is foreign
     monkeypatch.setattr(measuring.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     with (
         pytest.raises(EnvironmentUnsupportedError, match=r"70 bytes are missing; give fewer --measure-tokens"),
-        room(folder, [torch.arange(3)], 10, 4),
+        measuring.kept_logits(tmp_path / "scratch", 80, "give fewer --measure-tokens"),
     ):
         pass
 

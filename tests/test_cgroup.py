@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.bench import cgroup
-from tiercache.bench.cgroup import MemoryGroup, drop_caches, memory_group, run_capped
+from benchmarks import cgroup
+from benchmarks.cgroup import MemoryGroup, drop_caches, memory_group, run_capped
 from tiercache.errors import EnvironmentUnsupportedError
 
 MIB = 1 << 20

@@ -10,26 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade, expected_accepted
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.union import Ngrams
-from tiercache.draft.tree import DraftTree, chain
+from tiercache.draft.tree import ROOT, DraftTree, chain
 from tiercache.draft.union import Union
 from tiercache.errors import DraftError, StoreError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Fixed(BaseDrafter):
+class Fixed(Drafter):
     """Proposes what it was given, as far as the budget goes, and tells what it was asked and told."""
 
     passes = 1
 
-    def __init__(self, tree: DraftTree, *, needs: DrafterRequirements | None = None, name: str = "fixed") -> None:
-        self.tree, self.name, self.needs = tree, name, needs or DrafterRequirements()
+    def __init__(self, tree: DraftTree, *, wants: DrafterRequirements | None = None, name: str = "fixed") -> None:
+        self.tree, self.name, self.requirements = tree, name, wants or DrafterRequirements()
         self.asked: list[int] = []
         self.told: list[Any] = []
 
@@ -46,9 +46,14 @@ class Fixed(BaseDrafter):
             raise StoreError("cannot close")
 
 
+def tokens_to(tree: DraftTree, node: int) -> tuple[int, ...]:
+    """The tokens from the root to a node."""
+    return () if node == ROOT else (*tokens_to(tree, tree.parents[node]), tree.tokens[node])
+
+
 def paths(tree: DraftTree) -> dict[tuple[int, ...], int]:
     """Each node by its tokens from the root."""
-    return {tuple(tree.tokens[step] for step in tree.path(node)): node for node in range(len(tree))}
+    return {tokens_to(tree, node): node for node in range(len(tree))}
 
 
 @st.composite
@@ -71,14 +76,13 @@ class TestUnion:
         union.begin(Context([1], 4))
         tree = union.propose(TreeBudget(1000))
         assert tree.logq is not None
-        assert tree.owners is not None
         by_path = paths(tree)
         assert len(by_path) == len(tree)
         parts, highest = [paths(part) for part in given_trees], {}
         assert by_path.keys() == set().union(*parts)
         for path, node in by_path.items():
             having = [number for number, part in enumerate(parts) if path in part]
-            assert tree.owners[node] == sum(1 << number for number in having)
+            assert union._merged.owners[node] == set(having)
             chances = [(given_trees[number].logq or ())[parts[number][path]] for number in having]
             highest[path] = max(chances)
         for path, node in by_path.items():
@@ -134,11 +138,14 @@ class TestUnion:
             Union([Fixed(drawn)]).propose(TreeBudget(4))
 
     def test_passes_everything_on(self) -> None:
-        vocabulary = DrafterRequirements(topk=8, vocabulary=9, host_bytes=5, node_bytes=1)
+        vocabulary = DrafterRequirements(topk=8, vocabulary=9, host_bytes=5)
         heads = DrafterRequirements(topk=2, logits=True, device_bytes=7, host_bytes=1)
-        one, two = Fixed(chain([1]), needs=vocabulary, name="one"), Fixed(chain([2]), needs=heads, name="two")
+        one, two = (
+            Fixed(chain([1]), wants=vocabulary, name="one"),
+            Fixed(chain([2]), wants=heads, name="two"),
+        )
         union = Union([one, two])
-        assert union.needs == DrafterRequirements(8, True, False, 9, 7, 6, 1)
+        assert union.requirements == DrafterRequirements(8, True, False, 9, 7, 6)
         union.begin(context := Context([1], 4))
         assert one.context is two.context is context
         feedback = Feedback(union.propose(TreeBudget(4)), (0,), (1,))
@@ -157,8 +164,8 @@ class TestUnion:
         with pytest.raises(UsageError, match="vocabulary"):
             Union(
                 [
-                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=5)),
-                    Fixed(chain([1]), needs=DrafterRequirements(vocabulary=6)),
+                    Fixed(chain([1]), wants=DrafterRequirements(vocabulary=5)),
+                    Fixed(chain([1]), wants=DrafterRequirements(vocabulary=6)),
                 ]
             )
 
@@ -199,8 +206,10 @@ class TestNgrams:
     def test_is_what_it_says(self, tmp_path: Path) -> None:
         with_tables = Ngrams(50, "toy", folder=tmp_path)
         assert [drafter.name for drafter in with_tables.drafters] == ["suffix", "trigram", "recycling", "learned"]
-        assert with_tables.needs.topk == 8
-        assert with_tables.needs.host_bytes == sum(drafter.needs.host_bytes for drafter in with_tables.drafters)
+        assert with_tables.requirements.topk == 8
+        assert with_tables.requirements.host_bytes == sum(
+            drafter.requirements.host_bytes for drafter in with_tables.drafters
+        )
         with_tables.close()
         with_tables.close()
         assert len(Ngrams(50, "toy").drafters) == 3

@@ -83,7 +83,7 @@ def test_a_card_never_shares_its_products_with_the_cpu_unless_asked_to() -> None
     """The card sums in fp32 and the CPU in fixed point: which pass is short must not change its logits."""
     card = machine.Machine(torch.device("cuda", 0), {"cpu": select(torch.device("cpu"))})
     for asked, used in ((None, 0), (0, 0), (3, 3)):
-        on_cpu = OnCpu.of_exact(asked, card, resident=False)
+        on_cpu = OnCpu.of(asked, card, lossy=False)
         assert on_cpu.tokens(lambda: pytest.fail("nothing is to be measured")) == used
         assert on_cpu.allowed == (used > 0), "no more is reserved than is used"
 

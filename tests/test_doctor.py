@@ -12,7 +12,7 @@ from profiler.probe import ReadRoof
 from tiercache import cli
 from tiercache.doctor import gpu, report
 from tiercache.doctor.checks import Check
-from tiercache.doctor.gpu import Link
+from tiercache.doctor.gpu import PcieLink
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,13 +134,13 @@ def test_a_gpu_that_torch_cannot_use_fails() -> None:
 @pytest.mark.parametrize(
     ("link", "state", "advice"),
     [
-        (Link("card", 4, 4, 16, 16), "ok", ""),
-        (Link("card", 1, 4, 16, 16), "ok", "at rest"),
-        (Link("card", 3, 3, 4, 16), "warn", "slot"),
-        (Link("card", 0, 0, 0, 0), "ok", ""),
+        (PcieLink("card", 4, 4, 16, 16), "ok", ""),
+        (PcieLink("card", 1, 4, 16, 16), "ok", "at rest"),
+        (PcieLink("card", 3, 3, 4, 16), "warn", "slot"),
+        (PcieLink("card", 0, 0, 0, 0), "ok", ""),
     ],
 )
-def test_links(link: Link, state: str, advice: str) -> None:
+def test_links(link: PcieLink, state: str, advice: str) -> None:
     check = gpu.link_check(link)
     assert check.state == state
     assert advice in check.advice

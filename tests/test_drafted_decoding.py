@@ -13,7 +13,7 @@ from policies.drafting import RoundPlan
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import TargetWalk
-from tiercache.draft.base import BaseDrafter, Drafter, TreeBudget
+from tiercache.draft.base import Drafter, TreeBudget
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter, frequent
 from tiercache.draft.noise import GumbelNoise
@@ -26,14 +26,14 @@ PROMPT = [5, 17, 99, 5, 17, 3, 120, 5]
 NEW = 24
 
 
-class Wrong(BaseDrafter):
+class Wrong(Drafter):
     """Always the padding."""
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         return chain([0] * min(budget.nodes, budget.depth))
 
 
-class Oracle(BaseDrafter):
+class Oracle(Drafter):
     """Knows what comes."""
 
     def __init__(self, text: Sequence[int]) -> None:
@@ -57,14 +57,14 @@ class Twins(Oracle):
         return DraftTree(tuple(tokens[: budget.nodes]), tuple(parents[: budget.nodes]))
 
 
-class Ends(BaseDrafter):
+class Ends(Drafter):
     """Always the end of the text, and something after it."""
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         return chain([2, 2, 7, 2][: min(budget.nodes, budget.depth)])
 
 
-class Foreign(BaseDrafter):
+class Foreign(Drafter):
     """Tokens outside of the vocabulary, and more nodes than were asked for."""
 
     def propose(self, budget: TreeBudget) -> DraftTree:

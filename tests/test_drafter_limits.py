@@ -90,7 +90,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_what_drafting_takes_is_planned(folders: tuple[Path, Path]) -> None:
-    tables = Ngrams(LARGE.vocabulary, "toy").needs.host_bytes
+    tables = Ngrams(LARGE.vocabulary, "toy").requirements.host_bytes
     plans = {}
     for drafter in (None, "ngram", "resident", "auto"):
         for nodes in (64, 256) if drafter else (64,):

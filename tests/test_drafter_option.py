@@ -23,7 +23,7 @@ from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
@@ -33,9 +33,9 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.resident import ResidentDrafter
-from tiercache.draft.tree import DraftTree
+from tiercache.draft.tree import DraftTree, chain
 from tiercache.draft.union import Union
-from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, StoreError, UsageError
+from tiercache.errors import ClosedError, ContextExceededError, DoesNotFitError, DraftError, StoreError, UsageError
 from tiercache.kv.cache import support
 from tiercache.store.convert import convert
 
@@ -195,12 +195,12 @@ def test_growers_and_budgets_change_nothing(kind: str, name: str, plane_store: F
         drafter: Drafter = LmDrafter(other, grower(name))
         if kind == "resident":
             drafter = ResidentDrafter(lambda: model.tiercache.passes("resident"), grower(name))
-        for nodes in (1, 2, 7, 64, 512):
+        for nodes in (1, 7, 512):
             with drafting(model, [drafter], nodes, depth=4) as stats:
                 for seed in SEEDS:
                     assert generate(model, seed, NEW) == want[seed], (nodes, seed)
             assert 0 < stats.nodes <= nodes * stats.rounds
-            if nodes >= (64 if name.startswith("rsd") else 7):
+            if nodes >= (512 if name.startswith("rsd") else 7):
                 assert stats.accepted > 0
         assert (model.tiercache.stats().draft_passes > 0) == (kind == "resident")
 
@@ -236,11 +236,11 @@ def test_tables_and_budgets_change_nothing(checkpoint: Folders, tmp_path: Path) 
 def test_bf16_differs_only_at_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bf16 a tree's pass adds up in another order, so two logits that are all but equal may change places."""
     epsilon = 2**-6  # of the logits' size: two steps from one number of bf16 to the next
-    convert(PICO / "checkpoint", tmp_path / "store", show_progress=False)
+    convert(PICO / "checkpoint", tmp_path / "store", plain=True, compress="off", show_progress=False)
     tokenizer = tf.AutoTokenizer.from_pretrained(PICO / "checkpoint")
     words = ("def read(self, path):\n    ", "class Tree:\n    def __init__(self", "for x in range(10):\n")
     prompts = [tokenizer(text, return_tensors="pt").input_ids for text in words]
-    greedy: dict[str, Any] = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    greedy: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def write(model: Any) -> list[list[int]]:
         return [model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0].tolist() for ids in prompts]
@@ -266,7 +266,7 @@ def test_bf16_differs_only_at_ties(tmp_path: Path, capsys: pytest.CaptureFixture
                     made = model(new, use_cache=True, logits_to_keep=1, **cache_kwargs(model, cache))
                     logits, cache = made.logits[0, -1].float(), cache_out(made)
     with capsys.disabled():
-        print(f"\n{excused} of {100 * len(drafted)} tokens differ in bf16, each at a tie")
+        print(f"\n{excused} of {48 * len(drafted)} tokens differ in bf16, each at a tie")
     assert excused <= len(drafted)
 
 
@@ -333,16 +333,16 @@ def test_typical_acceptance_is_named(plane_store: Folders, texts: Texts) -> None
 # ---------------------------------------------------------------- refusals
 
 
-class Foreign(BaseDrafter):
+class Foreign(Drafter):
     name = "foreign"
-    needs = DrafterRequirements(vocabulary=97)
+    requirements = DrafterRequirements(vocabulary=97)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"drafter": "residnet"}, r"'auto', 'resident' and 'ngram'.*'residnet' is neither"),
+    ({"drafter": "residnet"}, r"auto, resident, ngram, lookup, .*'residnet' is neither"),
     ({"drafter": Path("no/such/folder")}, "'no/such/folder' is neither"),
     ({"drafter": 7}, r"drafter=7 is no drafter; give 'auto'"),
-    ({"drafter": SuffixAutomaton}, "SuffixAutomaton.* is no drafter"),
+    ({"drafter": SuffixAutomaton}, r"SuffixAutomaton is a class; make one of it: drafter=SuffixAutomaton\(\.\.\.\)"),
     ({"drafter": "resident", "precision": "int3"}, "than precision='int3'.* ask for 'int8'"),
     ({"drafter": "resident", "kernels": "decode"}, "no kernels"),
     ({"drafter": "ngram", "mode": "mixed", "bytes_per_token": 1.0}, r"mode='mixed'.*leave one"),
@@ -354,6 +354,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"drafter": None, "verify": "walk"}, "verify= does nothing without a drafter"),
     ({"drafter": "ngram", "verify": "rejection", "grower": "rsd-c"}, r"n-grams.*choose 'resident'"),
     ({"drafter": "auto", "verify": "rejection", "grower": "rsd-s"}, r"n-grams.*choose 'resident'"),
+    ({"drafter": "lookup", "verify": "rejection", "grower": "rsd-s"}, r"'lookup' looks tokens up"),
+    ({"drafter": SuffixAutomaton(), "verify": "rejection", "grower": "rsd-s"}, r"'suffix' looks tokens up"),
     ({"drafter": "resident", "verify": "rejection"}, r"'best-first' does not; choose 'rsd-c'"),
     ({"drafter": Foreign()}, "foreign drafts 97 tokens, the target has 131"),
 ]
@@ -641,7 +643,7 @@ class Curious(Oracle):
     """Knows what comes, writes down what it is told, and checks it."""
 
     name = "curious"
-    needs = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
+    requirements = DrafterRequirements(topk=3, logits=True, host_bytes=12345, device_bytes=777)
 
     def __init__(self, text: Sequence[int]) -> None:
         super().__init__(text)
@@ -681,7 +683,7 @@ def test_a_drafter_gets_what_it_asks_for(piece: int | None, checkpoint: Folders)
 
 
 def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
-    class Breaks(BaseDrafter):
+    class Breaks(Drafter):
         def propose(self, budget: TreeBudget) -> DraftTree:
             raise BoomError
 
@@ -689,3 +691,36 @@ def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
         with pytest.raises(BoomError):
             generate(model, None, NEW)
         assert model(IDS).logits.shape == (1, len(PROMPT), 131)
+
+
+# ---------------------------------------------------------------- drafters of one's own, and by name
+
+
+class Bigram(Drafter):
+    """The example of docs/drafting.md."""
+
+    name = "bigram"
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        *before, newest = self.context.tokens
+        found = [place for place, token in enumerate(before) if token == newest]
+        if not found:
+            return DraftTree()
+        return chain(self.context.tokens[found[-1] + 1 :][: min(budget.nodes, budget.depth)])
+
+
+class Wrong(Drafter):
+    name = "wrong"
+
+    def propose(self, budget: TreeBudget) -> Any:
+        return [1, 2, 3]
+
+
+def test_a_drafter_of_one_s_own(plane_store: Folders, texts: Texts) -> None:
+    for drafter in (Bigram(), "lookup"):
+        with opened(plane_store("llama"), drafter=drafter, draft_fixed=True) as model:
+            assert generate(model, None, NEW) == texts("llama")[None]
+            assert model.tiercache.stats().drafting.drafters == ("bigram" if drafter != "lookup" else "lookup",)
+    refused = pytest.raises(DraftError, match="proposed a list, not a DraftTree")
+    with opened(plane_store("llama"), drafter=Wrong(), draft_fixed=True) as model, refused:
+        generate(model, None, NEW)

@@ -22,10 +22,10 @@ from tiercache.quant.gptq import Moments, quantize_columns, quantize_rows
 from tiercache.quant.hadamard import restored, stored, transform
 from tiercache.quant.planes import PRECISIONS, Planes, encode
 from tiercache.store.activations import TextPass
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
 from tiercache.store.reader import Reader
-from tiercache.store.source import Source
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 
@@ -71,7 +71,7 @@ def slow_codes(weight: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Ten
             least, most = states[:, :, own].float().amin((0, 2)), states[:, :, own].float().amax((0, 2))
             lo, step = (some[:, 0] for some in code_choice.ranges(least[:, None], most[:, None]))
         wanted = states[:, :, index].float()
-        h, c = code_choice.choose(wanted[0], wanted[1], wanted[2], lo, step)
+        h, c = code_choice.nearest_codes(wanted[0], wanted[1], wanted[2], lo, step)
         codes[0, :, index], codes[1, :, index] = h, c
         error = (states[:, :, index] - code_choice.values(h, c, lo, step).double()) / inverse[0, 0]
         states[:, :, left] -= error[..., None] * inverse[0]
@@ -159,7 +159,7 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
     windows = torch.randint(3, 131, (3, 12))
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(name)).eval()
     wanted = _hessians(model, windows)
-    source = Source.open(checkpoint(name))
+    source = Checkpoint.open(checkpoint(name))
     with Reader() as reader:
         found: dict[str, Tensor] = {}
         for layer in range(3):  # each in a pass of its own
@@ -167,7 +167,7 @@ def test_hessians_are_those_of_the_resident_model(checkpoint: Callable[..., Path
             text_pass.resume(layer)
             found |= text_pass.layer()
             text_pass.keep()
-            text_pass.forget(upto=text_pass.at)
+            text_pass.forget()
         head = text_pass.head()
     assert [path.name for path in tmp_path.iterdir()] == ["hidden-00003.npy"]
     matrices = meta_model.matrices(model)
@@ -199,12 +199,11 @@ def _hessians(model: transformers.PreTrainedModel, windows: Tensor) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def stores(pico_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Pico's planes, calibrated on the package's own text and rounded."""
-    folder = tmp_path_factory.mktemp("pico")
-    convert(PICO, folder / "calibrated", compress="off", tokens=2048, show_progress=False)
-    convert(PICO, folder / "rounded", compress="off", plain=True, show_progress=False)
-    return folder / "calibrated", folder / "rounded"
+    rounded = tmp_path_factory.mktemp("pico") / "rounded"
+    convert(PICO, rounded, compress="off", plain=True, show_progress=False)
+    return pico_store, rounded
 
 
 def test_a_store_remembers_how_its_codes_were_chosen(stores: tuple[Path, Path]) -> None:
@@ -298,6 +297,6 @@ def test_texts_that_cannot_be_used(checkpoint: Callable[..., Path], tmp_path: Pa
 
 
 def test_the_own_text_is_long_enough() -> None:
-    source = Source.open(PICO)
+    source = Checkpoint.open(PICO)
     corpus = Corpus.read(None, PICO, source.config)
     assert corpus.windows.numel() == 16_384

@@ -26,7 +26,7 @@ def contest(groups: list[list[Try]], pieces: int, broken: tuple[int, ...] = ()) 
 
 def test_the_best_wins_and_few_are_measured_on_all_of_the_text() -> None:
     assert contest([TRIES], 9) == ([TRIES[6]], [1] * 9 + [3] * 3 + [9])
-    assert halving.passes([TRIES], 9) == 9 + 3 * 3 + 9
+    assert halving.halving_passes([TRIES], 9) == 9 + 3 * 3 + 9
     assert contest([TRIES], 1) == ([TRIES[6]], [1] * 9)
 
 

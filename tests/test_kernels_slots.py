@@ -302,5 +302,3 @@ def test_slabs_are_planes_with_rows_of_their_own() -> None:
 def test_slabs_are_not_decoded() -> None:
     with pytest.raises(UsageError, match="no rows of their own"):
         codes.decode(FOUND.matrices[0], torch.float32)
-    with pytest.raises(UsageError, match="no rows of their own"):
-        codes.matmul(torch.zeros(1, 70), FOUND.matrices[0])

@@ -307,8 +307,8 @@ def test_takes_no_more_memory_than_it_says(tmp_path: Path) -> None:
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     drafter.close()
-    assert held < peak <= drafter.needs.host_bytes + 200_000
-    assert peak > drafter.needs.host_bytes / 8
+    assert held < peak <= drafter.requirements.host_bytes + 200_000
+    assert peak > drafter.requirements.host_bytes / 8
 
 
 def test_errors_are_ours(tmp_path: Path) -> None:

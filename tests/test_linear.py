@@ -9,7 +9,7 @@ from torch import nn
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cpu.backend import CpuKernels
-from tiercache.model.linear import Inputs, PlaneForward, PlaneModule, partners
+from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.quant.hadamard import restored, stored
 from tiercache.quant.planes import Planes, encode, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
@@ -48,7 +48,7 @@ def bundle() -> tuple[torch.Tensor, list[PlaneWeight], list[Planes]]:
     for piece in pieces:
         places.append(at)
         at += piece.numel()
-    fields = {"unit": 0, "rows": NEURONS, "columns": HIDDEN, "group": GROUP, "parts": 3}
+    fields = {"plane_units": (0, 0), "rows": NEURONS, "columns": HIDDEN, "group": GROUP, "parts": 3}
     where = {"plane_at": tuple(places[:2]), "scale_at": places[2]}
     weights = [PlaneWeight(own=(part,), transposed=part == 2, **fields, **where) for part in range(3)]
     return torch.cat(pieces), weights, parts
@@ -68,9 +68,7 @@ class Block:
         assert pairs == {"gate": ("up", weights[1])}
         self.forwards = []
         for name, module, weight in zip(names, self.modules, weights, strict=True):
-            forward = PlaneForward(
-                PlaneModule(name, module, weight, {"cpu": self.kernels}, self.inputs), pairs.get(name)
-            )
+            forward = PlaneForward(name, module, weight, {"cpu": self.kernels}, self.inputs, pairs.get(name))
             forward.slots = (self.slot,)
             self.forwards.append(forward)
 

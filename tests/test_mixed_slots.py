@@ -14,6 +14,7 @@ import transformers as tf
 from mixed_oracle import Oracle, apart, calibration, mixed, orders
 
 import tiercache
+from policies.eviction import BOUND, POLICIES
 from policies.neurons import Step
 from policies.precision import Recipe, exact_bytes
 from profiler import replay
@@ -31,7 +32,7 @@ ALONE, BOTH = IDS[:1], IDS
 PLENTY = "64MiB"
 # Bytes of slots: none, a few rows, about a third of what a token wants, about all of it, all neurons.
 SLOTS = (0, 3_000, 8_000, 20_000, 10_000_000)
-POLICIES = ("atu", "lru", "lfru", "sieve", "hot")
+NAMES = [name for name in POLICIES if name != BOUND]
 Folders = Callable[..., Path]
 
 
@@ -131,7 +132,7 @@ def test_tokens_of_one_pass_do_not_take_each_other_s_planes(store: Path, bare: d
     """Inward products of all tokens come before the first down product: what the first token reads must stay."""
     with mixed(store, RECIPE) as model, torch.no_grad():
         want = [model(ids).logits for ids in (ALONE[:, :4], BOTH[:, :2], ALONE[:, :3])]
-    for policy in POLICIES:
+    for policy in NAMES:
         with mixed(store, RECIPE, hbm=bare[1] + 3_000, policy=policy) as model, torch.no_grad():
             got = [model(ids).logits for ids in (ALONE[:, :4], BOTH[:, :2], ALONE[:, :3])]
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True)), policy
@@ -215,7 +216,7 @@ def test_what_is_at_hand_is_what_the_oracle_lowers(checkpoint: Folders, store: P
 
 
 @pytest.mark.parametrize("max_fetches", [None, 0, 5])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NAMES)
 def test_replay_is_execution(policy: str, max_fetches: int | None, store: Path, bare: dict[int, int]) -> None:
     made = calibration(store, RECIPE)
     with mixed(store, made, hbm=bare[1] + 9_000, policy=policy, max_fetches=max_fetches) as model:

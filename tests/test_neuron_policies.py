@@ -24,18 +24,18 @@ class Run:
 
     neurons: int
     slots: int
-    uploads: int | None
+    max_fetches: int | None
     wishes: Wishes
 
-    def residency(self, name: str, *, uploads: int | None = None) -> NeuronResidency:
+    def residency(self, name: str, *, max_fetches: int | None = None) -> NeuronResidency:
         eviction = make(name, future=[array(wanted) for wanted in self.wishes], hot=self.heat())
-        return NeuronResidency(self.neurons, self.slots, eviction, uploads=uploads)
+        return NeuronResidency(self.neurons, self.slots, eviction, max_fetches=max_fetches)
 
     def heat(self) -> np.ndarray:
         return np.bincount(array([*chain.from_iterable(self.wishes)]), minlength=self.neurons)
 
     def steps(self, name: str, *, capped: bool = True) -> list[Step]:
-        residency = self.residency(name, uploads=self.uploads if capped else None)
+        residency = self.residency(name, max_fetches=self.max_fetches if capped else None)
         return [residency.step(array(wanted)) for wanted in self.wishes]
 
 
@@ -51,8 +51,8 @@ def hits(steps: list[Step]) -> int:
 def runs(draw: st.DrawFn, most: int = 12, tokens: int = 14) -> Run:
     neurons = draw(st.integers(1, most))
     row = st.lists(st.integers(0, neurons - 1), unique=True, max_size=neurons)
-    uploads = draw(st.none() | st.integers(0, neurons))
-    return Run(neurons, draw(st.integers(0, neurons + 1)), uploads, draw(st.lists(row, max_size=tokens)))
+    max_fetches = draw(st.none() | st.integers(0, neurons))
+    return Run(neurons, draw(st.integers(0, neurons + 1)), max_fetches, draw(st.lists(row, max_size=tokens)))
 
 
 # ---------------------------------------------------------------- every policy
@@ -61,7 +61,7 @@ def runs(draw: st.DrawFn, most: int = 12, tokens: int = 14) -> Run:
 @settings(max_examples=150)
 @given(runs(), st.sampled_from(list(POLICIES)))
 def test_a_step_does_what_it_says(run: Run, name: str) -> None:
-    residency = run.residency(name, uploads=run.uploads)
+    residency = run.residency(name, max_fetches=run.max_fetches)
     slots: dict[int, int] = {}  # slot -> neuron
     for wanted in run.wishes:
         before = set(slots.values())
@@ -70,7 +70,7 @@ def test_a_step_does_what_it_says(run: Run, name: str) -> None:
         assert sorted(found + loads + refused) == sorted(wanted)
         assert found == [neuron for neuron in wanted if neuron in before]
         assert refused == [neuron for neuron in wanted if neuron in refused]
-        assert len(loads) <= (len(wanted) if run.uploads is None else run.uploads)
+        assert len(loads) <= (len(wanted) if run.max_fetches is None else run.max_fetches)
         assert not set(step.evicted.tolist()) & set(wanted)
         lost = [slots.pop(slot) for slot in step.slots.tolist() if slot in slots]
         assert lost == step.evicted.tolist()
@@ -88,7 +88,7 @@ def test_a_step_does_what_it_says(run: Run, name: str) -> None:
 def test_moving_policies_load_misses_in_order_as_far_as_there_is_room(run: Run, name: str) -> None:
     for wanted, step in zip(run.wishes, run.steps(name), strict=True):
         misses = [neuron for neuron in wanted if neuron not in step.hits]
-        room = min(run.slots - step.hits.size, len(wanted) if run.uploads is None else run.uploads)
+        room = min(run.slots - step.hits.size, len(wanted) if run.max_fetches is None else run.max_fetches)
         assert step.loads.tolist() == misses[:room]
         assert step.refused.tolist() == misses[room:]
 
@@ -143,16 +143,16 @@ def test_no_wish_and_other_integers_are_fine() -> None:
     assert NeuronResidency(0, 3, make("sieve")).step(array([])).loads.size == 0
 
 
-@pytest.mark.parametrize(("neurons", "slots", "uploads"), [(-1, 0, None), (1, -1, None), (1, 1, -1)])
-def test_negative_numbers_are_refused(neurons: int, slots: int, uploads: int | None) -> None:
+@pytest.mark.parametrize(("neurons", "slots", "max_fetches"), [(-1, 0, None), (1, -1, None), (1, 1, -1)])
+def test_negative_numbers_are_refused(neurons: int, slots: int, max_fetches: int | None) -> None:
     with pytest.raises(ValueError, match="negative"):
-        NeuronResidency(neurons, slots, make("atu"), uploads=uploads)
+        NeuronResidency(neurons, slots, make("atu"), max_fetches=max_fetches)
 
 
 def test_make_knows_the_names() -> None:
     with pytest.raises(ValueError, match="atu, lru, lfru, sieve, hot, belady"):
-        make("fifo")
-    assert [make(name, future=[], hot=[1, 2]).name for name in POLICIES] == list(POLICIES)
+        make("nobody")
+    assert [type(make(name, future=[], hot=[1, 2])) for name in POLICIES] == list(POLICIES.values())
     for name in ("hot", "belady"):
         with pytest.raises(ValueError, match=name):
             make(name)
@@ -186,11 +186,11 @@ def test_warm_refuses(neurons: list[int]) -> None:
 @given(runs(tokens=25))
 def test_lru_is_cachetools(run: Run) -> None:
     reference: cachetools.LRUCache[int, int] = cachetools.LRUCache(run.slots)
-    residency = run.residency("lru", uploads=run.uploads)
+    residency = run.residency("lru", max_fetches=run.max_fetches)
     for wanted in run.wishes:
         step = residency.step(array(wanted))
         found = [neuron for neuron in wanted if neuron in reference]
-        room = min(run.slots - len(found), len(wanted) if run.uploads is None else run.uploads)
+        room = min(run.slots - len(found), len(wanted) if run.max_fetches is None else run.max_fetches)
         for neuron in found:
             assert reference[neuron] == neuron  # a use
         for neuron in [neuron for neuron in wanted if neuron not in found][:room]:
@@ -208,11 +208,11 @@ class SlowSieve:
         self.visited: dict[int, bool] = {}
         self.hand: int | None = None  # a neuron
 
-    def step(self, wanted: list[int], uploads: int | None) -> list[int]:
+    def step(self, wanted: list[int], max_fetches: int | None) -> list[int]:
         found = [neuron for neuron in wanted if neuron in self.visited]
         for neuron in found:
             self.visited[neuron] = True
-        room = min(self.slots - len(found), len(wanted) if uploads is None else uploads)
+        room = min(self.slots - len(found), len(wanted) if max_fetches is None else max_fetches)
         for neuron in [neuron for neuron in wanted if neuron not in found][:room]:
             if len(self.queue) == self.slots:
                 self.evict(wanted)
@@ -240,22 +240,22 @@ class SlowSieve:
 @example(Run(6, 3, None, [[0, 1, 2], [0], [3], [3, 4], [2], [5, 1], [0]]))
 def test_sieve_is_its_slow_oracle(run: Run) -> None:
     reference = SlowSieve(run.slots)
-    residency = run.residency("sieve", uploads=run.uploads)
+    residency = run.residency("sieve", max_fetches=run.max_fetches)
     for wanted in run.wishes:
-        assert residency.step(array(wanted)).hits.tolist() == reference.step(wanted, run.uploads)
+        assert residency.step(array(wanted)).hits.tolist() == reference.step(wanted, run.max_fetches)
         assert residency.resident.tolist() == sorted(reference.queue)
 
 
 @settings(max_examples=200)
 @given(runs(tokens=25))
 def test_lfru_is_its_slow_oracle(run: Run) -> None:
-    residency = run.residency("lfru", uploads=run.uploads)
+    residency = run.residency("lfru", max_fetches=run.max_fetches)
     heat = dict.fromkeys(range(run.neurons), 0)
     here: list[int] = []  # oldest use first
     for wanted in run.wishes:
         heat = {neuron: uses - uses // 16 + 64 * (neuron in wanted) for neuron, uses in heat.items()}
         found = [neuron for neuron in wanted if neuron in here]
-        room = min(run.slots - len(found), len(wanted) if run.uploads is None else run.uploads)
+        room = min(run.slots - len(found), len(wanted) if run.max_fetches is None else run.max_fetches)
         loads = [neuron for neuron in wanted if neuron not in found][:room]
         here = [neuron for neuron in here if neuron not in found]
         while len(here) + len(found) + len(loads) > run.slots:
@@ -362,7 +362,7 @@ def test_belady_refuses_another_future() -> None:
 
 # ---------------------------------------------------------------- golden table
 
-# hits of 60 tokens that want 32 of 128 neurons each, by policy: (48 slots, 16 slots, 48 slots and 4 uploads)
+# hits of 60 tokens that want 32 of 128 neurons each, by policy: (48 slots, 16 slots, 48 slots and 4 fetches a step)
 GOLDEN = {
     "atu": (1294, 642, 1053),
     "lru": (1327, 642, 1155),
@@ -373,14 +373,14 @@ GOLDEN = {
 }
 
 
-def fixed(slots: int, uploads: int | None) -> Run:
+def fixed(slots: int, max_fetches: int | None) -> Run:
     draw = np.random.default_rng(20240)
     bias, moving = draw.standard_normal(128), draw.standard_normal(128)
     wishes = []
     for _ in range(60):
         moving = 0.6 * moving + 0.8 * draw.standard_normal(128)
         wishes.append(np.argsort(-(0.6 * bias + moving), kind="stable")[:32].tolist())
-    return Run(128, slots, uploads, wishes)
+    return Run(128, slots, max_fetches, wishes)
 
 
 def test_the_golden_table_has_every_policy() -> None:

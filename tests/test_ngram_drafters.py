@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget
+from tiercache.draft.ngram import trigram
 from tiercache.draft.ngram.automaton import Automaton
 from tiercache.draft.ngram.growth import grow_tree
 from tiercache.draft.ngram.lookup import PromptLookup
@@ -22,15 +23,22 @@ from tiercache.draft.ngram.recycling import TokenRecycling
 from tiercache.draft.ngram.suffix import SuffixAutomaton
 from tiercache.draft.ngram.trigram import AdaptiveTrigram
 from tiercache.draft.noise import GumbelNoise
-from tiercache.draft.tree import DraftTree
+from tiercache.draft.registry import LOOKUPS
+from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DRAFTERS: dict[str, Callable[[int], BaseDrafter]] = {
+
+def tokens_to(tree: DraftTree, node: int) -> tuple[int, ...]:
+    """The tokens from the root to a node."""
+    return () if node == ROOT else (*tokens_to(tree, tree.parents[node]), tree.tokens[node])
+
+
+DRAFTERS: dict[str, Callable[[int], Drafter]] = {
+    **LOOKUPS,
     "lookup": lambda vocabulary: PromptLookup(window=64),
     "suffix": lambda vocabulary: SuffixAutomaton(limit=256),
-    "recycling": TokenRecycling,
     "trigram": lambda vocabulary: AdaptiveTrigram(vocabulary, slots=256),
 }
 
@@ -41,7 +49,7 @@ def ranked(before: int, last: int, vocabulary: int) -> list[int]:
     return rng.sample(range(max(0, vocabulary - 20), vocabulary), min(8, vocabulary))
 
 
-def step(drafter: BaseDrafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
+def step(drafter: Drafter, context: Context, tree: DraftTree, coming: Sequence[int], *, topk: bool = True) -> None:
     """A pass of a target that says `coming`: up to the token after the accepted ones it is committed and told."""
     path, vocabulary = tree.along(coming), context.vocabulary
     emitted = tuple(coming[: len(path) + 1])
@@ -62,7 +70,7 @@ def text(vocabulary: int, size: int, seed: int = 0) -> list[int]:
     return tokens
 
 
-def run(drafter: BaseDrafter, context: Context, coming: Sequence[int], budget: TreeBudget, **how: Any) -> float:
+def run(drafter: Drafter, context: Context, coming: Sequence[int], budget: TreeBudget, **how: Any) -> float:
     """Tokens per pass."""
     at = passes = 0
     while at < len(coming):
@@ -138,10 +146,7 @@ class TestGrow:
         tree = grow_tree(0, table.__getitem__, budget, context)
         assert tree.order == ("shared_gumbel" if noisy else "deterministic")
         assert tree.logq is not None
-        got = {
-            tuple(tree.tokens[n] for n in tree.path(node)): pytest.approx(math.exp(tree.logq[node]), rel=1e-5)
-            for node in range(len(tree))
-        }
+        got = {tokens_to(tree, node): pytest.approx(math.exp(tree.logq[node]), rel=1e-5) for node in range(len(tree))}
         wanted = self.oracle(table, budget, context)
         assert {path: p for path, (p, _) in wanted.items()} == got
 
@@ -259,11 +264,11 @@ class TestSuffixAutomaton:
         assert path[0] == 3
 
     def test_longer_matches_allow_more_nodes(self) -> None:
-        drafter = SuffixAutomaton(factor=2, offset=1)
-        drafter.begin(Context([*range(20), 3], 20))
-        assert len(drafter.propose(TreeBudget(64))) == 3
-        drafter.begin(Context([*range(20), 3, 4, 5], 20))
-        assert len(drafter.propose(TreeBudget(64))) == 7
+        drafter = SuffixAutomaton()
+        drafter.begin(Context([*range(90), 3], 90))
+        assert len(drafter.propose(TreeBudget(80, depth=80))) == 32
+        drafter.begin(Context([*range(90), 3, 4, 5], 90))
+        assert len(drafter.propose(TreeBudget(80, depth=80))) == 64
         assert len(drafter.propose(TreeBudget(2))) == 2
 
     def test_knows_earlier_sequences_and_goes_on_with_this_one(self) -> None:
@@ -381,9 +386,10 @@ class TestTrigram:
         for token, logq in zip(tree.tokens, tree.logq, strict=True):
             assert math.exp(logq) == pytest.approx(wanted[token], rel=1e-4)
 
-    def test_is_curious_about_what_it_never_saw(self) -> None:
+    def test_is_curious_about_what_it_never_saw(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def tree(exploration: float) -> DraftTree:
-            drafter, context = AdaptiveTrigram(9, exploration=exploration), Context([1, 2], 9)
+            monkeypatch.setattr(trigram, "_EXPLORATION", exploration)
+            drafter, context = AdaptiveTrigram(9), Context([1, 2], 9)
             drafter.begin(context)
             for turn in range(24):  # after 1 2 comes 3, now and then 4; what comes after 2 3 is known
                 context.tokens[:] = [1, 2, 3 + (turn % 3 == 0)]
@@ -480,7 +486,7 @@ class TestEach:
         assert run(drafter, context, tokens[400:], TreeBudget(16), topk=topk) > 1.5
 
     def test_takes_no_more_memory_than_it_says(self, name: str) -> None:
-        sizes: dict[str, tuple[Callable[[], BaseDrafter], list[list[int]]]] = {
+        sizes: dict[str, tuple[Callable[[], Drafter], list[list[int]]]] = {
             "lookup": (lambda: PromptLookup(window=2048), [[1, 2] * 3000]),
             # Two tokens at random make the most states, many the largest root.
             "suffix": (
@@ -502,9 +508,9 @@ class TestEach:
             drafter.observe(Feedback(tree, (), (), torch.zeros(1 + len(tree), 8, dtype=torch.int64)))
             held, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-            assert held <= drafter.needs.host_bytes
-            assert peak <= drafter.needs.host_bytes + 500_000  # of a pass, and freed again
-            assert drafter.needs.host_bytes < 12 * held + 200_000
+            assert held <= drafter.requirements.host_bytes
+            assert peak <= drafter.requirements.host_bytes + 500_000  # of a pass, and freed again
+            assert drafter.requirements.host_bytes < 12 * held + 200_000
 
 
 def test_arguments_that_cannot_be_meant() -> None:
@@ -512,11 +518,9 @@ def test_arguments_that_cannot_be_meant() -> None:
         lambda: PromptLookup(0),
         lambda: PromptLookup(window=0),
         lambda: SuffixAutomaton(limit=1),
-        lambda: SuffixAutomaton(factor=0, offset=0),
         lambda: TokenRecycling(0),
         lambda: AdaptiveTrigram(0),
         lambda: AdaptiveTrigram(5, slots=1),
-        lambda: AdaptiveTrigram(5, exploration=-1),
     ):
         with pytest.raises(UsageError):
             make()

@@ -24,7 +24,7 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-UNITS = [nvrtc.Unit(f"{name}.cu", planes) for name in ("rows", "down", "decode") for planes in (1, 2, 3)]
+UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "down", "decode") for planes in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 86, 90])
@@ -32,15 +32,15 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
     # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card.
-    for unit in [nvrtc.Unit("common.cu"), *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
+    for unit in [nvrtc.SourceUnit("common.cu"), *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
         for kernel in kernels_of(unit):
             assert kernel.encode() + b"\0" in code
-            assert nvrtc.Unit.of(kernel) == unit
+            assert nvrtc.SourceUnit.of(kernel) == unit
 
 
-def kernels_of(unit: nvrtc.Unit) -> list[str]:
+def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
         "common.cu": ["prepare", "sum", "gather"],
@@ -57,26 +57,26 @@ class FakeCompiler(nvrtc.Nvrtc):
         self.path, self.compiled = "fake", 0
         self.__dict__.update(architectures=architectures, version=version)
 
-    def compile(self, unit: nvrtc.Unit, target: str) -> bytes:
+    def compile(self, unit: nvrtc.SourceUnit, target: str) -> bytes:
         self.compiled += 1
         return f"{unit} {target}".encode() * 1000
 
 
 def test_the_compiler_that_serves_the_card_is_chosen() -> None:
     new, old = FakeCompiler((75, 80, 90, 120)), FakeCompiler((50, 52, 61, 75, 90), (12, 6))
-    assert nvrtc.choose((9, 0), [new, old]) == (new, "sm_90")
-    assert nvrtc.choose((5, 2), [new, old]) == (old, "sm_52")
-    assert nvrtc.choose((12, 0), [old, new]) == (new, "sm_120")
-    assert nvrtc.choose((12, 1), [new, old]) == (new, "compute_120")  # the driver translates
+    assert nvrtc.compiler_for((9, 0), [new, old]) == (new, "sm_90")
+    assert nvrtc.compiler_for((5, 2), [new, old]) == (old, "sm_52")
+    assert nvrtc.compiler_for((12, 0), [old, new]) == (new, "sm_120")
+    assert nvrtc.compiler_for((12, 1), [new, old]) == (new, "compute_120")  # the driver translates
     with pytest.raises(EnvironmentUnsupportedError, match=r"5\.2.*found 13\.0 \(from 7\.5\).*nvidia-cuda-nvrtc-cu12"):
-        nvrtc.choose((5, 2), [new])
+        nvrtc.compiler_for((5, 2), [new])
     with pytest.raises(EnvironmentUnsupportedError, match="found none"):
-        nvrtc.choose((8, 6), [])
+        nvrtc.compiler_for((8, 6), [])
 
 
 def test_compiled_code_is_kept_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path))
-    folder, unit, fake = nvrtc.cache_folder(), nvrtc.Unit("rows.cu", 2), FakeCompiler((86,))
+    folder, unit, fake = nvrtc.cache_folder(), nvrtc.SourceUnit("rows.cu", 2), FakeCompiler((86,))
     assert folder == tmp_path / "kernels"
     found: list[bytes] = []
     threads = [
@@ -92,7 +92,7 @@ def test_compiled_code_is_kept_and_never_half_written(tmp_path: Path, monkeypatc
     assert len(list(folder.iterdir())) == 1
     for other in (
         (unit, FakeCompiler((86,), (12, 0)), "sm_86"),
-        (nvrtc.Unit("rows.cu", 3), fake, "sm_86"),
+        (nvrtc.SourceUnit("rows.cu", 3), fake, "sm_86"),
         (unit, fake, "sm_90"),
     ):
         nvrtc.image(*other, folder)
@@ -105,7 +105,7 @@ def test_compiled_code_is_kept_and_never_half_written(tmp_path: Path, monkeypatc
 def test_what_the_compiler_says_is_passed_on(compiler: nvrtc.Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "source", lambda file: b"#error not today\n")
     with pytest.raises(EnvironmentUnsupportedError, match="not today"):
-        compiler.compile(nvrtc.Unit("rows.cu", 2), "sm_86")
+        compiler.compile(nvrtc.SourceUnit("rows.cu", 2), "sm_86")
 
 
 def test_calls_reach_a_driver(

@@ -10,7 +10,7 @@ from test_combine import Fixed
 from policies.budgeter import Budgeter
 from policies.drafting import DrafterProfile, RoundPlan
 from policies.temperature import TemperatureScaling
-from policies.throughput import ThroughputEstimator
+from policies.throughput import RoundOutcome, ThroughputEstimator
 from tiercache.draft.base import Context, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import Static
@@ -77,14 +77,14 @@ def test_throughput_leans_on_what_was_promised_while_it_knows_little() -> None:
     assert throughput.nodes == 0
     assert throughput.round(5.0, 0.5) == (5.0, 0.5)
     assert throughput.enough(8.0, 4.0, 0.25) == pytest.approx(2.0)
-    throughput.observe(1, 1.0, 6, 0, 0.0)
+    throughput.observe(RoundOutcome(1, 1.0, 6, 0, 0.0, 0.0))
     tokens, seconds = throughput.round(5.0, 0.5)
     assert 1 < tokens < 5
     assert 0.5 < seconds < 1
     assert (throughput.drafted, throughput.nodes) == (0, 6)
     for _ in range(200):
-        throughput.observe(3, 0.4, 8, 4, 0.2, whole=True)
-        throughput.observe(2, 0.4, 8, 4, 0.2)
+        throughput.observe(RoundOutcome(3, 0.4, 8, 4, 0.2, 0.2), whole=True)
+        throughput.observe(RoundOutcome(2, 0.4, 8, 4, 0.2, 0.2))
     assert throughput.round(99.0, 9.0) == (pytest.approx(2.5, abs=0.05), pytest.approx(0.4, rel=1e-3))
     assert throughput.enough(5.0, 99.0, 9.0) == pytest.approx(1.0), "of the rounds that were drafted anyway"
     assert throughput.enough(50.0, 99.0, 9.0) == 0
@@ -260,8 +260,8 @@ def test_a_disturbance_is_soon_forgotten() -> None:
 
 
 def test_a_static_tree_follows_its_own_guesses_though_others_were_taken() -> None:
-    rates = RankRates()
-    model = GrownDrafter(Static(rates))
+    static = Static()
+    model, rates = GrownDrafter(static), static.rates
     model.begin(Context([1], 9))
     model._tree = DraftTree((5, 6, 7), (-1, -1, 0))
     model.observe(Feedback(chain([6, 8]), (0,), (6, 3)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policies.pinned import place, smallest_bytes
 from policies.prefetch import CyclicPrefetch
 from policies.residency import Acquired, Residency
-from policies.types import Key, Load, Placement
+from policies.types import Key, Load, UnitPlacement
 
 # ---------------------------------------------------------------- CyclicPrefetch
 
@@ -78,7 +78,7 @@ class Scan:
     def capacity_bytes(self) -> int:
         return smallest_bytes(self.order, self.sizes, self.always) + self.spare_bytes
 
-    def placed(self) -> Placement:
+    def placed(self) -> UnitPlacement:
         return place(self.order, self.sizes, self.capacity_bytes, self.ahead_bytes, self.always)
 
 
@@ -140,7 +140,7 @@ def test_place_pins_the_largest_first_so_that_the_ring_is_small() -> None:
     sizes = {0: 1, 1: 1, 2: 100, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1}
     placement = place(list(sizes), sizes, 104, 0)
     assert 2 in placement.pinned
-    assert placement == Placement((1, 2, 4), 102, 2) or placement.ring_bytes == 2
+    assert placement == UnitPlacement((1, 2, 4), 102, 2) or placement.ring_bytes == 2
 
 
 @pytest.mark.parametrize("layers", [32, 80])
@@ -162,7 +162,7 @@ class Slow:
     """The oracle: the ring is a list of bytes, each with the load that owns it or None."""
 
     scan: Scan
-    placement: Placement
+    placement: UnitPlacement
     once: bool
     queue: list[list] = field(default_factory=list)  # [serial, load, "waiting" | "held" | "free"], oldest first
     serial: int = 0
@@ -332,7 +332,7 @@ def test_residency_on_the_plain_scan_loads_in_order_and_drops_nothing(scan: Scan
 
 @given(scans(most=9))
 def test_residency_once_brings_each_key_once(scan: Scan) -> None:
-    passing = Placement((), 0, max(scan.sizes.values()) + scan.spare_bytes)
+    passing = UnitPlacement((), 0, max(scan.sizes.values()) + scan.spare_bytes)
     residency = Residency(scan.order, scan.sizes, passing, once=True)
     loads: list[Key] = []
     for key in scan.order:
@@ -347,7 +347,7 @@ def test_residency_once_brings_each_key_once(scan: Scan) -> None:
 
 
 def test_residency_refuses_strangers_and_what_was_not_acquired() -> None:
-    residency = Residency([1, 2, 3], {1: 4, 2: 4, 3: 4}, Placement((2,), 4, 4))
+    residency = Residency([1, 2, 3], {1: 4, 2: 4, 3: 4}, UnitPlacement((2,), 4, 4))
     with pytest.raises(KeyError):
         residency.acquire(9)
     with pytest.raises(KeyError):
@@ -359,7 +359,7 @@ def test_residency_refuses_strangers_and_what_was_not_acquired() -> None:
 
 
 def test_residency_gives_jumped_loads_up_and_keeps_held_bytes() -> None:
-    residency = Residency(range(6), dict.fromkeys(range(6), 10), Placement((), 0, 35))
+    residency = Residency(range(6), dict.fromkeys(range(6), 10), UnitPlacement((), 0, 35))
     residency.acquire(0)
     assert [residency.next_load() for _ in range(4)] == [Load(0, 0, 10), Load(1, 10, 10), Load(2, 20, 10), None]
     residency.hold(0)

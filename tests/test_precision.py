@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies import precision
-from policies.precision import Recipe, Service, Sizes
+from policies.precision import Recipe, Sizes
 
 neurons = st.integers(1, 400)
 sizes = st.builds(
@@ -100,7 +100,7 @@ def test_sizes(size: Sizes, count: int) -> None:
 def test_fitted_is_the_most_that_fits(recipe: Recipe, share: float, count: int, size: Sizes) -> None:
     if recipe.ranked > size.inward:
         return
-    made, budget = precision.fitted(recipe, share, count, size), share * precision.exact_bytes(count, size)
+    made, budget = precision.fitted_recipe(recipe, share, count, size), share * precision.exact_bytes(count, size)
     used = [place for place, part in enumerate(recipe.shares) if part > 0]
 
     def other(more: int) -> Recipe | None:
@@ -125,7 +125,7 @@ def test_fitted_is_the_most_that_fits(recipe: Recipe, share: float, count: int, 
 def test_candidates(share: float, count: int, inward: int) -> None:
     size = Sizes((16, 16, 32), 4, inward)
     scorers = {"product": 2, "gate": 1}
-    found = precision.candidates(share, count, size, scorers)
+    found = precision.candidate_recipes(share, count, size, scorers)
     budget = share * precision.exact_bytes(count, size)
     reads = [recipe.read_bytes(count, size) for recipe in found]
     assert all(read <= budget for read in reads)
@@ -186,24 +186,6 @@ def test_divide_without_room_keeps_the_start() -> None:
     assert precision.divide([[3, 2, 1]] * 2, [[1, 2, 4]] * 2, -5) == [0, 0]
     assert precision.divide([[3, 2, 1]] * 2, [[1, 2, 4]] * 2, 1e9) == [2, 2]
     assert precision.divide([], [], 5) == []
-
-
-@pytest.mark.parametrize(
-    ("missed", "uploads", "link_s", "below_s", "expected"),
-    [
-        (10, None, 1.0, None, Service(10, 0)),
-        (10, 4, 1.0, None, Service(4, 0)),
-        (10, 0, 1.0, None, Service(0, 0)),
-        (3, 4, 1.0, None, Service(3, 0)),
-        (10, None, 1.0, 0.5, Service(0, 10)),
-        (10, 4, 1.0, 0.5, Service(4, 6)),
-        (10, 4, 0.5, 1.0, Service(4, 6)),
-        (10, None, 0.5, 1.0, Service(10, 0)),
-        (0, None, 1.0, 0.5, Service(0, 0)),
-    ],
-)
-def test_serve(missed: int, uploads: int | None, link_s: float, below_s: float | None, expected: Service) -> None:
-    assert precision.serve(missed, uploads=uploads, link_s=link_s, below_s=below_s) == expected
 
 
 wishes = st.lists(st.lists(st.integers(0, 100), min_size=2, max_size=2), min_size=1, max_size=6)

@@ -29,10 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quality") / "store"
-    tiercache.convert(PICO, folder, compress="off", show_progress=False)
-    return folder
+def store(pico_store: Path) -> Path:
+    return pico_store
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +186,7 @@ def test_mixed_modes_are_asked_of_the_engine(store: Path, tmp_path: Path, monkey
             yield offloaded
 
     monkeypatch.setattr(tiercache, "offload", stand_in)
-    monkeypatch.setattr(command, "_refuse_uncalibrated", lambda folder, store: None)
+    monkeypatch.setattr(command, "_check_stores", lambda folder, modes, store: None)
     rows = run(store, tmp_path, modes=["mixed:0.5/int4", "mixed:<=0.01"])["rows"]
     assert asked == [("exact", None, None, "int8"), ("mixed", 0.5, None, "int4"), ("mixed", None, 0.01, "int8")]
     assert entered == ["mixed"] * 2 * len(windows())

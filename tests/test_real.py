@@ -12,7 +12,7 @@ import transformers as tf
 import tiercache
 from benchmarks.real import model as real
 from benchmarks.real import text
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Setting, TimedModel, open_timed
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, ModelSetting, TimedModel, open_timed
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 from tiercache.quality.command import quality
 
@@ -100,13 +100,14 @@ def test_every_precision_keeps_answers(real_model: real.RealModel, real_store: P
 def test_drafting_emits_the_plain_runs_tokens(drafter: str, real_model: real.RealModel, real_store: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(real_model.checkpoint)
     cells = [Cell(prompt=tuple(each.ids(tokenizer)), temperature=0.0, seed=0) for each in text.instructions(1)[:4]]
-    setting = Setting(name="real", store=str(real_store), dram="1GiB", context=256)
+    setting = ModelSetting(name="real", store=str(real_store), dram="1GiB", context=256)
     entries = Entry(drafter=PLAIN), Entry(drafter=drafter, nodes=8)
     with open_timed(setting, entries[0]) as plain, open_timed(setting, entries[1]) as own:
         for cell in cells:
             wanted, found = plain.run(cell, 32).text, own.run(cell, 32).text
             _same_but_for_ties(plain, cell, wanted, found)
-        drafting = own.account()["drafting"]
+        drafting = own.drafting
+    assert drafting is not None
     assert drafting["tokens_per_pass"] > 1
     assert not drafting["plain_reasons"]
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import policy_cost
 from policies.eviction import POLICIES, make
 from policies.hot import hottest
 from policies.neurons import NeuronResidency, Step
-from profiler import policy_cost
-from profiler.replay import Row, best, compare, replay
+from profiler.replay import PolicyRow, best, compare, replay
 from profiler.trace import Trace
 
 LAYERS, NEURONS = 2, 24
@@ -194,20 +194,20 @@ SLOTS = [[9, 3], [6, 2]]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("uploads", [None, 2])
+@pytest.mark.parametrize("max_fetches", [None, 2])
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_replay_is_the_steps_by_hand(name: str, uploads: int | None, warm: bool) -> None:
+def test_a_replay_is_the_steps_by_hand(name: str, max_fetches: int | None, warm: bool) -> None:
     trace = recorded()
     heat = recorded(seed=7).frequencies()
     if name == "hot" and not warm:
         pytest.skip("needs frequencies")
     log: list[tuple[int, int, int, Step]] = []
-    outcome = replay(trace, SLOTS, name, uploads, hot=heat if warm else None, log=lambda *what: log.append(what))
+    outcome = replay(trace, SLOTS, name, max_fetches, hot=heat if warm else None, log=lambda *what: log.append(what))
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [entry[:3] for entry in log] == [(token, *place) for token in range(12) for place in places]
     for layer, plane in places:
         eviction = make(name, future=list(trace.rows(layer, plane)), hot=heat[layer])
-        residency = NeuronResidency(NEURONS, SLOTS[layer][plane], eviction, uploads=uploads)
+        residency = NeuronResidency(NEURONS, SLOTS[layer][plane], eviction, max_fetches=max_fetches)
         if warm:
             own = eviction.preload()
             residency.warm(own if own.size else hottest(heat[layer], SLOTS[layer][plane]))
@@ -253,16 +253,16 @@ def test_replay_refuses_other_shapes(slots: list) -> None:
         replay(recorded(), SLOTS, "lru", hot=np.ones(NEURONS))
 
 
-@pytest.mark.parametrize("uploads", [None, 0, 2])
-def test_compare_has_every_policy_and_its_bound(uploads: int | None) -> None:
+@pytest.mark.parametrize("max_fetches", [None, 0, 2])
+def test_compare_has_every_policy_and_its_bound(max_fetches: int | None) -> None:
     trace, heat = recorded(tokens=30), recorded(seed=7).frequencies()
-    rows = compare(trace, SLOTS, uploads, [100, 10], hot=heat)
+    rows = compare(trace, SLOTS, max_fetches, [100, 10], hot=heat)
     assert [row.policy for row in rows] == list(POLICIES)
     assert {row.belady for row in rows} == {replay(trace, SLOTS, "belady", hot=heat).hit_rate}
     for row in rows:
         assert row.hit_rate <= row.belady
         assert row.lift == pytest.approx(row.hit_rate / row.chance)
-        outcome = replay(trace, SLOTS, row.policy, None if row.policy == "belady" else uploads, hot=heat)
+        outcome = replay(trace, SLOTS, row.policy, None if row.policy == "belady" else max_fetches, hot=heat)
         assert row.loaded_bytes == int((outcome.loads * [100, 10]).sum())
         missed = outcome.requests - outcome.hits
         assert row.missed_bytes == int((missed * [100, 10]).sum())
@@ -272,24 +272,26 @@ def test_compare_has_every_policy_and_its_bound(uploads: int | None) -> None:
         min(row.missed_bytes for row in rows if row.policy != "belady")
         == rows[list(POLICIES).index(found)].missed_bytes
     )
-    assert [row.policy for row in compare(trace, SLOTS, uploads, [1, 1])] == [
+    assert [row.policy for row in compare(trace, SLOTS, max_fetches, [1, 1])] == [
         name for name in POLICIES if name != "hot"
     ]
     with pytest.raises(ValueError, match="2 planes"):
-        compare(trace, SLOTS, uploads, [1])
+        compare(trace, SLOTS, max_fetches, [1])
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(0, NEURONS), st.none() | st.integers(0, 6), st.booleans())
-def test_no_policy_beats_the_bound_from_any_start(seed: int, slots: int, uploads: int | None, warm: bool) -> None:
+def test_no_policy_beats_the_bound_from_any_start(seed: int, slots: int, max_fetches: int | None, warm: bool) -> None:
     heat = np.random.default_rng(seed).random((LAYERS, NEURONS)) if warm else None
-    for row in compare(recorded(seed=seed), [[slots, slots // 2]] * 2, uploads, [2, 1], hot=heat):
+    for row in compare(recorded(seed=seed), [[slots, slots // 2]] * 2, max_fetches, [2, 1], hot=heat):
         assert row.hit_rate <= row.belady
 
 
 def test_best_takes_the_fewest_bytes_and_the_first_of_equals() -> None:
-    rows = [Row(name, 0.5, 0.5, 1.0, *sizes, 0.9) for name, sizes in {"a": (5, 5), "b": (9, 0), "c": (0, 9)}.items()]
-    assert best([*rows, Row("belady", 0.9, 0.5, 1.8, 0, 1, 0.9)]) == "b"
+    rows = [
+        PolicyRow(name, 0.5, 0.5, 1.0, *sizes, 0.9) for name, sizes in {"a": (5, 5), "b": (9, 0), "c": (0, 9)}.items()
+    ]
+    assert best([*rows, PolicyRow("belady", 0.9, 0.5, 1.8, 0, 1, 0.9)]) == "b"
     with pytest.raises(ValueError, match="compare"):
         best([])
 

@@ -35,7 +35,6 @@ from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant import planes
 from tiercache.quant.hadamard import transform
 from tiercache.stats.run import Stats
-from tiercache.store.convert import convert
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.planestore import PlaneStore
 from tiercache.store.reader import Reader, aligned_buffer
@@ -44,7 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = 64
 IDS = torch.randint(3, 131, (1, 7), generator=torch.Generator().manual_seed(5))
-PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 Folders = Callable[..., Path]
 
 
@@ -499,14 +497,13 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
             pass
 
 
-def test_pico(tmp_path: Path) -> None:
-    convert(PICO, tmp_path / "store", show_progress=False)
-    with offloaded(tmp_path / "store") as model:
+def test_pico(pico_store: Path) -> None:
+    with offloaded(pico_store) as model:
         tight = Least(model.tiercache._asked.needs).streaming(200_000)
     ids = torch.randint(3, 2000, (1, 24), generator=torch.Generator().manual_seed(0))
     logits = {}
     for name, options in {"whole": {"resident": False}, "cut": {}, "tight": tight}.items():
-        with offloaded(tmp_path / "store", **options) as model:
+        with offloaded(pico_store, **options) as model:
             logits[name] = model(ids).logits
             if options.get("resident", True):
                 with model.tiercache.passes("resident"):

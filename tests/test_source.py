@@ -15,18 +15,16 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
-from tiercache.store import loaded
-from tiercache.store.encode import load
+from tiercache.store.checkpoint import Checkpoint, identity_in_memory
 from tiercache.store.header import read_checkpoint, read_file
-from tiercache.store.reader import Reader
-from tiercache.store.source import Source
+from tiercache.store.reader import Reader, load
 
-Checkpoint = Callable[..., Path]
+MakeCheckpoint = Callable[..., Path]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def contents(source: Source) -> dict[str, torch.Tensor]:
+def contents(source: Checkpoint) -> dict[str, torch.Tensor]:
     """Every parameter, read through the headers' offsets."""
     with Reader() as reader:
         return {name: load(reader, ref).clone() for name, ref in source.tensors.items()}
@@ -34,7 +32,7 @@ def contents(source: Source) -> dict[str, torch.Tensor]:
 
 def same_as_transformers(folder: Path) -> None:
     """Names, dtype and bytes are what `from_pretrained` makes of the folder."""
-    source = Source.open(folder)
+    source = Checkpoint.open(folder)
     model = tf.AutoModelForCausalLM.from_pretrained(folder)
     expected = dict(model.named_parameters())
     found = contents(source)
@@ -45,7 +43,7 @@ def same_as_transformers(folder: Path) -> None:
 
 
 @pytest.fixture
-def copy(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., Path]:
+def copy(checkpoint: MakeCheckpoint, tmp_path: Path) -> Callable[..., Path]:
     """`copy(name)`: a checkpoint that the test may break."""
 
     def make(name: str = "llama", **options: Any) -> Path:
@@ -69,7 +67,7 @@ def change_config(folder: Path, **values: Any) -> None:
 def refused(folder: Path, error: type[TiercacheError], *words: str) -> None:
     """Opening says `error`, exactly, and each of the words."""
     with pytest.raises(error) as raised:
-        Source.open(folder)
+        Checkpoint.open(folder)
     assert raised.type is error
     for word in words:
         assert word in str(raised.value)
@@ -79,17 +77,17 @@ def refused(folder: Path, error: type[TiercacheError], *words: str) -> None:
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
-def test_every_architecture(checkpoint: Checkpoint, name: str) -> None:
+def test_every_architecture(checkpoint: MakeCheckpoint, name: str) -> None:
     same_as_transformers(checkpoint(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["llama-tied-bias", "gpt2"])
-def test_every_dtype_sharded(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+def test_every_dtype_sharded(checkpoint: MakeCheckpoint, name: str, dtype: torch.dtype) -> None:
     folder = checkpoint(name, dtype, "60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     same_as_transformers(folder)
-    assert Source.open(folder).dtype == dtype
+    assert Checkpoint.open(folder).dtype == dtype
 
 
 def head_of(model: tf.PreTrainedModel) -> str:
@@ -98,7 +96,7 @@ def head_of(model: tf.PreTrainedModel) -> str:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon", "gpt-neox", "qwen3"])
-def test_a_checkpoint_of_the_base_model(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_of_the_base_model(checkpoint: MakeCheckpoint, tmp_path: Path, name: str) -> None:
     """Such as the original GPT-2: keys lack the prefix; an untied head is then missing, and that is said."""
     model = tf.AutoModelForCausalLM.from_pretrained(checkpoint(name))
     model.base_model.save_pretrained(tmp_path / "base")
@@ -118,7 +116,7 @@ def test_a_renamed_key(copy: Callable[..., Path], stored: str) -> None:
         pytest.skip("this transformers has one name for it")
     assert "embed_out.weight" in read_checkpoint(folder)
     change_tensors(folder, lambda tensors: tensors.update({stored: tensors.pop("embed_out.weight")}))
-    assert f"{head}.weight" in Source.open(folder).tensors
+    assert f"{head}.weight" in Checkpoint.open(folder).tensors
     same_as_transformers(folder)
 
 
@@ -144,24 +142,24 @@ def test_tensors_nobody_needs_are_left_alone(copy: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["ein Ordner mit Leerzeichen", "größer", "模型", "a'b\"c"])
-def test_any_path_will_do(checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+def test_any_path_will_do(checkpoint: MakeCheckpoint, tmp_path: Path, name: str) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / name / name)
     same_as_transformers(tmp_path / name / name)
-    assert Source.open(str(tmp_path / name / name)).folder == tmp_path / name / name
+    assert Checkpoint.open(str(tmp_path / name / name)).folder == tmp_path / name / name
 
 
 def test_the_home_folder_is_meant_by_a_tilde(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "m")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Source.open("~/m").folder == tmp_path / "m"
+    assert Checkpoint.open("~/m").folder == tmp_path / "m"
 
 
 def test_the_model_comes_without_weights_and_with_its_defaults(copy: Callable[..., Path]) -> None:
     folder = copy()
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 77}))
-    model = Source.open(folder).model()
+    model = Checkpoint.open(folder).model()
     assert type(model) is tf.LlamaForCausalLM
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
@@ -182,42 +180,42 @@ def test_a_checkpoint_stored_wider_than_it_is_run(copy: Callable[..., Path]) -> 
     folder = copy()
     change_config(folder, dtype="bfloat16")
     same_as_transformers(folder)
-    assert Source.open(folder).dtype == torch.bfloat16
+    assert Checkpoint.open(folder).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- identity
 
 
 def test_identity_knows_the_weights_and_not_the_files(
-    checkpoint: Checkpoint, copy: Callable[..., Path], tmp_path: Path
+    checkpoint: MakeCheckpoint, copy: Callable[..., Path], tmp_path: Path
 ) -> None:
-    original = Source.open(checkpoint("llama")).identity()
-    assert Source.open(copy("llama")).identity() == original
-    assert Source.open(checkpoint("llama", shard="60KB")).identity() == original
+    original = Checkpoint.open(checkpoint("llama")).identity()
+    assert Checkpoint.open(copy("llama")).identity() == original
+    assert Checkpoint.open(checkpoint("llama", shard="60KB")).identity() == original
     model = tf.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
-    assert loaded.identity(model) == original
-    others = [Source.open(checkpoint("llama", dtype=torch.bfloat16)).identity()]
+    assert identity_in_memory(model) == original
+    others = [Checkpoint.open(checkpoint("llama", dtype=torch.bfloat16)).identity()]
     architectures.build("llama", seed=1).save_pretrained(tmp_path / "other")
-    others.append(Source.open(tmp_path / "other").identity())
+    others.append(Checkpoint.open(tmp_path / "other").identity())
     assert len({original, *others}) == 3
 
 
 @pytest.mark.parametrize("name", ["llama-tied-bias", "gpt2", "opt", "falcon"])
-def test_identity_is_the_same_in_memory(checkpoint: Checkpoint, name: str) -> None:
+def test_identity_is_the_same_in_memory(checkpoint: MakeCheckpoint, name: str) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(checkpoint(name))
-    assert loaded.identity(model) == Source.open(checkpoint(name)).identity()
+    assert identity_in_memory(model) == Checkpoint.open(checkpoint(name)).identity()
 
 
 def test_identity_sees_a_change_at_either_end_of_a_tensor(copy: Callable[..., Path]) -> None:
     folder = copy()
-    seen = {Source.open(folder).identity()}
+    seen = {Checkpoint.open(folder).identity()}
     for place in (0, -1):
 
         def touch(tensors: dict[str, torch.Tensor], place: int = place) -> None:
             tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[place] += 1
 
         change_tensors(folder, touch)
-        seen.add(Source.open(folder).identity())
+        seen.add(Checkpoint.open(folder).identity())
     assert len(seen) == 3
 
 
@@ -337,7 +335,7 @@ def test_a_garbage_configuration_is_refused(copy: Callable[..., Path], text: str
     folder = copy()
     (folder / "config.json").write_text(text)
     with pytest.raises((StoreError, UnsupportedModelError), match=r"config\.json|model type"):
-        Source.open(folder)
+        Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +346,7 @@ def test_a_configuration_of_impossible_values_is_refused(copy: Callable[..., Pat
     folder = copy()
     change_config(folder, **values)
     with pytest.raises((StoreError, UnsupportedModelError), match=r"config\.json"):
-        Source.open(folder)
+        Checkpoint.open(folder)
 
 
 def test_a_model_that_brings_its_own_code_is_refused(copy: Callable[..., Path]) -> None:
@@ -417,22 +415,22 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> 
 def test_a_hub_id_that_is_not_there(named: str) -> None:
     """Offline, as all tests are."""
     with pytest.raises(UsageError, match="could not be had from the Hub") as raised:
-        Source.open(named)
+        Checkpoint.open(named)
     assert repr(named) in str(raised.value)
 
 
 @pytest.mark.parametrize("named", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "~/nowhere"])
 def test_a_path_that_is_not_there(named: str) -> None:
     with pytest.raises(UsageError, match="neither a folder nor a Hub id"):
-        Source.open(named)
+        Checkpoint.open(named)
 
 
 def test_a_file_is_no_checkpoint(copy: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="neither a folder nor a Hub id"):
-        Source.open(copy() / SINGLE)
+        Checkpoint.open(copy() / SINGLE)
 
 
 def test_nothing_is_no_checkpoint(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy())
     with pytest.raises(UsageError):
-        Source.open("")
+        Checkpoint.open("")

@@ -31,14 +31,14 @@ from tiercache.errors import (
 )
 from tiercache.quant import hadamard, planes
 from tiercache.store import catalog
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
 from tiercache.store.format import BLOCK_BYTES, FILES, PLANE_FILES, SCALE_FILE, VERSION, align
 from tiercache.store.manifest import Manifest, PlaneWeight
 from tiercache.store.planestore import PlaneStore
 from tiercache.store.reader import Reader, aligned_buffer
-from tiercache.store.source import Source
 
-Checkpoint = Callable[..., Path]
+MakeCheckpoint = Callable[..., Path]
 Copy = Callable[..., Path]
 NOBODY = 65534
 
@@ -46,7 +46,7 @@ OUTWARD = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")  # stored transpos
 
 
 @pytest.fixture
-def copy(plane_store: Checkpoint, tmp_path: Path) -> Copy:
+def copy(plane_store: MakeCheckpoint, tmp_path: Path) -> Copy:
     """`copy(name)`: a store that the test may break."""
 
     def make(name: str = "llama", **options: Any) -> Path:
@@ -96,10 +96,10 @@ STORES += [(name, group, "on") for name in ("llama", "phi3", "gpt2") for group i
 
 @pytest.mark.parametrize(("name", "group", "compress"), STORES)
 def test_every_weight_at_every_rung(
-    plane_store: Checkpoint, checkpoint: Checkpoint, name: str, group: int, compress: str
+    plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, name: str, group: int, compress: str
 ) -> None:
     store = PlaneStore.open(plane_store(name, group, compress))
-    model = Source.open(checkpoint(name)).model()
+    model = Checkpoint.open(checkpoint(name)).model()
     original = dict(_resident(checkpoint(name)).named_parameters(remove_duplicate=False))
     head = next(module for module, child in model.named_modules() if child is model.get_output_embeddings())
     for precision in planes.PRECISIONS:
@@ -145,7 +145,7 @@ def _plain(ref: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_files_lie_as_the_format_says(plane_store: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
+def test_files_lie_as_the_format_says(plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, name: str) -> None:
     """Read with numpy alone: the feed-forward parts of each neuron side by side, planes in files of their own."""
     folder = plane_store(name)
     original = dict(_resident(checkpoint(name)).named_parameters())
@@ -186,7 +186,7 @@ def _ffn_parts(name: str, original: dict[str, torch.nn.Parameter], layer: int) -
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
 def test_a_dry_run_is_exact_and_writes_nothing(
-    plane_store: Checkpoint, checkpoint: Checkpoint, tmp_path: Path, name: str
+    plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:
     report = convert(checkpoint(name), tmp_path / "deep" / "store", compress="off", dry_run=True)
     assert not list(tmp_path.iterdir())
@@ -197,7 +197,7 @@ def test_a_dry_run_is_exact_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_compression_changes_no_byte(plane_store: Checkpoint, name: str) -> None:
+def test_compression_changes_no_byte(plane_store: MakeCheckpoint, name: str) -> None:
     plain, packed = (PlaneStore.open(plane_store(name, compress=compress)) for compress in ("off", "on"))
     assert any(extent.frames for record in packed.contents.records for extent in record.extents.values())
     for precision in planes.PRECISIONS:
@@ -214,7 +214,7 @@ def _payload(manifest: Manifest, key: int, slot: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize(("gbps", "some"), [(1e-6, True), (1e6, False)])
 def test_auto_compresses_where_the_disk_is_slow(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gbps: float, some: bool
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gbps: float, some: bool
 ) -> None:
     monkeypatch.setattr(probe, "folder_read", lambda folder, **_: probe.ReadRoof(gbps, 1, 1, True))
     report = convert(checkpoint("llama"), tmp_path / "store", compress="auto")
@@ -225,7 +225,7 @@ def test_auto_compresses_where_the_disk_is_slow(
 
 
 def test_frames_are_cut_and_joined_again(
-    plane_store: Checkpoint, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With frames of 4 KB in place of 4 MiB, a tiny model has several to an extent."""
     for module in ("writer", "format"):
@@ -240,10 +240,10 @@ def test_frames_are_cut_and_joined_again(
         assert _payload(one, key, slots[0][key]) == _payload(other, key, slots[1][key])
 
 
-def test_a_store_knows_its_model(plane_store: Checkpoint, checkpoint: Checkpoint) -> None:
+def test_a_store_knows_its_model(plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint) -> None:
     store = PlaneStore.open(plane_store("llama"))
     assert store.dtype == torch.float32
-    assert store.contents.meta["identity"] == Source.open(checkpoint("llama")).identity()
+    assert store.contents.meta["identity"] == Checkpoint.open(checkpoint("llama")).identity()
     assert type(store.model()).__name__ == "LlamaForCausalLM"
     told = store.describe()
     assert (told["group"], told["version"], told["neurons"]) == (64, VERSION, 3 * 104)
@@ -404,7 +404,7 @@ def test_a_file_of_another_length_is_noticed_at_once(copy: Copy, file: str, chan
         PlaneStore.open(path.parent)
 
 
-def test_another_model_s_configuration_is_noticed(copy: Copy, checkpoint: Checkpoint) -> None:
+def test_another_model_s_configuration_is_noticed(copy: Copy, checkpoint: MakeCheckpoint) -> None:
     folder = copy()
     shutil.copy(checkpoint("qwen2") / "config.json", folder)
     with pytest.raises(StoreError, match=r"config\.json"):
@@ -463,7 +463,7 @@ def test_another_version_is_named(copy: Copy, version: int | None) -> None:
         PlaneStore.open(folder)
 
 
-def test_a_folder_that_is_no_store(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_a_folder_that_is_no_store(tmp_path: Path, checkpoint: MakeCheckpoint) -> None:
     for folder in (tmp_path, checkpoint("llama")):
         with pytest.raises(StoreError, match=r"has no catalog\.mdb, so it is no finished plane store"):
             PlaneStore.open(folder)
@@ -471,7 +471,7 @@ def test_a_folder_that_is_no_store(tmp_path: Path, checkpoint: Checkpoint) -> No
         PlaneStore.open(tmp_path / "nowhere")
 
 
-def test_the_catalogue_is_the_same_every_time(plane_store: Checkpoint, tmp_path: Path) -> None:
+def test_the_catalogue_is_the_same_every_time(plane_store: MakeCheckpoint, tmp_path: Path) -> None:
     contents = catalog.read(plane_store("llama") / "catalog.mdb")
     catalog.write(tmp_path / "catalog.mdb", contents.meta, list(contents.records))
     assert (tmp_path / "catalog.mdb").read_bytes() == (plane_store("llama") / "catalog.mdb").read_bytes()
@@ -524,7 +524,7 @@ def read_only(source: Path, target: Path) -> Path:
 
 @as_root
 def test_a_read_only_store_will_do(
-    plane_store: Checkpoint, checkpoint: Checkpoint, public_folder: Path, in_child: Callable[..., Any]
+    plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, public_folder: Path, in_child: Callable[..., Any]
 ) -> None:
     folder = read_only(plane_store("llama"), public_folder / "store")
     assert in_child(_as_nobody, _use, folder) > 20
@@ -540,7 +540,7 @@ def _convert_off(checkpoint: Path, store: Path) -> int:
 
 @as_root
 def test_a_target_that_may_not_be_written(
-    checkpoint: Checkpoint, public_folder: Path, in_child: Callable[..., Any]
+    checkpoint: MakeCheckpoint, public_folder: Path, in_child: Callable[..., Any]
 ) -> None:
     model = read_only(checkpoint("llama"), public_folder / "model")
     with pytest.raises(EnvironmentUnsupportedError, match=r"cannot write .*Permission denied; name a folder"):
@@ -551,7 +551,7 @@ def test_a_target_that_may_not_be_written(
 @as_root
 @pytest.mark.parametrize("name", ["model-00001-of-*.safetensors", "model.safetensors.index.json", "config.json"])
 def test_a_checkpoint_that_may_not_be_read(
-    checkpoint: Checkpoint, public_folder: Path, in_child: Callable[..., Any], name: str
+    checkpoint: MakeCheckpoint, public_folder: Path, in_child: Callable[..., Any], name: str
 ) -> None:
     model = read_only(checkpoint("llama", shard="60KB"), public_folder / "model")
     (file,) = model.glob(name)
@@ -563,7 +563,7 @@ def test_a_checkpoint_that_may_not_be_read(
 @as_root
 @pytest.mark.parametrize("name", ["plane-1.bin", "catalog.mdb", "config.json"])
 def test_a_store_that_may_not_be_read(
-    plane_store: Checkpoint, public_folder: Path, in_child: Callable[..., Any], name: str
+    plane_store: MakeCheckpoint, public_folder: Path, in_child: Callable[..., Any], name: str
 ) -> None:
     folder = read_only(plane_store("llama"), public_folder / "store")
     (folder / name).chmod(0o400)
@@ -572,7 +572,7 @@ def test_a_store_that_may_not_be_read(
 
 
 @pytest.mark.parametrize("store", ["file/store", "store"])
-def test_a_target_in_the_way_of_a_file(checkpoint: Checkpoint, tmp_path: Path, store: str) -> None:
+def test_a_target_in_the_way_of_a_file(checkpoint: MakeCheckpoint, tmp_path: Path, store: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "store.partial").touch()
     with pytest.raises(UsageError, match=r"file|partial"):
@@ -582,7 +582,7 @@ def test_a_target_in_the_way_of_a_file(checkpoint: Checkpoint, tmp_path: Path, s
 # ---------------------------------------------------------------- converting twice
 
 
-def test_the_same_again_does_nothing(copy: Copy, checkpoint: Checkpoint) -> None:
+def test_the_same_again_does_nothing(copy: Copy, checkpoint: MakeCheckpoint) -> None:
     folder = copy()
     (folder / "journal.mdb").touch()  # what a kill between the rename and its removal leaves
     convert(checkpoint("llama"), folder, compress="off")
@@ -603,7 +603,7 @@ def test_the_same_again_does_nothing(copy: Copy, checkpoint: Checkpoint) -> None
 )
 @pytest.mark.parametrize("unfinished", [False, True])
 def test_another_conversion_into_the_same_folder_is_refused(
-    copy: Copy, checkpoint: Checkpoint, name: str, options: dict[str, Any], named: str, unfinished: bool
+    copy: Copy, checkpoint: MakeCheckpoint, name: str, options: dict[str, Any], named: str, unfinished: bool
 ) -> None:
     folder = copy()
     if unfinished:
@@ -624,14 +624,12 @@ def _unfinish(folder: Path) -> None:
     partial = folder.rename(folder.with_name(folder.name + ".partial"))
     contents = catalog.read(partial / "catalog.mdb")
     (partial / "catalog.mdb").unlink()
-    with catalog.environment(partial / "journal.mdb", readonly=False) as env, env.begin(write=True) as transaction:
-        catalog.put_meta(transaction, contents.meta)
-        for index, record in enumerate(contents.records[:5]):
-            catalog.put_record(transaction, index, record)
+    with catalog.environment(partial / "journal.mdb", readonly=False) as env:
+        catalog.put(env, catalog.meta_values(contents.meta) | catalog.record_values(contents.records[:5]))
 
 
 def test_an_unfinished_store_is_finished_and_can_be_started_over(
-    copy: Copy, plane_store: Checkpoint, checkpoint: Checkpoint, tmp_path: Path
+    copy: Copy, plane_store: MakeCheckpoint, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     folder = copy()
     _unfinish(folder)
@@ -649,7 +647,9 @@ def test_an_unfinished_store_is_finished_and_can_be_started_over(
     assert convert(checkpoint("llama"), folder, restart=True, **options).seconds > 0, "what is damaged is discarded"
 
 
-def test_a_checkpoint_with_another_configuration_is_another(copy: Copy, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_configuration_is_another(
+    copy: Copy, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     """The same weights with other rotary embeddings: the store would answer with the old ones."""
     folder = copy()
     model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
@@ -660,7 +660,7 @@ def test_a_checkpoint_with_another_configuration_is_another(copy: Copy, checkpoi
         convert(model, folder, compress="off")
 
 
-def test_a_folder_of_something_else_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is no plane store"):
         convert(checkpoint("llama"), tmp_path, compress="off")
@@ -670,7 +670,7 @@ def test_a_folder_of_something_else_is_left_alone(checkpoint: Checkpoint, tmp_pa
     assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
 
 
-def test_an_empty_folder_is_filled(checkpoint: Checkpoint, plane_store: Checkpoint, tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(checkpoint: MakeCheckpoint, plane_store: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     convert(checkpoint("llama"), tmp_path / "store", compress="off")
     assert fingerprint(tmp_path / "store") == fingerprint(plane_store("llama"))
@@ -688,7 +688,9 @@ def running_elsewhere(copy: Copy) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_second_conversion_at_once_is_refused(running_elsewhere: Path, checkpoint: Checkpoint, restart: bool) -> None:
+def test_a_second_conversion_at_once_is_refused(
+    running_elsewhere: Path, checkpoint: MakeCheckpoint, restart: bool
+) -> None:
     before = fingerprint(running_elsewhere.parent)
     with pytest.raises(UsageError, match="another conversion is writing"):
         convert(checkpoint("llama"), running_elsewhere, compress="off", restart=restart)
@@ -697,7 +699,7 @@ def test_a_second_conversion_at_once_is_refused(running_elsewhere: Path, checkpo
 
 
 @pytest.mark.parametrize("options", [{"group": 48}, {"group": 0}, {"compress": "zip"}, {"compress": True}])
-def test_parameters_that_cannot_be_meant(checkpoint: Checkpoint, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_parameters_that_cannot_be_meant(checkpoint: MakeCheckpoint, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         convert(checkpoint("llama"), tmp_path / "store", **options)
     assert not list(tmp_path.iterdir())
@@ -707,7 +709,7 @@ def test_parameters_that_cannot_be_meant(checkpoint: Checkpoint, tmp_path: Path,
 
 
 def test_too_little_space_is_refused_before_anything_is_written(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = convert(checkpoint("llama"), tmp_path / "store", compress="off", dry_run=True).store_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 100_000))
@@ -749,8 +751,8 @@ def _lie_about_space(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_disk_that_fills_up_keeps_what_is_done(
-    checkpoint: Checkpoint,
-    plane_store: Checkpoint,
+    checkpoint: MakeCheckpoint,
+    plane_store: MakeCheckpoint,
     small_disk: Callable[[int], Path],
     monkeypatch: pytest.MonkeyPatch,
     tenths: float,
@@ -770,7 +772,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
 
 
 def test_measuring_the_disk_needs_no_more_space_than_there_is(
-    checkpoint: Checkpoint, small_disk: Callable[[int], Path]
+    checkpoint: MakeCheckpoint, small_disk: Callable[[int], Path]
 ) -> None:
     store = small_disk(8 << 20) / "store"  # the store takes half a MiB
     convert(checkpoint("llama"), store, compress="auto")
@@ -780,7 +782,7 @@ def test_measuring_the_disk_needs_no_more_space_than_there_is(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_weights_that_the_codes_cannot_hold(checkpoint: Checkpoint, tmp_path: Path, value: float) -> None:
+def test_weights_that_the_codes_cannot_hold(checkpoint: MakeCheckpoint, tmp_path: Path, value: float) -> None:
     _spoil(checkpoint, tmp_path, "model.layers.1.mlp.up_proj.weight", value)
     with pytest.raises(QuantizationError, match=r"row 100 holds"):
         convert(tmp_path / "model", tmp_path / "store", compress="off")
@@ -788,7 +790,7 @@ def test_weights_that_the_codes_cannot_hold(checkpoint: Checkpoint, tmp_path: Pa
 
 
 def test_weights_that_the_codes_cannot_hold_are_named(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiercache.store.encode._CHUNK_WEIGHTS", 56 * 10 * 3)  # ten neurons at a time
     _spoil(checkpoint, tmp_path, "model.layers.1.mlp.up_proj.weight", float("nan"))
@@ -798,14 +800,14 @@ def test_weights_that_the_codes_cannot_hold_are_named(
     assert "row 100 " in str(raised.value)
 
 
-def _spoil(checkpoint: Checkpoint, tmp_path: Path, name: str, value: float) -> None:
+def _spoil(checkpoint: MakeCheckpoint, tmp_path: Path, name: str, value: float) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors[name][100, 3] = value
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
 
 
-def test_dense_tensors_may_hold_anything(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_dense_tensors_may_hold_anything(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The embedding is kept as it is, so its infinities are the model's own business."""
     _spoil(checkpoint, tmp_path, "model.embed_tokens.weight", float("inf"))
     convert(tmp_path / "model", tmp_path / "store", compress="off")

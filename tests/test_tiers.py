@@ -23,15 +23,15 @@ from transformers import AutoModelForCausalLM
 from policies.pinned import place, smallest_bytes
 from policies.plan import PlanInputs
 from policies.residency import Residency
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 from tiercache.engine.budgets import fill_tiers
 from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupportedError, StoreError
 from tiercache.stats.run import TierStats
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlainWeight
 from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
-from tiercache.store.source import Source
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import CallersTier, TierStack
 from tiercache.tiers.tier import Pending, Tier, waited_for_ssd
@@ -126,12 +126,12 @@ class House:
                 wait_all([ticket.future])
 
 
-def placement_of(sizes: Mapping[Key, int], order: Sequence[Key], spare: int) -> Placement:
+def placement_of(sizes: Mapping[Key, int], order: Sequence[Key], spare: int) -> UnitPlacement:
     return place(order, sizes, smallest_bytes(order, sizes) + spare, 0)
 
 
 def tier_of(
-    name: str, sizes: dict[Key, int], order: Sequence[Key], placement: Placement, fill: Callable, traces: dict
+    name: str, sizes: dict[Key, int], order: Sequence[Key], placement: UnitPlacement, fill: Callable, traces: dict
 ) -> Tier:
     capacity = placement.pinned_bytes + placement.ring_bytes
     return Tier(
@@ -170,8 +170,8 @@ def house(
         above = placement_of(sizes, order, hbm_spare)
         rest = [key for key in order if key not in above.pinned]
         ring = max(sizes.values()) + dram_spare
-        dram = tier_of("dram", sizes, above.pinned, Placement((), 0, ring), disk.fill, traces)
-        dram.decide(Residency(above.pinned, sizes, Placement((), 0, ring), once=True))
+        dram = tier_of("dram", sizes, above.pinned, UnitPlacement((), 0, ring), disk.fill, traces)
+        dram.decide(Residency(above.pinned, sizes, UnitPlacement((), 0, ring), once=True))
         stack.callback(dram.close)
         mover = transfer(dram, {key: [Span(0, 0, size)] for key, size in sizes.items()}, CPU)
         stack.callback(mover.close)
@@ -183,7 +183,7 @@ def house(
         hbm = tier_of("hbm", sizes, order, above, fill, traces)
         stack.callback(hbm.close)
         hbm.load_pinned(lambda _: None)
-        below = place(rest, sizes, ring, 0) if rest else Placement((), 0, 0)
+        below = place(rest, sizes, ring, 0) if rest else UnitPlacement((), 0, 0)
         dram.decide(Residency(rest, sizes, below))
         dram.load_pinned(lambda _: None)
         yield House(hbm, dram, disk, sizes, traces, tickets)
@@ -331,7 +331,7 @@ def test_reserved_bytes_are_part_of_the_peak() -> None:
     stats = TierStats(1000, {"KV cache": 300, "staging": 50})
     tier = Tier(
         Slab(100, CPU),
-        Residency([0], sizes, Placement((0,), 100, 0)),
+        Residency([0], sizes, UnitPlacement((0,), 100, 0)),
         sizes,
         Disk(lambda: 0.0).fill,
         stats,
@@ -541,7 +541,7 @@ def needs_of(manifest: Manifest) -> PlanInputs:
 def test_the_stack_hands_out_the_checkpoint(
     checkpoint: Callable[..., Path], name: str, hbm: float | None, dram: float
 ) -> None:
-    source = Source.open(checkpoint(name))
+    source = Checkpoint.open(checkpoint(name))
     manifest = checkpoint_manifest(source)
     needs = needs_of(manifest)
     least, total = max(needs.sizes.values()), sum(needs.sizes.values())
@@ -577,14 +577,14 @@ def test_the_stack_hands_out_the_checkpoint(
             assert (told["hit"], told["miss"]) == (stack.stats[tier].hits, stack.stats[tier].misses)
 
 
-def _resident(source: Source) -> dict[str, torch.nn.Parameter]:
+def _resident(source: Checkpoint) -> dict[str, torch.nn.Parameter]:
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     return dict(model.named_parameters(remove_duplicate=False))
 
 
 def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "copy")
-    manifest = checkpoint_manifest(Source.open(tmp_path / "copy"))
+    manifest = checkpoint_manifest(Checkpoint.open(tmp_path / "copy"))
     needs = needs_of(manifest)
     plan = fill_tiers(needs, hbm_bytes=1 << 24, dram_bytes=1 << 20)
     (file,) = (tmp_path / "copy").glob("*.safetensors")
@@ -599,7 +599,7 @@ def test_a_damaged_checkpoint_is_noticed_while_the_stack_loads(checkpoint: Calla
 
 
 def test_a_budget_that_is_too_small_says_by_how_much(checkpoint: Callable[..., Path]) -> None:
-    needs = needs_of(checkpoint_manifest(Source.open(checkpoint("llama"))))
+    needs = needs_of(checkpoint_manifest(Checkpoint.open(checkpoint("llama"))))
     least = max(needs.sizes[key] for key in needs.order)
     fill_tiers(needs, hbm_bytes=least + 1000, dram_bytes=least + 2000)
     with pytest.raises(DoesNotFitError) as refused:

@@ -23,12 +23,11 @@ from tiercache.quant.tune import CodedPiece, Layer, tuned
 from tiercache.store import encode as encoder
 from tiercache.store import estimate, layout
 from tiercache.store.activations import TextPass
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.convert import convert
-from tiercache.store.layers import Quantiser
 from tiercache.store.manifest import PlaneWeight
 from tiercache.store.planestore import PlaneStore
-from tiercache.store.reader import Reader, aligned_buffer
-from tiercache.store.source import Source
+from tiercache.store.reader import Reader, aligned_buffer, load
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 
@@ -38,20 +37,17 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Layer, list[CodedPiece]]]:
     """Pico's second layer, what goes through it, and its calibrated planes, with scales of inputs."""
-    source = Source.open(PICO)
+    source = Checkpoint.open(PICO)
     windows = Corpus.read(None, PICO, source.config, 1024).windows.reshape(-1, 128)
     with Reader() as reader:
         text_pass = TextPass(source, windows, reader, tmp_path_factory.mktemp("walk"), looks_back=True)
         text_pass.resume(0)
         text_pass.layer()
         moments = LayerMoments(text_pass.layer(), scaled=True)
-        pieces = []
-        with text_pass.passed() as (name, layer):
+        pieces: list[CodedPiece] = []
+        with text_pass.passed() as layer:
             for unit in (unit for unit in layout.plan(source, 64, scaled=True) if unit.layer == 1):
-                made = encoder.calibrated(unit, source, reader, 64, moments)
-                for part, one in zip(unit.parts, made, strict=True):
-                    place = part.parameter.removeprefix(name + "."), part.first, part.transposed
-                    pieces.append(CodedPiece(*place, one.planes, one.factors))
+                pieces += encoder.calibrated(unit, lambda name: load(reader, source.tensors[name]), 64, moments)
             assert all(piece.factors is not None for piece in pieces)
             yield layer, pieces
 
@@ -153,7 +149,7 @@ def test_a_store_is_tuned_and_remembers_it(
         with pytest.raises(StoreError, match="was made with calibration="):
             convert(model, tmp_path / "tuned", tune=other, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(Quantiser, "forget", _interrupt)
+        patch.setattr(TextPass, "forget", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(model, tmp_path / "again", tune=2, **options)
     expected = convert(model, tmp_path / "again", tune=2, dry_run=True, **options)
@@ -163,7 +159,7 @@ def test_a_store_is_tuned_and_remembers_it(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def _interrupt(_self: Quantiser) -> None:
+def _interrupt(_self: TextPass) -> None:
     raise KeyboardInterrupt
 
 
@@ -174,7 +170,7 @@ def test_a_tuned_stores_int8_and_its_scales_are_those_of_an_untuned_one(
     looks = itertools.count(2)
     monkeypatch.setattr(tune._Learner, "watch", lambda _self: [1 / next(looks)] * len(tune.LEARNED))
     model = with_tokenizer(checkpoint("llama"), tmp_path / "model")
-    options: dict[str, Any] = {"compress": "off", "tokens": 1024, "show_progress": False}
+    options: dict[str, Any] = {"compress": "off", "tokens": 512, "show_progress": False}
     stores = []
     for steps in (0, 20):
         convert(model, tmp_path / str(steps), tune=steps, **options)
@@ -211,8 +207,8 @@ def _slot(reader: Reader, unit: Any) -> Tensor:
 
 
 def test_the_estimate_counts_the_steps() -> None:
-    units = layout.plan(Source.open(PICO), 64)
-    rates = estimate.Rates(1e9, 1e-9, 1e-6)
+    units = layout.plan(Checkpoint.open(PICO), 64)
+    rates = estimate.ConversionRates(1e9, 1e-9, 1e-6)
     takes = [estimate.seconds(units, 4096, 512, steps, rates) for steps in (0, 100, 200)]
     assert takes[2] - takes[1] == pytest.approx(takes[1] - takes[0], rel=0.1)
     assert takes[1] > takes[0]

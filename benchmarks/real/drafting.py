@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercache.bench.timed_generation import PLAIN, Cell, Entry, Sample, Setting, TimedModel, open_timed
+from tiercache.bench.timed_generation import PLAIN, Cell, Entry, ModelSetting, Sample, TimedModel, open_timed
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note
 
@@ -65,7 +65,7 @@ def contest(store: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[
 def _rows(store: Path, place: Place, cells: Sequence[Cell], tokens: int) -> list[dict[str, Any]]:
     context = max(len(cell.prompt) for cell in cells) + tokens
     places: dict[str, Any] = {"hbm": place.hbm, "dram": "2GiB", "link_gbps": place.link_gbps, "context": context}
-    setting = Setting(name=store.name, store=str(store), **places)
+    setting = ModelSetting(name=store.name, store=str(store), **places)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         models: dict[str, TimedModel] = {}
@@ -90,11 +90,11 @@ def _row(name: str, own_model: TimedModel, samples: dict[str, list[Sample]]) -> 
     own, plain = samples[name], samples[PLAIN]
     written, passes = sum(each.tokens for each in own), sum(each.passes for each in own)
     same = [a.text == b.text for a, b in zip(own, plain, strict=True)]
-    account = own_model.account()["drafting"]
+    account = own_model.drafting
     return {
         "drafter": name,
         "instructions": len(own),
-        "streamed_bytes": own_model.streamed_bytes,
+        "streamed_bytes": _streamed_bytes(own_model.model),
         "tokens": written,
         "tokens_per_pass": written / max(1, passes),
         "tokens_per_s": _rate(own),
@@ -103,6 +103,13 @@ def _row(name: str, own_model: TimedModel, samples: dict[str, list[Sample]]) -> 
         "plain_rounds": None if account is None else account["plain_rounds"] / max(1, account["rounds"]),
         "same_texts": f"{sum(same)}/{len(same)}",
     }
+
+
+def _streamed_bytes(model: Any) -> int:
+    """What an exact pass brings to the fastest tier, or from the SSD where that is DRAM."""
+    tier = model.tiercache.plan.hbm or model.tiercache.plan.dram
+    payload: dict[int, int] = model.tiercache.payload
+    return sum(payload[key] for key in tier.order if key not in set(tier.placement.pinned))
 
 
 def _left_out(place: Place, temperature: float, name: str, reason: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Benchmarks: a model of a given shape, timed against the roofs of the same run, and peers beside it."""
+"""`tiercache bench`: a model, the kernels and the drafters, each timed beside what the same machine could do then."""

@@ -1,19 +1,14 @@
 """What the benchmark of drafters is asked for. Knows names and numbers; opens nothing."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from tiercache.bench.larger_model import Size
 from tiercache.bench.timed_generation import NAMED, NGRAMS, Entry
 from tiercache.config.drafting import GrowerName
 from tiercache.config.options import Precision
-from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
-_CAPPED = ("ngram", "resident", "auto")
-_NODES = (4, 16, 64)  # asked for beside the budgeter's choice
 _MOST = 64  # nodes that the budgeter may choose, as `offload` lets it by default
 
 
@@ -28,15 +23,11 @@ class Options:
         prompt_tokens, tokens: of a prompt, and to write.
         plain_tokens: that plain decoding writes; as many if None.
         temperatures, seeds: of sampling; 0 is greedy.
-        drafters: of `NAMED`, or folders of small models; None for all of `NAMED`, or under a cap for three.
+        drafters: of `NAMED`, or folders of small models.
         growers: for drafters that have a model.
-        nodes: of trees, None for the budgeter's choice (up to 64, or the largest of the others if that is more); empty
-            for 4, 16, 64 and that, under a cap for that alone.
+        nodes: of trees; None for the budgeter's choice, up to 64, or the largest of the others if that is more.
         repeats: of everything; medians are told.
         precision, hbm, dram, link_gbps, context: as `offload` takes them; `context` is what is needed if None.
-        cap_bytes: of RAM for each process, page cache included.
-        widen: size to make each model to, without changing what it says.
-        folder: where what is widened is made.
         show_progress: tell of each row; None means where standard error is a terminal.
 
     Raises:
@@ -51,23 +42,21 @@ class Options:
     plain_tokens: int | None = None
     temperatures: tuple[float, ...] = (0.8, 0.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    drafters: tuple[str, ...] | None = None
+    drafters: tuple[str, ...] = NAMED
     growers: tuple[str, ...] = ("best-first",)
-    nodes: tuple[int | None, ...] = ()
+    nodes: tuple[int | None, ...] = (4, 16, 64, None)
     repeats: int = 1
     precision: Precision = "int8"
     hbm: str | None = None
     dram: str = "auto"
     link_gbps: float | None = None
     context: int | None = None
-    cap_bytes: int | None = None
-    widen: Size | None = None
-    folder: Path = Path("tiercache-bench")
     show_progress: bool | None = None
 
     def __post_init__(self) -> None:
         least = {"models": len(self.models), "prompts": self.prompts, "prompt tokens": self.prompt_tokens}
         least |= {"seeds": len(self.seeds), "temperatures": len(self.temperatures), "repeats": self.repeats}
+        least |= {"sizes of trees": len(self.nodes)}
         for what, count in least.items():
             if count < 1:
                 raise UsageError(f"{count} {what} measure nothing; give 1 at least")
@@ -79,63 +68,19 @@ class Options:
             raise UsageError(f"a temperature of {bad[0]}; give 0 for greedy decoding, or more")
         if bad := [name for name in self.growers if name not in get_args(GrowerName)]:
             raise UsageError(f"unknown grower {bad[0]!r}; choose among {', '.join(get_args(GrowerName))}")
-        if bad := [name for name in self.who if name not in NAMED and not Path(name).is_dir()]:
+        if bad := [name for name in self.drafters if name not in NAMED and not Path(name).is_dir()]:
             raise UsageError(
                 f"{bad[0]!r} is neither a drafter nor a small model's folder; there are {', '.join(NAMED)}"
             )
         if not self.entries():
             raise UsageError("drafter auto has no fixed size, and draws no trees; add auto to the nodes")
 
-    @property
-    def who(self) -> tuple[str, ...]:
-        """The drafters."""
-        if self.drafters is not None:
-            return self.drafters
-        return NAMED if self.cap_bytes is None else _CAPPED
-
     def entries(self) -> list[Entry]:
         """Every row's way to draft."""
-        nodes = self.nodes or ((*_NODES, None) if self.cap_bytes is None else (None,))
-        most = max(_MOST, *(count or 0 for count in nodes))
+        most = max(_MOST, *(count or 0 for count in self.nodes))
         found = []
-        for drafter in self.who:
+        for drafter in self.drafters:
             for grower in ("own",) if drafter in NGRAMS else self.growers:
-                ways = [Entry(drafter=drafter, grower=grower, nodes=count, most=most) for count in nodes]
+                ways = [Entry(drafter=drafter, grower=grower, nodes=count, most=most) for count in self.nodes]
                 found += [way for way in ways if drafter != "auto" or (way.nodes is None and not way.draws)]
         return found
-
-
-def parse(**lists: str | None) -> dict[str, Any]:
-    """Arguments of `Options` from lists with commas; what is None is left out.
-
-    Raises:
-        UsageError: something that is no number where there must be one.
-    """
-    readers: dict[str, Callable[[str], Any]] = {
-        "temperatures": float,
-        "seeds": int,
-        "nodes": lambda part: None if part == "auto" else int(part),
-    }
-    given: dict[str, Any] = {}
-    for name, text in lists.items():
-        if text is None:
-            continue
-        try:
-            given[name] = tuple(readers.get(name, str)(part.strip()) for part in text.split(",") if part.strip())
-        except ValueError as error:
-            raise UsageError(f"{text!r} is no list of {name}; give one such as 0,1") from error
-        if not given[name]:
-            raise UsageError(f"an empty list of {name}; leave it out, or name some")
-    return given
-
-
-def sizes(cap: str | None, widen: str | None) -> dict[str, Any]:
-    """The arguments `cap_bytes` and `widen` of `Options` from their texts.
-
-    Raises:
-        UsageError: a text that is no size.
-    """
-    cap_bytes = None if cap is None else Budget.parse(cap).size_bytes
-    if cap is not None and cap_bytes is None:
-        raise UsageError(f"--cap {cap} is no size; give one such as 1434MiB")
-    return {"cap_bytes": cap_bytes, "widen": None if widen is None else Size.parse(widen)}

@@ -2,16 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from tiercache.bench.tables import table
 
-from tiercache.config.sizes import human
-
-_WIDTH = 160  # more than the table takes: no terminal's width cuts what is kept in a log
+_NUMBERS = ("nodes", "verified", "tokens/pass", "tokens/s", "plain", "speed-up", "first s", "texts that differ")
 
 
 def report(result: dict[str, Any]) -> str:
-    """Hardware and settings, a table for each model and temperature, and how `auto` does."""
+    """Hardware and settings, and a table for each model and temperature."""
     hardware = result["hardware"]
     gpu = f", {hardware['gpu']}" if hardware["gpu"] else ""
     lines = [
@@ -23,51 +20,23 @@ def report(result: dict[str, Any]) -> str:
     pairs = list(zip(result["rows"], result["details"], strict=True))
     for model in result["models"]:
         own = [(row, more) for row, more in pairs if row["setting"] == model["setting"]]
-        lines += _model(model)
+        lines.append(f"{model['setting']}; prompts from {model['prompts']}")
         for temperature in dict.fromkeys(row["temperature"] for row, _ in own):
             lines += _table([pair for pair in own if pair[0]["temperature"] == temperature], temperature)
         lines += _left_out([each for each in result["left_out"] if each["setting"] == model["setting"]])
-        lines += [_auto(duel) for duel in result["auto"] if duel["setting"] == model["setting"]]
     return "\n".join(lines)
 
 
-def _model(model: dict[str, Any]) -> list[str]:
-    lines = [f"{model['setting']}; prompts from {model['prompts']}"]
-    if model["widened"] is not None:
-        lines.append(
-            f"  widened to {model['widened']} (hidden x neurons x layers): what was added is read and multiplied "
-            "like the rest, and changes nothing that the model says"
-        )
-    if model["group_peak_bytes"] is not None:
-        lines.append(f"  the largest process, page cache included, took {human(model['group_peak_bytes'])}")
-    return lines
-
-
 def _table(pairs: list[tuple[dict[str, Any], dict[str, Any]]], temperature: float) -> list[str]:
-    shown = Table(title=f"temperature {temperature:g}", title_justify="left", box=None)
-    for heading in ("drafter", "grower"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in (
-        "nodes",
-        "verified",
-        "tokens/pass",
-        "tokens/s",
-        "plain",
-        "speed-up",
-        "first s",
-        "texts that differ",
-    ):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for row, more in pairs:
-        shown.add_row(
+    rows = [
+        [
             *(row["drafter"], row["grower"], str(row["nodes"]), f"{more['nodes_per_pass']:.1f}"),
             *(f"{row['tokens_per_pass']:.2f}", f"{row['tokens_per_s']:.2f}", f"{row['plain_tokens_per_s']:.2f}"),
             *(f"{more['speed_up']:.2f} x", f"{more['first_token_s']:.3f}", _verdict(more)),
-        )
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(shown)
-    return [line.rstrip() for line in captured.get().splitlines()]
+        ]
+        for row, more in pairs
+    ]
+    return table(f"temperature {temperature:g}", ("drafter", "grower"), _NUMBERS, rows)
 
 
 def _verdict(more: dict[str, Any]) -> str:
@@ -86,13 +55,3 @@ def _left_out(ways: list[dict[str, Any]]) -> list[str]:
             f"{way['drafter']} ({way['grower']}) with {nodes} nodes at temperature {way['temperature']:g}"
         )
     return [f"  left out: {', '.join(those)}: {reason}" for reason, those in found.items()]
-
-
-def _auto(duel: dict[str, Any]) -> str:
-    best = duel["best"]
-    return (
-        f"  auto ({', '.join(duel['drafters'])}) at temperature {duel['temperature']:g}: {duel['ratio']:.3f} of the "
-        f"best row, {best['drafter']} "
-        f"({best['grower']}) with {best['nodes']} nodes, measured {duel['measured']}; {duel['speed_up']:.2f} x plain, "
-        f"the best {duel['best_speed_up']:.2f} x"
-    )

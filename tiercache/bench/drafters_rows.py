@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, Sample, Setting
+from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, ModelSetting, Sample
 from tiercache.errors import TiercacheError
 
 NEAR_TIE = 2.0**-7  # of the logits' size: one step of bf16, within which another order of sums may change the likeliest
@@ -16,14 +16,10 @@ NEAR_TIE = 2.0**-7  # of the logits' size: one step of bf16, within which anothe
 
 @dataclass(frozen=True)
 class Turn:
-    """One repeat: what a drafter wrote, and what plain decoding did before, between and after.
+    """One repeat: what a drafter wrote, and what plain decoding did before, between and after."""
 
-    Attributes:
-        plain, drafted: the samples.
-    """
-
-    plain: Sequence[Sample]
-    drafted: Sequence[Sample]
+    plain: list[Sample] = field(default_factory=list)
+    drafted: list[Sample] = field(default_factory=list)
 
     @property
     def speed_up(self) -> float:
@@ -32,23 +28,29 @@ class Turn:
         return rate(self.drafted) / plain if plain else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """All turns of one way to draft.
+@dataclass
+class DrafterRow:
+    """One way to draft, at one temperature.
 
     Attributes:
-        setting, entry, temperature: of the row.
+        setting, entry, temperature: what is measured.
         turns: the repeats.
-        verdict: of its texts.
         drafting: the statistics of the newest repeat.
+        checked: texts that were compared with another one.
+        differ: of them, those that differ from it somewhere.
+        near_ties: of those, greedy ones that part where the two likeliest tokens are within `NEAR_TIE`.
+        no_ties: likewise, where they are further apart.
     """
 
-    setting: Setting
+    setting: ModelSetting
     entry: Entry
     temperature: float
-    turns: Sequence[Turn]
-    verdict: "Verdict"
-    drafting: dict[str, Any] | None
+    turns: list[Turn] = field(default_factory=list)
+    drafting: dict[str, Any] | None = None
+    checked: int = 0
+    differ: int = 0
+    near_ties: int = 0
+    no_ties: int = 0
 
     @property
     def speed_up(self) -> float:
@@ -62,8 +64,8 @@ class Measured:
             return 0
         return "auto" if self.entry.nodes is None else self.entry.nodes
 
-    def row(self) -> dict[str, Any]:
-        """Of the schema."""
+    def summary(self) -> dict[str, Any]:
+        """Of the schema's `rows`."""
         drafted = [sample for turn in self.turns for sample in turn.drafted]
         passes = sum(sample.passes for sample in drafted)
         return {
@@ -78,7 +80,7 @@ class Measured:
         }
 
     def details(self) -> dict[str, Any]:
-        """What stands beside the row of the same place."""
+        """Of the schema's `details`: what stands beside the summary of the same place."""
         drafted = [sample for turn in self.turns for sample in turn.drafted]
         plain = [sample for turn in self.turns for sample in turn.plain]
         return {
@@ -95,40 +97,17 @@ class Measured:
             "nodes_per_pass": sum(sample.nodes for sample in drafted) / max(1, sum(s.passes for s in drafted)),
             "first_token_s": statistics.median(sample.first_s for sample in drafted),
             "plain_first_token_s": statistics.median(sample.first_s for sample in plain),
-            **self.verdict.to_dict(),
+            "texts_checked": self.checked,
+            "texts_that_differ": self.differ,
+            "near_ties": self.near_ties,
+            "no_ties": self.no_ties,
             "drafting": self.drafting,
         }
 
 
 @dataclass
-class Verdict:
-    """Of the texts of one way to draft.
-
-    Attributes:
-        checked: texts that were held against another one.
-        differ: of them, those that part from it somewhere.
-        near_ties: of those, greedy ones that part where the two likeliest tokens are within `NEAR_TIE`.
-        far: likewise, where they are further apart.
-    """
-
-    checked: int = 0
-    differ: int = 0
-    near_ties: int = 0
-    far: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain data."""
-        return {
-            "texts_checked": self.checked,
-            "texts_that_differ": self.differ,
-            "near_ties": self.near_ties,
-            "no_ties": self.far,
-        }
-
-
-@dataclass
 class Judge:
-    """Holds every text against the first one that was written of the same cell.
+    """Compares every text with the first one that was written of the same cell.
 
     Greedy texts are the same whoever decodes; sampled ones whoever drafts, but not in transformers' own loop, which
     draws otherwise, and not with trees that are drawn.
@@ -140,13 +119,13 @@ class Judge:
 
     exact: bool = False
     gap: Callable[[Cell, tuple[int, ...]], float] | None = None
-    _known: dict[Cell, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+    _known: dict[Cell, tuple[tuple[int, ...], int]] = field(default_factory=dict)  # a text, and the tokens asked for
 
-    def judge(self, verdict: Verdict, entry: Entry, cell: Cell, sample: Sample, tokens: int) -> None:
-        """Add to `verdict`; `tokens` is how many were asked for.
+    def judge(self, row: DrafterRow, entry: Entry, cell: Cell, sample: Sample, tokens: int) -> None:
+        """Count a text of a row that `entry` wrote when asked for `tokens` tokens.
 
         Raises:
-            TiercacheError: the text is another one, and the model is exact.
+            TiercacheError: the text differs, and the model is exact.
         """
         if cell.temperature > 0 and (entry.drafter == PLAIN or entry.draws):
             return
@@ -155,7 +134,7 @@ class Judge:
             self._known[cell] = sample.text, tokens
         if known is sample.text:
             return
-        verdict.checked += 1
+        row.checked += 1
         ours, theirs = (text[: min(tokens, asked)] for text in (sample.text, known))
         if ours == theirs:
             return
@@ -166,11 +145,11 @@ class Judge:
                 f"{entry.drafter} at temperature {cell.temperature:g}, seed {cell.seed}, wrote another text than "
                 f"decoding without it, from token {place} on, in fp32: that is a bug; please report it"
             )
-        verdict.differ += 1
+        row.differ += 1
         if cell.temperature == 0 and self.gap is not None:
             near = self.gap(cell, theirs[:place]) <= NEAR_TIE
-            verdict.near_ties += near
-            verdict.far += not near
+            row.near_ties += near
+            row.no_ties += not near
 
 
 def rate(samples: Sequence[Sample]) -> float:

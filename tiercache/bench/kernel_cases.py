@@ -1,25 +1,18 @@
 """What is timed: which kernel over which matrices, one call of it, and what the reference says of its results."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from tiercache.bench import workset
-from tiercache.bench.shapes import GROUP, SHAPES
+from tiercache.bench.shapes import GROUP, Shape, find
 from tiercache.kernels.contract import Kernels
-from tiercache.kernels.reference import ReferenceKernels, activate
+from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes
 
-BUNDLE_KERNELS = ("products", "product_down", "ffn")
-SHAPE_NAMES: Mapping[str, str] = MappingProxyType(
-    {"7b": "llama-2-7b", "70b": "llama-2-70b", **{name: name for name in SHAPES}}
-)
-_ACTIVATION = "silu"
-_SAMPLE_ROWS, _SAMPLE_GROUPS = 128, 4
-_REFERENCE_ROWS = 2048  # decoded at a time
+_SHORT_NAMES: Mapping[str, str] = MappingProxyType({"7b": "llama-2-7b", "70b": "llama-2-70b"})
 
 
 @dataclass(frozen=True)
@@ -57,11 +50,23 @@ class Case:
         return self.all_rows * self.columns * (3 if self.kernel == "ffn" else 1)
 
 
-def cases(shape: str) -> tuple[Case, ...]:
-    """Those of a model's shape: matrices by themselves, as high as wide and higher, and a feed-forward bundle."""
-    found = SHAPES[SHAPE_NAMES[shape]]
-    alone = (Case(shape, "product", rows, found.hidden, 1) for rows in (found.hidden, found.ffn))
-    return *alone, *(Case(shape, kernel, found.ffn, found.hidden, 3) for kernel in BUNDLE_KERNELS)
+def dimensions(shape: str) -> Shape:
+    """Those of a model's shape: of `shapes.SHAPES`, or 7b or 70b.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    return find(_SHORT_NAMES.get(shape, shape))
+
+
+def cases(shape: str) -> list[list[Case]]:
+    """Those of a model's shape: a matrix as high as wide, a higher one, a feed-forward bundle.
+
+    Cases that use the same matrices stand together.
+    """
+    found = dimensions(shape)
+    bundle = [Case(shape, kernel, found.ffn, found.hidden, 3) for kernel in ("products", "product_down", "ffn")]
+    return [*([Case(shape, "product", rows, found.hidden, 1)] for rows in (found.hidden, found.ffn)), bundle]
 
 
 def work(case: Case, units: list[tuple[Planes, ...]]) -> list[tuple[Planes, ...]]:
@@ -76,7 +81,7 @@ def work(case: Case, units: list[tuple[Planes, ...]]) -> list[tuple[Planes, ...]
 def bound_call(
     kernels: Kernels, case: Case, weights: list[tuple[Planes, ...]], x: Tensor, out: Tensor
 ) -> Callable[[int], None]:
-    """One call of the kernel, activations made ready; `out` goes on growing."""
+    """One call of the kernel, which quantizes its activations; `out` goes on growing."""
 
     def call(number: int) -> None:
         chosen = weights[number % len(weights)]
@@ -87,54 +92,24 @@ def bound_call(
         elif case.kernel == "products":
             kernels.matmuls(kernels.quantize_activations(x, GROUP), chosen, out.chunk(2, dim=1))
         else:
-            kernels.ffn(kernels.quantize_activations(x, GROUP), chosen[:2], chosen[2], _ACTIVATION, out)
+            kernels.ffn(kernels.quantize_activations(x, GROUP), chosen[:2], chosen[2], "silu", out)
 
     return call
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the reference gives at some outputs, for all tokens."""
-
-    features: Tensor  # [sampled]
-    values: Tensor  # [tokens, sampled]
-
-
-def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Expected:
-    """The reference's results over one entry of `work`, x on the processor."""
-    if case.kernel in ("product", "products"):
-        rows = torch.linspace(0, case.rows - 1, min(_SAMPLE_ROWS, case.rows)).long().unique()
-        features = torch.cat([rows + part * case.rows for part in range(len(weights))])
-        return Expected(features, torch.cat([_matmul(x, workset.some_rows(weight, rows)) for weight in weights], dim=1))
-    if case.kernel == "ffn":
-        gate, up, down = weights
-        hidden = activate(_ACTIVATION, _all_rows(x, gate)) * _all_rows(x, up)
-    else:
-        hidden, (down,) = x.float(), weights
-    groups = torch.linspace(0, case.columns // GROUP - 1, _SAMPLE_GROUPS).long().unique().tolist()
-    kernels, values = ReferenceKernels(), []
-    for group in groups:
-        out = torch.zeros(len(x), GROUP)
-        kernels.matmul_transposed(hidden, workset.one_group(down, group), out)
-        values.append(out)
-    features = torch.cat([torch.arange(group * GROUP, (group + 1) * GROUP) for group in groups])
-    return Expected(features, torch.cat(values, dim=1))
-
-
-def _all_rows(x: Tensor, weight: Planes) -> Tensor:
-    """The whole product, a few rows at a time: decoded, the matrices of a large model take gigabytes."""
-    pieces = torch.arange(weight.rows).split(_REFERENCE_ROWS)
-    return torch.cat([_matmul(x, workset.some_rows(weight, rows)) for rows in pieces], dim=1)
-
-
-def _matmul(x: Tensor, weight: Planes) -> Tensor:
-    kernels, out = ReferenceKernels(), torch.zeros(len(x), weight.rows)
-    kernels.matmul(kernels.quantize_activations(x, weight.group), weight, out)
+def expected(case: Case, weights: tuple[Planes, ...], x: Tensor) -> Tensor:
+    """The reference's results [tokens, outputs] over one entry of `work`, x in main memory."""
+    here = tuple(
+        replace(weight, planes=tuple(plane.cpu() for plane in weight.planes), scales=weight.scales.cpu())
+        for weight in weights
+    )
+    out = torch.zeros(len(x), case.outputs)
+    bound_call(ReferenceKernels(), case, [here], x, out)(0)
     return out
 
 
-def error(wanted: Expected, out: Tensor) -> float:
+def error(wanted: Tensor, out: Tensor) -> float:
     """Largest difference, relative to the root mean square of a token's results; NaN if any result is."""
-    values = wanted.values[: len(out)]
-    scale = values.square().mean(dim=1).sqrt()  # [tokens]
-    return float(((out[:, wanted.features] - values).abs().amax(dim=1) / scale).max())
+    wanted = wanted[: len(out)]
+    scale = wanted.square().mean(dim=1).sqrt()  # [tokens]
+    return float(((out - wanted).abs().amax(dim=1) / scale).max())

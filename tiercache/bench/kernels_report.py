@@ -2,14 +2,11 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from tiercache.bench.tables import table
 from tiercache.config.sizes import human
 
-_WIDTH = 200  # more than the table takes: no terminal's width cuts what is kept in a log
-# Headings of the speeds against peers: seconds of the peer over seconds of the kernel.
-_PEERS = ("torch bf16", "torch int8", "torch int4")
+_NAMES = ("kernel", "matrix", "weights")
+_NUMBERS = ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", "error")
 
 
 def report(result: dict[str, Any]) -> str:
@@ -21,11 +18,9 @@ def report(result: dict[str, Any]) -> str:
         *(line for device in result["stands"] for line in _device(device)),
         f"every case agrees with the reference within {result['tolerance']} of its results' root mean square",
     ]
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        for device in result["stands"]:
-            console.print(_table(device["device"], result["results"]))
-    return "\n".join(lines) + "\n" + "\n".join(line.rstrip() for line in captured.get().splitlines())
+    for device in result["stands"]:
+        lines += _table(device["device"], [row for row in result["results"] if row["device"] == device["device"]])
+    return "\n".join(lines)
 
 
 def _device(device: dict[str, Any]) -> list[str]:
@@ -38,21 +33,18 @@ def _device(device: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(device: str, results: list[dict[str, Any]]) -> Table:
-    shown = Table(title=device, title_justify="left", box=None)
-    for heading in ("kernel", "matrix", "weights"):
-        shown.add_column(heading, no_wrap=True)
-    speeds = [f"x {name.removeprefix('torch ') if name.endswith('16') else name}" for name in _PEERS]
-    for heading in ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", *speeds, "error"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for row in _by_matrix([row for row in results if row["device"] == device]):
-        shown.add_row(
+def _table(device: str, results: list[dict[str, Any]]) -> list[str]:
+    peers = list(dict.fromkeys(name for row in results for name in row["peer_seconds"]))
+    rows = [
+        [
             *(row["kernel"], f"{row['rows']} x {row['columns']}", row["precision"], str(row["tokens"])),
             *(f"{1e3 * row['seconds']:.3f}", f"{row['gbps']:.2f}", f"{row['ratio']:.0%}", f"{row['gflops']:.0f}"),
-            *(_speed(row, name) for name in _PEERS),
             f"{row['max_error']:.1e}",
-        )
-    return shown
+            *(_speed(row, name) for name in peers),
+        ]
+        for row in _by_matrix(results)
+    ]
+    return table(device, _NAMES, [*_NUMBERS, *(f"x {name}" for name in peers)], rows)
 
 
 def _by_matrix(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,5 +56,6 @@ def _by_matrix(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _speed(row: dict[str, Any], peer: str) -> str:
+    """Seconds of the peer over seconds of the kernel; empty where the peer was not timed."""
     seconds = row["peer_seconds"].get(peer)
     return "" if seconds is None else f"{seconds / row['seconds']:.2f}"

@@ -4,6 +4,7 @@ Knows `offload` and its statistics from outside, as a user would.
 """
 
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from profiler import probe
 from tiercache.bench import shapes
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.config.options import OffloadConfig, Precision
+from tiercache.config.options import OffloadConfig, Precision, of_planes
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
 from tiercache.stats import run as stats_module
@@ -28,7 +29,6 @@ SCHEMA = "tiercache.bench/1"
 _PROMPT_TOKENS = 16
 _BATCH_TOKENS = 32
 _DISK_BYTES = 2 << 30
-_READ_SETTINGS = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20))
 _ROOF_BYTES = 128 << 20  # the memory roof is measured within a tight RAM cap too
 
 
@@ -69,9 +69,9 @@ def bench(options: Options) -> dict[str, Any]:
         UsageError: no such shape, or too few bytes a token for any recipe.
     """
     dimensions = shapes.find(options.shape)
-    place = options.folder / f"{options.shape}-{'bf16' if options.precision == 'source' else 'planes'}-{options.seed}"
-    make = shapes.make_checkpoint if options.precision == "source" else shapes.make_store
-    path = make(dimensions, place, options.seed, show_progress=options.show_progress)
+    make, kind = (shapes.make_store, "planes") if of_planes(options.precision) else (shapes.make_checkpoint, "bf16")
+    folder = options.folder.expanduser() / f"{options.shape}-{kind}-{options.seed}"
+    path = make(dimensions, folder, options.seed, show_progress=options.show_progress)
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(0, dimensions.vocabulary, (1, _PROMPT_TOKENS), generator=generator)
     with _opened(path, options) as model:
@@ -79,13 +79,13 @@ def bench(options: Options) -> dict[str, Any]:
         attached: Any = model.tiercache
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
     seconds = {"prefill_s": prefill_s, "batch_s": batch_s, "pass_s": statistics.median(decode_s)}
-    disk = _disk_roof(path)
+    disk_gbps, disk_direct = _disk_roof(path)
     dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
+    disk_s, dram_s = sizes["ssd"] / disk_gbps / 1e9, sizes["needed"] / dram_gbps / 1e9
+    roof_s = max(disk_s, dram_s)
     peak_rss_bytes = stats_module.peak_rss_bytes()  # the roofs' buffers included
     if not options.keep:
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+        shutil.rmtree(path)
     return {
         "schema": SCHEMA,
         "hardware": {"processor": platform.processor() or platform.machine(), "cores": torch.get_num_threads()},
@@ -98,7 +98,10 @@ def bench(options: Options) -> dict[str, Any]:
         "pass_s_all": decode_s,
         "tokens_per_s": 1 / seconds["pass_s"],
         "pass_bytes": sizes,
-        **_roofs(sizes, seconds["pass_s"], disk, dram_gbps),
+        "roofs": {"disk_gbps": disk_gbps, "disk_direct": disk_direct, "dram_gbps": dram_gbps},
+        "roof_s": roof_s,
+        "bound": "ssd" if disk_s > dram_s else "dram",
+        "over_roof": seconds["pass_s"] / roof_s,
         "peak_rss_bytes": peak_rss_bytes,
         "stats": stats,
     }
@@ -125,27 +128,12 @@ def _opened(path: Path, options: Options) -> Iterator[Any]:
         yield model
 
 
-def _roofs(sizes: dict[str, int], pass_s: float, disk: probe.ReadRoof, dram_gbps: float) -> dict[str, Any]:
-    """How long a pass takes at best, and how much longer it took."""
-    disk_s, dram_s = sizes["ssd"] / disk.gbps / 1e9, sizes["needed"] / dram_gbps / 1e9
-    roof_s = max(disk_s, dram_s)
-    return {
-        "roofs": {"disk_gbps": disk.gbps, "disk_direct": disk.direct, "dram_gbps": dram_gbps},
-        "roof_s": roof_s,
-        "bound": "ssd" if disk_s > dram_s else "dram",
-        "over_roof": pass_s / roof_s,
-    }
-
-
 def report(result: dict[str, Any]) -> str:
     """A few lines for a person."""
     sizes, roofs, stats = result["pass_bytes"], result["roofs"], result["stats"]
     budgets = f"hbm={result['hbm']} dram={result['dram']}"
-    mode = (
-        ""
-        if result["bytes_per_token"] is None
-        else f"mixed, lossy, {result['bytes_per_token']:g} of the neurons' bytes, "
-    )
+    share = result["bytes_per_token"]
+    mode = "" if share is None else f"mixed, lossy, {share:g} of the neurons' bytes, "
     mode += "" if result["link"] == "measured" else f"link {result['link']}, "
     lines = [
         f"{result['shape']} {mode}{result['precision']} {budgets}, {result['hardware']['cores']} cores, seed "
@@ -190,20 +178,19 @@ def _time(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, list[float
     return seconds[0], seconds[1:], batch_s
 
 
-def _disk_roof(folder: Path) -> probe.ReadRoof:
-    """Direct reads of the model's own files, up to 2 GiB: one small file alone may sit in a cache of the disk."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    best: probe.ReadRoof | None = None
-    for setting in _READ_SETTINGS:
-        left, read, seconds = _DISK_BYTES, 0, 0.0
-        for file in files:
-            size = min(file.stat().st_size, left)
-            if size >= _ROOF_BYTES // 2:
-                roof = probe.disk_read(file, settings=(setting,), limit_bytes=size)
-                left, read, seconds = left - size, read + size, seconds + size / roof.gbps / 1e9
-        if not read:  # a toy: whatever its largest file gives
-            return probe.disk_read(max(files, key=lambda path: path.stat().st_size))
-        if best is None or read / seconds / 1e9 > best.gbps:
-            best = probe.ReadRoof(read / seconds / 1e9, *setting, roof.direct)
-    assert best is not None
-    return best
+def _disk_roof(folder: Path) -> tuple[float, bool]:
+    """GB/s of reads of the model's own files, and whether they were direct.
+
+    The largest files are read, up to 2 GiB: one small file alone may sit in a cache of the disk.
+    """
+    sizes = {path: path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")}
+    files = sorted(sizes, key=lambda path: sizes[path], reverse=True)
+    least = min(sizes[files[0]], _DISK_BYTES) // 4
+    read, seconds, direct = 0, 0.0, True
+    for file in files:
+        nbytes = min(sizes[file], _DISK_BYTES - read)
+        if nbytes < least:
+            break
+        roof = probe.disk_read(file, limit_bytes=nbytes)
+        read, seconds, direct = read + nbytes, seconds + nbytes / roof.gbps / 1e9, direct and roof.direct
+    return read / seconds / 1e9, direct

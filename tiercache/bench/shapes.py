@@ -16,13 +16,12 @@ from safetensors.torch import save_file
 from tiercache.errors import UsageError
 from tiercache.model import meta_model
 from tiercache.progress import bar
-from tiercache.quant.planes import PLANE_BITS, scale_row_bytes
+from tiercache.quant.planes import PLANE_BITS, num_groups
 from tiercache.store import catalog, layout
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
-from tiercache.store.header import TensorRef
+from tiercache.store.imagined import imagined_checkpoint
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Buffer
-from tiercache.store.source import Source
 from tiercache.store.writer import Writer
 
 _POOL_WEIGHTS = 1 << 24
@@ -111,14 +110,14 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
     if _is_there(folder, stamp):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    source = _imagined(shape)
-    units = layout.plan(source, GROUP)
+    checkpoint = imagined_checkpoint(shape.config(), torch.bfloat16)
+    units = layout.plan(checkpoint, GROUP)
     pool = np.random.default_rng(seed).integers(0, 256, _POOL_WEIGHTS, np.uint8)
     total = sum(sum(unit.sizes.values()) for unit in units)
     with Writer(folder, [], {}) as writer, bar(f"writing {folder.name}", total, show=show_progress) as advance:
         records = []
         for unit in units:
-            records.append(writer.write(unit, source.tensors, _random_blocks(unit, pool)))
+            records.append(writer.write(unit, checkpoint.tensors, _random_blocks(unit, pool)))
             advance(sum(unit.sizes.values()))
         writer.sync()
     meta = {"version": VERSION, "identity": f"random-{seed}", "model_type": "llama", "dtype": "bfloat16"}
@@ -136,18 +135,6 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
     return folder
 
 
-def _imagined(shape: Shape) -> Source:
-    """A checkpoint that says what tensors it has, and has no files."""
-    config = shape.config()
-    model = meta_model.build(config, torch.bfloat16)
-    nowhere = Path("nowhere")
-    refs = {
-        name: TensorRef(nowhere, 0, parameter.nbytes, "BF16", tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
-    }
-    return Source(nowhere, config, torch.bfloat16, refs)
-
-
 def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:
     """Random codes; scales that put the weights into +-0.06; small numbers for what is dense; factors of 1."""
     if unit.dense:
@@ -155,20 +142,16 @@ def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:
         ones = torch.full((unit.sizes[name] // 2,), 0.02, dtype=torch.bfloat16)
         yield {name: ones.view(torch.uint8).numpy()}
         return
-    pairs = unit.rows * len(unit.parts) * scale_row_bytes(unit.columns, GROUP)
+    pairs = len(unit.parts) * num_groups(unit.columns, GROUP)
+    lo_and_step = np.array([-0.0625, 0.125 / LEVELS], np.float16)
     for low in range(0, unit.rows, _STEP_ROWS):
         rows = min(_STEP_ROWS, unit.rows - low)
-        block = {}
-        for name, nbytes in unit.sizes.items():
-            if name == SCALE_FILE:
-                count = pairs // unit.rows * rows
-                block[name] = np.tile(np.array([-0.0625, 0.125 / LEVELS], np.float16), count // 4).view(np.uint8)
-            else:
-                block[name] = np.resize(np.roll(pool, low), nbytes // unit.rows * rows)
+        planes = {name: nbytes // unit.rows for name, nbytes in unit.sizes.items() if name != SCALE_FILE}
+        block = {name: np.resize(np.roll(pool, low), rows * width) for name, width in planes.items()}
+        block[SCALE_FILE] = np.tile(lo_and_step, rows * pairs).view(np.uint8)
         yield block
-    factors = np.ones((unit.sizes[SCALE_FILE] - pairs) // 4, np.float32)
-    if len(factors):
-        yield {SCALE_FILE: factors.view(np.uint8)}
+    if len(unit.parts) > 1:  # a feed-forward block's factors follow its scales
+        yield {SCALE_FILE: np.ones(unit.columns, np.float32).view(np.uint8)}
 
 
 def _random(pool: torch.Tensor, size: torch.Size, place: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,32 +14,28 @@ import torch
 from tiercache.compat import BaseStreamer
 from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig, Precision
-from tiercache.config.sizes import Budget, human
-from tiercache.draft.base import BaseDrafter
-from tiercache.draft.ngram.lookup import PromptLookup
-from tiercache.draft.ngram.recycling import TokenRecycling
-from tiercache.draft.ngram.suffix import SuffixAutomaton
-from tiercache.draft.ngram.trigram import AdaptiveTrigram
+from tiercache.config.sizes import Budget
+from tiercache.draft.base import Drafter, TreeBudget
+from tiercache.draft.registry import LOOKUPS
+from tiercache.draft.tree import DraftTree
 from tiercache.engine.offload import open_offloaded
-from tiercache.errors import UsageError
-from tiercache.store.planestore import PlaneStore
 
 PLAIN = "plain"  # transformers' own loop
 NONE = "none"  # ours, without trees
-NGRAMS = ("ngram", "lookup", "suffix", "recycling", "trigram")
+NGRAMS = ("ngram", *LOOKUPS)
 NAMED = (*NGRAMS, "resident", "auto")
+_DEPTH, _WIDTH = 16, 8  # of a tree at most
 _WARM_UP = 16  # tokens that nobody times
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ModelSetting:
     """Where a model runs.
 
     Attributes:
         name: of the model.
         store: its planes.
         precision, hbm, dram, link_gbps, context: as `offload` takes them.
-        cap_bytes: of RAM for the whole process, page cache included; None where nothing is capped.
     """
 
     name: str
@@ -50,13 +45,11 @@ class Setting:
     dram: str = "auto"
     link_gbps: float | None = None
     context: int = 256
-    cap_bytes: int | None = None
 
     def text(self) -> str:
         """As tables have it."""
         parts = [f"{self.name} {self.precision}", f"hbm={self.hbm}" if self.hbm else "", f"dram={self.dram}"]
         parts.append(f"link {self.link_gbps:g} GB/s emulated" if self.link_gbps else "")
-        parts.append(f"cap {human(self.cap_bytes)}" if self.cap_bytes else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -69,22 +62,15 @@ class Entry:
         grower: of trees; "own" where the drafter has none to choose.
         nodes: of every tree; None where the budgeter chooses.
         most: nodes of a tree that the budgeter may choose.
-        depth, width: of a tree at most.
     """
 
     drafter: str
     grower: str = "own"
     nodes: int | None = None
     most: int = 64
-    depth: int = 16
-    width: int = 8
 
-    def options(self, setting: Setting) -> DraftConfig | None:
-        """The options of drafting, with a drafter that has seen nothing yet; None to decode plainly.
-
-        Raises:
-            UsageError: there is no such drafter.
-        """
+    def options(self) -> DraftConfig | None:
+        """The options of drafting, with a drafter that has seen nothing yet; None to decode plainly."""
         if self.drafter == PLAIN:
             return None
         if self.drafter == NONE:
@@ -92,10 +78,15 @@ class Entry:
         grower = "best-first" if self.grower == "own" else self.grower
         nodes, fixed = (self.most, False) if self.nodes is None else (self.nodes, True)
         verify: Any = "rejection" if self.draws else "walk"
-        # Depth and width no larger than the tree, for room is reserved for them.
-        who, depth, width = _drafter(self.drafter, setting), min(self.depth, nodes), min(self.width, nodes)
-        sizes: dict[str, Any] = {"nodes": nodes, "depth": depth, "width": width}
-        return DraftConfig(drafter=who, grower=grower, **sizes, fixed=fixed, verify=verify)
+        return DraftConfig(
+            drafter=self.drafter,
+            grower=grower,
+            nodes=nodes,
+            depth=min(_DEPTH, nodes),  # no more than the tree has: room is reserved for it
+            width=min(_WIDTH, nodes),
+            fixed=fixed,
+            verify=verify,
+        )
 
     @property
     def draws(self) -> bool:
@@ -143,29 +134,26 @@ class Sample:
 
 
 class TimedModel:
-    """An open model; made by `open_timed`."""
+    """An open model; made by `open_timed`.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    Attributes:
+        model: from `offload`.
+        entry: how it decodes.
+    """
+
+    def __init__(self, model: Any, entry: Entry) -> None:
+        self.model, self.entry = model, entry
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of activations."""
-        found: torch.dtype = self._model.dtype
+    def exact(self) -> bool:
+        """Whether it computes in fp32, where every drafter must write the same text."""
+        return bool(self.model.dtype == torch.float32)
+
+    @property
+    def drafting(self) -> dict[str, Any] | None:
+        """The statistics of drafting as plain data, the warm-up included; None without a drafter."""
+        found: dict[str, Any] | None = self.model.tiercache.stats().to_dict()["drafting"]
         return found
-
-    @property
-    def streamed_bytes(self) -> int:
-        """What an exact pass brings to the fastest tier, or from the SSD where that is DRAM."""
-        plan = self._model.tiercache.plan
-        tier = plan.hbm or plan.dram
-        payload: dict[int, int] = self._model.tiercache.payload
-        return sum(payload[key] for key in tier.order if key not in set(tier.placement.pinned))
-
-    def account(self) -> dict[str, Any]:
-        """The statistics, as plain data; those of the warm-up are among them."""
-        plain: dict[str, Any] = self._model.tiercache.stats().to_dict()
-        return plain
 
     def warm(self, cell: Cell, tokens: int) -> None:
         """Write a text that nobody times, of `tokens` tokens at most."""
@@ -173,15 +161,15 @@ class TimedModel:
 
     def run(self, cell: Cell, tokens: int) -> Sample:
         """Write up to `tokens` tokens; fewer where the model ends the text."""
-        model, clock = self._model, _Clock()
-        ids = torch.tensor([cell.prompt], device=model.tiercache.stats().device)
+        clock = _Clock()
+        ids = torch.tensor([cell.prompt], device=self.model.tiercache.stats().device)
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if cell.temperature > 0:
             options = {"do_sample": True, "temperature": cell.temperature, "top_p": 1.0, "top_k": 0}
         before = self._drafted()
         torch.manual_seed(cell.seed)
         begin = time.perf_counter()
-        text = model.generate(
+        text = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
@@ -197,21 +185,21 @@ class TimedModel:
 
     def gap(self, cell: Cell, text: tuple[int, ...]) -> float:
         """How far apart the two likeliest tokens after `text` are, as a part of the logits' size."""
-        ids = torch.tensor([[*cell.prompt, *text]], device=self._model.tiercache.stats().device)
+        ids = torch.tensor([[*cell.prompt, *text]], device=self.model.tiercache.stats().device)
         with torch.inference_mode():
-            first, second = self._model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values.tolist()
+            first, second = self.model(ids, logits_to_keep=1).logits[0, -1].float().topk(2).values.tolist()
         return float((first - second) / max(abs(first), abs(second), 1e-9))
 
     def _drafted(self) -> tuple[int, int]:
         """Passes with or without a tree, and nodes verified, so far; zeros without a drafter."""
-        drafting = self._model.tiercache.stats().drafting
+        drafting = self.model.tiercache.stats().drafting
         return (0, 0) if drafting is None else (drafting.rounds, drafting.nodes)
 
 
 @contextmanager
-def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
+def open_timed(setting: ModelSetting, entry: Entry) -> Iterator[TimedModel]:
     """Open the model for one way of decoding; a drafter begins with nothing learnt."""
-    draft = entry.options(setting)
+    draft = entry.options()
     config = OffloadConfig(
         hbm=None if setting.hbm is None else Budget.parse(setting.hbm),
         dram=Budget.parse(setting.dram),
@@ -223,13 +211,16 @@ def open_timed(setting: Setting, entry: Entry) -> Iterator[TimedModel]:
         draft=draft,
     )
     with open_offloaded(setting.store, config, show_progress=False) as model:
-        yield TimedModel(model)
+        yield TimedModel(model, entry)
 
 
-class _Silent(BaseDrafter):
+class _Silent(Drafter):
     """Never guesses: what its loop costs more than transformers' is the loop's own cost."""
 
     name = NONE
+
+    def propose(self, budget: TreeBudget) -> DraftTree:
+        return DraftTree()
 
 
 class _Clock(BaseStreamer):
@@ -247,17 +238,3 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         """Nothing to do."""
-
-
-def _drafter(name: str, setting: Setting) -> Any:
-    """What `drafter=` takes, with nothing learnt."""
-    if name == "lookup":
-        return PromptLookup()
-    if name == "suffix":
-        return SuffixAutomaton()
-    if name in ("recycling", "trigram"):
-        vocabulary = PlaneStore.open(setting.store).config.get_text_config(decoder=True).vocab_size
-        return TokenRecycling(vocabulary) if name == "recycling" else AdaptiveTrigram(vocabulary)
-    if name not in NAMED and not Path(name).is_dir():
-        raise UsageError(f"{name!r} is neither a drafter nor a small model's folder; choose among {', '.join(NAMED)}")
-    return name

@@ -9,23 +9,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from profiler import probe
 from profiler.host_memory import host_memory
-from tiercache.bench.torch_peers import CPU_PEERS, Peer
 from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.select import select
+from tiercache.tiers.device import device_of
 from tiercache.tiers.slab import Slab
 
 _CACHES = Path("/sys/devices/system/cpu")
 _CACHE_FILES = ("level", "shared_cpu_list", "size")
-_UNKNOWN_CACHE_BYTES = 32 << 20
+_UNKNOWN_CACHE_BYTES, _UNKNOWN_GPU_CACHE_BYTES = 32 << 20, 64 << 20
+_ROOF_REPEATS = 8
 
 
 @dataclass(frozen=True)
@@ -45,53 +45,45 @@ class Effort:
     roof_bytes: int = 1 << 30
 
 
-class TimingDevice(Protocol):
+class TimingDevice:
     """A device to time kernels on.
+
+    Args:
+        device: where activations lie.
+        cache_bytes: of the cache that the working set has to exceed.
+        kernels: the backend; by default the one that is chosen for the device.
 
     Attributes:
         label: its name in the results.
-        kernels: the backend.
-        torch_device: where activations lie.
-        cache_bytes: of the cache that the working set has to exceed.
         batch: calls between two looks at the clock.
-        peers: what else can multiply here.
     """
 
-    label: str
-    kernels: Kernels
-    torch_device: torch.device
-    cache_bytes: int
-    batch: int
-    peers: tuple[Peer, ...]
+    batch = 1
+
+    def __init__(self, device: torch.device, cache_bytes: int, kernels: Kernels | None = None) -> None:
+        self.torch_device, self.cache_bytes, self.label = device, cache_bytes, str(device)
+        self.kernels = kernels or select(device)
 
     def memory(self, nbytes: int) -> Tensor:
         """Bytes to lay matrices out in."""
+        return Slab(nbytes, self.torch_device).bytes
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
         """What reading `memory` from the device, or other memory like it, reaches at most, measured now."""
+        raise NotImplementedError
 
     def wait(self) -> None:
         """Return when all work that was started is done."""
-
-    def close(self) -> None:
-        """Give back what memory handed out has locked; harmless when done twice."""
+        device_of(self.torch_device).synchronize()
 
 
-class CpuDevice:
-    """This machine's processor and main memory, in huge pages as the tiers' slabs are. See `TimingDevice`.
-
-    Args:
-        kernels: the backend; by default the one that is chosen for this processor.
-    """
+class TimingCpu(TimingDevice):
+    """This machine's processor and main memory, in huge pages as the tiers' slabs are."""
 
     def __init__(self, kernels: Kernels | None = None) -> None:
-        self.label, self.torch_device, self.batch = "cpu", torch.device("cpu"), 1
-        self.kernels = kernels or select(self.torch_device)
-        self.cache_bytes = last_level_cache_bytes()
-        self.peers: tuple[Peer, ...] = CPU_PEERS
+        super().__init__(torch.device("cpu"), last_level_cache_bytes(), kernels)
 
     def memory(self, nbytes: int) -> Tensor:
-        """See `TimingDevice`."""
         free = host_memory().free_bytes
         if nbytes > free:
             raise DoesNotFitError(
@@ -99,17 +91,45 @@ class CpuDevice:
                 f"{nbytes - free} bytes are missing; close other programs or name a smaller --kernel-shapes",
                 missing_bytes=nbytes - free,
             )
-        return Slab(nbytes, self.torch_device).bytes
+        return super().memory(nbytes)
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
-        """See `TimingDevice`."""
         return probe.dram_read(memory=memory.numpy().data)
 
-    def wait(self) -> None:
-        """See `TimingDevice`."""
 
-    def close(self) -> None:
-        """See `TimingDevice`."""
+class TimingCuda(TimingDevice):
+    """A GPU and its own memory."""
+
+    batch = 16  # a look at the clock waits for the GPU, which takes about as long as a small product
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        super().__init__(device, int(getattr(properties, "L2_cache_size", _UNKNOWN_GPU_CACHE_BYTES)))
+
+    def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
+        """The better of a copy within the device, which moves each byte twice, and a sum."""
+        source = torch.ones(effort.roof_bytes // 4, device=self.torch_device)
+        target = torch.empty_like(source)
+        copied = 2 * self.best_gbps(lambda: target.copy_(source), source.nbytes)
+        return max(copied, self.best_gbps(source.sum, source.nbytes))
+
+    def best_gbps(self, read: Callable[[], object], nbytes: int) -> float:
+        """GB/s of the fastest of some reads of `nbytes`, after one that warms up."""
+        best = float("inf")
+        for _ in range(1 + _ROOF_REPEATS):
+            self.wait()
+            begin = time.perf_counter()
+            read()
+            self.wait()
+            best = min(best, time.perf_counter() - begin)
+        return nbytes / best / 1e9
+
+
+def devices() -> tuple[TimingDevice, ...]:
+    """The processor and, where there is one, the current GPU."""
+    if not torch.cuda.is_available():
+        return (TimingCpu(),)
+    return TimingCpu(), TimingCuda(torch.device("cuda", torch.cuda.current_device()))
 
 
 def working_set_bytes(device: TimingDevice, effort: Effort) -> int:

@@ -7,22 +7,23 @@ may have a stream thousands of times as large as all others. Knows blocks and te
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 from policies.precision import PRECISION_NAMES, TOP
 from profiler.trace import Trace
 from tiercache.calibrate.sums import HALVES, PAIRED, POINTS, QUANTILES, RANKS, UNIONS, Sums, scorers
+from tiercache.engine import mixed_plan
 from tiercache.kernels.contract import MAX_TOKENS
-from tiercache.model.importance import SCORERS, Activation, largest, needed, previous, recall, scores
+from tiercache.model.importance import SCORERS, largest, needed, previous, recall, scores
 from tiercache.model.mixed import MixedBlock, Seen
 from tiercache.quant.hadamard import restored
 from tiercache.quant.planes import Planes
+from tiercache.store.activations import layer_name
 
 # Tokens of a window whose neurons are put in order by every scorer, evenly taken. Sorting was nine tenths of a
 # calibration; what comes of it are means over all windows, which rank the candidates that are then measured.
@@ -33,29 +34,22 @@ _SLICE = 128  # tokens whose errors are made at a time
 
 
 @contextmanager
-def watching(
-    model: transformers.PreTrainedModel, blocks: Sequence[MixedBlock], see: Callable[[int, Seen], None]
-) -> Iterator[None]:
+def watching(model: Any, see: Callable[[int, Seen], None]) -> Iterator[None]:
     """Exact passes within tell `see` what each block has, by its place."""
-    attached: Any = model.tiercache
     with ExitStack() as stack:
-        for place, block in enumerate(blocks):
-            block.watch = _told(see, place)
+        for place, block in enumerate(model.tiercache.mixed.blocks):
+            block.watch = partial(see, place)
             stack.callback(setattr, block, "watch", None)
-        stack.enter_context(attached.passes("exact"))
+        stack.enter_context(model.tiercache.passes("exact"))
         yield
-
-
-def _told(see: Callable[[int, Seen], None], place: int) -> Callable[[Seen], None]:
-    return lambda seen: see(place, seen)
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """Squared errors of a block, token by token, until the residual stream behind it is known.
+    """Squares of a block, token by token, until the residual stream behind it is known.
 
     Attributes:
-        losses: [2, tokens], of the whole block at int3 and int4.
+        losses: [2, tokens], errors of the whole block at int3 and int4.
         output: [tokens], of the block itself.
         curves: [scorers, ranks, precisions, ordered tokens, points].
         some: which tokens have curves.
@@ -68,42 +62,34 @@ class _Pending:
 
 
 class Collector:
-    """Adds up what blocks show.
+    """Adds to `sums` what the blocks of a model show, which is attached in mixed mode."""
 
-    Args:
-        model: attached, in mixed mode.
-        blocks: of the model.
-        activation: of them.
-        sums: to add to.
-    """
-
-    def __init__(
-        self, model: transformers.PreTrainedModel, blocks: Sequence[MixedBlock], activation: Activation, sums: Sums
-    ) -> None:
-        self._model, self._blocks, self._activation, self.sums = model, blocks, activation, sums
+    def __init__(self, model: Any, sums: Sums) -> None:
+        self._model, self.sums = model, sums
+        self._blocks: Sequence[MixedBlock] = model.tiercache.mixed.blocks
+        self._activation = mixed_plan.activation_of(model)
         self._pending: dict[int, _Pending] = {}
-        self._inward = blocks[0].sizes.inward
+        self._inward = self._blocks[0].sizes.inward
 
     def run(self, window: Tensor) -> None:
         """One window of tokens."""
         with ExitStack() as stack:
-            stack.enter_context(watching(self._model, self._blocks, self._see))
+            stack.enter_context(watching(self._model, self._see))
             for place, block in enumerate(self._blocks):
-                layer = layer_of(self._model, block.planes.block.outward)
-                if layer is not None:
-                    stack.callback(layer.register_forward_hook(self._hook(place)).remove)
+                name = layer_name(block.planes.block.outward)
+                if name is not None:
+                    layer = self._model.get_submodule(name)
+                    stack.enter_context(layer.register_forward_hook(partial(self._note, place)))
             self._model(input_ids=window[None].to(self._model.device), use_cache=False)
         for place in list(self._pending):
             self._finish(place, self._pending[place].output)
 
-    def _hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
-        def note(module: nn.Module, arguments: Any, output: Any) -> None:
+    def _note(self, place: int, _layer: nn.Module, _arguments: Any, output: Any) -> None:
+        """The residual stream behind a block's layer."""
+        if place in self._pending:
             stream = output[0] if isinstance(output, tuple) else output
-            if place in self._pending:
-                squares = stream.detach().float().reshape(-1, stream.shape[-1]).square().sum(dim=1)
-                self._finish(place, squares.to(self._pending[place].output.device))
-
-        return note
+            squares = _squares(stream.detach().float().reshape(-1, stream.shape[-1]))
+            self._finish(place, squares.to(self._pending[place].output.device))
 
     def _finish(self, place: int, stream: Tensor) -> None:
         """Errors relative to the residual stream [tokens], squared."""
@@ -202,11 +188,12 @@ class Collector:
 
     def _lost(self, block: MixedBlock, values: Sequence[Tensor], precision: int, seen: Seen) -> Tensor:
         """What each token's output is off by, squared, with everything at a precision."""
-        pieces = [
-            block.down(self._hidden([value[here] for value in values], seen.x.dtype), precision) - seen.output[here]
-            for here in _slices(len(seen.x))
-        ]
-        return torch.cat([_squares(piece) for piece in pieces])
+        lost = []
+        for start in range(0, len(seen.x), _SLICE):
+            here = slice(start, start + _SLICE)
+            made = block.down(self._hidden([value[here] for value in values], seen.x.dtype), precision)
+            lost.append(_squares(made - seen.output[here]))
+        return torch.cat(lost)
 
     def _guess(
         self, block: MixedBlock, x: Tensor, name: str, rank: int, values: Sequence[Tensor], norms: Tensor
@@ -244,27 +231,12 @@ def made_at(block: MixedBlock, x: Tensor, precision: int) -> list[Tensor]:
     return [torch.cat(same) for same in zip(*pieces, strict=True)]
 
 
-def layer_of(model: nn.Module, name: str) -> nn.Module | None:
-    """The layer that the module `name` is part of: the outermost member of a list of modules."""
-    names = name.split(".")
-    for place, _ in enumerate(pairwise(names), start=1):
-        if isinstance(model.get_submodule(".".join(names[:place])), nn.ModuleList):
-            return model.get_submodule(".".join(names[: place + 1]))
-    return None
-
-
 def _pieces(planes: Planes) -> Iterator[Planes]:
     """Rows of a matrix, as many at a time as may be decoded."""
     step = max(1, _DECODED_BYTES // (4 * planes.columns))
     for at in range(0, planes.rows, step):
         some = slice(at, at + step)
         yield replace(planes, planes=tuple(plane[some] for plane in planes.planes), scales=planes.scales[some])
-
-
-def _slices(tokens: int) -> Iterator[slice]:
-    """A few tokens at a time."""
-    for start in range(0, tokens, _SLICE):
-        yield slice(start, min(tokens, start + _SLICE))
 
 
 def _curve(sorted_errors: Tensor) -> Tensor:

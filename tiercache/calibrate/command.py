@@ -1,6 +1,7 @@
 """`calibrate`: a store and a text in, a calibration beside the store's catalogue out.
 
-Refuses what cannot be meant before anything is opened; an unfinished run is gone on with by the same command alone.
+Refuses what cannot be meant before anything is opened. The steps are statistics of the exact model, then measured
+settings. A step that the journal has is not taken again, so an unfinished run is gone on with by the same command.
 """
 
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any, get_args
 import torch
 
 from tiercache import text as texts
-from tiercache.calibrate import journal as journals
+from tiercache.calibrate import predictors, result
+from tiercache.calibrate.collect import Collector
 from tiercache.calibrate.halving import METHOD
-from tiercache.calibrate.job import Job
-from tiercache.calibrate.options import Objective, Options, Rest
-from tiercache.calibrate.run import run
+from tiercache.calibrate.job import CalibrationOptions, Job, Objective, Rest
+from tiercache.calibrate.journal import clear_errors, journal
+from tiercache.calibrate.search import Search
+from tiercache.calibrate.settings import Forecast
+from tiercache.config.options import STORE_PRECISION
 from tiercache.config.sizes import Budget, SizeLike
+from tiercache.engine import mixed_plan
 from tiercache.engine.machine import resolve_device
 from tiercache.errors import StoreError, UsageError
 from tiercache.progress import note
-from tiercache.store.calibration import PARTIAL_FILE, SCHEMA, Calibration
+from tiercache.store.calibration import FILE, PARTIAL_FILE, SCHEMA, Calibration
 from tiercache.store.format import CATALOG_FILE
 from tiercache.store.planestore import PlaneStore
 
@@ -32,7 +37,7 @@ def calibrate(
     tokens: int = 8192,
     window: int = 512,
     measure_tokens: int = 1024,
-    precision: Rest = "int8",
+    precision: Rest = STORE_PRECISION,
     objective: Objective = "loss",
     predictor_rank: int | None = None,
     hbm: SizeLike | None = "auto",
@@ -46,9 +51,8 @@ def calibrate(
     """Learn from a text what the store's neurons are worth; kept in the store's folder.
 
     Args:
-        store: a plane store.
-        text: a UTF-8 file.
-        tokens: of it to learn from, at most.
+        store, text: a plane store, and a UTF-8 file.
+        tokens: of the text to learn from, at most.
         window: tokens of a pass.
         measure_tokens: on which settings are measured at last, in pieces of 64 tokens spread over the text.
         precision: precision of what is no neuron, in the settings.
@@ -71,9 +75,50 @@ def calibrate(
     chosen: dict[str, Any] = {"precision": precision, "objective": objective, "predictor_rank": predictor_rank}
     budgets: dict[str, Any] = {"hbm": None if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     budgets |= {"context": window if context is None else context, "device": device}
-    options = Options(**counts, **chosen, **budgets, show_progress=show_progress)
+    options = CalibrationOptions(**counts, **chosen, **budgets, show_progress=show_progress)
     _check(options)
-    return _calibrate(_open(store), Path(text).expanduser(), options, restart=restart, once=once)
+    opened = _open(store)
+    read = _read(opened, Path(text).expanduser(), options)
+    asked = _asked(opened, read, options)
+    if once and not restart and not (opened.folder / PARTIAL_FILE).exists():
+        _refuse_done(opened, asked)
+    with journal(opened.folder, asked, restart=restart) as kept, torch.no_grad():
+        try:
+            report = _run(Job(opened, read, options, kept))
+        except KeyboardInterrupt:
+            note("interrupted; the same command goes on from here", show=show_progress)
+            raise
+    (opened.folder / PARTIAL_FILE).unlink(missing_ok=True)
+    return report
+
+
+def _run(job: Job) -> dict[str, Any]:
+    """Take all steps that are left, save the calibration, and report it as plain data."""
+    _collect(job)
+    sums = job.sums()
+    forecast = Forecast(sums, mixed_plan.sizes_of(job.store.blocks()[0], job.store))
+    made = result.calibration(job, sums, Search(job, forecast).settings())
+    with clear_errors(job.store.folder / FILE):
+        made.save(job.store.folder / FILE)
+    return result.report(job, made, sums)
+
+
+def _collect(job: Job) -> None:
+    """Every window that is not in the sums yet, and the predictors."""
+    done, rank = job.journal.plain("chunks") or 0, job.options.predictor_rank
+    if done == len(job.windows) and (rank is None or job.predicted() is not None):
+        return
+    with job.opened("int8", None) as model:
+        sums = job.sums()
+        collector = Collector(model, sums)
+        with job.bar("exact passes over the text", model, len(job.windows), done) as after:
+            for place in range(done, len(job.windows)):
+                collector.run(job.windows[place])
+                job.journal.put(plain={"chunks": place + 1}, arrays={"sums": sums})
+                after()
+        if rank is not None:
+            with job.bar(f"samples for predictors of rank {rank}", model, len(job.windows)) as after:
+                predictors.train(model, sums["norms"], job.windows, rank=rank, journal=job.journal, after=after)
 
 
 def _open(store: str | Path) -> PlaneStore:
@@ -90,27 +135,12 @@ def _refuse_done(store: PlaneStore, asked: dict[str, Any]) -> None:
         meta = Calibration.load(store).meta
     except (UsageError, StoreError):
         return  # none, or none of this store's
-    known = {"text": meta["text"]["sha256"], "tokens": meta["text"]["tokens"]}
-    same = all(asked[name] == {**meta, **known}.get(name) for name in ("text", "tokens", "precision", "objective"))
-    if same:
+    known = {**meta, "text": meta["text"]["sha256"], "tokens": meta["text"]["tokens"]}
+    if all(asked[name] == known.get(name) for name in ("text", "tokens", "precision", "objective")):
         raise UsageError(f"{store.folder} is calibrated with this very text already; add --restart to do it again")
 
 
-def _calibrate(store: PlaneStore, file: Path, options: Options, *, restart: bool, once: bool) -> dict[str, Any]:
-    read = _read(store, file, options)
-    if once and not restart and not (store.folder / PARTIAL_FILE).exists():
-        _refuse_done(store, _asked(store, read, options))
-    with journals.journal(store.folder, _asked(store, read, options), restart=restart) as journal, torch.no_grad():
-        try:
-            result = run(Job(store, read, options, journal))
-        except KeyboardInterrupt:
-            note("interrupted; the same command goes on from here", show=options.show_progress)
-            raise
-    journals.remove(store.folder)
-    return result
-
-
-def _check(options: Options) -> None:
+def _check(options: CalibrationOptions) -> None:
     """Refuse numbers that cannot be meant, before anything is opened."""
     for name, least in (("tokens", _LEAST_TOKENS), ("window", 8), ("measure_tokens", 8), ("context", options.window)):
         value = getattr(options, name)
@@ -124,7 +154,7 @@ def _check(options: Options) -> None:
         raise UsageError(f"unknown objective {options.objective!r}; choose one of {', '.join(get_args(Objective))}")
 
 
-def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
+def _read(store: PlaneStore, file: Path, options: CalibrationOptions) -> texts.Text:
     """The text's tokens."""
     config = store.config.get_text_config()
     texts.check_window(config, options.window)
@@ -136,14 +166,9 @@ def _read(store: PlaneStore, file: Path, options: Options) -> texts.Text:
     return read
 
 
-def _asked(store: PlaneStore, text: texts.Text, options: Options) -> dict[str, Any]:
+def _asked(store: PlaneStore, text: texts.Text, options: CalibrationOptions) -> dict[str, Any]:
     """What decides the contents of the result: an unfinished run is gone on with by the same alone."""
     names = ("window", "measure_tokens", "precision", "objective", "predictor_rank")
     own = {"method": METHOD, "schema": SCHEMA, "identity": store.contents.meta["identity"], "store": store.digest}
-    return {
-        **own,
-        "text": text.sha256,
-        "tokens": len(text.ids),
-        "device": resolve_device(options.device).type,
-        **{name: getattr(options, name) for name in names},
-    }
+    own |= {"text": text.sha256, "tokens": len(text.ids), "device": resolve_device(options.device).type}
+    return own | {name: getattr(options, name) for name in names}

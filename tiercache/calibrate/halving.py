@@ -5,6 +5,7 @@ Knows settings and what a measurement says; neither models nor text.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +38,7 @@ def rounds(pieces: int) -> list[int]:
     return [*found, pieces]
 
 
-def passes(groups: Sequence[Sequence[Try]], pieces: int) -> int:
+def halving_passes(groups: Sequence[Sequence[Try]], pieces: int) -> int:
     """Passes over a piece that `best` makes, at most."""
     total = 0
     for group in groups:
@@ -56,33 +57,25 @@ def best(
 ) -> list[Try]:
     """The best setting of each group; none of a group in which nothing is finite on the whole text.
 
-    Args:
-        groups: settings that compete.
-        pieces: of the text.
-        measure: what a setting loses on the first so many pieces.
-        objective: of it, what is to be small.
+    `measure` says what a setting loses on the first so many `pieces` of the text; of that `objective` is to be small.
     """
-    found = []
-    for group in groups:
-        ranked = _ranked(group, pieces, measure, objective)
-        winner = next((one for one in ranked if measure(one, pieces).finite), None)
-        found += [] if winner is None else [winner]
-    return found
+
+    def loss(some: int, one: Try) -> float:
+        found = measure(one, some)
+        return objective(found) if found.finite else math.inf
+
+    ranked = [_ranked(group, pieces, loss) for group in groups]
+    winners = [next((one for one in group if measure(one, pieces).finite), None) for group in ranked]
+    return [winner for winner in winners if winner is not None]
 
 
-def _ranked(
-    group: Sequence[Try], pieces: int, measure: Callable[[Try, int], Measured], objective: Callable[[Measured], float]
-) -> list[Try]:
-    """A group, the best first: those that were in a later round before all others."""
+def _ranked(group: Sequence[Try], pieces: int, loss: Callable[[int, Try], float]) -> list[Try]:
+    """A group, the best first: those that were in a later round before all others. Equal ones stay in their order."""
     left, behind = list(group), list[Try]()
-    for some in rounds(pieces)[:-1]:
-        if len(left) == 1:
-            break
-        measured = {one.key: measure(one, some) for one in left}
-        # equal ones stay in their order: the forecast's
-        left.sort(key=lambda one, of=measured: objective(of[one.key]) if of[one.key].finite else math.inf)  # type: ignore[misc]
-        count = -(-len(left) // _FACTOR)
-        left, behind = left[:count], left[count:] + behind
-    if len(left) > 1:  # one round alone, or more than one left for the last
-        left.sort(key=lambda one: objective(found) if (found := measure(one, pieces)).finite else math.inf)
+    for some in rounds(pieces):
+        if len(left) > 1:
+            left.sort(key=partial(loss, some))
+        if some < pieces:
+            count = -(-len(left) // _FACTOR)
+            left, behind = left[:count], left[count:] + behind
     return left + behind

@@ -6,7 +6,8 @@ The engine opens the model within budgets like any other run, so one that is lar
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from tiercache import progress
 from tiercache.calibrate import halving
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.journal import Journal
-from tiercache.calibrate.options import Options, Rest
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
@@ -24,17 +24,31 @@ from tiercache.store.calibration import Calibration, Setting
 from tiercache.store.planestore import PlaneStore
 from tiercache.text import Text
 
+Objective = Literal["loss", "entropy"]
+Rest = Literal["int8", "int4"]
+
 _PREDICTOR_BYTES = 384 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What a calibration was asked for; see `tiercache.calibrate.command.calibrate`."""
+
+    tokens: int
+    window: int
+    measure_tokens: int
+    precision: Rest
+    objective: Objective
+    predictor_rank: int | None
+    hbm: Budget | None
+    dram: Budget
+    context: int
+    device: str
+    show_progress: bool | None
 
 
 class Job:
     """One calibration, as far as its journal has it.
-
-    Args:
-        store: to calibrate.
-        text: to learn from.
-        options: how.
-        journal: of what is done.
 
     Attributes:
         windows: of the text, from which statistics are gathered.
@@ -42,11 +56,10 @@ class Job:
         layers, neurons: feed-forward blocks, and the neurons of each.
         inward: matrices of a block that make its neurons: gate and up, or up alone.
 
-    Raises:
-        UsageError: predictors were asked for that are too large.
+    Raises UsageError where predictors were asked for that are too large.
     """
 
-    def __init__(self, store: PlaneStore, text: Text, options: Options, journal: Journal) -> None:
+    def __init__(self, store: PlaneStore, text: Text, options: CalibrationOptions, journal: Journal) -> None:
         self.store, self.text, self.options, self.journal = store, text, options, journal
         self.windows = text.windows(options.window)
         self.pieces = halving.spread(text.windows(min(halving.PIECE, options.window)), options.measure_tokens)
@@ -76,14 +89,9 @@ class Job:
 
     @contextmanager
     def opened(self, rest: Rest, sums: summing.Sums | None) -> Iterator[Any]:
-        """The model, all of its neurons at hand with all of their planes.
+        """The model, all of its neurons at hand with all of their planes, and what is no neuron at precision `rest`.
 
-        Args:
-            rest: precision of what is no neuron.
-            sums: what is known of the neurons; None where nothing is.
-
-        Raises:
-            UsageError: the budgets leave no room for every plane.
+        `sums` are what is known of the neurons; None where nothing is. Raises UsageError where there is no room.
         """
         options = self.options
         config = OffloadConfig(
@@ -100,8 +108,8 @@ class Job:
         with open_offloaded(
             self.store.folder, config, show_progress=options.show_progress, calibration=self._assumed(sums)
         ) as model:
-            run: Any = model.tiercache
-            if not run.mixed.plan.measured:
+            attached: Any = model.tiercache
+            if not attached.mixed.plan.measured:
                 raise UsageError(
                     "calibration needs every plane of every neuron, and not all of them fit DRAM beside an HBM tier; "
                     "give a larger --dram, or --device cpu without --hbm, which streams them"
@@ -120,8 +128,8 @@ class Job:
         return Calibration({}, norms, frequency, losses, (whole,), {})
 
     @contextmanager
-    def bar(self, title: str, attached: Any, passes: int, done: int) -> Iterator[Callable[[], None]]:
+    def bar(self, title: str, model: Any, passes: int, done: int = 0) -> Iterator[Callable[[], None]]:
         """A bar over the weights that the passes need; what it yields is called after each."""
-        each = attached.pass_bytes()["needed"]
+        each = model.tiercache.pass_bytes()["needed"]
         with progress.bar(title, each * passes, done_bytes=each * done, show=self.options.show_progress) as advance:
             yield lambda: advance(each)

@@ -4,12 +4,10 @@ Each finished step is one transaction with all that is known by then, every valu
 any moment goes on behind its last finished step. Knows arguments, arrays and plain data; not what they mean.
 """
 
-import errno
 import io
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,14 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
+from tiercache.errors import StoreError, UsageError
 from tiercache.store import catalog
 from tiercache.store.calibration import PARTIAL_FILE
-from tiercache.store.folders import locked
+from tiercache.store.folders import clear_io_errors, locked
 
 Arrays = dict[str, np.ndarray]
 _ASKED, _SECONDS = "asked", "seconds"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ANEW = "begin again with --restart"
 
 
 class Journal:
@@ -62,9 +59,8 @@ class Journal:
             np.savez(made, allow_pickle=False, **several)
             values[key] = made.getvalue()
         values[_SECONDS] = json.dumps(self.seconds).encode()
-        with clear_errors(self._path), self._env.begin(write=True) as transaction:
-            for key, value in values.items():
-                transaction.put(key.encode(), catalog.sealed(key.encode(), value))
+        with clear_errors(self._path):
+            catalog.put(self._env, values)
 
     def _value(self, key: str) -> bytes | None:
         with clear_errors(self._path), self._env.begin() as transaction:
@@ -72,7 +68,7 @@ class Journal:
         try:
             return None if stored is None else catalog.unsealed(key.encode(), bytes(stored))
         except ValueError as error:
-            raise StoreError(f"{self._path} is damaged ({error}); begin again with --restart") from error
+            raise StoreError(f"{self._path} is damaged ({error}); {_ANEW}") from error
 
 
 @contextmanager
@@ -85,11 +81,13 @@ def journal(folder: Path, asked: Mapping[str, Any], *, restart: bool) -> Iterato
         EnvironmentUnsupportedError: the folder cannot be written, or its disk is full.
     """
     path = folder / PARTIAL_FILE
-    with _locked(folder), ExitStack() as stack:
+    with ExitStack() as stack:
         with clear_errors(path):
+            stack.enter_context(locked(folder, f"another calibration is writing into {folder}; wait for it"))
             if restart:
                 path.unlink(missing_ok=True)
-            made = Journal(stack.enter_context(catalog.environment(path, readonly=False)), path)
+            env = stack.enter_context(catalog.environment(path, readonly=False, way_out=_ANEW))
+            made = Journal(env, path)
         before = made.plain(_ASKED)
         if before is None:
             made.put(plain={_ASKED: dict(asked)})
@@ -98,18 +96,13 @@ def journal(folder: Path, asked: Mapping[str, Any], *, restart: bool) -> Iterato
         yield made
 
 
-def remove(folder: Path) -> None:
-    """Forget what was under way; harmless where nothing was."""
-    (folder / PARTIAL_FILE).unlink(missing_ok=True)
-
-
 def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:
     """A journal is gone on with by the command that began it."""
     other = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
     if not other:
         return
     if set(other) & {"store", "identity", "schema"}:
-        raise UsageError(f"{path} was begun for another store than the one it lies in; begin again with --restart")
+        raise UsageError(f"{path} was begun for another store than the one it lies in; {_ANEW}")
     told = ", ".join(f"{name} {before.get(name)} (now {asked.get(name)})" for name in other)
     raise UsageError(
         f"{path} holds a calibration that was begun with {told}; give what it was begun with to go on, or --restart"
@@ -117,46 +110,7 @@ def _refuse_other(before: Mapping[str, Any], asked: Mapping[str, Any], path: Pat
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second calibration."""
-    with ExitStack() as stack:
-        with clear_errors(folder):
-            stack.enter_context(locked(folder, f"another calibration is writing into {folder}; wait for it"))
-        yield
-
-
-@contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """Name what stands in the way of writing `path`: around such writing alone, not around work with it.
-
-    Raises:
-        StoreError: it is damaged.
-        EnvironmentUnsupportedError: it cannot be written, or its disk is full.
-    """
-    try:
+    """Name what stands in the way of writing `path`: around such writing alone, not around work with it."""
+    with clear_io_errors(path.parent, "make the store writable"), catalog.errors_translated(path, _ANEW):
         yield
-    except lmdb.Error as error:
-        raise _translated(error, path) from error
-    except StoreError as error:
-        if not isinstance(error.__cause__, lmdb.Error):
-            raise
-        raise _translated(error.__cause__, path) from error
-    except OSError as error:
-        if error.errno not in (*_FULL, *_UNWRITABLE):
-            raise
-        raise _translated(error, path) from error
-
-
-def _translated(error: lmdb.Error | OSError, path: Path) -> StoreError | EnvironmentUnsupportedError:
-    """LMDB tells the system's errors by their text alone."""
-
-    def is_one_of(numbers: Sequence[int]) -> bool:
-        return any(os.strerror(number) in str(error) for number in numbers)
-
-    if is_one_of(_FULL):
-        return EnvironmentUnsupportedError(
-            f"the disk of {path.parent} is full; what is done is kept: free some space and run the same command again"
-        )
-    if is_one_of(_UNWRITABLE):
-        return EnvironmentUnsupportedError(f"cannot write {path} ({error}); make the store writable")
-    return StoreError(f"{path} is damaged ({error}); begin again with --restart")

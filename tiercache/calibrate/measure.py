@@ -5,22 +5,17 @@ an attached model, blocks and recipes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from policies.precision import Recipe
-from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.model.mixed import MixedBlock
-from tiercache.quality.measure import KeptLogits, NoRoomError, Score, kept_logits
+from tiercache.quality.measure import KeptLogits, Score, score
 
-_ROWS = 64  # of logits that are compared at a time, in fp64
 _RUN = 16  # tokens of a trace that follow one another, at least: caches live of what neighbours share
 
 
@@ -39,62 +34,39 @@ class Measured:
         return all(map(math.isfinite, (self.kl, self.entropy, self.perplexity)))
 
 
-@contextmanager
-def room(folder: Path, windows: Sequence[Tensor], vocabulary: int, item_bytes: int) -> Iterator[KeptLogits]:
-    """Where the exact model's logits are kept meanwhile.
-
-    Raises:
-        EnvironmentUnsupportedError: the disk is too full.
-    """
-    rows = sum(len(window) - 1 for window in windows)
-    try:
-        with kept_logits(folder, rows * vocabulary * item_bytes) as kept:
-            yield kept
-    except NoRoomError as error:
-        raise EnvironmentUnsupportedError(f"{error.what}; give fewer --measure-tokens, or free some space") from error
-
-
 class Measurer:
-    """Runs windows of the text.
+    """Runs windows of the text through a model, attached in mixed mode; `after` is called after each pass."""
 
-    Args:
-        model: attached, in mixed mode.
-        blocks: of it.
-        windows: of the text.
-        after: called after each pass.
-    """
-
-    def __init__(
-        self, model: Any, blocks: Sequence[MixedBlock], windows: Sequence[Tensor], after: Callable[[], None]
-    ) -> None:
-        self._model, self._blocks, self._windows, self._after = model, blocks, windows, after
+    def __init__(self, model: Any, windows: Sequence[Tensor], after: Callable[[], None]) -> None:
+        self._model, self._windows, self._after = model, windows, after
+        self._blocks: Sequence[MixedBlock] = model.tiercache.mixed.blocks
 
     def keep(self, kept: KeptLogits) -> Measured:
         """The exact model: its logits are kept."""
         with self._model.tiercache.passes("exact"):
-            return self._pass(kept.put, None)
+            return _means(score(self._model, self._inputs(), keep=kept, after=self._after))
 
     def mixed(self, recipes: Sequence[Recipe], kept: KeptLogits, windows: int | None = None) -> Measured:
         """Each token's neurons chosen, in the first `windows` windows; in all of them where it is None."""
         self._set(recipes)
-        with self._model.tiercache.every_token():
-            return self._pass(None, kept, windows)
+        inputs = self._inputs()[:windows]
+        return _means(score(self._model, inputs, reference=kept, every_token=True, after=self._after))
+
+    def _inputs(self) -> list[Tensor]:
+        return [window[None] for window in self._windows]
 
     def trace(self, recipes: Sequence[Recipe], tokens: int, most_bytes: int) -> dict[str, np.ndarray]:
-        """The neurons that tokens from the middle of windows want of planes above the ranking's, by block.
+        """The neurons that some `tokens` at most want of planes above the ranking's, by block, most important first.
 
-        Most important first: [tokens, most], uint16 where that counts all neurons of a block, else int32. The windows
-        come from all over the text, and from each tokens that follow one another, behind all that is before them in it.
-
-        Args:
-            recipes: of each block.
-            tokens: at most.
-            most_bytes: of all blocks together, unless one token alone takes more.
+        Arrays are [tokens, most], uint16 where that counts all neurons of a block, else int32, and take `most_bytes`
+        together, unless one token alone takes more. The windows come from all over the text, and from the middle of
+        each come tokens that follow one another, behind all that is before them in it.
         """
         self._set(recipes)
-        wanted = [max(r.wanted(b.planes.block.neurons)[r.rank :], default=0) for r, b in self._pairs(recipes)]
-        dtypes = [np.uint16 if b.planes.block.neurons <= 0xFFFF else np.int32 for b in self._blocks]
-        each = sum(count * np.dtype(dtype).itemsize for count, dtype in zip(wanted, dtypes, strict=True))
+        neurons = self._blocks[0].planes.block.neurons
+        wanted = [max(recipe.wanted(neurons)[recipe.rank :], default=0) for recipe in recipes]
+        dtype = np.dtype(np.uint16 if neurons <= 0xFFFF else np.int32)
+        each = sum(wanted) * dtype.itemsize
         count = max(1, min(tokens, most_bytes // max(1, each), sum(map(len, self._windows))))
         runs = max(1, min(len(self._windows), count // _RUN))
         found: list[list[np.ndarray]] = [[] for _ in self._blocks]
@@ -102,15 +74,14 @@ class Measurer:
             window = self._windows[int((run + 0.5) * len(self._windows) / runs)]
             length = min(count // runs, len(window))
             end = (len(window) + length) // 2
-            self._choices(window[:end], end - length, wanted, dtypes, found)
-        return {str(place): np.stack(rows) for place, rows in enumerate(found)}
+            self._choices(window[:end], end - length, wanted, found)
+        return {str(place): np.stack(rows).astype(dtype) for place, rows in enumerate(found)}
 
     def _choices(
         self,
         window: Tensor,
         start: int,
         wanted: Sequence[int],
-        dtypes: Sequence[npt.DTypeLike],
         found: Sequence[list[np.ndarray]],
     ) -> None:
         """Add what the tokens from `start` on choose; choices come block by block, and in one token by token."""
@@ -119,40 +90,21 @@ class Measurer:
 
         def note(block: int, order: np.ndarray) -> None:
             if seen[block] >= start:
-                found[block].append(order[: wanted[block]].astype(dtypes[block]))
+                found[block].append(order[: wanted[block]])
             seen[block] += 1
 
         before, choosing.trace = choosing.trace, note
         try:
             with self._model.tiercache.every_token():
-                self._run(window)
+                self._model(input_ids=window[None].to(self._model.device), use_cache=False)
         finally:
             choosing.trace = before
 
-    def _pairs(self, recipes: Sequence[Recipe]) -> Iterator[tuple[Recipe, MixedBlock]]:
-        return zip(recipes, self._blocks, strict=True)
-
     def _set(self, recipes: Sequence[Recipe]) -> None:
-        for recipe, block in self._pairs(recipes):
+        for recipe, block in zip(recipes, self._blocks, strict=True):
             block.recipe = recipe
 
-    def _run(self, window: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=window[None].to(self._model.device), use_cache=False).logits[0]
-        return logits
 
-    def _pass(
-        self, put: Callable[[Tensor], None] | None, kept: KeptLogits | None, windows: int | None = None
-    ) -> Measured:
-        total = Score()
-        if kept is not None:
-            kept.rewind()
-        for window in self._windows[:windows]:
-            logits = self._run(window)[:-1]
-            for rows, targets in zip(logits.split(_ROWS), window[1:].split(_ROWS), strict=True):
-                here = rows.cpu()
-                if put is not None:
-                    put(here)
-                total.add(here, targets, None if kept is None else kept.take(len(here)))
-            self._after()
-        kl, entropy, nats, same = (value / total.tokens for value in (total.kl, total.entropy, total.nats, total.same))
-        return Measured(kl, entropy, math.exp(nats) if nats < 700 else math.inf, same)
+def _means(total: Score) -> Measured:
+    tokens = total.tokens
+    return Measured(total.kl / tokens, total.entropy / tokens, total.perplexity, total.same / tokens)

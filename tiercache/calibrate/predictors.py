@@ -4,6 +4,7 @@ Each block has one for itself, and one for the block behind it, whose planes cou
 blocks are sampled in one walk through the text as a bound of memory allows. Knows blocks and tensors.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,42 +24,22 @@ _TRAINED = 0.75  # of the tokens; the others judge
 PREDICTED = ("own", "ahead")
 
 
-class Predictor(nn.Module):
-    """A low-rank predictor of importance from a block's input (Deja Vu, arXiv 2310.17157, section 3).
-
-    May be trained for the block itself or for one some layers ahead, whose planes could then be fetched early.
-    """
-
-    def __init__(self, features: int, neurons: int, rank: int) -> None:
-        super().__init__()
-        self.inward = nn.Linear(features, rank, bias=False)
-        self.outward = nn.Linear(rank, neurons)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, features] -> scores [tokens, neurons]: the larger, the likelier to be among the important."""
-        result: Tensor = self.outward(torch.relu(self.inward(x)))
-        return result
-
-
 def train_predictor(
     x: Tensor, truth: Tensor, *, rank: int, share: float = 0.5, steps: int = 400, batch: int = 256, seed: int = 0
-) -> Predictor:
-    """Fit a predictor to which neurons are among the most important `share`, by cross-entropy as Deja Vu does.
+) -> nn.Module:
+    """Fit a low-rank predictor of which neurons are among the most important `share` (Deja Vu, arXiv 2310.17157,
+    section 3): x [tokens, features] -> scores [tokens, neurons], the larger, the likelier.
 
-    Args:
-        x: inputs [tokens, features].
-        truth: importance [tokens, neurons].
-        rank: of the predictor.
-        share: what counts as important.
-        steps, batch: of Adam.
-        seed: of its first weights and of the batches.
+    `truth` is the importance [tokens, neurons]; `steps` and `batch` are Adam's; `seed` is of the first weights and of
+    the batches.
     """
     count = max(1, round(share * truth.shape[1]))
     wanted = torch.zeros_like(truth, dtype=torch.float32).scatter_(1, truth.topk(count, dim=1).indices, 1.0)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = Predictor(x.shape[1], truth.shape[1], rank)
+        inward, outward = nn.Linear(x.shape[1], rank, bias=False), nn.Linear(rank, truth.shape[1])
+    made = nn.Sequential(OrderedDict(inward=inward, relu=nn.ReLU(), outward=outward))
     optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
     scale = x.float().std().clamp_min(1e-6)
     with torch.enable_grad():
@@ -69,13 +50,12 @@ def train_predictor(
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        made.inward.weight /= scale
+        inward.weight /= scale
     return made.eval().requires_grad_(False)
 
 
 def train(
     model: Any,
-    blocks: Sequence[MixedBlock],
     norms: np.ndarray,
     windows: Sequence[Tensor],
     *,
@@ -84,36 +64,25 @@ def train(
     after: Callable[[], None],
 ) -> None:
     """Train what the journal does not have yet; each block is one step of it."""
-    sample = _sample(windows)
+    most = max(2, TOKENS // len(windows[0]))  # windows evenly over the text that hold as many tokens
+    sample = windows[:: -(-len(windows) // most)]
     tokens = sum(map(len, sample))
-    features = blocks[0].planes.block.columns
-    each = tokens * (4 * features + 4 * norms.shape[1])
+    blocks: Sequence[MixedBlock] = model.tiercache.mixed.blocks
+    each = tokens * 4 * (blocks[0].planes.block.columns + norms.shape[1])
     together = max(1, _SAMPLED_BYTES // each - 1)  # beside them the one behind, to be looked ahead to
     missing = [place for place in range(len(blocks)) if journal.plain(f"predicted/{place}") is None]
     while missing:
         here = missing[:together]
         wanted = {*here, *(place + 1 for place in here if place + 1 < len(blocks))}
-        inputs, truths = _gather(model, blocks, norms, sample, wanted, after)
+        inputs, truths = _gather(model, norms, sample, wanted, after)
         for place in here:
             arrays, found = _fit(inputs[place], [truths[place], truths.get(place + 1)], rank)
             journal.put(plain={f"predicted/{place}": found}, arrays={f"predictor/{place}": arrays})
         missing = missing[together:]
 
 
-def _sample(windows: Sequence[Tensor]) -> list[Tensor]:
-    """Windows evenly over the text, as many as hold the tokens that are wanted."""
-    most = max(2, TOKENS // len(windows[0]))
-    step = -(-len(windows) // most)
-    return list(windows[::step])
-
-
 def _gather(
-    model: Any,
-    blocks: Sequence[MixedBlock],
-    norms: np.ndarray,
-    sample: Sequence[Tensor],
-    wanted: set[int],
-    after: Callable[[], None],
+    model: Any, norms: np.ndarray, sample: Sequence[Tensor], wanted: set[int], after: Callable[[], None]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Inputs and importance of some blocks: [tokens, features], [tokens, neurons]."""
     inputs: dict[int, list[Tensor]] = {place: [] for place in wanted}
@@ -125,11 +94,10 @@ def _gather(
             truths[place].append(seen.hidden.float().abs().cpu() * torch.from_numpy(norms[place]).float())
 
     for window in sample:
-        with watching(model, blocks, see):
+        with watching(model, see):
             model(input_ids=window[None].to(model.device), use_cache=False)
         after()
-    made = [{place: torch.cat(rows) for place, rows in several.items()} for several in (inputs, truths)]
-    return made[0], made[1]
+    return {place: torch.cat(inputs[place]) for place in wanted}, {place: torch.cat(truths[place]) for place in wanted}
 
 
 def _fit(x: Tensor, truths: Sequence[Tensor | None], rank: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 from policies.precision import PRECISION_NAMES, TOP
 from tiercache.calibrate import halving
 from tiercache.calibrate.job import Job
-from tiercache.calibrate.measure import Measured, Measurer, room
+from tiercache.calibrate.measure import Measured, Measurer
 from tiercache.calibrate.settings import Forecast, Recipes, Try, described, uniform
 from tiercache.errors import StoreError
 from tiercache.progress import note
-from tiercache.quality.measure import KeptLogits
+from tiercache.quality.measure import KeptLogits, kept_logits
 from tiercache.store.calibration import Setting
 
 _TRACED = 64
@@ -21,12 +22,7 @@ _UNIFORM = {PRECISION_NAMES[precision]: precision for precision in range(TOP, 0,
 
 
 class Search:
-    """The settings of one calibration.
-
-    Args:
-        job: what they are measured on; each step is kept in its journal.
-        forecast: what the sums expect each setting to lose.
-    """
+    """Measures the settings of one calibration; each step is kept in the job's journal."""
 
     def __init__(self, job: Job, forecast: Forecast) -> None:
         self.job, self._forecast = job, forecast
@@ -54,9 +50,10 @@ class Search:
 
     def _measure(self, tries: list[Try]) -> None:
         """Find the best of each share and rank; the exact model's logits first, for they are not kept beyond a run."""
-        config = self.job.store.config.get_text_config()
-        rest = self.job.options.precision
-        with room(self.job.store.folder, self.job.pieces, config.vocab_size, self.job.store.dtype.itemsize) as logits:
+        store, rest = self.job.store, self.job.options.precision
+        rows = sum(len(piece) - 1 for piece in self.job.pieces)
+        size_bytes = rows * store.config.get_text_config().vocab_size * store.dtype.itemsize
+        with kept_logits(store.folder, size_bytes, "give fewer --measure-tokens, or free some space") as logits:
             with self.job.opened("int8", self.job.sums()) as model:
                 self._keep_exact(model, logits)
                 if rest == "int8":
@@ -66,8 +63,8 @@ class Search:
                     self._halve(model, logits, tries)
 
     def _keep_exact(self, model: Any, kept: KeptLogits) -> None:
-        with self.job.bar("the exact model on the text", model.tiercache, len(self.job.pieces), 0) as after:
-            exact = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after).keep(kept)
+        with self.job.bar("the exact model on the text", model, len(self.job.pieces)) as after:
+            exact = Measurer(model, self.job.pieces, after).keep(kept)
         if not exact.finite:
             raise StoreError(
                 f"the exact model of {self.job.store.folder} predicts what is no number, so nothing can be held "
@@ -77,18 +74,14 @@ class Search:
             self.job.journal.put(plain={"exact": asdict(exact)})
 
     def _halve(self, model: Any, logits: KeptLogits, tries: list[Try]) -> None:
-        """Keep the best of each share and rank, and what uniform precisions lose.
-
-        Raises:
-            StoreError: nothing is finite.
-        """
+        """Keep the best of each share and rank, and what uniform precisions lose."""
         groups: dict[tuple[float, int], list[Try]] = {}
         for one in tries:
             groups.setdefault((one.share, one.rank), []).append(one)
         pieces = len(self.job.pieces)
-        passes = len(_UNIFORM) * pieces + halving.passes(list(groups.values()), pieces)
-        with self.job.bar(f"measuring {len(tries)} settings", model.tiercache, passes, 0) as after:
-            measurer = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after)
+        passes = len(_UNIFORM) * pieces + halving.halving_passes(list(groups.values()), pieces)
+        with self.job.bar(f"measuring {len(tries)} settings", model, passes) as after:
+            measurer = Measurer(model, self.job.pieces, after)
             for name, precision in _UNIFORM.items():
                 recipes = uniform(precision, self.job.inward, self.job.layers)
                 self._measured_with(measurer, logits, f"uniform/{name}", recipes, pieces)
@@ -96,10 +89,8 @@ class Search:
             def measure(one: Try, some: int) -> Measured:
                 return self._measured_with(measurer, logits, f"measured/{some}/{one.key}", one.recipes, some)
 
-            by_loss = self.job.options.objective == "loss"
-            kept = halving.best(
-                list(groups.values()), pieces, measure, lambda found: found.kl if by_loss else found.entropy
-            )
+            objective = attrgetter("kl" if self.job.options.objective == "loss" else "entropy")
+            kept = halving.best(list(groups.values()), pieces, measure, objective)
         if not kept:
             raise StoreError(
                 f"none of {len(tries)} settings has a finite loss on the text; look at the store with: "
@@ -116,20 +107,15 @@ class Search:
             return Measured(**known)  # in an earlier round, or by a process that was killed
         found = measurer.mixed(recipes, logits, pieces)
         self.job.journal.put(plain={key: asdict(found)})
-        note(
-            f"{described(recipes)}: KL {found.kl:.5f} nats a token, on {pieces} of {len(self.job.pieces)} pieces",
-            show=self.job.options.show_progress,
-        )
+        on = f"on {pieces} of {len(self.job.pieces)} pieces"
+        note(f"{described(recipes)}: KL {found.kl:.5f} nats a token, {on}", show=self.job.options.show_progress)
         return found
 
     def _keep_uniform(self) -> None:
-        each = {
-            name: {
-                **_finite(self.job.journal.plain(f"uniform/{name}")),
-                "read_bytes": self.job.layers * self.job.neurons * self._forecast.sizes.neuron(precision),
-            }
-            for name, precision in _UNIFORM.items()
-        }
+        each = {}
+        for name, precision in _UNIFORM.items():
+            read_bytes = self.job.layers * self.job.neurons * self._forecast.sizes.neuron(precision)
+            each[name] = {**_finite(self.job.journal.plain(f"uniform/{name}")), "read_bytes": read_bytes}
         self.job.journal.put(plain={"uniform": each})
 
     def _trace(self, kept: list[Try]) -> None:
@@ -139,9 +125,9 @@ class Search:
             return
         with (
             self.job.opened(self.job.options.precision, self.job.sums()) as model,
-            self.job.bar("traces of the settings", model.tiercache, len(missing), 0) as after,
+            self.job.bar("traces of the settings", model, len(missing)) as after,
         ):
-            measurer = Measurer(model, model.tiercache.mixed.blocks, self.job.pieces, after)
+            measurer = Measurer(model, self.job.pieces, after)
             for place in missing:
                 arrays = measurer.trace(kept[place].recipes, _TRACED, min(_TRACE_BYTES, _TRACES_BYTES // len(kept)))
                 self.job.journal.put(arrays={f"trace/{place}": arrays})

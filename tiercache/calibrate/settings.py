@@ -26,12 +26,7 @@ Recipes = tuple[Recipe, ...]
 
 @dataclass(frozen=True)
 class Try:
-    """A way to run all blocks that is worth measuring.
-
-    Attributes:
-        share, rank: as in `tiercache.store.calibration.Setting`.
-        recipes: of each block.
-    """
+    """A way to run all blocks that is worth measuring; attributes as of `tiercache.store.calibration.Setting`."""
 
     share: float
     rank: int
@@ -59,12 +54,7 @@ def uniform(level: int, inward: int, layers: int) -> Recipes:
 
 
 class Forecast:
-    """What recipes are expected to lose, block by block.
-
-    Args:
-        sums: of the text.
-        sizes: of a row.
-    """
+    """What recipes are expected to lose, block by block, by the sums of a text."""
 
     def __init__(self, sums: Mapping[str, np.ndarray], sizes: Sizes) -> None:
         self.layers, self.neurons = sums["norms"].shape
@@ -100,19 +90,12 @@ class Forecast:
 
     def _candidates(self, share: float, rank: int) -> list[Recipe]:
         known = {name: min(ranked, self.sizes.inward) for name, ranked in _RANKED.items() if name in self._scorers}
-        return precision.candidates(share, self.neurons, self.sizes, known, (rank,))
+        return precision.candidate_recipes(share, self.neurons, self.sizes, known, (rank,))
 
     def _divided(self, share: float, rank: int) -> Recipes | None:
         """Bytes divided over the blocks by what each would lose, instead of evenly; None where there is no choice."""
-        options: list[Recipe] = []
-        losses: list[np.ndarray] = []
-        for some in shares(self.sizes):
-            of_it = self._candidates(some, rank)
-            if of_it:
-                each = [self.losses(recipe) for recipe in of_it]
-                best = min(range(len(of_it)), key=lambda place: float(each[place].sum()))
-                options.append(of_it[best])
-                losses.append(each[best])
+        groups = [self._candidates(some, rank) for some in shares(self.sizes)]
+        options = [min(group, key=lambda recipe: float(self.losses(recipe).sum())) for group in groups if group]
         if not options:
             return None
         reads = [recipe.read_bytes(self.neurons, self.sizes) for recipe in options]
@@ -120,7 +103,8 @@ class Forecast:
         budget = share * precision.exact_bytes(self.neurons, self.sizes) * self.layers
         if reads[start] * self.layers > budget:
             return None
-        chosen = precision.divide(np.stack(losses, axis=1).tolist(), [reads] * self.layers, budget, start)
+        losses = np.stack([self.losses(recipe) for recipe in options], axis=1).tolist()
+        chosen = precision.divide(losses, [reads] * self.layers, budget, start)
         return tuple(options[place] for place in chosen)
 
     def read_bytes(self, recipes: Sequence[Recipe]) -> int:

@@ -4,7 +4,7 @@ All sums are fp64 and of whole chunks in their order, so that a calibration that
 Names of axes: L blocks, N neurons, S scorers, R the ranking's planes (1 and 2), H the shares of `HALVES`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,16 +64,10 @@ def means(sums: Mapping[str, np.ndarray], inward: int) -> dict[str, Any]:
     tokens, ordered = sums["tokens"][:, None], sums["ordered"]
     neighbours = np.maximum(sums["neighbours"], 1)[:, None]
     recall = sums["recall"] / ordered[:, None, None, None]
-    runs = np.maximum(sums["union_runs"], 1)[:, None, :]
-    unions = sums["unions"] / runs
+    unions = sums["unions"] / np.maximum(sums["union_runs"], 1)[:, None, :]
+    thresholds = sums["thresholds"] / sums["chunks"][:, None, None, None]
     return {
-        "recall": {
-            name: {
-                PRECISION_NAMES[rank]: {_percent(half): recall[:, s, r, h].tolist() for h, half in enumerate(HALVES)}
-                for r, rank in enumerate(RANKS)
-            }
-            for s, name in enumerate(scorers(inward))
-        },
+        "recall": _by_scorer(inward, lambda s, r: _by_half(recall[:, s, r])),
         "previous": _by_half(sums["previous"] / neighbours),
         "overlap": _by_half(sums["overlap"] / neighbours),
         "unions": {
@@ -85,13 +79,7 @@ def means(sums: Mapping[str, np.ndarray], inward: int) -> dict[str, Any]:
         "zeros": (sums["zeros"] / sums["tokens"]).tolist(),
         "losses": (sums["losses"] / tokens).tolist(),
         "own_losses": (sums["own_losses"] / tokens).tolist(),
-        "thresholds": {
-            name: {
-                PRECISION_NAMES[rank]: (sums["thresholds"][:, s, r] / sums["chunks"][:, None]).tolist()
-                for r, rank in enumerate(RANKS)
-            }
-            for s, name in enumerate(scorers(inward))
-        },
+        "thresholds": _by_scorer(inward, lambda s, r: thresholds[:, s, r].tolist()),
         "quantiles": list(QUANTILES),
     }
 
@@ -102,6 +90,12 @@ def lift(sums: Mapping[str, np.ndarray]) -> np.ndarray:
     expected = own[:, :, None] * own[:, None, :] / np.maximum(sums["tokens"], 1)[:, None, None]
     made: np.ndarray = np.divide(sums["pairs"], expected, out=np.zeros_like(expected), where=expected > 0)
     return made.astype(np.float32)
+
+
+def _by_scorer(inward: int, value: Callable[[int, int], Any]) -> dict[str, dict[str, Any]]:
+    """A value for each scorer, and for each precision that it ranks at."""
+    places = list(enumerate(RANKS))
+    return {name: {PRECISION_NAMES[rank]: value(s, r) for r, rank in places} for s, name in enumerate(scorers(inward))}
 
 
 def _by_half(values: np.ndarray) -> dict[str, list[float]]:

@@ -1,13 +1,16 @@
 """`bench model`, `bench kernels`, `bench drafters`: speeds, each beside what the same machine could do at that time."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import typer
 
 from tiercache.commands.base import Json, LinkGbps, Quiet, app, progress, tell
 from tiercache.commands.old_bench import OldSpelling
 from tiercache.commands.running import PICO
+from tiercache.config.options import STORE_PRECISION
 from tiercache.errors import UsageError
 
 bench = typer.Typer(cls=OldSpelling)
@@ -15,13 +18,14 @@ app.add_typer(bench, name="bench", help="Time a model, the kernels or the drafte
 
 _Hbm = Annotated[str | None, typer.Option(help="Budget of the fastest tier; none by default.")]
 _Dram = Annotated[str, typer.Option(help="Budget of main memory.")]
-_Folder = Annotated[Path, typer.Option(help="Where models are made, and found again.")]
-_FOLDER = Path("tiercache-bench")
-# Options that the benchmarks call alike, and take as they are.
-_OF_MODEL = ("shape", "hbm", "dram", "tokens", "bytes_per_token", "link_gbps", "context", "seed", "keep")
-_OF_DRAFTERS = (
-    *("text", "prompts", "prompt_tokens", "tokens", "plain_tokens", "repeats"),
-    *("precision", "hbm", "dram", "link_gbps", "context"),
+# Options that are lists with commas, and what reads each part.
+_LISTS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {
+        **dict.fromkeys(("shapes", "precisions", "drafters", "growers"), str),
+        **dict.fromkeys(("token_counts", "seeds"), int),
+        "temperatures": float,
+        "nodes": lambda part: None if part == "auto" else int(part),
+    }
 )
 
 
@@ -39,7 +43,7 @@ def model_command(
     link_gbps: LinkGbps = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the weights and the prompt.")] = 0,
-    folder: _Folder = _FOLDER,
+    folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -47,38 +51,37 @@ def model_command(
     """Time a model of random weights against the roofs of the disk and of main memory."""
     from tiercache.bench import model
 
-    chosen = {name: ctx.params[name] for name in _OF_MODEL} | {"folder": folder.expanduser()}
-    chosen["precision"] = precision or ("source" if bytes_per_token is None else "int8")
-    result = model.bench(model.Options(**chosen, show_progress=progress(as_json, quiet)))
+    chosen = {"precision": "source" if bytes_per_token is None else STORE_PRECISION, **arguments(ctx.params)}
+    result = model.bench(model.Options(**chosen))
     tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 
 
 @bench.command("kernels")
 def kernels_command(
-    kernel_shapes: Annotated[str | None, typer.Option(help="7b by default; also 70b and others.")] = None,
+    ctx: typer.Context,
+    shapes: Annotated[str | None, typer.Option("--kernel-shapes", help="7b by default; also 70b and others.")] = None,
     precisions: Annotated[str | None, typer.Option(help="int3,int4,int8 by default.")] = None,
     token_counts: Annotated[str | None, typer.Option(help="1,4,16,32,64 by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and inputs.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time the products of planes against the memory's roof, and against torch's own products."""
+    """Time the products of planes against the memory's roof."""
     from tiercache.bench import kernels, kernels_report
 
-    lists = kernels.parse(kernel_shapes, precisions, token_counts)
-    result = kernels.bench(kernels.Options(**lists, seed=seed, show_progress=progress(as_json, quiet)))
+    result = kernels.bench(kernels.Options(**arguments(ctx.params)))
     tell(kernels_report.report(result), result, as_json=True, quiet=quiet)
 
 
 @bench.command("drafters")
 def drafters_command(
     ctx: typer.Context,
-    model: Annotated[list[Path] | None, typer.Option(help="A checkpoint or store; several.")] = None,
-    drafter_names: Annotated[
-        str | None, typer.Option(help="ngram,lookup,suffix,recycling,trigram,resident,auto.")
+    models: Annotated[list[Path] | None, typer.Option("--model", help="A checkpoint or store; several.")] = None,
+    drafters: Annotated[
+        str | None, typer.Option("--drafter-names", help="ngram,lookup,suffix,recycling,trigram,resident,auto.")
     ] = None,
     growers: Annotated[str, typer.Option(help="best-first,fixed-width,sequoia,rsd-c,rsd-s.")] = "best-first",
-    draft_nodes: Annotated[str | None, typer.Option(help="Sizes of trees; 4,16,64,auto by default.")] = None,
+    nodes: Annotated[str | None, typer.Option("--draft-nodes", help="Sizes of trees; 4,16,64,auto by default.")] = None,
     temperatures: Annotated[str, typer.Option(help="A list; 0 is greedy.")] = "0.8,0",
     seeds: Annotated[str, typer.Option(help="A list.")] = "0,1,2",
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file of prompts; else Python's own library.")] = None,
@@ -92,21 +95,46 @@ def drafters_command(
     dram: _Dram = "auto",
     link_gbps: LinkGbps = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of KV cache; by default what is needed.")] = None,
-    cap: Annotated[str | None, typer.Option(help="RAM of each process, page cache included, such as 1434MiB.")] = None,
-    widen: Annotated[str | None, typer.Option(help="Make the model HIDDENxNEURONSxLAYERS in --folder first.")] = None,
-    folder: _Folder = _FOLDER,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time decoding with each drafter against plain decoding."""
-    from tiercache.bench import drafters, drafters_options, drafters_report
+    from tiercache.bench import drafters as benchmark
+    from tiercache.bench import drafters_options, drafters_report
 
-    if not model and not PICO.is_dir():
-        raise UsageError(f"the bundled model is not here ({PICO}); name one with --model")
-    chosen = drafters_options.parse(
-        drafters=drafter_names, nodes=draft_nodes, growers=growers, temperatures=temperatures, seeds=seeds
-    )
-    chosen |= {name: ctx.params[name] for name in _OF_DRAFTERS} | drafters_options.sizes(cap, widen)
-    chosen |= {"models": tuple(model or [PICO]), "folder": folder.expanduser()}
-    result = drafters.bench(drafters_options.Options(**chosen, show_progress=progress(as_json, quiet)))
+    result = benchmark.bench(drafters_options.Options(**drafters_arguments(ctx.params)))
     tell(drafters_report.report(result), result, as_json=True, quiet=quiet)
+
+
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a benchmark's `Options` from the parameters of its command; what is None is left out.
+
+    Raises:
+        UsageError: a list that is empty or cannot be read.
+    """
+    found: dict[str, Any] = {"show_progress": progress(given["as_json"], given["quiet"])}
+    for name, value in given.items():
+        if value is not None and name not in ("as_json", "quiet"):
+            found[name] = _split(name.replace("_", " "), value, _LISTS[name]) if name in _LISTS else value
+    return found
+
+
+def drafters_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """As `arguments`, for the benchmark of drafters, whose model is the bundled one by default.
+
+    Raises:
+        UsageError: a list that is empty or cannot be read, or the bundled model is not there.
+    """
+    if not given["models"] and not PICO.is_dir():
+        raise UsageError(f"the bundled model is not here ({PICO}); name one with --model")
+    return {**arguments(given), "models": tuple(given["models"] or [PICO])}
+
+
+def _split(what: str, text: str, read: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        found = tuple(read(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no list of {what}; give one such as 1,16") from error
+    if not found:
+        raise UsageError(f"an empty list of {what}; leave it out, or name some")
+    return found

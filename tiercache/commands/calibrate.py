@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, Store, app, progress, say, tell
+from tiercache.config.options import STORE_PRECISION
 
 
 @app.command("calibrate")
@@ -15,7 +16,7 @@ def calibrate_command(
     tokens: Annotated[int, typer.Option(help="Tokens of it to learn from, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a pass.")] = 512,
     measure_tokens: Annotated[int, typer.Option(help="Tokens to measure settings on, in pieces of 64.")] = 1024,
-    precision: Annotated[str, typer.Option(help="Precision of what is no neuron: int8 or int4.")] = "int8",
+    precision: Annotated[str, typer.Option(help="Precision of what is no neuron: int8 or int4.")] = STORE_PRECISION,
     objective: Annotated[str, typer.Option(help="Of the search: loss, or entropy as M2Cache has it.")] = "loss",
     predictor_rank: Annotated[int | None, typer.Option(help="Train low-rank predictors, for the report.")] = None,
     hbm: Hbm = "auto",

@@ -146,7 +146,7 @@ def predicted(workload: Workload, machine: Hardware, past: int, drafting: Drafti
         streamed = predict(workload, plan, on, past=past, drafting=drafting)
         if plan.still:
             return streamed, "stay", None
-        if plan.hbm is None:
+        if not plan.has_hbm:
             return streamed, "ssd", None
         tokens = 1 + (drafting.nodes if drafting else 0)
         beside = predict(workload, plan, on, past=past, drafting=drafting, cpu_tokens=tokens)
@@ -168,7 +168,7 @@ def predicted(workload: Workload, machine: Hardware, past: int, drafting: Drafti
         "overhead_s": prediction.pass_time.overhead_s,
         "pass_s": prediction.pass_time.total_s,
         "pass_bytes": workload.pass_bytes,
-        "plan": plan.to_dict() if plan.hbm is None else _without_orders(plan.to_dict()),
+        "plan": _without_orders(plan.to_dict()),
         "twice_as_fast": {name: best(other)[0].tokens_per_s for name, other in upgrades(machine).items()},
         "assumptions": {name: asdict(figure) for name, figure in machine.figures.items()},
         "basis": machine.basis,

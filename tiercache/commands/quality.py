@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, StoreFolder, app, progress, tell
+from tiercache.config.options import STORE_PRECISION
 
 
 @app.command("quality")
@@ -19,7 +20,7 @@ def quality_command(
     reference: Annotated[
         str,
         typer.Option(help="What the others are held against: int8, or source (of MODEL, a checkpoint; add --store)."),
-    ] = "int8",
+    ] = STORE_PRECISION,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use, at most.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows of a pass.")] = 1,

@@ -43,10 +43,10 @@ _BytesPerToken = Annotated[
     _mixed(help="What a token may read of the neurons: a share of int8's, 0.5, or 1.2GB."),
 ]
 _MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, nats a token.")]
-_Policy = Annotated[str, _mixed(help="Who stays in HBM: atu, lru, lfru, sieve, hot; auto replays.")]
+_Policy = Annotated[str, _mixed(help="Eviction policy of neurons in HBM: lru, sieve, ...; auto replays.")]
 _MaxFetches = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
 _Uploads = Annotated[int | None, typer.Option(min=0, hidden=True)]  # the deprecated name of max_fetches
-_Drafter = Annotated[str, _drafts(help="auto, resident, ngram, a small model's folder, or none.")]
+_Drafter = Annotated[str, _drafts(help="auto, resident, ngram, lookup, ..., a small model's folder, or none.")]
 _DraftNodes = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 64 by default.")]
 _DraftDepth = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 16 by default.")]
 _Temperature = Annotated[float, _samples(min=0.0, help="0 takes the likeliest token.")]
@@ -95,7 +95,7 @@ def run_command(
 ) -> None:
     """Generate text. It streams to standard output; with --json one object comes at the end instead."""
     import tiercache
-    from tiercache.store.source import resolve
+    from tiercache.store.checkpoint import resolve
 
     sampling = _sampling(temperature, top_p, top_k)
     folder = resolve(model if model is not None else _pico())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tiercache.config.options import of_planes
 from tiercache.config.sizes import human
 
 _DEPTHS = 8  # that acceptance is told of
@@ -80,7 +81,7 @@ def outlook(model: Any) -> str:
         f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
     )
     stats = model.tiercache.stats()
-    nature = "the original weights" if stats.precision == "source" else f"{stats.precision} weights"
+    nature = f"{stats.precision} weights" if of_planes(stats.precision) else "the original weights"
     return (
         f"{model.config.model_type} on {stats.device}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"

@@ -16,9 +16,9 @@ class DraftOptions(TypedDict, total=False):
 
     Attributes:
         drafter: "auto" (whoever is likely to pay for its room, or nobody; how much, is found out while decoding),
-            "resident" (the model's own planes that are in the fastest tier), "ngram" (tables of the text so far), a
-            small model's checkpoint with the same tokenizer, a `Drafter`, or None. Sampled tokens then depend on
-            torch's seed, but on no drafter.
+            "resident" (the model's own planes that are in the fastest tier), "ngram" (tables of the text so far), one
+            of these tables by its name in `draft.registry`, a small model's checkpoint with the same tokenizer, a
+            `Drafter`, or None. Sampled tokens then depend on torch's seed, but on no drafter.
         grower: how trees grow: "best-first", "fixed-width" or "sequoia"; "rsd-c" or "rsd-s" draw by chance.
         draft_nodes, draft_depth: of a tree at most.
         draft_width: nodes that one drafting pass expands, and children that each gets.

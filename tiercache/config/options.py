@@ -8,7 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Final, Literal, TypedDict, cast, get_args
 
 from tiercache.config.drafting import DraftConfig, DraftOptions
 from tiercache.config.sizes import Budget, SizeLike
@@ -18,9 +18,15 @@ CALIBRATION_TOKENS = 16_384
 """Of a text that codes are calibrated on: some ten for each input of the widest matrix of a small model."""
 
 Precision = Literal["source", "int8", "int4", "int3"]
+STORE_PRECISION: Final = "int8"
+"""What is read of a plane store where no precision is named: all of its planes."""
 KernelChoice = Literal["auto", "fast", "decode"]
 Mode = Literal["exact", "mixed"]
-Policy = Literal["auto", "atu", "lru", "lfru", "sieve", "hot"]
+
+
+def of_planes(precision: str) -> bool:
+    """Whether weights at this precision are bit planes; at "source" they are the original ones."""
+    return precision != "source"
 
 
 class MixedOptions(TypedDict, total=False):
@@ -34,8 +40,8 @@ class MixedOptions(TypedDict, total=False):
             (0.5), or a size ("1.2GB").
         max_loss: a bound of the loss (KL from int8 on the calibration text, nats a token); then as few bytes as that
             allows.
-        policy: with an HBM tier, who stays in its slots: "atu", "lru", "lfru", "sieve" or "hot"; "auto" replays the
-            calibration's trace.
+        policy: with an HBM tier, which neurons stay in its slots: one of `policies.eviction.POLICIES`, or "auto", which
+            replays the calibration's trace.
         max_fetches: neurons that a token may bring into the slots of one layer's plane; others do with the planes at
             hand. None for as many as it wants.
         uploads: the deprecated name of max_fetches.
@@ -52,11 +58,16 @@ class MixedOptions(TypedDict, total=False):
     link_gbps: float | None
 
 
-class Options(MixedOptions, DraftOptions, total=False):
+class OffloadOptions(MixedOptions, DraftOptions, total=False):
     """Everything that `offload` takes beside places and precisions."""
 
 
-def read_options(options: Options) -> dict[str, Any]:
+def default_precision(options: OffloadOptions) -> Precision:
+    """What weights are read at where no precision was asked for."""
+    return STORE_PRECISION if options.get("mode") == "mixed" else "source"
+
+
+def read_options(options: OffloadOptions) -> dict[str, Any]:
     """The options as fields of `OffloadConfig`.
 
     Raises:
@@ -80,7 +91,7 @@ def read_options(options: Options) -> dict[str, Any]:
     return fields | {"draft": DraftConfig(**{name.removeprefix("draft_"): value for name, value in wanted.items()})}
 
 
-def _renamed(options: Options) -> Options:
+def _renamed(options: OffloadOptions) -> OffloadOptions:
     """Options under their names of today."""
     if "uploads" not in options:
         return options
@@ -88,7 +99,7 @@ def _renamed(options: Options) -> Options:
         raise UsageError("uploads= is the deprecated name of max_fetches=; leave it out")
     warnings.warn("uploads= is now max_fetches=", DeprecationWarning, stacklevel=5)
     rest = {name: value for name, value in options.items() if name != "uploads"}
-    return cast("Options", rest | {"max_fetches": options["uploads"]})
+    return cast("OffloadOptions", rest | {"max_fetches": options["uploads"]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +167,21 @@ class OffloadConfig:
                 "kernels= out"
             )
 
+    def _check_policy(self) -> None:
+        """Refuse an eviction policy that there is not."""
+        if self.policy == "auto":
+            return
+        from policies.eviction import BOUND, POLICIES  # brings numpy, which `import tiercache` must not
+
+        if not isinstance(self.policy, str) or self.policy not in POLICIES or self.policy == BOUND:
+            known = ", ".join(name for name in POLICIES if name != BOUND)
+            raise UsageError(f"unknown policy {self.policy!r}; choose auto, or one of {known}")
+
     def _check_mode(self) -> None:
         """Refuse options of a mode that do not belong together."""
         if self.mode not in get_args(Mode):
             raise UsageError(f"unknown mode {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
-        if self.policy not in get_args(Policy):
-            raise UsageError(f"unknown policy {self.policy!r}; choose one of {', '.join(get_args(Policy))}")
+        self._check_policy()
         for name, value in (("link_gbps", self.link_gbps), ("max_loss", self.max_loss)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r} must be a number above zero, or None")
@@ -175,7 +195,12 @@ class OffloadConfig:
             if self.policy != "auto" or self.max_fetches is not None:
                 raise UsageError("policy= and max_fetches= are for mode='mixed'; exact mode has no slots of neurons")
             return
-        if self.precision == "source":
+        if self.draft is not None:
+            raise UsageError(
+                "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would "
+                "choose all of them; leave one of the two out"
+            )
+        if not of_planes(self.precision):
             raise UsageError(
                 "mode='mixed' is made of planes: give precision='int8' or 'int4', the precision of what is no neuron"
             )

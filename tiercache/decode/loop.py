@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tiercache.decode.request import Request
-from tiercache.decode.scheduler import DrafterScheduler, Round
+from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rule
 from tiercache.draft.base import Context, Feedback, Noise
 from tiercache.draft.tree import ROOT, DraftTree
-from tiercache.errors import ContextExceededError
+from tiercache.errors import ContextExceededError, DraftError
 from tiercache.kv.speckv import AHEAD, WINDOW
 from tiercache.kv.tree_pass import TreeRun
 
@@ -64,7 +64,7 @@ class DecodeLoop:
             rows = self._run.prefill(part)
         self._scheduler.begin(self._context)
         ended, emitted, _ = self._accept(DraftTree(), rows[-1:])
-        self._scheduler.prefilled(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
+        self._scheduler.tell(Feedback(DraftTree(), (), emitted, None, rows[-1:]))
         return ended
 
     def _round(self) -> bool:
@@ -73,7 +73,7 @@ class DecodeLoop:
         begin = time.perf_counter()
         context.room = self._request.limit - self._request.length
         self._refuse_beyond()
-        tree, choice, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
+        tree, plan, passes = scheduler.propose(context.room, None if self._keep is None else AHEAD)
         if len(tree):
             tree = self._fit(tree)
         drafted = time.perf_counter()
@@ -88,7 +88,7 @@ class DecodeLoop:
         done = time.perf_counter()
         feedback = Feedback(tree, path, emitted, None, logits)
         del logits
-        scheduler.observe(Round(choice, passes, feedback, done - drafted, begin))
+        scheduler.observe(plan, passes, feedback, done - drafted, begin)
         return ended
 
     def _evict(self, tree: DraftTree) -> None:
@@ -130,6 +130,8 @@ class DecodeLoop:
 
     def _fit(self, tree: DraftTree) -> DraftTree:
         """Without what cannot be accepted or run: foreign tokens, nodes too many or deep, a chain model's branches."""
+        if not isinstance(tree, DraftTree):
+            raise DraftError(f"a drafter proposed a {type(tree).__name__}, not a DraftTree; draft.tree.chain makes one")
         deepest = self._context.room - 1
         keep = [
             node

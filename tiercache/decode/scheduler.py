@@ -8,38 +8,19 @@ the target it knows feedback alone.
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from policies.acceptance import trials
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
-from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, combined_requirements
+from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, joint_requirements
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats.drafting import DraftStats
 
 _AT_ONCE = 64  # plain passes that drafters are told of together, at most
 _NOTHING = DraftTree()
-
-
-@dataclass(frozen=True)
-class Round:
-    """One draft tree and the result of its verification.
-
-    Attributes:
-        plan: the plan it was drafted under.
-        passes: drafting passes that it took.
-        feedback: the result of the target's pass, with all rows of logits.
-        verify_s: seconds of the target's pass and its verification.
-        began_s: the clock at the start of the round.
-    """
-
-    plan: RoundPlan
-    passes: int
-    feedback: Feedback
-    verify_s: float
-    began_s: float
 
 
 class DrafterScheduler:
@@ -72,7 +53,7 @@ class DrafterScheduler:
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree, of which the drafters were not told yet
         self._late_s = 0.0  # of this round, telling of rounds before it
         self._tokens: list[int] = []  # of the text
-        self.needs = combined_requirements([drafter.needs for drafter in drafters])
+        self.requirements = joint_requirements(drafters)
 
     def begin(self, context: Context) -> None:
         """Start a new text."""
@@ -82,10 +63,6 @@ class DrafterScheduler:
             self._budgeter.renew()
         for drafter in self._drafters:
             drafter.begin(context)
-
-    def prefilled(self, feedback: Feedback) -> None:
-        """Tell the drafters of the prompt's pass and the first token; `feedback` as in `Round`."""
-        self._tell(feedback)
 
     def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, RoundPlan, int]:
         """A tree, the plan that it was drafted under, and the passes that took; empty where plain is faster.
@@ -108,20 +85,27 @@ class DrafterScheduler:
         budget = TreeBudget(nodes, depth, width, plan.floor, plan.grow_floor, score_scale, plan.enough)
         return drafter.propose(budget), plan, drafter.passes
 
-    def observe(self, done: Round) -> None:
-        """Count a round, and tell the drafters and the budgeter of it."""
-        feedback, plan = done.feedback, done.plan
-        if plan.drafter is None and not self.needs.logits:
+    def observe(self, plan: RoundPlan, passes: int, feedback: Feedback, verify_s: float, began_s: float) -> None:
+        """Count a round, and tell the drafters and the budgeter of it.
+
+        Args:
+            plan: what it was drafted under.
+            passes: that drafting took.
+            feedback: the result of the target's pass, with all rows of logits.
+            verify_s: seconds of the target's pass and its verification.
+            began_s: the clock at the start of the round.
+        """
+        if plan.drafter is None and not self.requirements.logits:
             assert feedback.logits is not None
             self._plain.append(feedback.logits)
             if len(self._plain) == min(_AT_ONCE, self.most_nodes):  # as many rows as a tree would have
                 self._tell_plain(feedback.emitted)
         else:
-            self._tell(feedback)
-        told_s = time.perf_counter() - done.began_s - done.verify_s  # telling the drafters is a cost of drafting
+            self.tell(feedback)
+        told_s = time.perf_counter() - began_s - verify_s  # telling the drafters is a cost of drafting
         tree, emitted = feedback.tree, len(feedback.emitted)
         self.stats.add(plan.drafter, tree.depths, [tree.depths[node] for node in feedback.path], emitted)
-        self.stats.spend(told_s, done.verify_s, plain=not len(tree))
+        self.stats.spend(told_s, verify_s, plain=not len(tree))
         if plan.drafter is not None:
             for confidence, came in tree.outcomes(feedback.emitted):
                 self._drafters[plan.drafter].score_scale.observe(confidence, came)
@@ -129,20 +113,21 @@ class DrafterScheduler:
         if self._budgeter is None:
             return
         if plan.drafter is None:
-            self._budgeter.observe(plan, told_s, done.verify_s, len(tree), emitted)
+            self._budgeter.observe(plan, told_s, verify_s, len(tree), emitted)
             return
         tried, accepted = trials(tree.parents, feedback.path, *self._budgeter.shape)
         arrived, last = len(feedback.path), feedback.path[-1] if feedback.path else ROOT
-        if not done.passes and last not in tree.children and arrived < min(plan.depth, len(tried)):
+        if not passes and last not in tree.children and arrived < min(plan.depth, len(tried)):
             tried[arrived, 0] += 1  # a child was asked for, and no table had one; a model may have thought it too dear
-        self._budgeter.observe(plan, told_s, done.verify_s, len(tree), emitted, tried, accepted, done.passes)
+        self._budgeter.observe(plan, told_s, verify_s, len(tree), emitted, tried, accepted, passes)
 
-    def _tell(self, feedback: Feedback) -> None:
+    def tell(self, feedback: Feedback) -> None:
+        """Tell the drafters of a pass; `feedback` has all rows of logits."""
         rows = feedback.logits
         assert rows is not None
-        topk = min(self.needs.topk, rows.shape[-1])
+        topk = min(self.requirements.topk, rows.shape[-1])
         likeliest = torch.topk(rows, topk).indices.cpu() if topk else None
-        told = replace(feedback, topk=likeliest, logits=rows if self.needs.logits else None)
+        told = replace(feedback, topk=likeliest, logits=rows if self.requirements.logits else None)
         for drafter in self._drafters:
             drafter.observe(told)
 
@@ -151,7 +136,7 @@ class DrafterScheduler:
         rows, self._plain = self._plain, []
         if rows:
             begin = time.perf_counter()
-            self._tell(Feedback(_NOTHING, (), emitted[-1:], None, torch.cat(rows)))
+            self.tell(Feedback(_NOTHING, (), emitted[-1:], None, torch.cat(rows)))
             self._late_s += time.perf_counter() - begin
 
     def end(self) -> None:

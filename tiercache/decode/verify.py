@@ -8,7 +8,7 @@ Knows trees and scores; it does not know models or drafters.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,22 +21,18 @@ from tiercache.errors import DraftError, UsageError
 Scores = Callable[[int], Tensor]
 # Tokens to emit, each with the accepted node whose token it is; the target's own token comes last, with None.
 Walk = Iterator[tuple[int, int | None]]
-# (tree, node, scores there, position of its successor) -> the token to emit, and the child that has it.
-_Choose = Callable[[DraftTree, int, Tensor, int], tuple[int, int | None]]
 
 
-class Rule(Protocol):
+class Rule:
     """Decides what is emitted.
 
     Attributes:
         name: as statistics have it.
         orders: of the trees that it takes; an empty tree fits any rule.
-        lossless: whether what is emitted is distributed as the target alone would have it.
     """
 
     name: str
-    orders: tuple[Order, ...]
-    lossless: bool
+    orders: tuple[Order, ...] = get_args(Order)
 
     def walk(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
         """Walk down `tree`; `position` is the absolute one of the root's successor.
@@ -45,9 +41,26 @@ class Rule(Protocol):
             DraftError: the tree's order does not fit, or its q is not what its children were drawn from.
             UsageError: while walking, scores that are NaN or that ban every token.
         """
+        if len(tree) and tree.order not in self.orders:  # found at the call, not at the first token
+            raise DraftError(
+                f"rule {self.name!r} takes trees of order {', '.join(self.orders)}, not {tree.order!r}; "
+                "choose another grower or the rule 'walk', which takes every tree"
+            )
+        return self._steps(tree, scores, position)
+
+    def _steps(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
+        node: int | None = ROOT
+        while node is not None:
+            token, node = self._choose(tree, node, scores(node), position)
+            yield token, node
+            position += 1
+
+    def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
+        """The token to emit at a node with these scores, and the child that has it; `position` is the token's."""
+        raise NotImplementedError
 
 
-class TargetWalk:
+class TargetWalk(Rule):
     """The target's own next token, and down as long as a child has it.
 
     With noise that depends on seed, position and token alone, what is emitted is token for token what plain decoding
@@ -59,24 +72,15 @@ class TargetWalk:
     """
 
     name = "walk"
-    orders: tuple[Order, ...] = get_args(Order)
-    lossless = True
 
     def __init__(self, noise: Noise | None) -> None:
         self._noise = noise
 
-    def walk(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
-        """See `Rule`."""
-        return _descend(self, tree, scores, position, self._choose)
-
     def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
-        best, token = (scores if self._noise is None else scores + self._noise(position)).max(-1)
-        if not best > -math.inf:  # NaN is no more than anything
-            raise _no_token(scores, node)
-        return int(token), tree.child(node, int(token))
+        return _likeliest(tree, node, scores if self._noise is None else scores + self._noise(position))
 
 
-class Rejection:
+class Rejection(Rule):
     """Recursive rejection of children that were drawn without replacement, in the order in which they were drawn.
 
     A child x stays with probability min(1, p[x] / q[x]); otherwise p becomes norm(max(p - q, 0)), x leaves q, and the
@@ -90,23 +94,18 @@ class Rejection:
 
     name = "rejection"
     orders: tuple[Order, ...] = ("without_replacement",)
-    lossless = True
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self._generator = generator
 
-    def walk(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
-        """See `Rule`."""
-        greedy = TargetWalk(None)._choose
-        return _descend(self, tree, scores, position, greedy if self._generator is None else self._choose)
-
     def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
-        assert self._generator is not None
+        if self._generator is None:
+            return _likeliest(tree, node, scores)
         p = _probabilities(scores, node)
         children = tree.children.get(node, ())
         if not children:
             return _draw(p, self._generator), None
-        assert tree.q is not None  # `_descend` refuses a tree without
+        assert tree.q is not None  # `walk` refuses a tree without
         q = tree.q[node].to(p, copy=True)
         for child in children:
             token = tree.tokens[child]
@@ -126,7 +125,7 @@ class Rejection:
         return _draw(p, self._generator), None
 
 
-class Typical:
+class Typical(Rule):
     """Medusa's typical acceptance (arXiv 2401.10774, section 2.3.1): lossy.
 
     A child is good enough if the target gives it more than min(epsilon, delta * exp(-entropy)). Of those the likeliest
@@ -136,28 +135,16 @@ class Typical:
     Args:
         generator: draws the target's own tokens; None to decode greedily, which is lossless.
         epsilon, delta: a probability that always suffices, and the share of exp(-entropy) that does.
-
-    Raises:
-        UsageError: either is outside [0, 1].
     """
 
     name = "typical"
-    orders: tuple[Order, ...] = get_args(Order)
-    lossless = False
 
     def __init__(self, generator: torch.Generator | None, epsilon: float = 0.09, delta: float = 0.3) -> None:
-        for name, value in (("epsilon", epsilon), ("delta", delta)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"typical acceptance has {name} {value}; give one within [0, 1]")
         self._generator, self._epsilon, self._delta = generator, epsilon, delta
 
-    def walk(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
-        """See `Rule`."""
-        greedy = TargetWalk(None)._choose
-        return _descend(self, tree, scores, position, greedy if self._generator is None else self._choose)
-
     def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
-        assert self._generator is not None
+        if self._generator is None:
+            return _likeliest(tree, node, scores)
         p = _probabilities(scores, node)
         entropy = float(torch.special.entr(p).sum())
         likeliest, chosen = min(self._epsilon, self._delta * math.exp(-entropy)), None
@@ -167,68 +154,39 @@ class Typical:
         return (_draw(p, self._generator), None) if chosen is None else (tree.tokens[chosen], chosen)
 
 
-class Shifted:
+class ShiftedRejection(Rejection):
     """RAPID's shifted target (arXiv 2502.20330, equation 6): lossy, for drafters that know what the target does not.
 
     Where the drafter has drawn, the target's scores become scores + eta * (q - p), one step of distillation from the
     drafter; tokens to which the drafter gives less than `cut` times its best stay (as in the authors' program). What
-    is emitted is distributed as the shifted target, by whichever rule is wrapped.
+    is emitted is distributed as the shifted target.
 
     Args:
-        rule: decides, by the shifted scores.
+        generator: see `Rejection`.
         eta: how far; 0 changes nothing.
         cut: share of the drafter's best probability.
-
-    Raises:
-        UsageError: the rule takes no tree that carries q, or eta is negative, or cut outside [0, 1].
     """
 
-    lossless = False
+    name = "shifted rejection"
 
-    def __init__(self, rule: Rule, eta: float, cut: float = 0.1) -> None:
-        drawn: tuple[Order, ...] = ("without_replacement", "iid")
-        self.orders = tuple(order for order in rule.orders if order in drawn)
-        if not self.orders:
-            raise UsageError(f"rule {rule.name!r} takes no tree that carries q, by which to shift; use 'rejection'")
-        if not (eta >= 0 and 0 <= cut <= 1):
-            raise UsageError(f"a shift of eta {eta} and cut {cut}; give eta >= 0 and cut within [0, 1]")
-        self.name = f"shifted {rule.name}"
-        self._rule, self._eta, self._cut = rule, eta, cut
+    def __init__(self, generator: torch.Generator | None, eta: float, cut: float = 0.1) -> None:
+        super().__init__(generator)
+        self._eta, self._cut = eta, cut
 
-    def walk(self, tree: DraftTree, scores: Scores, position: int) -> Walk:
-        """See `Rule`."""
-        _check_order(self, tree)
-
-        def shifted(node: int) -> Tensor:
-            plain = scores(node)
-            if tree.q is None or node not in tree.q:
-                return plain
-            q = tree.q[node].to(plain)
-            step = torch.where(q >= self._cut * q.max(), q - torch.softmax(plain, -1), 0.0)
-            return plain + self._eta * step
-
-        return self._rule.walk(tree, shifted, position)
+    def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
+        if tree.q is not None and node in tree.q:
+            q = tree.q[node].to(scores)
+            step = torch.where(q >= self._cut * q.max(), q - torch.softmax(scores, -1), 0.0)
+            scores = scores + self._eta * step
+        return super()._choose(tree, node, scores, position)
 
 
-def _check_order(rule: Rule, tree: DraftTree) -> None:
-    if len(tree) and tree.order not in rule.orders:
-        raise DraftError(
-            f"rule {rule.name!r} takes trees of order {', '.join(rule.orders)}, not {tree.order!r}; "
-            "choose another grower or the rule 'walk', which takes every tree"
-        )
-
-
-def _descend(rule: Rule, tree: DraftTree, scores: Scores, position: int, choose: _Choose) -> Walk:
-    _check_order(rule, tree)  # at the call, not at the first token
-    return _steps(tree, scores, position, choose)
-
-
-def _steps(tree: DraftTree, scores: Scores, position: int, choose: _Choose) -> Walk:
-    node: int | None = ROOT
-    while node is not None:
-        token, node = choose(tree, node, scores(node), position)
-        yield token, node
-        position += 1
+def _likeliest(tree: DraftTree, node: int, scores: Tensor) -> tuple[int, int | None]:
+    """The token of the highest score, and the child that has it."""
+    best, token = scores.max(-1)
+    if not best > -math.inf:  # NaN is no more than anything
+        raise _no_token(scores, node)
+    return int(token), tree.child(node, int(token))
 
 
 def _probabilities(scores: Tensor, node: int) -> Tensor:

@@ -17,7 +17,7 @@ _PINNED_SAMPLE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Link:
+class PcieLink:
     """A GPU's PCIe link: generation and lanes, now and at most; 0 where the driver does not say."""
 
     name: str
@@ -102,7 +102,7 @@ def pcie(folder: Path) -> list[Check]:
     return [link_check(link) for link in _links()]
 
 
-def link_check(link: Link) -> Check:
+def link_check(link: PcieLink) -> Check:
     """Fewer lanes than the card has cost bandwidth for good; a lower generation is how a card saves power at rest."""
     if not link.max_width:
         return Check("pcie", "ok", f"{link.name}: the driver does not say")
@@ -113,7 +113,7 @@ def link_check(link: Link) -> Check:
     return Check("pcie", "ok", found, "a card at rest lowers the generation; look again under load" if resting else "")
 
 
-def _links() -> list[Link]:
+def _links() -> list[PcieLink]:
     nvml = module("pynvml")
     if nvml is None:
         return []
@@ -127,7 +127,7 @@ def _links() -> list[Link]:
         nvml.nvmlShutdown()
 
 
-def _link(nvml: Any, device: Any) -> Link:
+def _link(nvml: Any, device: Any) -> PcieLink:
     def ask(name: str) -> int:
         try:
             return int(getattr(nvml, f"nvmlDeviceGet{name}")(device))
@@ -135,7 +135,9 @@ def _link(nvml: Any, device: Any) -> Link:
             return 0
 
     generations = ask("CurrPcieLinkGeneration"), ask("MaxPcieLinkGeneration")
-    return Link(str(nvml.nvmlDeviceGetName(device)), *generations, ask("CurrPcieLinkWidth"), ask("MaxPcieLinkWidth"))
+    return PcieLink(
+        str(nvml.nvmlDeviceGetName(device)), *generations, ask("CurrPcieLinkWidth"), ask("MaxPcieLinkWidth")
+    )
 
 
 def pinned_memory(folder: Path) -> list[Check]:

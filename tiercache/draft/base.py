@@ -1,4 +1,4 @@
-"""Defines the protocol of a drafter: what it requires, what it is asked and what it is told.
+"""Defines the base class of drafters: what one requires, what it is asked and what it is told.
 
 A drafter guesses the tokens that the target model would emit next. It never decides what is emitted, so a bad drafter
 costs time and nothing else. This module knows draft trees and tokens; it does not know the target.
@@ -7,12 +7,12 @@ costs time and nothing else. This module knows draft trees and tokens; it does n
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 
 from policies.temperature import TemperatureScaling
 from tiercache.draft.tree import DraftTree
+from tiercache.errors import UsageError
 from tiercache.kv.tree_pass import TreeRun
 
 # The noise that is added to the target's scores of the token at an absolute position: [vocabulary], fp32.
@@ -33,7 +33,6 @@ class DrafterRequirements:
         vocabulary: size of the vocabulary that it guesses from; None for any.
         device_bytes: memory that it holds where the model computes.
         host_bytes: main memory that it holds.
-        node_bytes: memory of each node where the model computes, while a tree grows and is verified.
     """
 
     topk: int = 0
@@ -42,7 +41,6 @@ class DrafterRequirements:
     vocabulary: int | None = None
     device_bytes: int = 0
     host_bytes: int = 0
-    node_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class TreeBudget:
             rate.
         enough: accepted tokens that a tree must promise so that no further drafter is asked; None where that is not
             known.
-        deadline_s: seconds that proposing may take; None for no bound.
     """
 
     nodes: int
@@ -70,7 +67,6 @@ class TreeBudget:
     grow_floor: float = 0.0
     score_scale: float = 1.0
     enough: float | None = None
-    deadline_s: float | None = None
 
 
 @dataclass
@@ -97,7 +93,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Feedback:
-    """The result of one pass of the target. The prompt's pass has an empty tree.
+    """The result of the target's newest pass. The prompt's pass has an empty tree.
+
+    Passes without a tree are told together, up to 64 of them; `emitted` is then the newest one's alone. Learn from
+    `context.tokens`, which hold all that was emitted.
 
     Attributes:
         tree: the tree that was verified.
@@ -115,33 +114,40 @@ class Feedback:
     logits: torch.Tensor | None = None
 
 
-class Drafter(Protocol):
-    """Guesses the tokens that follow.
+class Drafter:
+    """Guesses the tokens that follow. A drafter is a subclass that has `propose`; the rest has defaults.
 
     Attributes:
         name: its name in statistics and tables.
-        needs: its requirements.
+        requirements: what it wants to be told, and the memory that it takes.
         open_ended: its trees end by themselves where the budget's floors say so, so that it may be asked for the
             largest tree.
-        tables: it only looks tokens up, and never runs a model.
+        runs_model: its proposals may take passes of a model; otherwise it only looks tokens up.
         passes: how many passes of a model its newest proposal took.
+        context: the sequence, from `begin` on.
     """
 
-    name: str
-    needs: DrafterRequirements
-    open_ended: bool
-    tables: bool
-    passes: int
+    name = "drafter"
+    requirements = DrafterRequirements()
+    open_ended = runs_model = False
+    passes = 0
+    context: Context
 
-    @property
+    @cached_property
     def score_scale(self) -> TemperatureScaling:
         """The factor on its scores. The caller of `propose` learns it and passes it on in the budget."""
+        return TemperatureScaling()
 
     def begin(self, context: Context) -> None:
         """Start a new sequence: forget the last one, but not what was learnt."""
+        self.context = context
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """Return a draft tree below the context's last token; it may be empty."""
+        """Return a draft tree below the context's last token; it may be empty.
+
+        Its nodes are no more, and no deeper, than the budget says. What exceeds it, the room or the vocabulary is cut.
+        """
+        raise NotImplementedError
 
     def observe(self, feedback: Feedback) -> None:
         """Learn from a verified tree; the context's tokens hold the emitted ones already."""
@@ -150,41 +156,21 @@ class Drafter(Protocol):
         """Release what it holds and store what was learnt; harmless when done twice."""
 
 
-class BaseDrafter:
-    """Implements the parts of `Drafter` that most drafters leave empty."""
+def joint_requirements(drafters: Sequence[Drafter]) -> DrafterRequirements:
+    """The requirements of several drafters.
 
-    name = "base"
-    needs = DrafterRequirements()
-    open_ended = tables = False
-    passes = 0
-
-    @cached_property
-    def score_scale(self) -> TemperatureScaling:
-        """See `Drafter`."""
-        return TemperatureScaling()
-
-    def begin(self, context: Context) -> None:
-        """See `Drafter`."""
-        self.context = context
-
-    def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
-        return DraftTree()
-
-    def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
-
-    def close(self) -> None:
-        """See `Drafter`."""
-
-
-def combined_requirements(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
-    """The requirements of several drafters that are asked one at a time, for any vocabulary."""
+    Raises:
+        UsageError: they guess from different vocabularies.
+    """
+    parts = [drafter.requirements for drafter in drafters]
+    vocabularies = sorted({part.vocabulary for part in parts if part.vocabulary is not None})
+    if len(vocabularies) > 1:
+        raise UsageError(f"drafters of {vocabularies} tokens in one; they must share a vocabulary")
     return DrafterRequirements(
-        topk=max((need.topk for need in needs), default=0),
-        logits=any(need.logits for need in needs),
-        shared_kv=any(need.shared_kv for need in needs),
-        device_bytes=sum(need.device_bytes for need in needs),
-        host_bytes=sum(need.host_bytes for need in needs),
-        node_bytes=max((need.node_bytes for need in needs), default=0),
+        topk=max((part.topk for part in parts), default=0),
+        logits=any(part.logits for part in parts),
+        shared_kv=any(part.shared_kv for part in parts),
+        vocabulary=vocabularies[0] if vocabularies else None,
+        device_bytes=sum(part.device_bytes for part in parts),
+        host_bytes=sum(part.host_bytes for part in parts),
     )

@@ -1,7 +1,4 @@
-"""The cascade of several drafters: asks one after the other until a tree promises enough accepted tokens.
-
-It knows drafters by their protocol only.
-"""
+"""The cascade of several drafters: asks one after the other until a tree promises enough accepted tokens."""
 
 import math
 from collections.abc import Sequence
@@ -41,7 +38,6 @@ class Cascade(CompositeDrafter):
         self._guesses: list[tuple[Drafter, DraftTree]] = []
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         threshold = self._threshold if budget.enough is None else budget.enough
         later = 1.0 if budget.enough is None else _LATER
         best, most, self.passes = DraftTree(), 0.0, 0

@@ -1,17 +1,13 @@
-"""The base of a drafter that is made of several drafters.
-
-It knows drafters by their protocol only; it does not know how their trees become one.
-"""
+"""The base of a drafter that is made of several drafters."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
-from tiercache.draft.base import BaseDrafter, Context, Drafter, DrafterRequirements, Feedback, combined_requirements
+from tiercache.draft.base import Context, Drafter, Feedback, joint_requirements
 from tiercache.errors import UsageError
 
 
-class CompositeDrafter(BaseDrafter):
+class CompositeDrafter(Drafter):
     """Tells each of several drafters everything; subclasses say how their trees become one.
 
     Args:
@@ -25,12 +21,11 @@ class CompositeDrafter(BaseDrafter):
         if not drafters:
             raise UsageError("a combination of no drafters; give one at least")
         self.drafters = tuple(drafters)
-        self.needs = _joint_requirements([drafter.needs for drafter in drafters])
+        self.requirements = joint_requirements(drafters)
         self.open_ended = all(drafter.open_ended for drafter in drafters)
-        self.tables = all(drafter.tables for drafter in drafters)
+        self.runs_model = any(drafter.runs_model for drafter in drafters)
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         for drafter in self.drafters:
             drafter.begin(context)
@@ -45,14 +40,3 @@ class CompositeDrafter(BaseDrafter):
         with ExitStack() as stack:
             for drafter in self.drafters:
                 stack.callback(drafter.close)
-
-
-def _joint_requirements(needs: Sequence[DrafterRequirements]) -> DrafterRequirements:
-    """The requirements of drafters that all take part in one proposal, for one vocabulary."""
-    vocabularies = {need.vocabulary for need in needs if need.vocabulary is not None}
-    if len(vocabularies) > 1:
-        raise UsageError(f"drafters of {sorted(vocabularies)} tokens in one; they must share a vocabulary")
-    vocabulary = next(iter(vocabularies), None)
-    return replace(
-        combined_requirements(needs), vocabulary=vocabulary, node_bytes=sum(need.node_bytes for need in needs)
-    )

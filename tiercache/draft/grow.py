@@ -9,70 +9,39 @@ Knows scores and trees; it does not know models, or how the scores come about.
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.growing_tree import (
-    Candidates,
     Grower,
     GrowingTree,
     PassBudget,
     Scorer,
     Siblings,
+    TokenCandidates,
     safe_log,
     siblings_of,
     within,
 )
-from tiercache.draft.sampled_growers import Branching, Draws, ParentDistributions, StochasticBeam
-from tiercache.draft.static import RankRates, Template, best_template
-from tiercache.draft.tree import ROOT, DraftTree, Order
+from tiercache.draft.sampled_growers import Branching, StochasticBeam
+from tiercache.draft.static import RankRates, best_template
+from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.errors import UsageError
-
-__all__ = ["Candidates", "Grower", "GrowingTree", "Ranked", "Scorer", "Static", "grower", "log_confidence"]
-
 
 _RIDES = 0.4  # a further node in a drafting pass costs this share of the pass
 
 
-def log_confidence(best: Tensor, z: Tensor) -> Tensor:
-    """Log of the probability that a token is the one that the target takes, as the drafter sees it.
-
-    Args:
-        best: the perturbed scores of the tokens asked about [nodes, some].
-        z: of all candidates [nodes, k].
-    """
-    return best - z.logsumexp(-1, keepdim=True)
-
-
-def grower(
-    name: str, *, seed: int = 0, rates: RankRates | None = None, branching: Sequence[int] = (), draws: bool = False
-) -> Grower:
+def grower(name: str) -> Grower:
     """The grower of a name, one for each drafter, for it may keep state.
-
-    Args:
-        name: "best-first", "fixed-width", "rsd-c", "rsd-s" or "sequoia".
-        seed: of growers that draw (see `Draws`).
-        rates: of "sequoia": acceptance by rank, which the caller may go on observing.
-        branching: of "rsd-c": children of each node of a depth; empty to take what the budget allows.
-        draws: of "sequoia": draw children without replacement instead of ranking them.
 
     Raises:
         UsageError: no grower has this name.
     """
-    if name == "best-first":
-        return Ranked(by_depth=False)
-    if name == "fixed-width":
-        return Ranked(by_depth=True)
-    if name == "rsd-c":
-        return Branching(Draws(seed), branching)
-    if name == "rsd-s":
-        return StochasticBeam(Draws(seed))
-    if name == "sequoia":
-        return Static(RankRates() if rates is None else rates, Draws(seed) if draws else None)
-    raise UsageError(f"unknown grower {name!r}; choose one of best-first, fixed-width, rsd-c, rsd-s, sequoia")
+    if name not in _GROWERS:
+        raise UsageError(f"unknown grower {name!r}; choose one of {', '.join(_GROWERS)}")
+    return _GROWERS[name]()
 
 
 class Ranked:
@@ -92,7 +61,6 @@ class Ranked:
         self._by_depth = by_depth
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing = GrowingTree()
         kept: list[float] = []  # scores of the likeliest nodes, a heap whose first is the least
@@ -111,8 +79,7 @@ class Ranked:
                     else:
                         break  # its younger siblings are no likelier
                     heapq.heappush(open_, (-score, growing.add(siblings.parent, token, step)))
-        best = sorted(range(len(growing.tokens)), key=lambda node: (-growing.scores[node], node))[: budget.nodes]
-        return growing.tree(_order(context), _above_floor(growing, best, budget.floor))
+        return _likeliest(growing, context, budget)
 
     @staticmethod
     def _frontier(open_: list[tuple[float, int]], kept: list[float], budget: TreeBudget) -> list[int]:
@@ -131,21 +98,16 @@ class Static:
 
     Attributes:
         rates: acceptance by rank; observe it, and the next tree follows.
-
-    Args:
-        draws: draw children without replacement, as Sequoia does in sampling; None to rank them.
     """
 
-    def __init__(self, rates: RankRates, draws: Draws | None = None) -> None:
-        self.rates = rates
-        self._draws = draws
-        self._last: tuple[tuple[object, ...], Template] | None = None
+    def __init__(self) -> None:
+        self.rates = RankRates()
+        self._last: tuple[tuple[object, ...], tuple[int, ...]] | None = None  # of which budget, and its tree's parents
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         children = self._children(budget, passes.depth)
-        growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
+        growing = GrowingTree()
         frontier = {ROOT: ROOT}  # nodes with children to come, and which of the template's each is
         while frontier:
             nodes = [node for node in frontier if growing.score(node) >= safe_log(budget.floor)]
@@ -153,11 +115,7 @@ class Static:
             most = max(map(len, wanted), default=0)
             if not most or not passes.another(max(map(growing.score, nodes))):
                 break
-            candidates = scorer(growing, nodes)
-            if self._draws is None:
-                found = _ranked(growing, nodes, candidates, context, most, budget.score_scale)
-            else:
-                found = self._draws(nodes, candidates, most, q)
+            found = _ranked(growing, nodes, scorer(growing, nodes), context, most, budget.score_scale)
             below: dict[int, int] = {}
             for siblings, places in zip(found, wanted, strict=True):
                 for token, step, place in zip(siblings.tokens, siblings.steps, places, strict=False):
@@ -165,10 +123,7 @@ class Static:
                     if place in children:
                         below[node] = place
             frontier = below
-        if self._draws is not None:
-            return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
-        likeliest = sorted(range(len(growing.tokens)), key=lambda node: (-growing.scores[node], node))
-        return growing.tree(_order(context), _above_floor(growing, likeliest, budget.floor))
+        return _likeliest(growing, context, budget)
 
     def _children(self, budget: TreeBudget, depth: int) -> dict[int, list[int]]:
         rates = self.rates()
@@ -176,13 +131,18 @@ class Static:
         if self._last is None or self._last[0] != key:
             self._last = key, best_template(rates, budget.nodes, depth, budget.width)
         children: dict[int, list[int]] = {}
-        for place, parent in enumerate(self._last[1].parents):
+        for place, parent in enumerate(self._last[1]):
             children.setdefault(parent, []).append(place)
         return children
 
 
 def _ranked(
-    growing: GrowingTree, nodes: Sequence[int], candidates: Candidates, context: Context, count: int, score_scale: float
+    growing: GrowingTree,
+    nodes: Sequence[int],
+    candidates: TokenCandidates,
+    context: Context,
+    count: int,
+    score_scale: float,
 ) -> list[Siblings]:
     """The best `count` children of each node."""
     z, tokens = within(candidates, context.vocabulary)
@@ -193,14 +153,22 @@ def _ranked(
         z = z + (rows[:, : z.shape[1]] if tokens is None else rows.gather(1, tokens))
     z = z if score_scale == 1 else z * score_scale
     best, index = z.topk(min(count, z.shape[1]))
-    steps = log_confidence(best, z).clamp_(max=0.0)  # nothing is likelier than its parent, not even by rounding
+    # The log of the probability that a token is the one the target takes; not above 0, not even by rounding.
+    steps = (best - z.logsumexp(-1, keepdim=True)).clamp_(max=0.0)
     return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), steps)
 
 
-def _above_floor(growing: GrowingTree, likeliest: Sequence[int], floor: float) -> list[int]:
-    """Those of `likeliest`, the likeliest first, that are worth verifying, or the first alone; ascending."""
-    return sorted([node for node in likeliest if growing.scores[node] >= safe_log(floor)] or likeliest[:1])
+def _likeliest(growing: GrowingTree, context: Context, budget: TreeBudget) -> DraftTree:
+    """The tree of the likeliest nodes that are worth verifying, or of the likeliest alone."""
+    likeliest = sorted(range(len(growing.tokens)), key=lambda node: (-growing.scores[node], node))[: budget.nodes]
+    kept = [node for node in likeliest if growing.scores[node] >= safe_log(budget.floor)] or likeliest[:1]
+    return growing.tree("deterministic" if context.noise is None else "shared_gumbel", sorted(kept))
 
 
-def _order(context: Context) -> Order:
-    return "deterministic" if context.noise is None else "shared_gumbel"
+_GROWERS: dict[str, Callable[[], Grower]] = {
+    "best-first": lambda: Ranked(by_depth=False),
+    "fixed-width": lambda: Ranked(by_depth=True),
+    "rsd-c": Branching,
+    "rsd-s": StochasticBeam,
+    "sequoia": Static,
+}

@@ -4,8 +4,7 @@ Knows scores and budgets; it does not know models, or which children a grower ta
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -56,23 +55,14 @@ class GrowingTree:
         self.scores.append(self.score(parent) + step)
         return len(self.tokens) - 1
 
-    def tree(self, order: Order, keep: Iterable[int], q: dict[int, Tensor] | None = None) -> DraftTree:
-        """The tree of the nodes in `keep`, ascending, which hold every node's parent; `q` is by parent."""
-        place = {ROOT: ROOT}
-        nodes = list(keep)
-        for node in nodes:
-            place[node] = len(place) - 1
-        return DraftTree(
-            tuple(self.tokens[node] for node in nodes),
-            tuple(place[self.parents[node]] for node in nodes),
-            order,
-            None if q is None else {place[parent]: row for parent, row in q.items() if parent in place},
-            tuple(self.steps[node] for node in nodes),
-        )
+    def tree(self, order: Order, keep: Sequence[int] | None = None, q: dict[int, Tensor] | None = None) -> DraftTree:
+        """The tree of the nodes in `keep` (ascending, with all of their ancestors), or of all; `q` is by parent."""
+        tree = DraftTree(tuple(self.tokens), tuple(self.parents), order, q, tuple(self.steps))
+        return tree if keep is None else tree.pruned(keep)
 
 
 @dataclass(frozen=True)
-class Candidates:
+class TokenCandidates:
     """The tokens that may follow each of some nodes, as a drafter scores them.
 
     Attributes:
@@ -86,7 +76,7 @@ class Candidates:
 
 # Returns what follows each of some nodes (`ROOT` for the root). No node is asked for twice; its parent was asked for
 # before. One call is one pass of the drafter.
-Scorer = Callable[[GrowingTree, Sequence[int]], Candidates]
+Scorer = Callable[[GrowingTree, Sequence[int]], TokenCandidates]
 # (scorer, context, budget) -> a tree within the budget and the context's room; without a call if that is empty.
 Grower = Callable[[Scorer, Context, TreeBudget], DraftTree]
 
@@ -118,15 +108,14 @@ class PassBudget:
         self.depth = max(0, min(budget.depth, context.room - 1)) if min(budget.nodes, budget.width) > 0 else 0
         self._done = 0
         self._least = safe_log(budget.grow_floor)
-        self._end = math.inf if budget.deadline_s is None else time.perf_counter() + budget.deadline_s
 
     def another(self, score: float) -> bool:
         """Whether one more pass may begin and is worth it for a likeliest node of this score; counts it."""
         self._done += 1
-        return self._done <= self.depth and score >= self._least and time.perf_counter() < self._end
+        return self._done <= self.depth and score >= self._least
 
 
-def within(candidates: Candidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:
+def within(candidates: TokenCandidates, vocabulary: int) -> tuple[Tensor, Tensor | None]:
     """(logq, tokens) with no token outside the vocabulary."""
     logq, tokens = candidates.logq.float(), candidates.tokens
     if tokens is None:

@@ -30,7 +30,7 @@ class LmDrafter(GrownDrafter):
         grower: how trees grow.
         vocabulary: tokens that it may draft; its head is trimmed to their rows until `close` (VocabTrim,
             arXiv 2506.22694). None for all.
-        needs: its requirements.
+        requirements: see `Drafter`.
         capacity: slots of its KV cache, for a text and the largest tree; None to grow it as needed.
         name: in statistics.
 
@@ -44,26 +44,24 @@ class LmDrafter(GrownDrafter):
         grower: Grower,
         *,
         vocabulary: Iterable[int] | None = None,
-        needs: DrafterRequirements | None = None,
+        requirements: DrafterRequirements | None = None,
         capacity: int | None = None,
         name: str = "lm",
     ) -> None:
         super().__init__(grower)
         self.model, self.name, self._capacity = model, name, capacity
-        self.needs = needs or DrafterRequirements()
+        self.requirements = requirements or DrafterRequirements()
         self._head: nn.Module | None = None
         self._kept = None if vocabulary is None else self._trim(sorted(set(vocabulary)))
         self._run: TreeRun | None = None
         self._scores: RunScorer | None = None
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         self._run = TreeRun(self.model, None, self._capacity)
         self._scores = None
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         run = self._run
         assert run is not None
         if budget.nodes < 1 or self.context.room < 2:

@@ -3,7 +3,7 @@
 Knows growers; it does not know which model scores the nodes.
 """
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback
+from tiercache.draft.base import Context, Drafter, Feedback
 from tiercache.draft.grow import Ranked, Static
 from tiercache.draft.growing_tree import Grower
 from tiercache.draft.noise import GumbelNoise
@@ -11,12 +11,14 @@ from tiercache.draft.sampled_growers import Branching, StochasticBeam
 from tiercache.draft.tree import DraftTree
 
 
-class GrownDrafter(BaseDrafter):
+class GrownDrafter(Drafter):
     """Drafts trees of one grower.
 
     Args:
         grower: its own alone, for it may keep state.
     """
+
+    runs_model = True
 
     def __init__(self, grower: Grower) -> None:
         self._grower = grower

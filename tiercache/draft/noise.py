@@ -1,4 +1,4 @@
-"""Makes counter-based Gumbel noise: seed, sample, position and token decide each number, whatever was asked before.
+"""Makes counter-based Gumbel noise: seed, position and token decide each number, whatever was asked before.
 
 A target that takes `argmax(scores + noise)` samples from `softmax(scores)` (the Gumbel-max trick), and what it emits
 depends on nothing but its scores and the seed: not on the tree that was verified, nor on the drafter (Coupling
@@ -26,14 +26,14 @@ class GumbelNoise:
     """Standard Gumbel noise for every token of a vocabulary at any position.
 
     Args:
-        seed, sample: of the request, and of the sample within it.
+        seed: of the request.
         vocabulary: tokens.
         device: where the noise is wanted.
     """
 
-    def __init__(self, seed: int, vocabulary: int, device: torch.device | None = None, *, sample: int = 0) -> None:
+    def __init__(self, seed: int, vocabulary: int, device: torch.device | None = None) -> None:
         self.seed = seed
-        self._key = _mix(_mix(seed) + sample)
+        self._key = _mix(_mix(seed))
         self._tokens = np.arange(1, vocabulary + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         self._device = device
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()

@@ -22,20 +22,16 @@ class ResidentDrafter(GrownDrafter):
     Args:
         resident: passes of the target within it use the resident planes alone.
         grower: how trees grow.
-        node_bytes: what a drafted node takes.
     """
 
     name = "resident"
+    requirements = DrafterRequirements(shared_kv=True)
 
-    def __init__(
-        self, resident: Callable[[], AbstractContextManager[None]], grower: Grower, *, node_bytes: int = 0
-    ) -> None:
+    def __init__(self, resident: Callable[[], AbstractContextManager[None]], grower: Grower) -> None:
         super().__init__(grower)
         self._resident = resident
-        self.needs = DrafterRequirements(shared_kv=True, node_bytes=node_bytes)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         run = self.context.run
         assert run is not None
         try:

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from tiercache.draft.base import Context, TreeBudget
 from tiercache.draft.growing_tree import (
-    Candidates,
     GrowingTree,
     PassBudget,
     Scorer,
     Siblings,
+    TokenCandidates,
     safe_log,
     siblings_of,
     within,
 )
 from tiercache.draft.tree import ROOT, DraftTree
-from tiercache.errors import UsageError
 
 
 class ParentDistributions:
@@ -72,7 +71,7 @@ class Draws:
         self._generator.manual_seed(int.from_bytes(digest) >> 1)
 
     def __call__(
-        self, nodes: Sequence[int], candidates: Candidates, count: int, q: ParentDistributions
+        self, nodes: Sequence[int], candidates: TokenCandidates, count: int, q: ParentDistributions
     ) -> list[Siblings]:
         """At most `count` children of each of `nodes`; what they were drawn from goes to `q`."""
         logq, tokens = within(candidates, q.vocabulary)
@@ -88,18 +87,15 @@ class Branching:
     """A number of children for every node of a depth, drawn without replacement (RSD-C, arXiv 2402.14160, section 3.1).
 
     Args:
-        draws: the drafter's own random numbers.
+        seed: of the drafter's own random numbers, until a request's seed replaces it (see `Draws`).
         branching: children of each node, by depth of the node; 1 beyond. Empty for as many at every depth as leave
             each of them a whole chain.
     """
 
-    def __init__(self, draws: Draws, branching: Sequence[int] = ()) -> None:
-        if any(count < 1 for count in branching):
-            raise UsageError(f"branching {tuple(branching)}; give every depth at least one child")
-        self.draws, self._branching = draws, tuple(branching)
+    def __init__(self, seed: int = 0, branching: Sequence[int] = ()) -> None:
+        self.draws, self._branching = Draws(seed), tuple(branching)
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         frontier = [ROOT]
@@ -117,7 +113,7 @@ class Branching:
                 for siblings in drawn
                 for child in zip(siblings.tokens, siblings.steps, strict=True)
             ]
-        return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
+        return growing.tree("without_replacement", q=q.of(growing))
 
     def _count(self, level: int, fair: int, width: int) -> int:
         """Children of each node of a depth; `fair` many leave deeper ones as much."""
@@ -133,13 +129,15 @@ class StochasticBeam:
     (stochastic beam search, arXiv 1903.06059, section 4.1), and the highest of a depth are kept. Siblings lie in the
     order of their scores, in which they were drawn; whether one more is kept depends on what was drawn before it, not
     on what it is, so that each is drawn from q.
+
+    Args:
+        seed: of the drafter's own random numbers, until a request's seed replaces it (see `Draws`).
     """
 
-    def __init__(self, draws: Draws) -> None:
-        self.draws = draws
+    def __init__(self, seed: int = 0) -> None:
+        self.draws = Draws(seed)
 
     def __call__(self, scorer: Scorer, context: Context, budget: TreeBudget) -> DraftTree:
-        """See `Grower`."""
         passes = PassBudget(context, budget)
         growing, q = GrowingTree(), ParentDistributions(context.vocabulary)
         beam = max(1, min(budget.width, budget.nodes // max(1, passes.depth)))
@@ -155,7 +153,7 @@ class StochasticBeam:
                 found += [(-high, len(found) + which, siblings, which) for which, high in enumerate(highs)]
             best = heapq.nsmallest(min(beam, budget.nodes - len(growing.tokens)), found)
             frontier = {growing.add(s.parent, s.tokens[which], s.steps[which]): -low for low, _, s, which in best}
-        return growing.tree("without_replacement", range(len(growing.tokens)), q.of(growing))
+        return growing.tree("without_replacement", q=q.of(growing))
 
 
 def _conditioned(high: float, score: float, perturbed: Sequence[float]) -> list[float]:

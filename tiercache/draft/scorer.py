@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tiercache.draft.base import Context
-from tiercache.draft.growing_tree import Candidates, GrowingTree
+from tiercache.draft.growing_tree import GrowingTree, TokenCandidates
 from tiercache.draft.tree import ROOT
 from tiercache.kv.tree_pass import TreeRun
 
@@ -37,7 +37,7 @@ class RunScorer:
         self._count = 0
         self.passes = 0
 
-    def __call__(self, growing: GrowingTree, nodes: Sequence[int]) -> Candidates:
+    def __call__(self, growing: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
         """Log-probabilities after each of `nodes`: [nodes, vocabulary]."""
         logits = self._logits(growing, nodes).float()
         if self._vocabulary is not None:
@@ -46,7 +46,7 @@ class RunScorer:
         logits = logits[:, : self._context.vocabulary]
         if self._context.processors is not None:
             logits = self._context.processors([growing.path_tokens(node) for node in nodes], logits)
-        return Candidates(torch.log_softmax(logits, -1))
+        return TokenCandidates(torch.log_softmax(logits, -1))
 
     def ran(self, tokens: Sequence[int]) -> list[int]:
         """Places in the run of the nodes along `tokens`, which follow the root, as far as they were run."""

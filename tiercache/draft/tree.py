@@ -13,9 +13,9 @@ import torch
 
 from tiercache.errors import DraftError
 
-# How the children of a node came about: chosen by score alone; drawn one after another without replacement; drawn
-# independently; or ranked by score plus the noise that the target will be given too.
-Order = Literal["deterministic", "without_replacement", "iid", "shared_gumbel"]
+# How the children of a node came about: chosen by score alone; drawn one after another without replacement; or
+# ranked by score plus the noise that the target will be given too.
+Order = Literal["deterministic", "without_replacement", "shared_gumbel"]
 ROOT = -1
 
 _ROUNDING = 1e-7
@@ -32,7 +32,6 @@ class DraftTree:
         q: where `order` is a drawing, the distribution that the children of each parent were really drawn from
             [vocabulary], after every processor, by parent; None otherwise.
         logq: log of the drafter's probability of each node given its parent, if it has any.
-        owners: which of several drafters guessed each node (see `Union`), for their payoff.
 
     Raises:
         DraftError: anything of this does not hold.
@@ -43,13 +42,12 @@ class DraftTree:
     order: Order = "deterministic"
     q: Mapping[int, torch.Tensor] | None = None
     logq: tuple[float, ...] | None = None
-    owners: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         nodes = len(self.tokens)
         if self.order not in get_args(Order):
             raise DraftError(f"unknown order {self.order!r}; choose one of {', '.join(get_args(Order))}")
-        for name in ("parents", "logq", "owners"):
+        for name in ("parents", "logq"):
             part = getattr(self, name)
             if part is not None and len(part) != nodes:
                 raise DraftError(f"a tree of {nodes} tokens has {len(part)} {name}; give one for each node")
@@ -58,13 +56,13 @@ class DraftTree:
                 raise DraftError(f"node {node} has parent {parent}; parents must come before their children")
         if self.logq is not None and not all(logq <= _ROUNDING for logq in self.logq):
             raise DraftError("a node's logq is above 0 or no number; give the log of a probability")
-        drawn = self.order in ("without_replacement", "iid")
+        drawn = self.order == "without_replacement"
         if drawn != (self.q is not None):
             need = "needs q, the distributions that siblings were drawn from" if drawn else "must not carry q"
             raise DraftError(f"a tree of order {self.order!r} {need}")
         if self.q is not None and (missing := set(self.parents) - set(self.q)):
             raise DraftError(f"q lacks the distribution of the children of node {min(missing)}")
-        if self.order == "without_replacement" and len(set(zip(self.parents, self.tokens, strict=True))) < nodes:
+        if drawn and len(set(zip(self.parents, self.tokens, strict=True))) < nodes:
             raise DraftError("siblings drawn without replacement cannot be the same token; draw again")
 
     def __len__(self) -> int:
@@ -91,14 +89,6 @@ class DraftTree:
     def is_chain(self) -> bool:
         """Whether no node has a sibling."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
-
-    def path(self, node: int) -> tuple[int, ...]:
-        """The nodes from the root's child to `node`."""
-        path: list[int] = []
-        while node != ROOT:
-            path.append(node)
-            node = self.parents[node]
-        return tuple(reversed(path))
 
     def child(self, node: int, token: int) -> int | None:
         """The first child of `node` (`ROOT` for the root) that has `token`; None where no child has it."""
@@ -142,7 +132,6 @@ class DraftTree:
             self.order,
             q,
             None if self.logq is None else tuple(self.logq[node] for node in nodes),
-            None if self.owners is None else tuple(self.owners[node] for node in nodes),
         )
 
 

@@ -1,7 +1,4 @@
-"""The union of several drafters: asks all of them and merges their draft trees into one.
-
-It knows drafters by their protocol only.
-"""
+"""The union of several drafters: asks all of them and merges their draft trees into one."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +19,7 @@ class Union(CompositeDrafter):
     A drafter's payoff is the share of its nodes that were accepted; recent passes count most. A drafter's share of the
     nodes follows its payoff. The better drafters are asked first, and the nodes that one leaves go to the next.
 
-    Each node's `owners` has the bit of the number of every drafter that guessed it. Where drafters disagree about a
-    node's probability, the most confident one is believed.
+    Where drafters disagree about a node's probability, the most confident one is believed.
 
     Args:
         drafters: their trees carry no q; see `CompositeDrafter`.
@@ -35,12 +31,11 @@ class Union(CompositeDrafter):
         super().__init__(drafters)
         self._proposed = [1.0] * len(drafters)
         self._true = [1.0] * len(drafters)
-        self._tree = DraftTree()
+        self._merged = _MergedTree()
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
-        self._tree = DraftTree()
+        self._merged = _MergedTree()
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`.
@@ -52,6 +47,7 @@ class Union(CompositeDrafter):
         least = max(_LEAST * max(payoffs), 1e-6)
         turns = sorted(range(len(payoffs)), key=lambda number: -payoffs[number])
         merged, left = _MergedTree(), budget.nodes
+        self._merged = merged
         self.passes = 0
         for place, number in enumerate(turns):
             shares = [max(payoffs[other], least) for other in turns[place:]]
@@ -62,37 +58,37 @@ class Union(CompositeDrafter):
             merged.add(tree, number)
             left = budget.nodes - len(merged.tokens)
             self.passes += self.drafters[number].passes
-        self._tree = merged.tree()
-        return self._tree
+        return merged.tree()
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         self._judge(feedback.emitted)
         super().observe(feedback)
 
     def _judge(self, emitted: Sequence[int]) -> None:
         """Update the payoffs by the merged tree; the verified tree may lack parts of it or have others."""
-        tree, owners = self._tree, self._tree.owners
-        if not owners:
-            return
-        came = [owners[node] for node in tree.along(emitted)]
+        came = self._merged.along(emitted)
         for number in range(len(self.drafters)):
-            bit = 1 << number
-            guessed = sum(1 for owner in owners if owner & bit)
+            guessed = sum(number in owners for owners in self._merged.owners)
             if guessed:
+                accepted = sum(number in self._merged.owners[node] for node in came)
                 self._proposed[number] = _FADING * self._proposed[number] + guessed
-                self._true[number] = _FADING * self._true[number] + sum(1 for owner in came if owner & bit)
-        self._tree = DraftTree()
+                self._true[number] = _FADING * self._true[number] + accepted
+        self._merged = _MergedTree()
 
 
 class _MergedTree:
-    """Several draft trees laid over one another; a path that several of them have occurs once."""
+    """Several draft trees laid over one another; a path that several of them have occurs once.
+
+    Attributes:
+        tokens: of each node.
+        owners: of each node, the numbers of the drafters that guessed it.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._parents: list[int] = []
         self._logq: list[float] = []
-        self._owners: list[int] = []
+        self.owners: list[set[int]] = []
         self._places: dict[tuple[int, int], int] = {}  # of a node, by its parent and token
         self._orders: set[Order] = set()
         self._scored = True
@@ -114,10 +110,20 @@ class _MergedTree:
                 self.tokens.append(token)
                 self._parents.append(key[0])
                 self._logq.append(logq)
-                self._owners.append(0)
+                self.owners.append(set())
             self._logq[found] = max(self._logq[found], logq)
-            self._owners[found] |= 1 << number
+            self.owners[found].add(number)
             place[node] = found
+
+    def along(self, emitted: Sequence[int]) -> list[int]:
+        """The nodes that `emitted` leads through, as far as there are any."""
+        path: list[int] = []
+        for token in emitted:
+            node = self._places.get((path[-1] if path else ROOT, token))
+            if node is None:
+                break
+            path.append(node)
+        return path
 
     def tree(self) -> DraftTree:
         """The merged tree; siblings on which the trees disagree share a probability of 1."""
@@ -131,5 +137,4 @@ class _MergedTree:
             tuple(self._parents),
             "shared_gumbel" if self._orders == {"shared_gumbel"} else "deterministic",
             logq=tuple(self._logq) if self._scored else None,
-            owners=tuple(self._owners),
         )

@@ -17,7 +17,7 @@ from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig
 from tiercache.decode.generate import DraftingGenerate, DraftingLimits, RuleMaker
 from tiercache.decode.scheduler import DrafterScheduler
-from tiercache.decode.verify import Rejection, Rule, Shifted, TargetWalk, Typical
+from tiercache.decode.verify import Rejection, Rule, ShiftedRejection, TargetWalk, Typical
 from tiercache.draft.base import Drafter
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
@@ -66,22 +66,17 @@ def attach_drafters(
 def _drafters(
     spec: DrafterSpec, resident: Callable[[], AbstractContextManager[None]], context: int, device: torch.device
 ) -> list[Drafter]:
-    """The drafters of a spec.
-
-    Args:
-        spec: what was asked for.
-        resident: passes of the target within it use the resident planes alone.
-        context: tokens that a sequence may have.
-        device: where the model computes.
-    """
+    """The drafters of a spec; passes of the target within `resident` use the resident planes alone."""
     config = spec.config
-    drafters = list(spec.made)
+    drafters = [] if spec.made is None else [spec.made]
     if spec.ngrams is not None:
         drafters.append(spec.ngrams())
     if spec.small is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(spec.small, dtype="auto")
         nn.Module.to(model, device)
-        drafters.append(LmDrafter(model, grower(config.grower), needs=spec.needs, capacity=context + config.slots))
+        drafters.append(
+            LmDrafter(model, grower(config.grower), requirements=spec.requirements, capacity=context + config.slots)
+        )
     if spec.resident:
         own: Drafter = ResidentDrafter(resident, grower(config.grower))
         drafters = [Cascade([*drafters, own], _SURE)] if drafters else [own]
@@ -101,7 +96,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
                 max_depth=config.depth,
                 max_nodes=nodes,
                 open_ended=drafter.open_ended,
-                passes=not drafter.tables,
+                passes=drafter.runs_model,
             )
             for drafter in drafters
         ]
@@ -113,7 +108,7 @@ def _scheduler(config: DraftConfig, drafters: list[Drafter], context: int, logit
 
 def _assumed_rates(drafter: Drafter, depth: int) -> list[list[float]]:
     """A drafter's acceptance rates by depth and rank before anything was measured."""
-    is_model = drafter.needs.shared_kv or isinstance(drafter, LmDrafter)
+    is_model = drafter.requirements.shared_kv or isinstance(drafter, LmDrafter)
     return [_MODEL_RATES if is_model else _NGRAM_RATES] * depth
 
 
@@ -123,7 +118,7 @@ def _rule_maker(config: DraftConfig) -> RuleMaker:
     def make(noise: GumbelNoise | None) -> Rule:
         generator = None if noise is None else torch.Generator().manual_seed(noise.seed)
         if config.verify == "rejection":
-            return Shifted(Rejection(generator), config.shift) if config.shift else Rejection(generator)
+            return ShiftedRejection(generator, config.shift) if config.shift else Rejection(generator)
         return Typical(generator) if config.verify == "typical" else TargetWalk(noise)
 
     return make

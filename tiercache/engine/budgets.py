@@ -1,6 +1,8 @@
 """Resolves the budgets against the machine's memory and divides them into a plan. Allocates nothing."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -14,40 +16,75 @@ from tiercache.engine.source import Opened
 from tiercache.errors import DoesNotFitError
 from tiercache.tiers.device import device_of, on_gpu, on_host
 
-
-def divide(opened: Opened, asked: MemoryRequirements, config: OffloadConfig, device: torch.device) -> Plan:
-    """Resolve the budgets and divide them."""
-    main = host_memory()
-    hbm_bytes: int | None = None
-    own_memory = device_of(device)
-    own_memory.release_cache()  # what torch keeps for itself is free to us
-    own_memory.reset_peak()
-    if (found := own_memory.free_bytes()) is not None:
-        free, total = found
-        hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
-    elif config.hbm is not None and config.hbm != Budget():
-        hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
-    taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
-    dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
-    needs, own = asked.needs, 0
-    if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
-        own = sum(needs.sizes[key] for key in needs.order)
-        needs = replace(needs, always=frozenset(needs.order) if hbm_bytes is None else needs.always)
-    made = fill_tiers(needs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes + own)
-    _check_free(made, main.free_bytes + own, device)
-    return made
+T = TypeVar("T")
 
 
-def _check_free(made: Plan, free_bytes: int, device: torch.device) -> None:
-    """Refuse a plan that the machine's free memory cannot hold, whatever the budget allows."""
-    in_host_memory = [made.dram] if made.hbm is None or on_gpu(device) else [made.dram, made.hbm]
-    total = sum(tier.slab_bytes + tier.neuron_bytes + sum(tier.reserved_bytes.values()) for tier in in_host_memory)
-    if total > free_bytes:
-        raise DoesNotFitError(
-            f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} bytes "
-            "are missing; lower dram=, or close other programs",
-            missing_bytes=total - free_bytes,
-        )
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes of each tier.
+
+    Attributes:
+        hbm_bytes: of the HBM tier; None where there is to be none.
+        dram_bytes: of main memory.
+        free_bytes: of main memory, whatever the budget allows.
+        hbm_on_host: a region of main memory stands in for the HBM tier.
+    """
+
+    hbm_bytes: int | None
+    dram_bytes: int
+    free_bytes: int
+    hbm_on_host: bool
+
+    @property
+    def has_hbm(self) -> bool:
+        """Whether there is to be an HBM tier."""
+        return self.hbm_bytes is not None
+
+    @classmethod
+    def of(cls, config: OffloadConfig, device: torch.device) -> "Budgets":
+        """The options' budgets on this machine, now."""
+        main = host_memory()
+        hbm_bytes: int | None = None
+        own_memory = device_of(device)
+        own_memory.release_cache()  # what torch keeps for itself is free to us
+        own_memory.reset_peak()
+        if (found := own_memory.free_bytes()) is not None:
+            free, total = found
+            hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
+        elif config.hbm is not None and config.hbm != Budget():
+            hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
+        taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
+        dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
+        return cls(hbm_bytes, dram_bytes, main.free_bytes, not on_gpu(device))
+
+    def divide(self, opened: Opened, asked: MemoryRequirements) -> Plan:
+        """Divide the budgets for a model.
+
+        Raises:
+            DoesNotFitError: a budget, or the free memory, is too small.
+        """
+        needs, own = asked.needs, 0
+        if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
+            own = sum(needs.sizes[key] for key in needs.order)
+            needs = replace(needs, always=frozenset(needs.order) if self.hbm_bytes is None else needs.always)
+        made = fill_tiers(needs, hbm_bytes=self.hbm_bytes, dram_bytes=self.dram_bytes + own)
+        in_host_memory = [made.dram, made.hbm] if self.hbm_on_host else [made.dram]
+        total, free_bytes = sum(tier.allocated_bytes for tier in in_host_memory if tier), self.free_bytes + own
+        if total > free_bytes:
+            raise DoesNotFitError(
+                f"the plan takes {human(total)} of main memory, {human(free_bytes)} are free: {total - free_bytes} "
+                "bytes are missing; lower dram=, or close other programs",
+                missing_bytes=total - free_bytes,
+            )
+        return made
+
+
+def fitted(make: Callable[[], T]) -> T | DoesNotFitError:
+    """What `make` returns, or why it does not fit: for a search that looks at several."""
+    try:
+        return make()
+    except DoesNotFitError as error:
+        return error
 
 
 def fill_tiers(inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:

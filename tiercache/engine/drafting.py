@@ -18,6 +18,7 @@ from tiercache.config.options import OffloadConfig
 from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.noise import KEPT_POSITIONS
+from tiercache.draft.registry import LOOKUPS
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
@@ -25,7 +26,7 @@ from tiercache.kv import speckv
 from tiercache.kv.cache import support
 from tiercache.model.trace import trace_on_meta
 from tiercache.progress import note
-from tiercache.store.source import Source, resolve
+from tiercache.store.checkpoint import Checkpoint, resolve
 
 _PIECE = 256  # tokens of a small model's pass that is traced
 _ROWS = 8  # rows of a vocabulary's size that choosing a token takes for a moment
@@ -40,8 +41,8 @@ class DrafterSpec:
         config: the options.
         vocabulary: of the target.
         resident: the target's own planes draft.
-        needs: the memory that all drafters take beside the target's own.
-        made: the caller's own drafters.
+        requirements: the memory that all drafters take beside the target's own.
+        made: the caller's own drafter.
         ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
             model may be refused before.
         small: a small model's folder; the model is loaded once its bytes are reserved.
@@ -52,8 +53,8 @@ class DrafterSpec:
     config: DraftConfig
     vocabulary: int
     resident: bool
-    needs: DrafterRequirements
-    made: tuple[Drafter, ...] = ()
+    requirements: DrafterRequirements
+    made: Drafter | None = None
     ngrams: Callable[[], Drafter] | None = None
     small: Path | None = None
     eviction_bytes: int = 0
@@ -66,7 +67,7 @@ class DrafterSpec:
         rows = KEPT_POSITIONS + _ROWS * (1 + config.width)
         if config.grower.startswith("rsd"):  # what children were drawn from stays until the tree is verified
             rows += min(config.nodes, 1 + (config.depth - 1) * config.width)
-        return self.needs.device_bytes + 4 * rows * self.vocabulary + self.config.nodes * self.needs.node_bytes
+        return self.requirements.device_bytes + 4 * rows * self.vocabulary
 
 
 def with_planes(config: OffloadConfig, *, kernels: bool, show: bool) -> OffloadConfig:
@@ -78,15 +79,10 @@ def with_planes(config: OffloadConfig, *, kernels: bool, show: bool) -> OffloadC
         show: whether notes may be printed.
 
     Raises:
-        UsageError: a drafter for a mode or precision that it cannot draft for.
+        UsageError: a drafter for a precision that it cannot draft for.
     """
     if config.draft is None:
         return config
-    if config.mode == "mixed":
-        raise UsageError(
-            "drafter= is for exact runs: mode='mixed' chooses neurons token by token, and a tree of tokens would "
-            "choose all of them; leave one of the two out"
-        )
     named = config.draft.drafter
     able = config.precision in ("int8", "int4") and kernels
     if named == "resident" and config.precision in ("int8", "int4") and not kernels:
@@ -148,29 +144,44 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
         learned = None if draft.learned is None else Path(draft.learned).expanduser()
         ngrams = partial(Ngrams, vocabulary, _identity(folder, target), folder=learned)
         with closing(ngrams()) as made:
-            needs = made.needs
-        return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, needs, ngrams=ngrams)
+            requirements = made.requirements
+        return DrafterSpec(draft, vocabulary, wanted == "auto" and config.resident, requirements, ngrams=ngrams)
     if wanted == "resident":
         return DrafterSpec(draft, vocabulary, True, DrafterRequirements(shared_kv=True))
+    if isinstance(wanted, str) and wanted in LOOKUPS:
+        wanted = LOOKUPS[wanted](vocabulary)
     if isinstance(wanted, str | Path):
         try:
             small = resolve(wanted)
         except UsageError as error:
             hint = "; to draft nothing, give drafter=None" if str(wanted) == "none" else ""
             raise UsageError(
-                f"drafter= is none of 'auto', 'resident' and 'ngram', and no model: {error}{hint}"
+                f"drafter= is none of auto, resident, ngram, {', '.join(LOOKUPS)}, and no model: {error}{hint}"
             ) from error
         return DrafterSpec(
             draft, vocabulary, False, _small_requirements(small, config, vocabulary, folder), small=small
         )
-    if isinstance(wanted, type) or not callable(getattr(wanted, "propose", None)):
+    return _made(wanted, draft, vocabulary)
+
+
+def _made(drafter: object, draft: DraftConfig, vocabulary: int) -> DrafterSpec:
+    """The spec of a drafter that exists already."""
+    if isinstance(drafter, type):
+        raise UsageError(f"drafter={drafter.__name__} is a class; make one of it: drafter={drafter.__name__}(...)")
+    if not isinstance(drafter, Drafter):
         raise UsageError(
-            f"drafter={wanted!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or a Drafter"
+            f"drafter={drafter!r} is no drafter; give 'auto', 'resident', 'ngram', a folder or Hub id, or an object of "
+            "a class that inherits from tiercache.draft.base.Drafter"
         )
-    size = wanted.needs.vocabulary
+    size = drafter.requirements.vocabulary
     if size is not None and size != vocabulary:
-        raise UsageError(f"{wanted.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
-    return DrafterSpec(draft, vocabulary, False, wanted.needs, (wanted,))
+        raise UsageError(f"{drafter.name} drafts {size} tokens, the target has {vocabulary}; give one of its family")
+    if draft.verify == "rejection" and not drafter.runs_model:
+        raise UsageError(
+            f"verify='rejection' needs trees that are drawn, and {drafter.name!r} looks tokens up; choose 'resident' "
+            "or a small model, or verify='walk'"
+        )
+    return DrafterSpec(draft, vocabulary, False, drafter.requirements, drafter)
 
 
 def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config: OffloadConfig) -> MemoryRequirements:
@@ -181,7 +192,7 @@ def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config:
     compute = {**asked.needs.compute, "drafter and trees": drafter_spec.compute_bytes + mask}
     if drafter_spec.eviction_bytes:
         compute["looking at the prompt"] = drafter_spec.eviction_bytes
-    dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.needs.host_bytes}
+    dram = {**asked.needs.dram, "tables of the drafter": drafter_spec.requirements.host_bytes}
     return replace(asked, needs=replace(asked.needs, compute=compute, dram=dram))
 
 
@@ -189,7 +200,7 @@ def _small_requirements(
     small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None
 ) -> DrafterRequirements:
     """What a small model takes, from its checkpoint's header and a trace; refuses one of another vocabulary."""
-    meta_model = Source.open(small).model()
+    meta_model = Checkpoint.open(small).model()
     own = meta_model.config.get_text_config(decoder=True).vocab_size
     same = _same_tokens(small, folder)
     if same is False or (same is None and own != vocabulary):

@@ -9,7 +9,7 @@ from typing import get_args
 
 from policies.plan import Plan
 from policies.types import Key
-from profiler.replay import Row
+from profiler.replay import PolicyRow
 from profiler.trace import Trace
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
@@ -26,7 +26,6 @@ class OffloadHandle:
 
     Attributes:
         plan: what lies where.
-        meta_trace: what a pass does and takes.
         mixed: in mixed mode, how neurons are run.
         run: how passes go.
     """
@@ -34,7 +33,7 @@ class OffloadHandle:
     def __init__(
         self, made: Plan, asked: MemoryRequirements, stats: Stats, refresh: Callable[[Stats], None], run: Run
     ) -> None:
-        self.plan, self.meta_trace, self.run = made, asked.meta_trace, run
+        self.plan, self.run = made, run
         self.mixed = run if isinstance(run, MixedRun) else None
         self._asked, self._stats, self._refresh = asked, stats, refresh
 
@@ -64,7 +63,7 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly.
         """
-        return self.run.neurons().choosing.every_token()
+        return self._neurons().choosing.every_token()
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
         """Passes that begin within are "exact" or "resident", or in mixed mode "mixed".
@@ -89,9 +88,9 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly.
         """
-        return self.run.neurons().recording()
+        return self._neurons().recording()
 
-    def replay(self, trace: Trace) -> list[Row]:
+    def replay(self, trace: Trace) -> list[PolicyRow]:
         """In mixed mode with an HBM tier: a recorded trace under every policy, in this run's slots from its own start.
 
         The row of this run's policy is what the run did, if it was recorded from its first token. Each row has the hit
@@ -100,4 +99,9 @@ class OffloadHandle:
         Raises:
             UsageError: the model is run exactly, or has no slots.
         """
-        return self.run.neurons().replay(trace)
+        return self._neurons().replay(trace)
+
+    def _neurons(self) -> MixedRun:
+        if self.mixed is None:
+            raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
+        return self.mixed

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiercache.config.options import OffloadConfig
+from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
@@ -37,14 +37,19 @@ class Machine:
         return self.kernels[self.device.type].name if self.kernels else "decode"
 
     @classmethod
-    def of(cls, config: OffloadConfig, *, show: bool | None) -> "Machine":
+    def of(cls, config: OffloadConfig, *, must_multiply: bool, show: bool | None) -> "Machine":
         """The machine that the options ask for.
+
+        Args:
+            config: the options.
+            must_multiply: by planes, slowly where there are no fast kernels; otherwise weights are decoded there.
+            show: whether notes may be printed.
 
         Raises:
             EnvironmentUnsupportedError: no such device, or kernels="fast" where there are none.
         """
         device = resolve_device(config.device)
-        return cls(device, kernels_for(config, device, show))
+        return cls(device, kernels_for(config, device, must_multiply, show))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,9 +73,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def kernels_for(config: OffloadConfig, device: torch.device, show: bool | None) -> dict[str, Kernels]:
+def kernels_for(
+    config: OffloadConfig, device: torch.device, must_multiply: bool, show: bool | None
+) -> dict[str, Kernels]:
     """Kernels for a device, and for the CPU beside it. Warns where there are none and none were ruled out."""
-    if config.precision == "source" or config.kernels == "decode":
+    if not of_planes(config.precision) or config.kernels == "decode":
         return {}
     if will_compile():
         note("compiling the kernels for this processor, once; it takes about half a minute", show=show)
@@ -84,6 +91,6 @@ def kernels_for(config: OffloadConfig, device: torch.device, show: bool | None) 
             raise
         lost = "nothing is multiplied in DRAM" if found else "every matrix is decoded before it is multiplied"
         warnings.warn(f"{lost}, which is slow: {error}", stacklevel=7)
-        if config.mode == "mixed":
+        if must_multiply:
             found = {"cpu": ReferenceKernels(), device.type: ReferenceKernels(device)} | found
     return found

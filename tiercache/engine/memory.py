@@ -38,14 +38,12 @@ class MemoryRequirements:
     Attributes:
         uses: its linear modules, in the order of a pass.
         needs: units and reserves, for the planner.
-        meta_trace: the pass without data that they were taken from.
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
     """
 
     uses: tuple[Use, ...]
     needs: PlanInputs
-    meta_trace: MetaTrace
     workspace_bytes: int
     payload: dict[int, int]
 
@@ -119,7 +117,7 @@ def memory_requirements(
         together=cut,
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return MemoryRequirements(_uses(manifest, meta_trace), needs, meta_trace, workspace, payload)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload)
 
 
 def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:

@@ -2,24 +2,25 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from policies.eviction import BOUND
 from policies.precision import PRECISION_NAMES
 from policies.types import Key
 from profiler import replay
 from profiler.trace import Trace
 from tiercache.config.sizes import human
 from tiercache.engine import mixed_plan
-from tiercache.engine.loaded import Loaded
 from tiercache.engine.mixed_plan import MixedPlan
+from tiercache.engine.placement import Placement
 from tiercache.engine.run import Views
 from tiercache.errors import UsageError
 from tiercache.model import shortlist
-from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.choosing import Choosing, Kind, holding
 from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import NextPass
 from tiercache.model.slotted_planes import Deltas
@@ -63,26 +64,23 @@ class MixedRun:
     cpu_tokens: int = 0
 
     @classmethod
-    def start(cls, plan: MixedPlan, loaded: Loaded, *, on_cpu: bool) -> "MixedRun":
-        """Make the blocks and fill their slots, if there are any.
+    def start(
+        cls, plan: MixedPlan, placed: Placement, tiers: TierStack, stack: ExitStack, *, on_cpu: bool
+    ) -> "MixedRun":
+        """Make the blocks and fill their slots, if there are any; `stack` closes what is opened here.
 
-        Args:
-            plan: how neurons are run.
-            loaded: the model; what is opened here is closed with it.
-            on_cpu: the CPU multiplies, in DRAM, what has no slot; a token then brings up only as many neurons as renew
-                the slots.
+        With `on_cpu` the CPU multiplies, in DRAM, what has no slot; a token then brings up only as many neurons as
+        renew the slots.
         """
-        config, opened, tiers = loaded.config, loaded.opened, loaded.tiers
+        config, opened, slotted = placed.config, placed.opened, placed.plan.has_hbm
         choosing = Choosing(in_order=config.max_fetches is not None)
-        capped = loaded.plan.hbm is not None and config.max_fetches is not None and not on_cpu
+        capped = slotted and config.max_fetches is not None and not on_cpu
         known = plan.measured and not capped and not math.isnan(plan.setting.kl)
         if known and plan.calibration.meta.get("precision") == config.precision:
             choosing.stats.calibrated_kl = plan.setting.kl
-        slots = None
-        if loaded.plan.hbm is not None:
-            slots = _filled_slots(plan, loaded, loaded.plan.hbm.neuron_bytes, choosing, on_cpu=on_cpu)
+        slots = _filled_slots(plan, placed, tiers, stack, choosing, on_cpu=on_cpu) if slotted else None
         deltas = [_deltas(tiers, block) for block in opened.manifest.blocks] if on_cpu else None
-        kernels, device = loaded.machine.kernels, loaded.machine.device
+        kernels, device = placed.machine.kernels, placed.machine.device
         blocks = mixed_plan.blocks(plan, opened, tiers.top, slots, kernels, choosing, device, deltas)
         units = frozenset(key for block in opened.manifest.blocks for key in block.units)
         head = opened.manifest.head if isinstance(opened.manifest.head, PlaneWeight) else None
@@ -91,11 +89,11 @@ class MixedRun:
         return cls(plan, tuple(blocks), choosing, slots, units, plan.setting.rank, config.precision, capped, head)
 
     def pass_bytes(self) -> dict[str, int]:
-        """See `engine.run.ExactRun`."""
+        """What a token needs."""
         return {"needed": self.needed_bytes}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """See `engine.run.ExactRun`."""
+        """Passes within run as `kind`."""
         if kind == "exact" and not self.plan.whole:
             raise UsageError(
                 "planes of some layers did not fit and were left out, so no pass can be exact; raise dram=, or open "
@@ -103,13 +101,9 @@ class MixedRun:
             )
         return self.choosing.passes(kind)
 
-    def neurons(self) -> "MixedRun":
-        """See `engine.run.ExactRun`."""
-        return self
-
     @property
     def notice(self) -> str:
-        """See `engine.run.ExactRun`."""
+        """What a person is told before the first token."""
         return self.loss_line
 
     @property
@@ -147,7 +141,7 @@ class MixedRun:
         blocks = self.read_bytes + sum(block.planes.block.factor_bytes for block in self.blocks)
         return blocks + (0 if self.head is None else shortlist.read_bytes(self.head))
 
-    def replay(self, trace: Trace) -> list[replay.Row]:
+    def replay(self, trace: Trace) -> list[replay.PolicyRow]:
         """What every policy would have done with a recorded trace in these slots, from the start that this run had.
 
         Raises:
@@ -163,34 +157,32 @@ class MixedRun:
         """Record each token's wishes; at the end the statistics get Belady's bound for the same slots."""
         neurons = self.blocks[0].planes.block.neurons
         trace = Trace(neurons, [block.recipe.wanted(neurons)[self.low :] for block in self.blocks])
-        before, self.choosing.trace = self.choosing.trace, _Rows(trace)
-        try:
+        with holding(self.choosing, "trace", _Rows(trace)):
             yield trace
-        finally:
-            self.choosing.trace = before
         if self.slots is not None and trace.tokens:
             hot = self.plan.calibration.frequency
-            bound = replay.replay(trace, self.slots.plan.slots, replay.BOUND, hot=hot)
+            bound = replay.replay(trace, self.slots.plan.slots, BOUND, hot=hot)
             self.choosing.stats.belady_hits = int(bound.hits.sum())
             self.choosing.stats.belady_requests = int(bound.requests.sum())
 
 
-def _filled_slots(plan: MixedPlan, loaded: Loaded, nbytes: int, choosing: Choosing, *, on_cpu: bool) -> NeuronSlots:
-    """Slots for single neurons' planes in `nbytes` of the HBM tier, with those that are there from the start."""
-    blocks = loaded.opened.manifest.blocks
-    slot_plan = plan.slot_plan(loaded.opened.manifest, nbytes)
-    memory = Slab(slot_plan.nbytes, loaded.machine.device)
-    loaded.stack.callback(memory.close)
-    caching = plan.caching(loaded.config, slot_plan, plan.setting.rank, on_cpu=on_cpu)
+def _filled_slots(
+    plan: MixedPlan, placed: Placement, tiers: TierStack, stack: ExitStack, choosing: Choosing, *, on_cpu: bool
+) -> NeuronSlots:
+    """Slots for single neurons' planes in the HBM tier, with those that are there from the start."""
+    manifest, machine = placed.opened.manifest, placed.machine
+    slot_plan = plan.slot_plan(manifest, placed.plan.fastest.neuron_bytes)
+    memory = Slab(slot_plan.nbytes, machine.device)
+    stack.callback(memory.close)
+    caching = plan.caching(placed.config, slot_plan, plan.setting.rank, on_cpu=on_cpu)
     choosing.stats.policy = caching.policy
 
     def rows(layer: int, plane: int) -> torch.Tensor:
-        block = blocks[layer]
-        return _above(loaded.tiers, block, block.low + plane).view(block.neurons, -1)
+        block = manifest.blocks[layer]
+        return _above(tiers, block, block.low + plane).view(block.neurons, -1)
 
-    host = loaded.machine.kernels["cpu"]
-    slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, host, loaded.link, choosing.stats)
-    loaded.stack.callback(slots.close)
+    slots = NeuronSlots(slot_plan, memory.bytes, rows, caching, machine.kernels["cpu"], tiers.link, choosing.stats)
+    stack.callback(slots.close)
     slots.fill()
     return slots
 

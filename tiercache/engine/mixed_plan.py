@@ -70,39 +70,35 @@ class MixedPlan:
         ranks = [min(recipe.rank, top) if slotted else top for recipe, top in zip(self.recipes, self.tops, strict=True)]
         return store.manifest(level, list(zip(ranks, self.tops, strict=True)))
 
+    def _wanted(self, manifest: Manifest) -> list[tuple[int, ...]]:
+        """Of each block, how many neurons a token wants in each plane that may have slots."""
+        low, blocks = manifest.blocks[0].low, manifest.blocks
+        return [recipe.wanted(block.neurons)[low:] for block, recipe in zip(blocks, self.recipes, strict=True)]
+
     def passing(self, manifest: Manifest) -> tuple[int, ...]:
         """Rows of each slotted plane that one token of any block may need at once."""
-        low = manifest.blocks[0].low
-        most = [0] * (TOP - low)
-        for block, recipe in zip(manifest.blocks, self.recipes, strict=True):
-            for plane, count in enumerate(recipe.wanted(block.neurons)[low:]):
-                most[plane] = max(most[plane], count, min(block.neurons, _PASSING_ROWS))
-        return tuple(most)
+        least = min(manifest.blocks[0].neurons, _PASSING_ROWS)
+        return tuple(max(least, *counts) for counts in zip(*self._wanted(manifest), strict=True))
 
     def passing_bytes(self, manifest: Manifest) -> int:
         """Memory for `passing`, and for the down rows that the first tokens of a short pass hold from the others."""
-        low, first = manifest.blocks[0].low, manifest.blocks[0]
-        wanted = [
-            recipe.wanted(block.neurons)[low:] for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
-        ]
-        widths = plane_widths(first.columns, first.group)[low:]
-        held = sum(max(layer[plane] for layer in wanted) * width for plane, width in enumerate(widths))
+        first = manifest.blocks[0]
+        widths = plane_widths(first.columns, first.group)[first.low :]
+        most = map(max, zip(*self._wanted(manifest), strict=True))
+        held: int = sum(count * width for count, width in zip(most, widths, strict=True))
         return self.slot_plan(manifest, 0).nbytes + (Choosing().few - 1) * held
 
     def share_bytes(self, store: PlaneStore) -> int:
         """What whole layers may bring of the neurons: the share of int8's bytes that was chosen."""
-        return int(self.setting.share * exact_bytes(store))
+        return int(self.setting.share * neurons_bytes(store))
 
     def slot_plan(self, manifest: Manifest, budget_bytes: int) -> SlotPlan:
         """Slots of every block within a budget."""
         first = manifest.blocks[0]
         widths = tuple(first.parts * width for width in plane_widths(first.columns, first.group)[first.low :])
         wanted = [
-            [
-                count if first.low + plane < len(block.units) else 0
-                for plane, count in enumerate(recipe.wanted(block.neurons)[first.low :])
-            ]
-            for block, recipe in zip(manifest.blocks, self.recipes, strict=True)
+            [count if first.low + plane < len(block.units) else 0 for plane, count in enumerate(counts)]
+            for block, counts in zip(manifest.blocks, self._wanted(manifest), strict=True)
         ]
         slots = precision.share_slots(wanted, widths, first.neurons, budget_bytes)
         return SlotPlan(tuple(map(tuple, slots)), self.passing(manifest), widths, first.neurons)
@@ -117,7 +113,7 @@ class MixedPlan:
             policy = replay.best(rows) if rows else "lfru"
         return Caching(policy, max_fetches, on_cpu, self.calibration.frequency)
 
-    def replayed(self, plan: SlotPlan, low: int, max_fetches: int | None) -> list[replay.Row]:
+    def replayed(self, plan: SlotPlan, low: int, max_fetches: int | None) -> list[replay.PolicyRow]:
         """Every policy on the calibration's trace of this setting; nothing where it kept none, or planes are capped."""
         trace = self.trace(low)
         if trace is None or plan.empty:
@@ -135,7 +131,7 @@ class MixedPlan:
         return Trace(neurons, counts, [row for row in rows if row is not None])
 
 
-def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[MixedPlan]:
+def plans_within(calibration: Calibration, opened: Opened, config: OffloadConfig) -> Iterator[MixedPlan]:
     """Ways that are within what was asked for, best first: each ranks with fewer planes than the one before.
 
     Raises:
@@ -144,7 +140,7 @@ def choose(calibration: Calibration, opened: Opened, config: OffloadConfig) -> I
     assert opened.store is not None
     asked, share = config.bytes_per_token, None
     if asked is not None:
-        whole = exact_bytes(opened.store)
+        whole = neurons_bytes(opened.store)
         share = asked.fraction or asked.resolve(total_bytes=whole, free_bytes=whole) / whole
     rest = calibration.meta.get("precision", config.precision)
     if config.max_loss is not None and rest != config.precision:
@@ -178,7 +174,7 @@ def capped(mixing: MixedPlan, store: PlaneStore, limit_bytes: int, *, slotted: b
     return replace(mixing, tops=tuple(top + 1 for top in tops))
 
 
-def exact_bytes(store: PlaneStore) -> int:
+def neurons_bytes(store: PlaneStore) -> int:
     """Bytes of all neurons at int8."""
     return sum(precision.exact_bytes(block.rows, sizes_of(block, store)) for block in store.blocks())
 

@@ -11,9 +11,16 @@ from typing import Any, Unpack
 import torch
 import transformers
 
-from tiercache.config.options import KernelChoice, OffloadConfig, Options, Precision, read_options
+from tiercache.config.options import (
+    KernelChoice,
+    OffloadConfig,
+    OffloadOptions,
+    Precision,
+    default_precision,
+    read_options,
+)
 from tiercache.config.sizes import Budget, SizeLike
-from tiercache.engine.session import Session
+from tiercache.engine.session import open_session
 from tiercache.store.calibration import Calibration
 from tiercache.tiers.stack import Observer
 
@@ -34,7 +41,7 @@ def offload(
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
-    **options: Unpack[Options],
+    **options: Unpack[OffloadOptions],
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
 
@@ -72,7 +79,7 @@ def offload(
     """
     places: dict[str, Any] = {"hbm": hbm if hbm is None else Budget.parse(hbm), "dram": Budget.parse(dram)}
     sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
-    precision = precision or ("int8" if options.get("mode") == "mixed" else "source")
+    precision = precision or default_precision(options)
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
     config = OffloadConfig(**places, **sizes, **chosen, **read_options(options))
@@ -91,7 +98,7 @@ def open_offloaded(
 ) -> Iterator[transformers.PreTrainedModel]:
     """`offload` with its options read already; `calibration` stands in for the store's own."""
     with ExitStack() as stack:
-        session = Session(stack, config, show_progress=show_progress, observe=observe, calibration=calibration)
+        given: dict[str, Any] = {"show_progress": show_progress, "observe": observe, "calibration": calibration}
         with torch.inference_mode(False):  # a caller's own would make tensors that a pass on the meta device cannot use
-            model = session.open(model_or_path)
+            model = open_session(model_or_path, config, stack, **given)
         yield model

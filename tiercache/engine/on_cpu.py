@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tiercache.engine.machine import Machine
-from tiercache.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -24,29 +23,9 @@ class OnCpu:
     asked: int | None
 
     @classmethod
-    def of_exact(cls, asked: int | None, machine: Machine, *, resident: bool) -> "OnCpu":
-        """For an exact run.
-
-        Args:
-            asked: the option `cpu_tokens`.
-            machine: where the model runs.
-            resident: resident passes multiply by some planes of a matrix alone, so all planes must lie on one device.
-
-        Raises:
-            UsageError: it was asked for, but resident passes rule it out.
-        """
-        if resident and asked and machine.is_gpu:
-            raise UsageError(
-                f"cpu_tokens={asked} would multiply some planes of a matrix on {machine.device} and others on the CPU, "
-                "which resident passes rule out; leave cpu_tokens= out, or choose drafter='ngram'"
-            )
-        wanted = not machine.is_gpu if asked is None else asked > 0
-        return cls("cpu" in machine.kernels and wanted, asked)
-
-    @classmethod
-    def of_mixed(cls, asked: int | None, machine: Machine) -> "OnCpu":
-        """For mixed mode, where `asked` is the option `cpu_tokens`."""
-        wanted = machine.is_gpu if asked is None else asked > 0
+    def of(cls, asked: int | None, machine: Machine, *, lossy: bool) -> "OnCpu":
+        """For a run that may be `lossy` or not; `asked` is the option `cpu_tokens`."""
+        wanted = machine.is_gpu == lossy if asked is None else asked > 0
         return cls("cpu" in machine.kernels and wanted, asked)
 
     def tokens(self, measure: Callable[[], int]) -> int:

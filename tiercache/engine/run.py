@@ -5,13 +5,12 @@ Knows plans and requirements; moves nothing.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NoReturn
 
 from policies.plan import Plan
 from policies.types import Key
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.errors import UsageError
-from tiercache.model.choosing import Choosing, Kind
+from tiercache.model.choosing import Choosing, Kind, holding
 from tiercache.model.mixed import MixedBlock
 from tiercache.model.pass_hooks import NextPass
 
@@ -56,14 +55,6 @@ class ExactRun:
         """
         raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
 
-    def neurons(self) -> NoReturn:
-        """The mixed run that chooses neurons.
-
-        Raises:
-            UsageError: this is none.
-        """
-        raise UsageError("this model is run exactly; open it with mode='mixed' to choose neurons")
-
 
 class ResidentRun(ExactRun):
     """Exact passes, and resident ones: these multiply by the lowest planes alone, as many as stay in the fastest tier.
@@ -81,11 +72,9 @@ class ResidentRun(ExactRun):
         self.resident_bytes = sum(asked.payload[key] for view in self.views.values() for key in view)
 
     def pass_bytes(self) -> dict[str, int]:
-        """See `ExactRun`."""
         return {"needed": 0, "resident": self.resident_bytes}
 
     def passes(self, kind: Kind) -> AbstractContextManager[None]:
-        """See `ExactRun`."""
         if kind == "mixed":
             raise UsageError("passes of a model that is run exactly are 'exact' or 'resident', not 'mixed'")
-        return self.next_pass.within(resident=kind == "resident")
+        return holding(self.next_pass, "resident", kind == "resident")

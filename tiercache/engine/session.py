@@ -18,9 +18,9 @@ from tiercache.engine import drafting, exact, mixed_fit
 from tiercache.engine.attach_drafters import attach_drafters
 from tiercache.engine.exact import ExactPlacement
 from tiercache.engine.handle import OffloadHandle, Run
-from tiercache.engine.loaded import Loaded
 from tiercache.engine.machine import Machine
 from tiercache.engine.mixed_fit import MixedPlacement
+from tiercache.engine.placement import Placement
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import UsageError
 from tiercache.model.attach import Attachment
@@ -37,113 +37,98 @@ from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import Observer, TierStack
 
 
-class Session:
-    """See the module.
+def open_session(
+    model_or_path: transformers.PreTrainedModel | str | Path,
+    config: OffloadConfig,
+    stack: ExitStack,
+    *,
+    show_progress: bool | None,
+    observe: Observer,
+    calibration: Calibration | None,
+) -> transformers.PreTrainedModel:
+    """The model, ready to run; see `engine.offload` for the arguments. `stack` closes what is opened here."""
+    compat.check_version()
+    notes, mixed = show_progress is not False, config.mode == "mixed"
+    machine = Machine.of(config, must_multiply=mixed, show=show_progress)
+    stack.callback(device_of(machine.device).release_cache)  # runs last: a card is as free as it was before
+    config = drafting.with_planes(config, kernels=bool(machine.kernels), show=notes)
+    opened = open_model(model_or_path, config, show_progress=show_progress)
+    placed: ExactPlacement | MixedPlacement
+    if mixed:
+        placed = mixed_fit.place(opened, config, machine, calibration)
+    else:
+        placed = exact.place(opened, config, machine, show=notes)
+    reader = stack.enter_context(Reader())
+    tiers = _tiers(placed, reader, observe)
+    stack.callback(tiers.close)
+    run = placed.start(tiers, stack, show_progress=show_progress)
+    stats = _stats(placed, tiers, reader, run)
+    if run.notice and calibration is None:  # a calibration made up for the occasion knows of no loss
+        note(run.notice, show=notes)
+    _attach(stack, placed, tiers, reader, stats, run)
+    model = placed.opened.model
+    if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
+        told: dict[str, Any] = {"show": notes, "room_price": placed.room_price}
+        attach_drafters(stack, model, placed.drafter_spec, placed.config, machine.device, stats, **told)
+    return model
 
-    Args:
-        stack: closes what is opened, in reverse order.
-        config: the options.
-        show_progress: draw bars and print notes; None for bars on a terminal.
-        observe: is told (tier, event, unit) of every decision.
-        calibration: stands in for the store's own; None for that.
-    """
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        config: OffloadConfig,
-        *,
-        show_progress: bool | None,
-        observe: Observer,
-        calibration: Calibration | None,
-    ) -> None:
-        self._stack, self._config, self._observe, self._calibration = stack, config, observe, calibration
-        self._show_progress, self._notes = show_progress, show_progress is not False
+def _tiers(placed: Placement, reader: Reader, observe: Observer) -> TierStack:
+    """Allocate the tiers; they are empty still."""
+    gbps, opened = placed.config.link_gbps, placed.opened
+    if gbps is not None and not placed.plan.has_hbm:
+        raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
+    device = placed.machine.device
+    return TierStack(placed.plan, opened.manifest, reader, device, opened.memory, observe, Link(gbps))
 
-    def open(self, model_or_path: transformers.PreTrainedModel | str | Path) -> transformers.PreTrainedModel:
-        """The model, ready to run."""
-        compat.check_version()
-        machine = Machine.of(self._config, show=self._show_progress)
-        self._stack.callback(device_of(machine.device).release_cache)  # runs last: a card is as free as it was before
-        config = drafting.with_planes(self._config, kernels=bool(machine.kernels), show=self._notes)
-        opened = open_model(model_or_path, config, show_progress=self._show_progress)
-        placed: ExactPlacement | MixedPlacement
-        if config.mode == "mixed":
-            placed = mixed_fit.place(opened, config, machine, self._calibration)
-        else:
-            placed = exact.place(opened, config, machine, show=self._notes)
-            config = placed.config
-        reader = self._stack.enter_context(Reader())
-        loaded = self._loaded(placed, config, machine, reader)
-        run = placed.start(loaded, show_progress=self._show_progress)
-        stats = self._stats(loaded, reader, run)
-        if run.notice and self._calibration is None:  # a calibration made up for the occasion knows of no loss
-            note(run.notice, show=self._notes)
-        self._attach(loaded, reader, stats, run)
-        if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
-            told: dict[str, Any] = {"show": self._notes, "room_price": placed.room_price}
-            spec, device = placed.drafter_spec, machine.device
-            attach_drafters(self._stack, loaded.opened.model, spec, config, device, stats, **told)
-        return loaded.opened.model
 
-    def _loaded(
-        self, placed: ExactPlacement | MixedPlacement, config: OffloadConfig, machine: Machine, reader: Reader
-    ) -> Loaded:
-        """Allocate the tiers; they are empty still."""
-        if config.link_gbps is not None and placed.plan.hbm is None:
-            raise UsageError("link_gbps= throttles copies to an HBM tier, and there is none; give hbm= a size")
-        link, opened = Link(config.link_gbps), placed.opened
-        tiers = TierStack(placed.plan, opened.manifest, reader, machine.device, opened.memory, self._observe, link)
-        self._stack.callback(tiers.close)
-        return Loaded(self._stack, config, machine, opened, placed.asked, placed.plan, tiers, link)
+def _attach(stack: ExitStack, placed: Placement, tiers: TierStack, reader: Reader, stats: Stats, run: Run) -> None:
+    """Put parameters and hooks in."""
+    opened, machine, device = placed.opened, placed.machine, placed.machine.device
+    model = opened.model
+    table = opened.table(stack, tiers, device)
+    uses = [_placed(use, tiers, run) for use in placed.asked.uses]
+    workspace = Slab(placed.asked.workspace_bytes, device).bytes
+    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing)
+    embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
+    attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
+    stack.callback(attachment.close)
 
-    def _stats(self, loaded: Loaded, reader: Reader, run: Run) -> Stats:
-        """Statistics that have counted nothing yet."""
-        config, machine = loaded.config, loaded.machine
-        name = "torch" if config.precision == "source" else machine.kernels_name
-        direct = _reads_directly(loaded.opened, reader)
-        stats = Stats(config.precision, str(machine.device), direct, loaded.tiers.stats, kernels=name)
-        stats.cpu_tokens = run.cpu_tokens
-        if loaded.link.gbps is not None:
-            stats.link = f"emulated, {loaded.link.gbps:g} GB/s"
-        if run.choosing is not None:
-            stats.neurons, stats.lossy = run.choosing.stats, True
-        return stats
+    def start(tokens: int, resident: bool) -> None:
+        attachment.begin_pass(resident=resident)
+        if resident:  # what is on its way for the next exact pass goes on
+            stats.resident_bytes += run.resident_bytes
+            return
+        on_cpu = 0 < tokens <= stats.cpu_tokens
+        stats.cpu_passes += on_cpu
+        tiers.begin(on_cpu=on_cpu)
 
-    def _attach(self, loaded: Loaded, reader: Reader, stats: Stats, run: Run) -> None:
-        """Put parameters and hooks in."""
-        opened, tiers, device = loaded.opened, loaded.tiers, loaded.machine.device
-        model = opened.model
-        table = opened.table(self._stack, tiers, device)
-        uses = [_placed(use, tiers, run) for use in loaded.asked.uses]
-        workspace = Slab(loaded.asked.workspace_bytes, device).bytes
-        bindings = Bindings(uses, tiers.top, workspace, loaded.machine.kernels, run.choosing)
-        embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
-        attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
-        self._stack.callback(attachment.close)
+    hooks = PassHooks(
+        model,
+        stats,
+        context=drafting.widened(placed.config).context,
+        logits=placed.config.logits,
+        passes=run.next_pass,
+        start=start,
+        finish=attachment.end_pass,
+    )
+    stack.callback(hooks.close)
+    handle = OffloadHandle(placed.plan, placed.asked, stats, _refresher(reader, table, machine), run)
+    setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
+    stack.callback(_detach, opened)
 
-        def start(tokens: int, resident: bool) -> None:
-            attachment.begin_pass(resident=resident)
-            if resident:  # what is on its way for the next exact pass goes on
-                stats.resident_bytes += run.resident_bytes
-                return
-            on_cpu = 0 < tokens <= stats.cpu_tokens
-            stats.cpu_passes += on_cpu
-            tiers.begin(on_cpu=on_cpu)
 
-        hooks = PassHooks(
-            model,
-            stats,
-            context=drafting.widened(loaded.config).context,
-            logits=loaded.config.logits,
-            passes=run.next_pass,
-            start=start,
-            finish=attachment.end_pass,
-        )
-        self._stack.callback(hooks.close)
-        handle = OffloadHandle(loaded.plan, loaded.asked, stats, _refresher(reader, table, loaded.machine), run)
-        setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
-        self._stack.callback(_detach, opened)
+def _stats(placed: Placement, tiers: TierStack, reader: Reader, run: Run) -> Stats:
+    """Statistics that have counted nothing yet."""
+    machine, precision, direct = placed.machine, placed.config.precision, _reads_directly(placed.opened, reader)
+    name = machine.kernels_name if placed.opened.store else "torch"
+    stats = Stats(precision, str(machine.device), direct, tiers.stats, kernels=name)
+    stats.cpu_tokens = run.cpu_tokens
+    if tiers.link.gbps is not None:
+        stats.link = f"emulated, {tiers.link.gbps:g} GB/s"
+    if run.choosing is not None:
+        stats.neurons, stats.lossy = run.choosing.stats, True
+    return stats
 
 
 def _reads_directly(opened: Opened, reader: Reader) -> bool:

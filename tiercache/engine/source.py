@@ -12,21 +12,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiercache.config.options import OffloadConfig, home_folder
+from tiercache.config.options import OffloadConfig, home_folder, of_planes
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
-from tiercache.store import loaded
+from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
-from tiercache.store.encode import load
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest
-from tiercache.store.manifests import checkpoint_manifest, memory_manifest
+from tiercache.store.manifests import check_in_memory, checkpoint_manifest, memory_manifest
 from tiercache.store.planestore import DECIDING, PlaneStore
-from tiercache.store.reader import Reader
-from tiercache.store.source import Source, resolve
+from tiercache.store.reader import Reader, load
 from tiercache.tiers.device import on_host
 from tiercache.tiers.stack import TierStack
 
@@ -55,11 +53,9 @@ class Opened:
     store: PlaneStore | None = None
     folder: Path | None = None
 
-    def cut(self, precision: str, *, resident: bool) -> "Opened":
-        """The same model with its matrices cut by plane, if `resident`, or whole; as it is without a store."""
-        if self.store is None:
-            return self
-        return replace(self, manifest=self.store.manifest(precision, cut=resident))
+    def cut_by_plane(self, precision: str) -> "Opened":
+        """The same model with its matrices cut by plane; as it is without a store."""
+        return replace(self, manifest=self.store.manifest(precision, cut=True)) if self.store else self
 
     @property
     def row_bytes(self) -> int:
@@ -138,20 +134,20 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     folder = resolve(model_or_path)
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
-    source = Source.open(folder)
-    if config.precision != "source":
+    source = Checkpoint.open(folder)
+    if of_planes(config.precision):
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
 
-def default_store(source: Source, group: int = 64) -> Path:
+def default_store(source: Checkpoint, group: int = 64) -> Path:
     """Where the plane store of a checkpoint is kept when none is named."""
     digest = hashlib.sha256(source.identity().encode() + (source.folder / "config.json").read_bytes()).hexdigest()
     return home_folder() / "stores" / f"{source.folder.name}-{digest[:12]}-g{group}-v{VERSION}"
 
 
-def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
+def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | None) -> PlaneStore:
     """The checkpoint's store, made now if it is not there; one of another checkpoint is refused."""
     folder = config.store or default_store(source)
     if not (folder / CATALOG_FILE).is_file():
@@ -167,21 +163,21 @@ def _store_of(source: Source, config: OffloadConfig, show_progress: bool | None)
 
 
 def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:
-    if config.precision == "source":
+    if not of_planes(config.precision):
         raise UsageError(
             f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
             "'int3', or name the checkpoint (and the store as store=, --store, for its planes)"
         )
     if config.checks:
         store.verify(show_progress=show_progress)
-    manifest = store.manifest(config.precision, cut=config.resident)
+    manifest = store.manifest(config.precision)
     return Opened(model := store.model(), model, manifest, None, False, store, store.folder)
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
-    loaded.check(model)
+    check_in_memory(model)
     bare = meta_model.build(model.config, model.dtype)
-    if config.precision == "source":
+    if not of_planes(config.precision):
         _refuse_checks(config)
         manifest, slots = memory_manifest(model)
         return Opened(model, bare, manifest, slots, True)
@@ -195,11 +191,11 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
             model.save_pretrained(folder)
             convert(folder, config.store, show_progress=show_progress)
     store = PlaneStore.open(config.store)
-    if store.contents.meta["identity"] != loaded.identity(model):
+    if store.contents.meta["identity"] != identity_in_memory(model):
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model, bare, store.manifest(config.precision, cut=config.resident), None, True, store)
+    return Opened(model, bare, store.manifest(config.precision), None, True, store)
 
 
 def _refuse_checks(config: OffloadConfig) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from profiler.workload import Matmul, Workload
-from tiercache.config.options import OffloadConfig
+from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
 from tiercache.engine.source import Opened
 from tiercache.model import meta_model
@@ -37,7 +37,7 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
         needs=asked.needs,
         payload=asked.payload,
         context=options.context,
-        kv_bytes=asked.meta_trace.kv_bytes,
+        kv_bytes=asked.needs.compute["KV cache"],
         attention_width=config.num_hidden_layers * heads * head_dim,
     )
 
@@ -58,13 +58,13 @@ def imagined_workload(
     """
     configured = getattr(config, "dtype", None)
     dtype = configured if isinstance(configured, torch.dtype) else torch.bfloat16
-    if options.precision == "source":
-        source = imagined_checkpoint(config, dtype)
-        model, manifest, store = source.model(), checkpoint_manifest(source), None
+    if not of_planes(options.precision):
+        checkpoint = imagined_checkpoint(config, dtype)
+        model, manifest, store = checkpoint.model(), checkpoint_manifest(checkpoint), None
     else:
         store = imagined_store(config, dtype, group=group)
         model, manifest = store.model(), store.manifest(options.precision)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
-    arithmetic = Arithmetic(device, kernels=options.precision != "source", on_cpu=not gpu)
+    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu)
     return workload_of(opened, memory_requirements(opened, replace(options, device="auto"), arithmetic), options)

@@ -81,6 +81,10 @@ Selection = Tensor | SlotRows | None
 """Which rows are taken: a list for all planes, a list for each, or all rows."""
 
 
+Parts = Sequence[Planes]
+"""Several matrices: gate and up, or all parts of a feed-forward block."""
+
+
 class Kernels(Protocol):
     """A backend."""
 
@@ -102,10 +106,10 @@ class Kernels(Protocol):
         A token that holds NaN or infinity gets NaN or infinity in every result.
         """
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
-        """`matmul` of several matrices with as many rows each, read together where they lie side by side (gate, up)."""
+    def matmuls(self, x: QuantizedActivations, weights: Parts, outs: Sequence[Tensor], rows: Selection = None) -> None:
+        """`matmul` of several matrices with as many rows each; a backend may read them together (gate, up)."""
+        for weight, out in zip(weights, outs, strict=True):
+            self.matmul(x, weight, out, rows)
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         """out[t, c] += sum over i of x[t, i] W[rows[i], c]; x is [tokens, rows], out fp32 [tokens, columns].
@@ -115,13 +119,7 @@ class Kernels(Protocol):
         """
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
         """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
 
@@ -161,6 +159,12 @@ def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
 def _check_list(rows: Tensor) -> None:
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
+
+
+def check_activation(name: str) -> None:
+    """Refuse the name of an activation that there is not."""
+    if name not in ACTIVATIONS:
+        raise UsageError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
 
 
 def check_output(out: Tensor, tokens: int, features: int, device: torch.device) -> None:

@@ -2,36 +2,23 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tiercache.errors import UsageError
-from tiercache.kernels.contract import (
-    ACTIVATIONS,
-    QuantizedActivations,
-    Selection,
-    SlotRows,
-    check_activations,
-    check_output,
-    check_transform,
-    checked_rows,
-)
+from tiercache.kernels import contract
+from tiercache.kernels.contract import Kernels, Parts, QuantizedActivations, Selection, SlotRows
 from tiercache.quant import hadamard
 from tiercache.quant.planes import Planes, decode
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
-
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "silu": functional.silu,
         "gelu": functional.gelu,
-        "gelu_tanh": _gelu_tanh,
+        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
         "relu": functional.relu,
         "relu2": lambda x: functional.relu(x).square(),
         "identity": lambda x: x,
@@ -45,12 +32,11 @@ def activate(name: str, x: Tensor) -> Tensor:
     Raises:
         UsageError: there is none.
     """
-    if name not in _FUNCTIONS:
-        raise UsageError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
+    contract.check_activation(name)
     return _FUNCTIONS[name](x)
 
 
-class ReferenceKernels:
+class ReferenceKernels(Kernels):
     """See `contract.Kernels`.
 
     Args:
@@ -64,53 +50,34 @@ class ReferenceKernels:
         self.device, self._dtype = device or torch.device("cpu"), dtype
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """See `contract.Kernels`."""
-        check_activations(x)
+        contract.check_activations(x)
         return QuantizedActivations(x.shape[0], x.shape[1], group, (x.to(self._dtype),))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """See `contract.Kernels`."""
-        check_transform(x, before, after)
+        contract.check_transform(x, before, after)
         turned = hadamard.transform(x.float() if before is None else x.float() * before)
         return turned if after is None else turned * after
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
-        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
+        contract.check_output(out, x.tokens, contract.checked_rows(rows, weight), self.device)
         out += x.data[0] @ self._weights(weight, rows).T
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
-        """See `contract.Kernels`."""
-        for weight, out in zip(weights, outs, strict=True):
-            self.matmul(x, weight, out, rows)
-
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
-        check_activations(x, checked_rows(rows, weight))
-        check_output(out, x.shape[0], weight.columns, self.device)
+        contract.check_activations(x, contract.checked_rows(rows, weight))
+        contract.check_output(out, x.shape[0], weight.columns, self.device)
         out += x.to(self._dtype) @ self._weights(weight, rows)
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        """See `contract.Kernels`."""
-        checked_rows(rows, *inward, down)
+        contract.checked_rows(rows, *inward, down)
         hidden = activate(activation, x.data[0] @ self._weights(inward[0], rows).T)
         for more in inward[1:]:
             hidden = hidden * (x.data[0] @ self._weights(more, rows).T)
-        check_output(out, x.tokens, down.columns, self.device)
+        contract.check_output(out, x.tokens, down.columns, self.device)
         out += hidden @ self._weights(down, rows)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
-        """See `contract.Kernels`."""
         at = 0
         for piece in pieces:
             nbytes = rows.numel() * piece.shape[1]

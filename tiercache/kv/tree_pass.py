@@ -132,8 +132,8 @@ class TreeRun:
             self._cache.layers[number].pick(seen.take(number, keep - recent.shape[0]), start)
         self.length, self._dropped = keep, self.length - keep
 
-    def run(self, tokens: Sequence[int], parents: Sequence[int], rows: Sequence[int] | None = None) -> Tensor:
-        """Run nodes; logits of each [nodes, vocabulary], or of `rows` of them alone [rows, vocabulary].
+    def run(self, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """Run nodes; logits of each [nodes, vocabulary].
 
         If it fails, what was open before is open again; a recurrent model drops all of it.
 
@@ -141,7 +141,6 @@ class TreeRun:
             tokens: of each node.
             parents: of each; -1 for the last committed token, or the index of a node. Nodes count from the first
                 that was run since the last commit, through all calls, this one included.
-            rows: those of this call whose logits are wanted, counted within the call.
 
         Raises:
             DraftError: no nodes, a parent that does not come before its node, or a branch where the model takes
@@ -152,9 +151,7 @@ class TreeRun:
         self._check(tokens, parents)
         self._enter(tokens, parents)
         try:
-            if self.supports_tree:
-                return self._tree(open_before, rows)
-            return self._chain(open_before, rows)
+            return self._tree(open_before) if self.supports_tree else self._chain(open_before)
         except BaseException:  # an interrupt as well may leave some layers longer than others
             self._back_to(0 if self._support.recurrent else open_before)
             raise
@@ -228,39 +225,34 @@ class TreeRun:
             del part[nodes:]
         self._rewind = None
 
-    def _tree(self, first: int, rows: Sequence[int] | None) -> Tensor:
+    def _tree(self, first: int) -> Tensor:
         """A pass of the open nodes from `first` on, by mask and position."""
         tip = self.length + self._dropped - self._masks.padded
         both = torch.tensor(
             (self._tokens[first:], [tip + depth for depth in self._depths[first:]]), device=self._masks.device
         )
         mask = self._masks.tree(self._ancestors, self._depths, first, self.length)
-        return self._forward(both[:1], both[1:], mask, len(self._tokens) - first, rows)
+        return self._forward(both[:1], both[1:], mask, len(self._tokens) - first)
 
-    def _chain(self, first: int, rows: Sequence[int] | None) -> Tensor:
+    def _chain(self, first: int) -> Tensor:
         """A pass of the open nodes from `first` on, as the model itself continues a sequence."""
         fed = self._tokens[first:]
         start = self.length + first
         if self._support.recurrent and first == 0:
             self._rewind = Rewind(self._cache)
             fed, start = [*self._pending, *fed], start - len(self._pending)
-        return self._causal(torch.tensor(fed), start, len(self._tokens) - first, rows)
+        return self._causal(torch.tensor(fed), start, len(self._tokens) - first)
 
-    def _causal(self, ids: Tensor, start: int, keep: int, rows: Sequence[int] | None = None) -> Tensor:
-        """A pass of tokens [length] behind `start` others; logits of the last `keep`, or of `rows` of these."""
+    def _causal(self, ids: Tensor, start: int, keep: int) -> Tensor:
+        """A pass of tokens [length] behind `start` others; logits of the last `keep`."""
         shown, positions = self._masks.causal(start, start + ids.shape[0])
-        return self._forward(ids[None].to(self._masks.device), positions + self._dropped, shown, keep, rows)
+        return self._forward(ids[None].to(self._masks.device), positions + self._dropped, shown, keep)
 
-    def _forward(
-        self, ids: Tensor, positions: Tensor, mask: object, keep: int, rows: Sequence[int] | None = None
-    ) -> Tensor:
-        wanted: int | Tensor = keep
-        if rows is not None:
-            wanted = torch.tensor(rows, device=ids.device) + (ids.shape[1] - keep)
+    def _forward(self, ids: Tensor, positions: Tensor, mask: object, keep: int) -> Tensor:
         named = cache_kwargs(self._model, self._cache)
         if self._with_positions:
             named["position_ids"] = positions
         with torch.no_grad():
-            output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=wanted, **named)
+            output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=keep, **named)
         logits: Tensor = output.logits[0]
         return logits

@@ -4,14 +4,15 @@ Knows modules, parameters and hooks; not where slots come from.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import transformers
 from torch import nn
 
-from tiercache.model.binding import Binder, Bindings, Forwards, Parameters, poison, weight_of
+from tiercache.model.binding import Binder, Bindings, Replacements, poison, weight_of
 from tiercache.model.embedding import EmbeddingRows, Lookup
-from tiercache.model.mixed import MixedBlock, MixedForward
+from tiercache.model.mixed import MixedBlock
 
 
 class Attachment:
@@ -37,19 +38,17 @@ class Attachment:
         device: torch.device,
         blocks: Sequence[MixedBlock] = (),
     ) -> None:
-        self._parameters, self._forwards, self._blocks = Parameters(), Forwards(), tuple(blocks)
-        self._buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self._replaced, self._blocks = Replacements(), tuple(blocks)
         self._lookup: Lookup | None = None
         self._binder: Binder | None = None
-        self._model: nn.Module | None = None
         try:
             for use in bindings.uses:
                 self._hide(model.get_submodule(use.module), device)
             for name, tensor in dense.items():
                 module, _, leaf = name.rpartition(".")
-                self._parameters.replace(model.get_submodule(module), leaf, tensor)
+                self._set_parameter(model.get_submodule(module), leaf, tensor)
             if isinstance(table, torch.Tensor):
-                self._parameters.replace(model.get_submodule(embedding), "weight", table)
+                self._set_parameter(model.get_submodule(embedding), "weight", table)
             else:
                 lookup = model.get_submodule(embedding)
                 assert isinstance(lookup, nn.Embedding)
@@ -57,8 +56,7 @@ class Attachment:
                 self._lookup = Lookup(lookup, table)
             self._move_buffers(model, device)
             self._binder = Binder(model, bindings)
-            self._model = model
-            model.__dict__["tie_weights"] = _leave_tied
+            self._replaced.put(model.__dict__, "tie_weights", _leave_tied)
             for block in self._blocks:
                 self._mix(model, block)
         except BaseException:  # half-way: the model must not stay changed
@@ -81,34 +79,31 @@ class Attachment:
         """Make the model what it was before; harmless when done twice."""
         for block in self._blocks:
             block.forget()
-        self._forwards.restore()
         if self._binder is not None:
             self._binder.close()
         if self._lookup is not None:
             self._lookup.close()
-        if self._model is not None:
-            self._model.__dict__.pop("tie_weights", None)
-        self._parameters.restore()
-        while self._buffers:
-            module, name, buffer = self._buffers.pop()
-            module._buffers[name] = buffer
+        self._replaced.restore()
 
     def _mix(self, model: nn.Module, block: MixedBlock) -> None:
         names = block.planes.block
         for place, (module, _) in enumerate(names.inward):
-            self._forwards.replace(model.get_submodule(module), MixedForward(block, place))
-        self._forwards.replace(model.get_submodule(names.outward), MixedForward(block, None))
+            self._replaced.put(model.get_submodule(module).__dict__, "forward", partial(block.inward, place))
+        self._replaced.put(model.get_submodule(names.outward).__dict__, "forward", block.outward)
 
     def _hide(self, module: nn.Module, device: torch.device) -> None:
         weight = weight_of(module)
-        self._parameters.replace(module, "weight", poison(weight.shape, weight.dtype, device))
+        self._set_parameter(module, "weight", poison(weight.shape, weight.dtype, device))
+
+    def _set_parameter(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        """Let `module.name` be a frozen parameter over `tensor`."""
+        self._replaced.put(module._parameters, name, nn.Parameter(tensor, requires_grad=False))
 
     def _move_buffers(self, model: nn.Module, device: torch.device) -> None:
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != device.type:
-                    self._buffers.append((module, name, buffer))
-                    module._buffers[name] = buffer.to(device)
+                    self._replaced.put(module._buffers, name, buffer.to(device))
 
 
 def _leave_tied(*arguments: object, **named: object) -> None:

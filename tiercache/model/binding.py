@@ -14,8 +14,9 @@ it was told.
 Knows modules and slots; not where slots come from.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
-from tiercache.model.linear import Inputs, PlaneForward, PlaneModule, partners
+from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
 from tiercache.tiers.tier import Supply
+
+_NOTHING = object()  # where a module had no value of its own
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,7 @@ class Bindings:
 
 
 class Binder:
-    """Binds the linear modules of one model.
-
-    Args:
-        model: the model.
-        bindings: of its modules.
-    """
+    """Binds the linear modules of one model."""
 
     def __init__(self, model: nn.Module, bindings: Bindings) -> None:
         self._supply, self._workspace = bindings.supply, bindings.workspace
@@ -81,7 +79,7 @@ class Binder:
         self._bound: nn.Parameter | None = None
         self._resident = False
         self._hooks: list[RemovableHandle] = []
-        self._forwards, self._planes = Forwards(), list[PlaneForward]()
+        self._forwards, self._planes = Replacements(), list[PlaneForward]()
         self._inputs = Inputs()
         uses = [use for use in bindings.uses if not isinstance(use.weight, NeuronWeight)]
         named = [(use, model.get_submodule(use.module)) for use in uses]
@@ -89,7 +87,7 @@ class Binder:
         for use, module in named:
             forward = self._plane_forward(use, module, bindings, pairs.get(use.module))
             if forward is not None:
-                self._forwards.replace(module, forward)
+                self._forwards.put(module.__dict__, "forward", forward)
                 self._planes.append(forward)
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
@@ -100,10 +98,10 @@ class Binder:
         """What multiplies by a module's planes as they are; None where its weight is made instead."""
         if not isinstance(use.weight, PlaneWeight) or not bindings.kernels:
             return None
-        of = PlaneModule(use.module, module, use.weight, bindings.kernels, self._inputs)
+        of = use.module, module, use.weight, bindings.kernels, self._inputs
         if bindings.choosing is not None and layer_of(use.module) is None:
-            return ShortlistForward(of, bindings.choosing)
-        return PlaneForward(of, partner)
+            return ShortlistForward(*of, choosing=bindings.choosing)
+        return PlaneForward(*of, partner)
 
     def begin_pass(self, *, resident: bool) -> None:
         """A pass begins; `resident`: it multiplies by the planes that stay."""
@@ -217,40 +215,22 @@ def poison(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> to
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(tuple(shape))
 
 
-class Forwards:
-    """Gives modules another forward and remembers what they had: most have none of their own."""
+class Replacements:
+    """Puts other values into the dictionaries of modules, and remembers what was there."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[nn.Module, object | None]] = []
+        self._before: list[tuple[MutableMapping[str, Any], str, object]] = []
 
-    def replace(self, module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Let calls of `module` run `forward`."""
-        self._before.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
-
-    def restore(self) -> None:
-        """Put the old ones back; harmless when done twice."""
-        while self._before:
-            module, forward = self._before.pop()
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
-
-
-class Parameters:
-    """Puts other parameters into modules and remembers the ones that were there."""
-
-    def __init__(self) -> None:
-        self._originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-
-    def replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-        """Let `module.name` be a frozen parameter over `tensor`."""
-        self._originals.append((module, name, module._parameters[name]))
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    def put(self, values: MutableMapping[str, Any], name: str, value: object) -> None:
+        """Let `values[name]` be another value: a parameter, a buffer, or a method of the module's own."""
+        self._before.append((values, name, values.get(name, _NOTHING)))
+        values[name] = value
 
     def restore(self) -> None:
         """Put the originals back, the same objects; harmless when done twice."""
-        while self._originals:
-            module, name, original = self._originals.pop()
-            module._parameters[name] = original
+        while self._before:
+            values, name, before = self._before.pop()
+            if before is _NOTHING:
+                del values[name]
+            else:
+                values[name] = before

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations, Selection
-from tiercache.model.block_planes import BlockPlanes, Group, Parts
+from tiercache.kernels.contract import MAX_TOKENS, Kernels, Parts, QuantizedActivations, Selection
+from tiercache.model.block_planes import BlockPlanes, Group
 from tiercache.model.linear import plain
 
 
@@ -23,7 +23,6 @@ class BlockMatmuls:
         cpu_kernels: multiply in main memory.
 
     Args:
-        planes: see above.
         modules: its inward modules, in the order of the block's, and the outward one.
         kernels: who multiplies, by the kind of device.
     """
@@ -51,25 +50,29 @@ class BlockMatmuls:
         return self.kernels.quantize_activations(x, self.planes.block.group)
 
     def multiply(
-        self, quantized: QuantizedActivations, parts: Parts, which: Sequence[int], some: slice | None = None
+        self,
+        quantized: QuantizedActivations,
+        parts: Parts,
+        which: Sequence[int],
+        some: slice | Tensor = slice(None),  # noqa: B008
+        rows: Selection = None,
     ) -> list[Tensor]:
-        """Products of the inward matrices `which`, biases included, of all neurons that `parts` hold.
+        """Products of the inward matrices `which`, biases included.
 
-        `some`: which neurons of the block these are; None for all.
+        Args:
+            quantized: the inputs.
+            parts: the matrices.
+            which: of them.
+            some: which neurons of the block `parts` hold, or `rows` select.
+            rows: where these neurons lie; None for all that `parts` hold.
         """
-        made = self._products(quantized, parts, which, parts[0].rows)
+        shape = quantized.tokens, len(some) if isinstance(some, Tensor) else parts[0].rows
+        made = [torch.zeros(shape, dtype=torch.float32, device=self.planes.device) for _ in which]
+        if which:
+            self.kernels.matmuls(quantized, [parts[part] for part in which], made, rows)
         for part, out in zip(which, made, strict=True):
             if (bias := self._bias_of(part)) is not None:
-                taken = bias.to(self.planes.device)
-                out += taken if some is None else taken[some]
-        return made
-
-    def multiply_group(self, quantized: QuantizedActivations, group: Group, which: Sequence[int]) -> list[Tensor]:
-        """Products of the inward matrices `which`, biases included, of a group's neurons."""
-        made = self._products(quantized, group.parts, which, len(group.neurons), group.rows)
-        for part, out in zip(which, made, strict=True):
-            if (bias := self._bias_of(part)) is not None:
-                out += bias.to(self.planes.device)[group.neurons]
+                out += bias.to(self.planes.device)[some]
         return made
 
     def multiply_on_cpu(self, x: Tensor, group: Group) -> list[Tensor]:
@@ -100,20 +103,6 @@ class BlockMatmuls:
     def down_bias(self) -> Tensor | None:
         """The bias of the outward module."""
         return _bias(self._modules[-1])
-
-    def _products(
-        self,
-        quantized: QuantizedActivations,
-        parts: Parts,
-        which: Sequence[int],
-        count: int,
-        rows: Selection = None,
-    ) -> list[Tensor]:
-        shape = (quantized.tokens, count)
-        outs = [torch.zeros(shape, dtype=torch.float32, device=self.planes.device) for _ in which]
-        if which:
-            self.kernels.matmuls(quantized, [parts[part] for part in which], outs, rows)
-        return outs
 
     def _bias_of(self, part: int) -> Tensor | None:
         """The bias of an inward matrix: a fused module's lies in halves."""

@@ -49,10 +49,7 @@ class BlockPass:
         x: the input that it is for, [..., features].
         values: of each inward matrix its products with x, [tokens, neurons], fp32.
 
-    Args:
-        matmuls: of the block, its planes open.
-        ranking: of its neurons.
-        x: see above.
+    The planes of the block are open.
     """
 
     def __init__(self, matmuls: BlockMatmuls, ranking: Ranking, x: Tensor) -> None:
@@ -129,7 +126,8 @@ class TokenPass(BlockPass):
                 self._add_on_cpu(x, token, group)
                 continue
             parts = self._missing(group.precision, ranked)
-            for part, value in zip(parts, self._matmuls.multiply_group(quantized, group, parts), strict=True):
+            made = self._matmuls.multiply(quantized, group.parts, parts, group.neurons, group.rows)
+            for part, value in zip(parts, made, strict=True):
                 self.values[part][token].index_copy_(0, group.neurons, value[0])
         self._count(order)
         return groups
@@ -141,7 +139,6 @@ class TokenPass(BlockPass):
             value[token].index_add_(0, neurons, out[0].to(value.device))
 
     def add_down(self, hidden: Tensor, out: Tensor) -> None:
-        """See `BlockPass`."""
         for token, groups in enumerate(self._chosen):
             for group in groups:
                 self._matmuls.add_down(hidden[token : token + 1], group, out[token : token + 1])
@@ -192,7 +189,6 @@ class MaskedPass(BlockPass):
         return precisions
 
     def add_down(self, hidden: Tensor, out: Tensor) -> None:
-        """See `BlockPass`."""
         for some, parts in self._planes.chunks(slice(self._matmuls.inward, None)):
             for at in range(0, len(hidden), MAX_TOKENS):
                 here = slice(at, at + MAX_TOKENS)
@@ -216,7 +212,6 @@ class DensePass(BlockPass):
                     value[here, some] = made
 
     def add_down(self, hidden: Tensor, out: Tensor) -> None:
-        """See `BlockPass`."""
         for some, parts in self._planes.chunks(slice(self._matmuls.inward, None)):
             for at in range(0, len(hidden), MAX_TOKENS):
                 here = slice(at, at + MAX_TOKENS)

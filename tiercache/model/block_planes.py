@@ -5,17 +5,15 @@ Knows slots and slabs, not modules. How neurons are chosen is told in `model.blo
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tiercache.kernels.contract import Selection
+from tiercache.kernels.contract import Parts, Selection
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
 from tiercache.tiers.tier import SlotSource
 
-Parts = Sequence[Planes]
 _ALL = slice(None)
 
 
@@ -37,48 +35,6 @@ class Group:
     rows: Selection
     parts: Parts
     added: bool = False
-
-
-class BlockPlanes(Protocol):
-    """The planes of a block, from `open` to `close`.
-
-    Attributes:
-        block: which.
-        top: the most planes that any of its neurons can have.
-        device: where they are multiplied.
-        input_factors: factors of the inputs of the inward matrices, fp32 [columns]; None for ones.
-        output_factors: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
-    """
-
-    block: NeuronBlock
-    top: int
-    device: torch.device
-    input_factors: Tensor | None
-    output_factors: Tensor | None
-
-    def open(self) -> None:
-        """The block's turn in a pass begins: what is always there is there when this returns."""
-
-    def close(self) -> None:
-        """Its turn is over; harmless when it had none."""
-
-    def whole(self, precision: int) -> Parts:
-        """All neurons at a precision that is always there."""
-
-    def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
-        """The neurons of one token by precision.
-
-        Args:
-            order: neurons, most important first.
-            counts: how many of them, in turn, are wanted at 3, 2 and 1 planes.
-            keep: leave the slots as they are, and do with what is there.
-        """
-
-    def held(self, group: Group) -> Group:
-        """What of a group its down product will read, kept from the choices of the tokens that follow."""
-
-    def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
-        """All neurons' `some` of the parts at the top precision, as many at a time as fit, until the next."""
 
 
 def cut(
@@ -108,25 +64,30 @@ def cut(
     ]
 
 
-class UnitPlanes:
-    """Takes a block's first unit for the length of its turn, and cuts it into matrices once for a slot that stays.
+class BlockPlanes:
+    """The planes of a block, from `open` to `close`: its first unit, and in a subclass what lies above it.
+
+    Attributes:
+        block: which.
+        top: the most planes that any of its neurons can have.
+        device: where they are multiplied.
+        input_factors: factors of the inputs of the inward matrices, fp32 [columns]; None for ones.
+        output_factors: factors of the down matrix's outputs, fp32 [columns], from the first `open` on.
 
     Args:
-        block: which.
         supply: where its first unit comes from.
-        device: where the slots are.
     """
 
     def __init__(self, block: NeuronBlock, supply: SlotSource, device: torch.device) -> None:
         self.block, self.top, self.device = block, len(block.units), device
         self._supply = supply
         self._held = False
-        self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}
+        self._placed: tuple[int, dict[int, list[Planes]]] = 0, {}  # by precision, made once for a slot that stays
         self.input_factors: Tensor | None = None
         self.output_factors: Tensor | None = None
 
     def open(self) -> None:
-        """See `BlockPlanes`."""
+        """The block's turn in a pass begins: what is always there is there when this returns."""
         slot = self._supply.acquire(self.block.units[0])
         self._held = True
         if self._placed[0] != slot.data_ptr():
@@ -134,21 +95,39 @@ class UnitPlanes:
             self.input_factors, self.output_factors = self.block.input_factors(slot), self.block.output_factors(slot)
 
     def close(self) -> None:
-        """See `BlockPlanes`."""
+        """Its turn is over; harmless when it had none."""
         if self._held:
             self._held = False
             self._supply.release(self.block.units[0])
 
     def whole(self, precision: int) -> Parts:
-        """See `BlockPlanes`."""
+        """All neurons at a precision that is always there."""
         return self._placed[1][precision]
+
+    def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
+        """The neurons of one token by precision.
+
+        Args:
+            order: neurons, most important first.
+            counts: how many of them, in turn, are wanted at 3, 2 and 1 planes.
+            keep: leave the slots as they are, and do with what is there.
+        """
+        raise NotImplementedError
+
+    def held(self, group: Group) -> Group:
+        """What of a group its down product will read, kept from the choices of the tokens that follow."""
+        return group
+
+    def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
+        """All neurons' `some` of the parts at the top precision, as many at a time as fit, until the next."""
+        raise NotImplementedError
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
         """The matrices of each precision over a slot."""
         raise NotImplementedError
 
 
-class DirectPlanes(UnitPlanes):
+class DirectPlanes(BlockPlanes):
     """All planes lie in one unit's slot, and are multiplied there. See `BlockPlanes`."""
 
     def _cut(self, slot: Tensor) -> dict[int, list[Planes]]:
@@ -157,7 +136,6 @@ class DirectPlanes(UnitPlanes):
         return {precision: cut(self.block, planes[:precision], scales) for precision in range(1, self.top + 1)}
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
-        """See `BlockPlanes`."""
         found, first = [], 0
         for precision, count in zip((3, 2, 1), counts, strict=True):
             some = order[first : first + count]
@@ -167,10 +145,5 @@ class DirectPlanes(UnitPlanes):
                 found.append(Group(here, some, some, self._placed[1][here]))
         return found
 
-    def held(self, group: Group) -> Group:
-        """See `BlockPlanes`: nothing takes its place before the block's turn is over."""
-        return group
-
     def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
-        """See `BlockPlanes`."""
         yield slice(0, self.block.neurons), self._placed[1][self.top][some]

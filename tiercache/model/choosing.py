@@ -6,7 +6,7 @@ resident  as mixed, with what lies in the slots of an HBM tier, which stay as th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,20 +43,21 @@ class Choosing:
         """Whether a pass of so many tokens, over the batch, chooses for each of them."""
         return self.kind == "resident" or (self.kind == "mixed" and (self.always or tokens <= self.few))
 
-    @contextmanager
-    def passes(self, kind: Kind) -> Iterator[None]:
+    def passes(self, kind: Kind) -> AbstractContextManager[None]:
         """Passes within run as `kind`."""
-        before, self.kind = self.kind, kind
-        try:
-            yield
-        finally:
-            self.kind = before
+        return holding(self, "kind", kind)
 
-    @contextmanager
-    def every_token(self) -> Iterator[None]:
+    def every_token(self) -> AbstractContextManager[None]:
         """Passes of any length within choose neurons for each token, as single tokens do."""
-        before, self.always = self.always, True
-        try:
-            yield
-        finally:
-            self.always = before
+        return holding(self, "always", True)
+
+
+@contextmanager
+def holding(owner: object, name: str, value: object) -> Iterator[None]:
+    """Within it the attribute `name` of `owner` is `value`; afterwards it is what it was."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -23,27 +23,21 @@ class EmbeddingRows(Protocol):
         """Rows [ids, hidden], in the table's dtype, on the host; `ids` is 1-D, on the host, in range."""
 
 
-class TableRows:
+class TableRows(EmbeddingRows):
     """Rows of a table that lies in memory."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `EmbeddingRows`."""
         return self._table.index_select(0, ids.to(self._table.device))
 
 
-class FileRows:
+class FileRows(EmbeddingRows):
     """Rows read from the file, each on its own; counts their bytes in `read_bytes`.
 
     A thread of its own reads them, for a pass of planes that stay would wait behind all that was asked for the next
-    one that streams.
-
-    Args:
-        piece: the whole table in its file.
-        shape: of the table.
-        dtype: of the table.
+    one that streams. `piece` is the whole table in its file.
     """
 
     def __init__(self, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -69,7 +63,6 @@ class FileRows:
         self._reader.close()
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """See `EmbeddingRows`."""
         rows = torch.empty((len(ids), self._columns), dtype=self._dtype)
         plain = rows.view(torch.uint8).view(len(ids), self._row_bytes).numpy()
         for first in range(0, len(ids), _ROWS_AT_ONCE):

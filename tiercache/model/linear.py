@@ -5,7 +5,6 @@ an instance of `PlaneForward`. Knows modules, planes and kernels; not where slot
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -72,25 +71,6 @@ class Inputs:
         self._results.clear()
 
 
-@dataclass(frozen=True)
-class PlaneModule:
-    """A linear module that is multiplied by planes.
-
-    Attributes:
-        name: the module's.
-        module: an `nn.Linear` or a `Conv1D`.
-        weight: its planes.
-        kernels: who multiplies, by the kind of device that the slot is on.
-        inputs: shared by all modules of the model.
-    """
-
-    name: str
-    module: nn.Module
-    weight: PlaneWeight
-    kernels: Mapping[str, Kernels]
-    inputs: Inputs
-
-
 class PlaneForward:
     """The forward of one linear module over planes.
 
@@ -98,15 +78,26 @@ class PlaneForward:
         slots: where its units lie, set for the length of a call: all of them, or the first for fewer planes.
 
     Args:
-        of: the module.
+        name: the module's.
+        module: an `nn.Linear` or a `Conv1D`.
+        weight: its planes.
+        kernels: multiply, by the kind of device that the slot is on.
+        inputs: shared by all modules of the model.
         partner: name and planes of the module that will be called with the same input (up, for gate), or None.
     """
 
-    def __init__(self, of: PlaneModule, partner: tuple[str, PlaneWeight] | None = None) -> None:
-        self._name, self._module, self._weight = of.name, of.module, of.weight
-        self._kernels, self._inputs, self._partner = of.kernels, of.inputs, partner
-        weight = of.weight
-        self._down = is_down(of.module, weight)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: PlaneWeight,
+        kernels: Mapping[str, Kernels],
+        inputs: Inputs,
+        partner: tuple[str, PlaneWeight] | None = None,
+    ) -> None:
+        self._name, self._module, self._weight = name, module, weight
+        self._kernels, self._inputs, self._partner = kernels, inputs, partner
+        self._down = is_down(module, weight)
         self._features = weight.columns if self._down else weight.rows * len(weight.own)
         self.slots: Sequence[Tensor] = ()
         self._placed: dict[int, tuple[list[int], list[Planes]]] = {}
@@ -114,8 +105,7 @@ class PlaneForward:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], in the dtype of x."""
         assert self.slots
-        if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
+        refuse_gradients(x)
         result = self._inputs.take(self._name, x)
         if result is None:
             result = self._multiply(x, self.slots)
@@ -166,6 +156,12 @@ class PlaneForward:
             parts.append(self._partner[1].part(first, self._partner[1].own[0], above))
         self._placed[len(where)] = where, parts
         return parts
+
+
+def refuse_gradients(x: Tensor) -> None:
+    """Raise for an input through which gradients are to flow."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
 
 
 def plain(x: Tensor, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from tiercache.model.block_passes import BlockPass, DensePass, MaskedPass, Ranki
 from tiercache.model.block_planes import BlockPlanes
 from tiercache.model.choosing import TOKENS_AT_ONCE, Choosing
 from tiercache.model.importance import Activation
+from tiercache.model.linear import refuse_gradients
 from tiercache.quant.planes import scale_row_bytes
 
 
@@ -54,8 +55,6 @@ class MixedBlock:
         activation: between them.
         kernels: who multiplies, by the kind of device.
         choosing: shared by all blocks.
-        recipe: see above.
-        norms: see above.
     """
 
     def __init__(
@@ -79,6 +78,7 @@ class MixedBlock:
 
     def inward(self, place: int, x: Tensor) -> Tensor:
         """The forward of inward module `place`: x [..., features] -> [..., its rows]."""
+        refuse_gradients(x)
         if self._turn is None or self._turn.x is not x:
             self.forget()
             self.planes.open()
@@ -90,6 +90,7 @@ class MixedBlock:
 
     def outward(self, hidden: Tensor) -> Tensor:
         """The forward of the outward module: hidden [..., neurons] -> [..., features]."""
+        refuse_gradients(hidden)
         if self._turn is None:
             raise UsageError("a down matrix is multiplied before its block's inward ones; this model is not supported")
         tokens = self._matmuls.matrix(hidden)
@@ -127,19 +128,6 @@ class MixedBlock:
         if choosing.kind == "mixed" and x.shape[:-1].numel() <= choosing.few:
             return TokenPass
         return MaskedPass if choosing.kind == "mixed" and choosing.always else DensePass
-
-
-class MixedForward:
-    """The forward of one module of a block; `place` None for the outward one."""
-
-    def __init__(self, block: MixedBlock, place: int | None) -> None:
-        self._block, self._place = block, place
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs], in the dtype of x."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError("gradients cannot flow through planes; call the model under torch.no_grad()")
-        return self._block.outward(x) if self._place is None else self._block.inward(self._place, x)
 
 
 def scratch_bytes(neurons: int, features: int, inward: int, tokens: int) -> int:

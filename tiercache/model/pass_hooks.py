@@ -5,8 +5,7 @@ Knows the arguments of a transformers forward; nothing of weights or tiers.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,15 +27,6 @@ class NextPass:
 
     def __init__(self) -> None:
         self.resident = False
-
-    @contextmanager
-    def within(self, *, resident: bool) -> Iterator[None]:
-        """Passes that begin within are resident, or exact."""
-        before, self.resident = self.resident, resident
-        try:
-            yield
-        finally:
-            self.resident = before
 
 
 class PassHooks:

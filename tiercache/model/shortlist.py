@@ -4,13 +4,14 @@ Knows one matrix, and how the passes at hand choose; not where its planes come f
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.choosing import TOKENS_AT_ONCE, Choosing
-from tiercache.model.linear import PlaneForward, PlaneModule, plain, transformed
+from tiercache.model.linear import PlaneForward, plain, transformed
 from tiercache.quant.planes import PRECISIONS, Planes, plane_widths, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 
@@ -28,12 +29,12 @@ class ShortlistForward(PlaneForward):
     int8: also behind a long prompt, of which the last token's logits alone are wanted. Else it is read at int8.
 
     Args:
-        of: the head.
+        of: as `PlaneForward`'s, of the head.
         choosing: what the feed-forward blocks share.
     """
 
-    def __init__(self, of: PlaneModule, choosing: Choosing) -> None:
-        super().__init__(of)
+    def __init__(self, *of: Any, choosing: Choosing) -> None:
+        super().__init__(*of)
         self._choosing = choosing
 
     def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from policies.neurons import IntArray
-from tiercache.kernels.contract import SlotRows
-from tiercache.model.block_planes import Group, Parts, UnitPlanes, cut
+from tiercache.kernels.contract import Parts, SlotRows
+from tiercache.model.block_planes import BlockPlanes, Group, cut
 from tiercache.quant.codes import MIDDLES
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import NeuronBlock
@@ -28,7 +28,6 @@ class Deltas:
     less W at the lower. Rounding that `lo` to fp16 is off by at most a 256th of a step.
 
     Args:
-        block: which.
         scales: of the block: bytes [neurons, parts, bytes of a row's scales].
         above: the planes above, in main memory: [neurons, parts, bytes of a row].
     """
@@ -51,14 +50,11 @@ def _counts(above: Sequence[Tensor]) -> range:
     return range(1, len(above) + 1)
 
 
-class SlottedPlanes(UnitPlanes):
+class SlottedPlanes(BlockPlanes):
     """The first planes are one unit in the upper tier, the planes above lie in slots there. See `BlockPlanes`.
 
     Args:
-        block: which.
-        supply: where its first unit comes from.
         slots: of the planes above.
-        device: where all of it lies.
         deltas: multiplies in main memory what has no slot; None leaves such neurons at the precision at hand.
     """
 
@@ -85,7 +81,6 @@ class SlottedPlanes(UnitPlanes):
         return made
 
     def groups(self, order: Tensor, counts: Sequence[int], *, keep: bool) -> list[Group]:
-        """See `BlockPlanes`."""
         high, middle, low = counts
         wanted = (high + middle + low, high + middle, high)[self.block.low :]
         neurons: IntArray = order.cpu().numpy()
@@ -124,11 +119,11 @@ class SlottedPlanes(UnitPlanes):
         return Group(precision, own, selection, self._placed[1][precision])
 
     def held(self, group: Group) -> Group:
-        """See `BlockPlanes`: another token may take the slots, and brings its own behind them."""
         if not isinstance(group.rows, SlotRows):
             return group
         low, down = self.block.low, group.parts[-1]
         slabs = zip(down.planes[low:], group.rows.planes[low:], strict=False)
+        # another token may take the slots, and brings its own behind them
         copies = [plane.index_select(0, rows) for plane, rows in slabs]
         kept = replace(down, planes=(*down.planes[:low], *copies), slabs=True)
         here = torch.arange(len(group.neurons), device=self.device)
@@ -136,7 +131,6 @@ class SlottedPlanes(UnitPlanes):
         return Group(group.precision, group.neurons, rows, (kept,))
 
     def chunks(self, some: slice) -> Iterator[tuple[slice, Parts]]:
-        """See `BlockPlanes`."""
         assert self._low is not None
         block, (planes, scales) = self.block, self._low
         if self.top == block.low:

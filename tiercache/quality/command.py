@@ -4,9 +4,10 @@ Brings the parts together; the reference comes first, and what the others are co
 """
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import tiercache
 from tiercache import text as texts
-from tiercache.config.options import home_folder
+from tiercache.config.options import STORE_PRECISION, home_folder, of_planes
 from tiercache.config.sizes import SizeLike
 from tiercache.engine.source import default_store
 from tiercache.errors import UsageError
@@ -26,9 +27,9 @@ from tiercache.quality import measure, report
 from tiercache.quality.harness import Harness
 from tiercache.quality.modes import Mode, parse, parse_all
 from tiercache.store.calibration import Calibration
+from tiercache.store.checkpoint import Checkpoint, resolve
 from tiercache.store.format import CATALOG_FILE
 from tiercache.store.planestore import PlaneStore
-from tiercache.store.source import Source, resolve
 
 SCHEMA = "tiercache.quality/1"
 _PROMPT_TOKENS = 16
@@ -36,7 +37,7 @@ _LEAST_DECODED = 3  # speed is counted from one single-token step's start to the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class QualityOptions:
     """What `quality` was asked for, beside the model, the text and the modes.
 
     Attributes:
@@ -50,17 +51,17 @@ class Options:
         show_progress: draw bars.
     """
 
-    tokens: int = 8192
-    window: int = 512
-    batch: int = 1
-    decode: int = 16
+    tokens: int
+    window: int
+    batch: int
+    decode: int
     offload: dict[str, Any]
-    store: Path | None = None
-    tasks: Path | None = None
-    limit: int | None = None
-    length: int = 2048
+    store: Path | None
+    tasks: Path | None
+    limit: int | None
+    length: int
     scratch: Path
-    show_progress: bool | None = None
+    show_progress: bool | None
 
 
 def quality(
@@ -68,7 +69,7 @@ def quality(
     text: Path,
     *,
     modes: Sequence[str] = ("int8", "int4", "int3"),
-    reference: str = "int8",
+    reference: str = STORE_PRECISION,
     tokens: int = 8192,
     window: int = 512,
     batch: int = 1,
@@ -84,7 +85,7 @@ def quality(
     scratch: Path | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Measure the modes; the options are those of `Options`.
+    """Measure the modes; the options are those of `QualityOptions`.
 
     Args:
         model: a checkpoint or plane store.
@@ -97,47 +98,49 @@ def quality(
     Raises:
         UsageError, EnvironmentUnsupportedError: what cannot be meant; too little disk, or no optional package.
     """
-    wanted, exact = parse_all(modes), _reference(reference)
+    wanted = parse_all(modes)
+    if reference not in (STORE_PRECISION, "source"):
+        raise UsageError(f"the reference is int8 or source, not {reference!r}; leave it out for int8")
+    exact = parse(reference)
     folder = resolve(model).resolve()
-    _refuse_source(folder, [exact, *wanted])
-    if any(mode.mixed for mode in wanted):
-        _refuse_uncalibrated(folder, None if store is None else store.expanduser())
+    store = None if store is None else store.expanduser()
+    _check_stores(folder, [exact, *wanted], store)
     if plot is not None:
         report.check_plot(plot)
-    sizes: dict[str, Any] = {"tokens": tokens, "window": window, "batch": batch, "decode": decode, "length": length}
-    place: dict[str, Any] = {"offload": {"hbm": hbm, "dram": dram, "device": device}, "store": store}
-    place["scratch"] = home_folder() if scratch is None else scratch.expanduser()
-    options = Options(**sizes, **place, tasks=tasks, limit=limit, show_progress=show_progress)
+    options = QualityOptions(
+        tokens=tokens,
+        window=window,
+        batch=batch,
+        decode=decode,
+        offload={"hbm": hbm, "dram": dram, "device": device},
+        store=store,
+        tasks=tasks,
+        limit=limit,
+        length=length,
+        scratch=home_folder() if scratch is None else scratch.expanduser(),
+        show_progress=show_progress,
+    )
     result = _measure(folder, text, [exact, *(mode for mode in wanted if mode != exact)], options)
     if plot is not None:
         report.plot(result, plot)
     return result
 
 
-def _reference(name: str) -> Mode:
-    if name not in ("int8", "source"):
-        raise UsageError(f"the reference is int8 or source, not {name!r}; leave it out for int8")
-    return parse(name)
-
-
-def _refuse_source(folder: Path, modes: list[Mode]) -> None:
-    """Before hours of work, not when its turn comes."""
-    if _is_store(folder) and any(mode.precision == "source" for mode in modes):
+def _check_stores(folder: Path, modes: list[Mode], store: Path | None) -> None:
+    """Refuse modes that lack their weights or their calibration now, not after hours of work."""
+    if _is_store(folder) and any(not of_planes(mode.precision) for mode in modes):
         raise UsageError(f"{folder} is a plane store, which holds no original weights; name the checkpoint for source")
+    if any(mode.mixed for mode in modes):
+        place = folder if _is_store(folder) else store or default_store(Checkpoint.open(folder))
+        if not _is_store(place):
+            raise UsageError(
+                f"mixed modes need a calibrated plane store, and {place} is not there; make it: tiercache convert "
+                f"{folder} {place}, then tiercache calibrate {place} --text FILE"
+            )
+        Calibration.load(PlaneStore.open(place))
 
 
-def _refuse_uncalibrated(folder: Path, store: Path | None) -> None:
-    """Likewise; a store that is yet to be made has no calibration either."""
-    place = folder if _is_store(folder) else store or default_store(Source.open(folder))
-    if not _is_store(place):
-        raise UsageError(
-            f"mixed modes need a calibrated plane store, and {place} is not there; make it: tiercache convert {folder} "
-            f"{place}, then tiercache calibrate {place} --text FILE"
-        )
-    Calibration.load(PlaneStore.open(place))
-
-
-def _measure(folder: Path, file: Path, modes: list[Mode], options: Options) -> dict[str, Any]:
+def _measure(folder: Path, file: Path, modes: list[Mode], options: QualityOptions) -> dict[str, Any]:
     """The first mode is the reference."""
     config = meta_model.read_config(folder).get_text_config()
     _check(config, options)
@@ -171,7 +174,7 @@ def _one(
     windows: list[Tensor],
     kept: measure.KeptLogits | None,
     harness: Harness | None,
-    options: Options,
+    options: QualityOptions,
     *,
     first: bool,
 ) -> dict[str, Any]:
@@ -182,51 +185,37 @@ def _one(
     sizes = {"context": max(tokens, len(prompt) + options.decode), "logits": tokens}
     if harness is not None:
         sizes = {name: max(size, harness.tokens) for name, size in sizes.items()}
-    store = {} if mode.precision == "source" or _is_store(folder) else {"store": options.store}
+    store = {} if not of_planes(mode.precision) or _is_store(folder) else {"store": options.store}
     asked: dict[str, Any] = {**options.offload, **sizes, **store, **mode.options()}
     with tiercache.offload(folder, **asked, show_progress=options.show_progress) as model:
         attached: Any = model.tiercache
         pass_bytes = attached.pass_bytes()
-        with _progress(mode, pass_bytes["needed"], len(inputs), options) as after:
+        title, needed = f"{mode.name} over the text", pass_bytes["needed"]
+        with bar(title, needed * len(inputs), show=options.show_progress) as advance:
             compared = {"keep": kept} if first else {"reference": kept}
+            after = partial(advance, needed)
             score = measure.score(model, inputs, **compared, every_token=mode.mixed, after=after)
         with attached.recording() if mode.mixed else nullcontext():  # of the tokens that pass through the slots
             speed = measure.decoding_speed(model, prompt, options.decode)
-        neurons = _neurons(attached) if mode.mixed else None
-        tasks = None if harness is None else harness.run(model, mixed=mode.mixed, show=options.show_progress)
+        bytes_per_token: float = needed
+        rates: dict[str, Any] = dict.fromkeys(("hit_rate", "chance", "belady"))
+        extras: dict[str, Any] = {}
+        if mode.mixed:  # of neurons, the mean of what the tokens did read; of the rest, all
+            counted = attached.stats().neurons
+            rest_bytes = attached.pass_bytes()["needed"] - attached.mixed.read_bytes
+            bytes_per_token = rest_bytes + counted.read_bytes / counted.tokens
+            extras["neurons"] = {**counted.to_dict(), "rest_bytes": rest_bytes}
+            rates = {name: getattr(counted, name) for name in rates}
+        if harness is not None:
+            extras["tasks"] = harness.run(model, mixed=mode.mixed, show=options.show_progress)
         stats = attached.stats()
-        nature = {"lossy": stats.lossy, "kernels": stats.kernels, "device": stats.device}
-    row = {"mode": mode.name, "precision": mode.precision, "reference": first, **nature}
-    cost = {"bytes_per_token": _bytes_per_token(pass_bytes, neurons), "ssd_bytes": pass_bytes["ssd"]}
-    rates = {name: None if neurons is None else neurons[name] for name in ("hit_rate", "chance", "belady")}
-    extras = {"neurons": neurons, "tasks": tasks}
-    row |= {**cost, **score.to_dict(), "tokens_per_s": speed, **rates}
-    return row | {name: value for name, value in extras.items() if value is not None}
+    row = {"mode": mode.name, "precision": mode.precision, "reference": first}
+    row |= {"lossy": stats.lossy, "kernels": stats.kernels, "device": stats.device}
+    row |= {"bytes_per_token": bytes_per_token, "ssd_bytes": pass_bytes["ssd"], **score.to_dict()}
+    return row | {"tokens_per_s": speed, **rates, **extras}
 
 
-def _neurons(attached: Any) -> dict[str, Any]:
-    """The account of the neurons as it stands now, as plain data; and what the rest of a token reads."""
-    neurons = attached.stats().neurons
-    return {**neurons.to_dict(), "rest_bytes": attached.pass_bytes()["needed"] - attached.mixed.read_bytes}
-
-
-def _bytes_per_token(pass_bytes: dict[str, int], neurons: dict[str, Any] | None) -> float:
-    """Bytes of weights that the products of one token read; of neurons, the mean of what they did read."""
-    if neurons is None:
-        return pass_bytes["needed"]
-    total: float = neurons["rest_bytes"] + neurons["read_bytes"] / neurons["tokens"]
-    return total
-
-
-@contextmanager
-def _progress(mode: Mode, pass_bytes: int, passes: int, options: Options) -> Iterator[Callable[[], None]]:
-    """A bar over the weights that the passes need; what it yields is called after each pass."""
-    title = f"{mode.name} over the text"
-    with bar(title, pass_bytes * passes, show=options.show_progress) as advance:
-        yield lambda: advance(pass_bytes)
-
-
-def _check(config: transformers.PretrainedConfig, options: Options) -> None:
+def _check(config: transformers.PretrainedConfig, options: QualityOptions) -> None:
     """Refuse numbers that cannot be meant, before anything is opened."""
     least = {"tokens": 2, "window": 2, "batch": 1, "decode": 0, "length": 2}
     for name, low in least.items():

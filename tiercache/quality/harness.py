@@ -13,12 +13,13 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,11 +35,10 @@ class Harness:
     """The tasks of a folder, loaded once and run in each mode.
 
     Args:
-        tasks: the harness's tasks, by name.
+        tasks, folder: the harness's tasks, by name, and where they were found.
         tokenizer: the model's.
         limit: items of each task, None for all.
         length: tokens of a request at most; the harness cuts longer ones from the left.
-        folder: where the tasks were found.
         cache: a folder for data sets.
     """
 
@@ -59,32 +59,24 @@ class Harness:
     def open(cls, folder: Path, tokenizer: Any, *, limit: int | None, length: int) -> Iterator["Harness"]:
         """Load all tasks that lie in `folder`; paths in them may be relative to it.
 
-        Raises:
-            EnvironmentUnsupportedError: the harness is not installed, or a task wants the network.
-            UsageError: no such folder, no task in it, or one that cannot be loaded.
+        Raises EnvironmentUnsupportedError where the harness is not installed or a task wants the network, UsageError
+        where there is no such folder, no task in it, or one that cannot be loaded.
         """
         _import()
         folder = folder.expanduser().resolve()
         if not folder.is_dir():
             raise UsageError(f"{folder} is no folder; name one with the harness's task files (*.yaml)")
         with tempfile.TemporaryDirectory(prefix="tiercache-tasks-") as cache:
-            quietly = (_offline(Path(cache)), _hushed(show=False), _same_randomness(), contextlib.chdir(folder))
-            with _troubles_named(folder), ExitStack() as stack:
-                for manager in quietly:
-                    stack.enter_context(manager)
+            with _troubles_named(folder), _quietly(Path(cache), show=False), contextlib.chdir(folder):
                 harness = cls(_load(folder), tokenizer, limit, length, folder, Path(cache))
             yield harness
 
     def run(self, model: Any, *, mixed: bool, show: bool | None = None) -> dict[str, dict[str, float]]:
-        """Each task's metrics with an attached model, or any of transformers; `mixed`: choose neurons for each token.
-
-        Raises:
-            EnvironmentUnsupportedError: a task wants the network.
-        """
+        """Each task's metrics with an attached model, or any of transformers; `mixed`: neurons are chosen by token."""
         lm_eval = _import()
         every_token = model.tiercache.every_token() if mixed else nullcontext()
         visible = sys.stderr.isatty() if show is None else show
-        with _offline(self._cache), _hushed(show=visible), _same_randomness(), every_token:
+        with _quietly(self._cache, show=visible), every_token:
             client = lm_eval.models.huggingface.HFLM(
                 pretrained=model, tokenizer=self._tokenizer, batch_size=1, max_length=self._length
             )
@@ -134,13 +126,9 @@ class Harness:
 
 
 def _import() -> Any:
-    """The harness, imported without the network.
-
-    Raises:
-        EnvironmentUnsupportedError: it is not installed.
-    """
+    """The harness, imported without the network; raises EnvironmentUnsupportedError where it is not installed."""
     try:
-        with _environment(_OFFLINE), warnings.catch_warnings():
+        with mock.patch.dict(os.environ, _OFFLINE), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # packages that it brings along
             for part in ("lm_eval.models.huggingface", "lm_eval.tasks"):
                 import_module(part)
@@ -191,6 +179,13 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def _quietly(cache: Path, *, show: bool) -> Iterator[None]:
+    """Within, there is no network, no output, and the generators that the harness seeds get their state back."""
+    with _offline(cache), _hushed(show=show), _same_randomness():
+        yield
+
+
+@contextmanager
 def _offline(cache: Path) -> Iterator[None]:
     """No network, and data sets in `cache`, for packages that read such settings once, when imported."""
     hub, datasets = import_module("huggingface_hub.constants"), import_module("datasets.config")
@@ -201,25 +196,10 @@ def _offline(cache: Path) -> Iterator[None]:
         (datasets, "HF_DATASETS_CACHE", cache),
         (import_module("lm_eval.evaluator"), "get_git_commit_hash", lambda: None),  # of whatever folder this is
     ]
-    with _environment(_OFFLINE), ExitStack() as stack:
+    with mock.patch.dict(os.environ, _OFFLINE), ExitStack() as stack:
         for place, name, value in replaced:
-            stack.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, value)
+            stack.enter_context(mock.patch.object(place, name, value))
         yield
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -243,12 +223,8 @@ def _same_randomness() -> Iterator[None]:
     """Give the generators back the state that the harness's seeding takes from them."""
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=_cuda_devices()):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)
-
-
-def _cuda_devices() -> Iterable[int]:
-    return range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

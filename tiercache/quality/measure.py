@@ -22,22 +22,14 @@ from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
 
 _ROWS = 32  # rows of the vocabulary that are compared at a time: in fp64, a few copies of them
-_ELSEWHERE = "name another --scratch folder"
-
-
-class NoRoomError(EnvironmentUnsupportedError):
-    """The reference's logits have no room; `what` says so without the way out."""
-
-    def __init__(self, what: str, way_out: str) -> None:
-        super().__init__(f"{what}; {way_out}")
-        self.what = what
+_WAY_OUT = "ask for fewer --tokens, or name another --scratch folder"
 
 
 class KeptLogits:
     """Rows of logits in a file: put in order, taken in the same order, as often as one likes."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], way_out: str) -> None:
+        self._file, self._way_out = file, way_out
         self._dtype, self._vocabulary = torch.float32, 0
 
     def put(self, rows: Tensor) -> None:
@@ -48,9 +40,8 @@ class KeptLogits:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise NoRoomError(
-                "the disk is full: the reference's logits do not fit",
-                "ask for fewer --tokens, or name another --scratch",
+            raise EnvironmentUnsupportedError(
+                f"the disk is full: the reference's logits do not fit; {self._way_out}"
             ) from error
 
     def rewind(self) -> None:
@@ -67,38 +58,24 @@ class KeptLogits:
 
 
 @contextmanager
-def kept_logits(folder: Path, size_bytes: int) -> Iterator[KeptLogits]:
+def kept_logits(folder: Path, size_bytes: int, way_out: str = _WAY_OUT) -> Iterator[KeptLogits]:
     """Room for logits in `folder`, given back at the end.
 
-    Raises:
-        NoRoomError: it is not there, may not be written to, or is too full.
-    """
-    check_room(folder, size_bytes)
-    try:
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise NoRoomError(f"no file can be made in {folder} ({error.strerror})", _ELSEWHERE) from error
-    with file:
-        yield KeptLogits(file)
-
-
-def check_room(folder: Path, size_bytes: int) -> None:
-    """Refuse what the disk of `folder` cannot hold.
-
-    Raises:
-        NoRoomError: with the bytes that are missing.
+    Raises EnvironmentUnsupportedError with the `way_out` where the folder may not be written to, or is too full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
     except OSError as error:
-        raise NoRoomError(f"{folder} cannot be used ({error.strerror})", _ELSEWHERE) from error
-    if size_bytes > free_bytes:
-        raise NoRoomError(
-            f"the reference's logits take {human(size_bytes)} on disk, {folder} has {human(free_bytes)} free: "
-            f"{size_bytes - free_bytes} bytes are missing",
-            "ask for fewer --tokens, or name a --scratch folder elsewhere",
-        )
+        raise EnvironmentUnsupportedError(f"{folder} cannot be used ({error.strerror}); {way_out}") from error
+    with file:
+        if size_bytes > free_bytes:
+            raise EnvironmentUnsupportedError(
+                f"the reference's logits take {human(size_bytes)} on disk, {folder} has {human(free_bytes)} free: "
+                f"{size_bytes - free_bytes} bytes are missing; {way_out}"
+            )
+        yield KeptLogits(file, way_out)
 
 
 @dataclass
@@ -132,10 +109,15 @@ class Score:
         self.kl += _expected(log_p, log_p - log_q)
         self.same += int((reference.argmax(-1) == logits.argmax(-1)).sum())
 
+    @property
+    def perplexity(self) -> float:
+        """Of the predictions."""
+        loss = self.nats / self.tokens
+        return math.exp(loss) if loss < 700 else math.inf
+
     def to_dict(self) -> dict[str, float | None]:
         """Means a token; None for what is not finite, which JSON cannot say."""
-        loss = self.nats / self.tokens
-        means = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "kl": self.kl / self.tokens}
+        means = {"loss": self.nats / self.tokens, "perplexity": self.perplexity, "kl": self.kl / self.tokens}
         finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
         return {**finite, "top1": self.same / self.tokens}
 
@@ -163,11 +145,11 @@ def score(
     every_token: bool = False,
     after: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Run the batches through a model.
+    """Run batches of tokens [batch, window] through an attached model, or any causal language model of transformers.
 
     Args:
-        model: an attached model, or any causal language model of transformers.
-        inputs: batches of tokens: [batch, window] each.
+        model: to run.
+        inputs: the batches.
         reference: what to compare with; None where this is the reference.
         keep: takes the logits, for later comparisons.
         every_token: choose neurons for each token as in decoding, which a mixed mode does not do in long passes.
@@ -179,19 +161,14 @@ def score(
     for batch in inputs:
         with model.tiercache.every_token() if every_token else nullcontext():
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-        for rows, targets in _pieces(logits, batch[:, 1:]):
-            total.add(rows, targets, None if reference is None else reference.take(len(rows)))
-            if keep is not None:
-                keep.put(rows)
+        for sequence, wanted in zip(logits, batch[:, 1:], strict=True):
+            for some, targets in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
+                rows = some.cpu()
+                total.add(rows, targets.cpu(), None if reference is None else reference.take(len(rows)))
+                if keep is not None:
+                    keep.put(rows)
         after()
     return total
-
-
-def _pieces(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A few rows at a time, in main memory."""
-    for sequence, wanted in zip(logits, targets, strict=True):
-        for rows, few in zip(sequence.split(_ROWS), wanted.split(_ROWS), strict=True):
-            yield rows.cpu(), few.cpu()
 
 
 def decoding_speed(model: Any, prompt: Tensor, tokens: int) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from tiercache.config.options import Precision
+from tiercache.config.options import STORE_PRECISION, Precision, of_planes
 from tiercache.config.sizes import Budget
 from tiercache.errors import UsageError
 
@@ -15,7 +15,6 @@ FORMS = (
     "token) or 'mixed:<=0.01' (nats a token that may be lost) for a mixed mode, with /int4 behind it for the precision "
     "of its other matrices"
 )
-_MIXED_PRECISION = "int8"  # of the matrices that are no neurons, where none is named
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,7 @@ class Mode:
 
 
 def parse(text: str) -> Mode:
-    """Read one mode.
-
-    Raises:
-        UsageError: it is none; the message names the forms.
-    """
+    """Read one mode; raises UsageError with the forms where it is none."""
     name = re.sub(r"\s", "", text)
     precisions = get_args(Precision)
     if name in precisions:
@@ -60,8 +55,8 @@ def parse(text: str) -> Mode:
     budget, slash, precision = rest.partition("/")
     if kind != "mixed" or not colon or not budget:
         raise UsageError(f"unknown mode {text!r}: {FORMS}")
-    precision = precision if slash else _MIXED_PRECISION
-    if precision not in precisions or precision == "source":
+    precision = precision if slash else STORE_PRECISION
+    if precision not in precisions or not of_planes(precision):
         raise UsageError(f"a mixed mode's other matrices are int8, int4 or int3, not {precision!r}: {FORMS}")
     if budget.startswith("<="):
         return Mode(name, precision, max_loss=_loss(budget[2:], text))
@@ -75,11 +70,7 @@ def parse(text: str) -> Mode:
 
 
 def parse_all(texts: Iterable[str]) -> list[Mode]:
-    """Read modes, several of them in one text where commas part them; each is kept once.
-
-    Raises:
-        UsageError: one is no mode, or there is none.
-    """
+    """Read modes, several of them in one text where commas part them; each is kept once. Raises as `parse`."""
     found = [parse(part) for text in texts for part in text.split(",") if part.strip()]
     if not found:
         raise UsageError(f"no mode was named: {FORMS}")

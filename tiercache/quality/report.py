@@ -72,12 +72,7 @@ def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_plot(file: Path) -> None:
-    """Refuse early what `plot` could not draw.
-
-    Raises:
-        UsageError: no picture's name, or no folder for it.
-        EnvironmentUnsupportedError: matplotlib is not installed.
-    """
+    """Refuse early what `plot` could not draw: no picture's name, no folder for it, or no matplotlib."""
     if file.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"--plot {file} is neither .png nor .svg; name it so")
     if not file.expanduser().parent.is_dir():
@@ -92,8 +87,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
     rows = [row for row in result["rows"] if row["kl"] is not None]
     floor = _floor(rows)
     for label, marker, series in (
-        ("exact", "o", [row for row in rows if not _is_mixed(row) and not row["reference"]]),
-        ("mixed", "s", [row for row in rows if _is_mixed(row)]),
+        ("exact", "o", [row for row in rows if not row["lossy"] and not row["reference"]]),
+        ("mixed", "s", [row for row in rows if row["lossy"]]),
         (_LEGEND, "*", [row for row in rows if row["reference"]]),
     ):
         if series:
@@ -113,11 +108,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
 
 
 def _figure() -> Any:
-    """A figure of its own: no window, and nothing that pyplot would remember.
-
-    Raises:
-        EnvironmentUnsupportedError: matplotlib is not installed.
-    """
+    """A figure of its own: no window, and nothing that pyplot would remember."""
     try:
         agg, figures = import_module("matplotlib.backends.backend_agg"), import_module("matplotlib.figure")
     except ImportError as error:
@@ -127,10 +118,6 @@ def _figure() -> Any:
     figure = figures.Figure(figsize=(8, 5), layout="constrained", dpi=150)
     agg.FigureCanvasAgg(figure)
     return figure
-
-
-def _is_mixed(row: dict[str, Any]) -> bool:
-    return str(row["mode"]).startswith("mixed")
 
 
 def _floor(rows: list[dict[str, Any]]) -> float:

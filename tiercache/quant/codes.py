@@ -56,7 +56,7 @@ def ranges(least: Tensor, most: Tensor, *, first_row: int = 0) -> tuple[Tensor, 
     return lo, step.where(~constant, 0)
 
 
-def choose(w3: Tensor, w4: Tensor, w8: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_codes(w3: Tensor, w4: Tensor, w8: Tensor, lo: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Codes h and c (uint8) whose weighted squared errors against int3's, int4's and int8's targets are least.
 
     Targets are fp32 of one shape; lo and step (fp16) broadcast against them. Tried are the h nearest to int4's
@@ -93,7 +93,7 @@ def values(h: Tensor, c: Tensor, lo: Tensor, step: Tensor) -> Tensor:
 def upper_codes(device: torch.device) -> Tensor:
     """h for each sum 12 h + c that can be."""
     sums, one = torch.arange(CELL * TOP + TOP + 1.0, device=device), torch.ones((), device=device)
-    return choose(sums, sums, sums, one - 1, one)[0]
+    return nearest_codes(sums, sums, sums, one - 1, one)[0]
 
 
 def _fp16_below(x: Tensor) -> Tensor:

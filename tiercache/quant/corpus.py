@@ -22,12 +22,7 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of a calibration text.
-
-    Attributes:
-        windows: token ids, int64 [windows, tokens].
-        sha256: of the file.
-    """
+    """Windows of a calibration text, int64 [windows, tokens], and the file's SHA-256."""
 
     windows: Tensor
     sha256: str
@@ -36,17 +31,10 @@ class Corpus:
     def read(
         cls, file: Path | None, folder: Path, config: transformers.PretrainedConfig, tokens: int = CALIBRATION_TOKENS
     ) -> "Corpus":
-        """Tokenize a text with the tokenizer that lies in a checkpoint's folder.
+        """Tokenize a text, or the package's own, with the tokenizer that lies in a checkpoint's folder.
 
-        Args:
-            file: the text; None for the package's own.
-            folder: the checkpoint's.
-            config: of the model.
-            tokens: at most so many are used, in whole windows.
-
-        Raises:
-            UsageError: no such text, or too short for one window.
-            StoreError: no tokenizer, or another model's.
+        At most `tokens` are used, in whole windows. Raises UsageError where there is no such text or not one window in
+        it, StoreError where there is no tokenizer, or another model's.
         """
         window = min(WINDOW, texts.positions(config) or WINDOW, tokens)
         if window < 2:

@@ -8,8 +8,8 @@ outputs. The weights of the inputs after j are changed so that they take this ba
 
 Here one pair of codes serves three precisions, which make different errors. So the weights that remain are kept three
 times, as one state for each precision, and each state gets the feedback of its own errors alone. The codes of an input
-are those whose weighted errors against the three states are least (`codes.choose`). Inputs with the largest second
-moments come first, because most inputs are then left to take their errors back. Inputs that share a group stay
+are those whose weighted errors against the three states are least (`codes.nearest_codes`). Inputs with the largest
+second moments come first, because most inputs are then left to take their errors back. Inputs that share a group stay
 together, because they share its scales.
 """
 
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from tiercache.errors import QuantizationError
 from tiercache.quant import hadamard
-from tiercache.quant.codes import choose, ranges, values
-from tiercache.quant.packing import pack
-from tiercache.quant.planes import Planes, num_groups
+from tiercache.quant.codes import nearest_codes, ranges, values
+from tiercache.quant.planes import Planes, from_codes, num_groups
 
 DAMPING = 0.1
 """Share of the mean second moment that is added to each input's; with .3 int4 lost 7 % more."""
@@ -35,7 +34,7 @@ INPUT_POWER = 0.25
 section 3.2), whose search finds powers around 1/2: it has no error feedback beside it."""
 
 _SIZES = (1e-2, 1e2)  # an input's root mean square over the mean one: bounds scales, also of inputs that never come
-STATES = 3  # int3, int4 and int8, in the order of `codes.choose`
+STATES = 3  # int3, int4 and int8, in the order of `codes.nearest_codes`
 REFINEMENTS = 2  # passes of `refined`
 _BATCH = 64  # inputs whose errors reach the rest of the matrix together: GPTQ's lazy batches
 CHUNK_WEIGHTS = 4 << 20  # of a matrix at a time
@@ -71,8 +70,7 @@ class Moments:
                 group may be short.
             scaled: give the inputs factors, so that weights of large inputs have finer steps than others.
 
-        Raises:
-            QuantizationError: it is not finite, so the model's activations are not.
+        Raises QuantizationError where it is not finite, so the model's activations are not.
         """
         energy = hessian.diagonal().clone()
         mean = energy.mean()
@@ -98,9 +96,7 @@ class Moments:
 class LayerMoments:
     """The moments of a layer's modules, each prepared when it is first asked for.
 
-    Args:
-        hessians: by module; modules with the same inputs share one. They are used up.
-        scaled: give inputs that share a group factors, see `Moments.of`.
+    `hessians` are by module, and used up; modules with the same inputs share one. `scaled` is as in `Moments.of`.
     """
 
     def __init__(self, hessians: dict[str, Tensor], *, scaled: bool = False) -> None:
@@ -121,7 +117,7 @@ class LayerMoments:
 
 
 def _transform(hessian: Tensor) -> None:
-    """Of inputs, into that of transformed inputs, in place."""
+    """Make the Hessian of inputs that of transformed inputs, in place."""
     for matrix in (hessian, hessian.T):
         for rows in matrix.split(max(1, CHUNK_WEIGHTS // len(hessian))):
             rows.copy_(hadamard.transform(rows))
@@ -151,20 +147,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
-    """Codes of `weight` [outputs, inputs], whose groups run along its inputs; rows are held as `hadamard.stored` says.
+    """Codes of `weight` [outputs, inputs] (fp32, fp16 or bf16), whose groups run along its inputs.
 
-    Args:
-        weight: fp32, fp16 or bf16, any strides.
-        moments: of its inputs, made with the same `group`.
-        group: inputs that share scales.
+    Rows are held as `hadamard.stored` says. `moments` were made with the same `group`.
 
-    Raises:
-        QuantizationError: weights that are not finite, or beyond fp16.
+    Raises QuantizationError for weights that are not finite, or beyond fp16.
     """
     outputs, inputs = weight.shape
     groups = num_groups(inputs, group)
     scales = torch.zeros(outputs, groups, 2, dtype=torch.float16)
-    codes = torch.zeros(2, outputs, groups * group, dtype=torch.uint8)
+    codes = torch.zeros(2, outputs, inputs, dtype=torch.uint8)
     high = max(1, CHUNK_WEIGHTS // inputs)
     for first in range(0, outputs, high):
         r = slice(first, min(outputs, first + high))
@@ -179,24 +171,16 @@ def quantize_rows(weight: Tensor, moments: Moments, group: int) -> Planes:
                     scales[r, place, 0], scales[r, place, 1], before = lo[:, 0], step[:, 0], place
                 codes[:, r, index] = feedback.step(*scales[r, place].unbind(-1))
         of_input = scales[r].repeat_interleave(group, dim=1)[:, :inputs].permute(1, 2, 0)
-        codes[:, r, :inputs] = refined(part, moments, codes[:, r, :inputs], of_input)
-    h, c = codes.view(2, outputs, groups, group)
-    return Planes(pack(h, c), scales, inputs, group)
+        codes[:, r] = refined(part, moments, codes[:, r], of_input)
+    return from_codes(codes[0], codes[1], scales, group)
 
 
 def quantize_columns(weight: Tensor, moments: Moments, group: int, factors: Tensor) -> Planes:
     """Codes of `weight` [inputs, outputs], stored input by input: the groups run along its outputs.
 
-    Rows are held as `hadamard.stored` says.
+    Rows are held as `hadamard.stored` says, divided by the outputs' `factors` (fp32 [outputs]).
 
-    Args:
-        weight: fp32, fp16 or bf16, any strides.
-        moments: of its inputs, each with scales of its own.
-        group: outputs that share scales.
-        factors: of the outputs, fp32 [outputs].
-
-    Raises:
-        QuantizationError: weights that are not finite, or beyond fp16.
+    Raises QuantizationError as `quantize_rows` does.
     """
     inputs, outputs = weight.shape
     groups = num_groups(outputs, group)
@@ -220,9 +204,8 @@ def quantize_columns(weight: Tensor, moments: Moments, group: int, factors: Tens
                 codes[:, padded, index] = feedback.step(*scales[index, g].repeat_interleave(group, dim=0).unbind(-1))
         of_input = scales[:, g].repeat_interleave(group, dim=1).permute(0, 2, 1)
         codes[:, padded] = refined(part, moments, codes[:, padded], of_input)
-    codes[:, outputs:] = 0
-    h, c = codes.transpose(1, 2).reshape(2, inputs, groups, group)
-    return Planes(pack(h, c), scales, outputs, group)
+    h, c = codes[:, :outputs].transpose(1, 2)
+    return from_codes(h, c, scales, group)
 
 
 def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> Tensor:
@@ -231,11 +214,8 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
     Coordinate descent on the same squared errors (QuantEase, arXiv 2309.01885, algorithm 1), with a state for each
     precision. It takes a quarter to a tenth off int3's and int4's squared errors.
 
-    Args:
-        weight: fp32 [outputs, inputs].
-        moments: of the inputs.
-        codes: h and c, uint8 [2, outputs, inputs].
-        scales: fp16 lo and step, [inputs, 2, outputs].
+    `weight` is fp32 [outputs, inputs], `codes` are h and c, uint8 [2, outputs, inputs], and `scales` are lo and step,
+    fp16 [inputs, 2, outputs].
     """
     hessian = moments.hessian
     codes = codes.permute(2, 0, 1).contiguous()  # inputs first: [inputs, 2, outputs]
@@ -243,13 +223,13 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
     made = torch.stack([values(h, c, lo, step) for (h, c), (lo, step) in zip(codes, scales, strict=True)])
     slope = (hessian @ (made - weight.T[:, None]).flatten(1)).view(shape)  # of half the squared errors
     changes = torch.empty(_BATCH, *shape[1:])
-    for batch in moments.order.repeat(REFINEMENTS).split(_BATCH) if REFINEMENTS else ():
+    for batch in moments.order.repeat(REFINEMENTS).split(_BATCH):
         among = hessian[batch][:, batch]
         with threads(1):
             for at, index in enumerate(batch.tolist()):
                 here = slope[index] + (among[at, :at] @ changes[:at].flatten(1)).view(shape[1:])
                 wanted = made[index] - here / hessian[index, index]
-                h, c = choose(wanted[0], wanted[1], wanted[2], *scales[index])
+                h, c = nearest_codes(wanted[0], wanted[1], wanted[2], *scales[index])
                 changed = values(h, c, *scales[index])
                 changes[at] = changed - made[index]
                 codes[index, 0], codes[index, 1], made[index] = h, c, changed
@@ -258,12 +238,7 @@ def refined(weight: Tensor, moments: Moments, codes: Tensor, scales: Tensor) -> 
 
 
 class _ErrorFeedback:
-    """The states of some outputs: weights of the inputs that remain, with the feedback of errors so far.
-
-    Args:
-        weight: fp32 [outputs, inputs].
-        moments: of the inputs.
-    """
+    """The states of a `weight` [outputs, inputs]: its inputs that remain, with the feedback of errors so far."""
 
     def __init__(self, weight: Tensor, moments: Moments) -> None:
         self._spread = moments.spread
@@ -280,7 +255,7 @@ class _ErrorFeedback:
         """Choose the next input's codes, h and c [2, outputs], and pass on the errors."""
         at, first = self._at, self._at - self._at % _BATCH
         wanted = self._settled(at, at + 1)[0]  # [states, outputs]
-        h, c = choose(wanted[0], wanted[1], wanted[2], lo, step)
+        h, c = nearest_codes(wanted[0], wanted[1], wanted[2], lo, step)
         self._errors[at - first] = (wanted - values(h, c, lo, step)) / self._spread[at, at]
         self._at += 1
         if self._at % _BATCH == 0 and self._at < len(self._left):

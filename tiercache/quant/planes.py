@@ -2,7 +2,7 @@
 
 A *plane* holds some of the bits of every weight's codes (`quant.codes`), packed as `quant.packing` says. The first
 plane alone gives int3, the first two int4, all three int8. A *group* is a run of weights in a row that share scales.
-Knows tensors; nothing of files, tiers or models. `decode` and `matmul` are the oracles of `kernels/`.
+`decode` is the oracle of `kernels/`.
 """
 
 from __future__ import annotations
@@ -110,14 +110,9 @@ class Planes:
 
 
 def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
-    """Quantise `weight` [rows, columns] (fp32, fp16 or bf16, any strides) to all three planes, on its device.
+    """Quantise `weight` [rows, columns] (fp32, fp16 or bf16, any strides) to all three planes, each weight by itself.
 
-    Each weight by itself; `quant.gptq` also lets a weight make up for the errors of others.
-
-    Args:
-        weight: the matrix.
-        group: weights that share lo and step.
-        first_row: errors count rows from it, for callers that encode a matrix block by block.
+    Errors count rows from `first_row`, for callers that encode a matrix block by block.
 
     Raises QuantizationError for NaN, infinity or a magnitude above fp16's 65504, UsageError for other dtypes.
     """
@@ -150,6 +145,14 @@ def encode(weight: Tensor, group: int = 64, *, first_row: int = 0) -> Planes:
     return Planes(tuple(planes), scales, columns, group)
 
 
+def from_codes(h: Tensor, c: Tensor, scales: Tensor, group: int) -> Planes:
+    """The matrix of some codes, uint8 [rows, columns] each."""
+    rows, columns = h.shape
+    groups = num_groups(columns, group)
+    padded = (torch.nn.functional.pad(codes, (0, groups * group - columns)) for codes in (h, c))
+    return Planes(pack(*(codes.reshape(rows, groups, group) for codes in padded)), scales, columns, group)
+
+
 def codes_of(planes: Planes) -> tuple[Tensor, Tensor]:
     """Codes of a matrix held whole: h and c, uint8 [rows, columns]."""
     whole = slice(0, planes.rows), slice(0, planes.scales.shape[1])
@@ -167,7 +170,8 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
 
     Raises UsageError for slabs, which have no rows of their own.
     """
-    _check_whole(planes)
+    if planes.slabs:
+        raise UsageError("slabs have no rows of their own: gather the rows wanted into a matrix first")
     if out is None:
         out = torch.empty(planes.rows, planes.columns, dtype=dtype, device=planes.scales.device)
     _check("out", out, dtype, (planes.rows, planes.columns))
@@ -177,23 +181,6 @@ def decode(planes: Planes, dtype: torch.dtype, out: Tensor | None = None) -> Ten
         out[r, columns].copy_(values)
         del values  # before the next block is made
     return out
-
-
-def matmul(x: Tensor, planes: Planes) -> Tensor:
-    """W x in the fp32 or fp64 of x [..., columns]: sum of (scale_p codes_p) x + offset (group sums of x)."""
-    _check_whole(planes)
-    if x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] != (planes.columns,):
-        raise UsageError(f"x is {x.dtype} {list(x.shape)}, expected fp32 or fp64 [..., {planes.columns}]")
-    groups = num_groups(planes.columns, planes.group)
-    padded = torch.nn.functional.pad(x, (0, groups * planes.group - planes.columns))
-    grouped = padded.reshape(-1, groups, planes.group)  # [tokens, groups, group]
-    lo, step = planes.scales.to(x.dtype).unbind(-1)  # [rows, groups]
-    result: Tensor = grouped.sum(-1) @ (lo + step * planes.middle).T  # [tokens, rows]
-    whole = slice(0, planes.rows), slice(0, groups)
-    for packed, bits, weight in _fields(planes, *whole):
-        codes = unpack(packed, bits).view(planes.rows, groups, planes.group).to(x.dtype)
-        result += grouped.flatten(1) @ (codes * (step * weight)[..., None]).flatten(1).T
-    return result.reshape(*x.shape[:-1], planes.rows)
 
 
 def _blocks(rows: int, groups: int, group: int) -> Iterator[tuple[slice, slice]]:
@@ -239,19 +226,13 @@ def _merged_codes(planes: Planes, r: slice, g: slice) -> Tensor:
     merged = torch.zeros((planes.group // 8, cells), dtype=torch.int64, device=planes.scales.device)
     part = torch.empty_like(merged)
     for packed, bits, weight in _fields(planes, r, g):
-        lanes = (
-            packed.clone(memory_format=torch.contiguous_format).view(torch.int64).T.contiguous()
-        )  # [words, cells]: long loops
+        words = packed.clone(memory_format=torch.contiguous_format).view(torch.int64)
+        lanes = words.T.contiguous()  # [words, cells]: long loops
         for i, piece in enumerate(part.chunk(8 // bits)):
             torch.bitwise_right_shift(lanes, bits * i, out=piece)
         part.bitwise_and_(((1 << bits) - 1) * _EACH_BYTE)
         merged += part.mul_(weight)  # no byte overflows: 12 * 15 + 15 = 195
     return merged.T.contiguous()
-
-
-def _check_whole(planes: Planes) -> None:
-    if planes.slabs:
-        raise UsageError("slabs have no rows of their own: gather the rows wanted into a matrix first")
 
 
 def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

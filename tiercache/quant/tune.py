@@ -18,7 +18,7 @@ are better than the first codes at both precisions, the first are kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.quant import hadamard
 from tiercache.quant.codes import CELL, MIDDLES, TOP, values
-from tiercache.quant.packing import pack
-from tiercache.quant.planes import Planes, codes_of, num_groups
+from tiercache.quant.planes import Planes, codes_of, from_codes
 
 LEARNED = ("int3", "int4")
 """Precisions whose losses are learned from; int8's weights do not change."""
@@ -54,10 +53,7 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 class Layer:
     """A layer, and what goes in and comes out of it with the weights of the checkpoint.
 
-    Attributes:
-        parameters: by their names in the layer, as the checkpoint has them.
-        forward: computes it.
-        inputs, outputs: hidden states, fp32 [windows, tokens, features].
+    Parameters are by their names in the model; inputs and outputs are hidden states, fp32 [windows, tokens, features].
     """
 
     parameters: Mapping[str, Tensor]
@@ -71,8 +67,7 @@ class CodedPiece:
     """Some rows of a parameter of the layer, and their planes.
 
     Attributes:
-        parameter: its name in the layer.
-        first: the first row.
+        parameter, first: the parameter's name in the model, and the first row.
         transposed: the planes hold the rows of the parameter's transpose.
         planes: all of them, as `hadamard.stored` says.
         factors: of their columns, fp32; None for ones.
@@ -90,11 +85,7 @@ class CodedPiece:
 
 
 def check_windows(windows: int) -> None:
-    """Refuse a text that leaves nothing to learn from, or nothing to watch.
-
-    Raises:
-        UsageError: fewer than two windows.
-    """
+    """Refuse a text that leaves nothing to learn from, or nothing to watch, with a UsageError."""
     if windows < 2:
         raise UsageError("tuning needs two windows of text or more; give more tokens, or a longer text")
 
@@ -111,36 +102,27 @@ def _watched(windows: int) -> int:
 
 
 def tuned(layer: Layer, pieces: Sequence[CodedPiece], steps: int, seed: int) -> list[Planes]:
-    """The pieces' planes, with codes that are better for the layer's output.
+    """The planes of all quantised pieces of a layer, with codes that are better for the layer's output.
 
-    Args:
-        layer: what they are part of.
-        pieces: all of its quantised weights.
-        steps: of learning.
-        seed: of the windows that are drawn.
+    `seed` decides which windows are drawn for each of the `steps`.
     """
     check_windows(len(layer.inputs))
     learner = _Learner(layer, pieces)
     drawn = torch.Generator().manual_seed(seed)
     kept, least = [latent.h for latent in learner.latents], 1.0
     for step in range(steps):
-        learner.step(
-            torch.randperm(learner.learned, generator=drawn)[:BATCH].tolist(), 2 * _TRAVEL * (1 - step / steps) / steps
-        )
+        windows = torch.randperm(learner.learned, generator=drawn)[:BATCH].tolist()
+        learner.step(windows, rate=2 * _TRAVEL * (1 - step / steps) / steps)
         if (step + 1) * _LOOKS // steps > step * _LOOKS // steps:
             losses = learner.watch()
-            if sum(losses) / len(losses) < least and max(losses) < 1:
-                kept, least = [latent.rounded() for latent in learner.latents], sum(losses) / len(losses)
+            loss = sum(losses) / len(losses)
+            if loss < least and max(losses) < 1:
+                kept, least = [latent.rounded() for latent in learner.latents], loss
     return [latent.planes(h) for latent, h in zip(learner.latents, kept, strict=True)]
 
 
 class _Latent:
-    """The codes of a piece while they are learned.
-
-    Args:
-        piece: begins with its codes.
-        weight: fp32, what they stand for.
-    """
+    """The codes of a piece while they are learned; `weight` (fp32) is what they stand for."""
 
     def __init__(self, piece: CodedPiece, weight: Tensor) -> None:
         self.piece = piece
@@ -177,19 +159,18 @@ class _Latent:
     def put(self, parameters: Sequence[Tensor]) -> None:
         """Set the parameters, one for each of `LEARNED`, to what the codes stand for."""
         h = self.rounded()
-        made = values(h, (self._sum - h.short() * CELL).to(torch.uint8), *self._scales())
+        made = values(h, self._lower(h), *self._scales())
         for parameter, weight in zip(parameters, made, strict=False):
             rows = hadamard.transform(weight)
             self.piece.of(parameter).copy_(rows if self.piece.factors is None else rows.mul_(self.piece.factors))
 
     def planes(self, h: Tensor) -> Planes:
         """Planes with these h."""
-        c = (self._sum - h.short() * CELL).to(torch.uint8)
-        planes = self.piece.planes
-        groups = num_groups(planes.columns, planes.group)
-        pad = 0, groups * planes.group - planes.columns
-        codes = (torch.nn.functional.pad(one, pad).view(len(h), groups, planes.group) for one in (h, c))
-        return replace(planes, planes=pack(*codes))
+        return from_codes(h, self._lower(h), self.piece.planes.scales, self.piece.planes.group)
+
+    def _lower(self, h: Tensor) -> Tensor:
+        """c beside these h."""
+        return (self._sum - h.short() * CELL).to(torch.uint8)
 
 
 class _Learner:
@@ -214,7 +195,8 @@ class _Learner:
                 with torch.enable_grad():
                     (self._loss(weights, window) * scale).backward()
         for latent in self.latents:
-            slopes = [latent.piece.of(_slope(weights[latent.piece.parameter])) for weights in self._weights]
+            grads = [weights[latent.piece.parameter].grad for weights in self._weights]
+            slopes = [latent.piece.of(grad) for grad in grads if grad is not None]
             latent.move(sum(slopes[1:], slopes[0]), rate)
         for weights in self._weights:
             for weight in weights.values():
@@ -223,9 +205,9 @@ class _Learner:
     def watch(self) -> list[float]:
         """The losses on the windows that are watched, relative to the first time."""
         self._put()
+        watched = range(self.learned, len(self._layer.inputs))
         with torch.no_grad():
-            found = range(self.learned, len(self._layer.inputs))
-            sums = [sum(float(self._loss(weights, window)) for window in found) for weights in self._weights]
+            sums = [sum(float(self._loss(weights, window)) for window in watched) for weights in self._weights]
         return [loss * scale for loss, scale in zip(sums, self._scale, strict=True)]
 
     def _put(self) -> None:
@@ -235,8 +217,3 @@ class _Learner:
     def _loss(self, weights: dict[str, Tensor], window: int) -> Tensor:
         made = self._layer.forward(weights, self._layer.inputs[window])
         return (made - self._layer.outputs[window]).square().mean()
-
-
-def _slope(weight: Tensor) -> Tensor:
-    assert weight.grad is not None
-    return weight.grad

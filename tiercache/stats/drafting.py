@@ -50,15 +50,15 @@ class DraftStats:
     plain_passes_s: list[float] = field(default_factory=list)
     room_price: float | None = None
 
-    def add(self, arm: int | None, depths: Sequence[int], accepted: Sequence[int], emitted: int) -> None:
+    def add(self, drafter: int | None, depths: Sequence[int], accepted: Sequence[int], emitted: int) -> None:
         """A round: whose tree, the depth of each of its nodes and of the accepted ones, and the tokens it emitted."""
         self.rounds += 1
         self.tokens += emitted
         self.nodes += len(depths)
         self.accepted += len(accepted)
-        if arm is not None:
-            self.arm_rounds[arm] += 1
-            self.arm_tokens[arm] += emitted
+        if drafter is not None:
+            self.arm_rounds[drafter] += 1
+            self.arm_tokens[drafter] += emitted
         if not depths:
             return
         deepest = max(depths)

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from policies.rates import rate
+
 
 @dataclass
 class NeuronStats:
@@ -46,22 +48,22 @@ class NeuronStats:
     @property
     def hit_rate(self) -> float | None:
         """Share of the requests found in the slots; None without slots."""
-        return self.hits / self.requests if self.requests else None
+        return rate(self.hits, self.requests)
 
     @property
     def chance(self) -> float | None:
         """The hit rate of slots filled by chance."""
-        return self.chance_hits / self.requests if self.requests else None
+        return rate(self.chance_hits, self.requests)
 
     @property
     def lift(self) -> float | None:
         """The hit rate over chance."""
-        return self.hits / self.chance_hits if self.chance_hits else None
+        return rate(self.hits, self.chance_hits)
 
     @property
     def belady(self) -> float | None:
         """The hit rate that nobody can beat, on the recorded trace."""
-        return self.belady_hits / self.belady_requests if self.belady_requests else None
+        return rate(self.belady_hits, self.belady_requests)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the rates."""

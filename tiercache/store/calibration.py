@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         share: of int8's bytes of the neurons that it may read, a token.
         rank: planes that every neuron's ranking reads.
-        recipes: of each block.
+        recipes: one for each block.
         read_bytes: what it reads of the neurons, a token.
         kl: from the exact model (int8 everywhere), nats a token.
         entropy: of its own predictions, nats a token (M2Cache's measure).
@@ -53,10 +53,7 @@ class Setting:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Setting":
         """As read."""
-        recipes = tuple(
-            Recipe(r["scorer"], r["rank"], r["ranked"], (r["shares"][0], r["shares"][1], r["shares"][2]))
-            for r in plain["recipes"]
-        )
+        recipes = tuple(Recipe(**{**recipe, "shares": tuple(recipe["shares"])}) for recipe in plain["recipes"])
         return cls(**{**plain, "recipes": recipes})
 
 
@@ -83,28 +80,23 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write it to `path`, all or nothing."""
+        arrays = {"norms": self.norms, "frequency": self.frequency, "losses": self.losses, **self.arrays}
         values = {
             "meta": json.dumps(dict(self.meta), sort_keys=True).encode(),
             "settings": json.dumps([asdict(setting) for setting in self.settings]).encode(),
-            **{f"array/{name}": packed(array) for name, array in self._all_arrays().items()},
+            **{f"array/{name}": packed(array) for name, array in arrays.items()},
         }
         beside = path.with_name(path.name + ".new")
         catalog.write_values(beside, values)
-        for suffix in ("sha256", "mdb"):  # the digest first: between the two, the old file is refused and nothing lost
-            source = catalog.digest_file(beside) if suffix == "sha256" else beside
-            source.replace(catalog.digest_file(path) if suffix == "sha256" else path)
-
-    def _all_arrays(self) -> dict[str, Array]:
-        own = {"norms": self.norms, "frequency": self.frequency, "losses": self.losses}
-        return {**own, **self.arrays}
+        # the digest first: between the two, the old file is refused and nothing lost
+        catalog.digest_file(beside).replace(catalog.digest_file(path))
+        beside.replace(path)
 
     @classmethod
     def load(cls, store: PlaneStore, path: Path | None = None) -> "Calibration":
-        """The calibration of `store`.
+        """The calibration of `store`; raises UsageError where there is none.
 
-        Raises:
-            UsageError: there is none.
-            StoreError: it is damaged, or of another store or model.
+        Raises StoreError where it is damaged, or of another store or model.
         """
         path = path or store.folder / FILE
         if not path.is_file():
@@ -114,7 +106,7 @@ class Calibration:
             )
         try:
             values = catalog.read_values(path)
-        except StoreError as error:
+        except (StoreError, ValueError) as error:
             raise StoreError(f"{path} is damaged, or was not written to the end; calibrate again") from error
         try:
             meta = json.loads(values["meta"])
@@ -129,20 +121,15 @@ class Calibration:
     def choose(self, *, share: float | None, max_loss: float | None, ranks: Sequence[int] = (1, 2, 3)) -> Setting:
         """The setting of least measured loss within `share`, or the one that reads least within `max_loss`.
 
-        Args:
-            share: of int8's bytes of the neurons.
-            max_loss: bound of the measured KL, nats a token.
-            ranks: planes that ranking may read.
-
-        Raises:
-            UsageError: no measured setting does.
+        `share` is of int8's bytes of the neurons, `max_loss` bounds the measured KL in nats a token, and ranking may
+        read as many planes as one of `ranks`. Raises UsageError where no measured setting does.
         """
         having = [setting for setting in self.settings if setting.rank in ranks]
         fit = [s for s in having if share is None or s.share <= share + 1e-9]
         fit = [s for s in fit if max_loss is None or s.kl <= max_loss]
+        if not having:
+            raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
         if not fit:
-            if not having:
-                raise UsageError(f"no calibrated setting ranks with at most {max(ranks)} planes; calibrate again")
             least, best = min(s.share for s in having), min(s.kl for s in having)
             bounds = [] if share is None else [f"reads at most {share:.3g} of int8's bytes"]
             bounds += [] if max_loss is None else [f"loses at most {max_loss:g} nats a token"]
@@ -150,9 +137,7 @@ class Calibration:
                 f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the "
                 f"least measured loss is {best:.2g}: ask for more"
             )
-        if share is None:
-            return min(fit, key=lambda s: (s.read_bytes, s.kl))
-        return min(fit, key=lambda s: (s.kl, s.read_bytes))
+        return min(fit, key=lambda s: (s.read_bytes, s.kl) if share is None else (s.kl, s.read_bytes))
 
 
 def _refuse_foreign(meta: Mapping[str, Any], store: PlaneStore, path: Path) -> None:
@@ -176,11 +161,7 @@ def packed(array: Array) -> bytes:
 
 
 def unpacked(value: bytes) -> Array:
-    """The array that was packed.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The array that was packed; raises ValueError where it is none."""
     try:
         array: Array = np.load(io.BytesIO(value), allow_pickle=False)
     except EOFError as error:

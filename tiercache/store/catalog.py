@@ -3,14 +3,12 @@
 Keys are `meta` and `unit/NNNNN`. Values are JSON behind a SHA-256 of key and value. `meta` counts the units. Weights
 never go in here.
 
-LMDB is an embedded key-value store: a B+ tree in one file, which is mapped into memory. It is used here for four things
-that it is good at.
+LMDB is an embedded key-value store: a B+ tree in one file, which is mapped into memory. It is used here because
 
-- One file holds everything, so a store is copied with plain file tools.
-- A transaction is kept whole or not at all, and it is on disk when it ends. The journal of a conversion
-  (`store.journal`) enters each layer in one transaction. A process that is killed at any moment leaves the last one.
-- Readers need no lock and no lock file, so a store on a read-only disk can be read.
-- Values are bytes of any kind. So each can carry its own checksum, which LMDB does not keep.
+- a store is copied with plain file tools;
+- a transaction is kept whole or not at all, and is on disk when it ends: the journal of a conversion (`store.journal`)
+  enters each layer in one;
+- readers need no lock and no lock file, so a store on a read-only disk can be read.
 
 A finished catalogue is written in one transaction into a fresh file, so the same records give the same bytes.
 """
@@ -20,7 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,17 +29,17 @@ import lmdb
 from tiercache.errors import StoreError, permissions_named
 
 _MAP_BYTES = 1 << 30  # address space, not disk
-_META = b"meta"
+_META = "meta"
 _DIGEST_BYTES = 32
+_WAY_OUT = "convert the checkpoint again"
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A unit's bytes in one file.
+    """A unit's bytes in one file: `nbytes` of them before compression.
 
     Attributes:
-        offset: first byte.
-        nbytes: plain bytes.
         sha256: of the stored bytes.
         frames: stored length of each zstd frame; empty when stored plain.
     """
@@ -71,14 +69,13 @@ class UnitRecord:
     """One unit as the catalogue knows it.
 
     Attributes:
-        name: the unit's name.
         kind: "planes", or "dense" for one tensor in its original dtype.
         extents: by file name.
         rows, columns, parts: of a unit of planes.
         members: the modules whose weights lie in a unit of planes.
         dtype, shape: of a dense tensor.
         all_planes: read every plane whatever the precision (the head).
-        inputs: of a unit whose inputs have scales, 16 hex digits of these scales' SHA-256; equal ones can be shared.
+        inputs: of a unit whose inputs have factors, 16 hex digits of these factors' SHA-256; equal ones can be shared.
     """
 
     name: str
@@ -118,61 +115,63 @@ class Contents:
 
 
 @contextmanager
-def environment(path: Path, *, readonly: bool) -> Iterator[lmdb.Environment]:
+def environment(path: Path, *, readonly: bool, way_out: str = _WAY_OUT) -> Iterator[lmdb.Environment]:
     """The LMDB file at `path`; closed at the end.
 
-    Raises:
-        StoreError: it is missing or damaged.
+    Raises StoreError with the `way_out` where it is missing or damaged, OSError where it cannot be written.
     """
-    if readonly and not path.is_file():
-        raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
     if readonly:
+        if not path.is_file():
+            raise StoreError(f"{path.parent} has no {path.name}, so it is no finished plane store; convert again")
         _check_digest(path)
-    try:
+    with errors_translated(path, way_out):
         env = lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, lock=False, readonly=readonly)
-    except lmdb.Error as error:
-        raise _translated(error, path) from error
+        try:
+            yield env
+        finally:
+            env.close()
+
+
+@contextmanager
+def errors_translated(path: Path, way_out: str) -> Iterator[None]:
+    """LMDB's errors as those that `environment` raises. LMDB tells the system's errors by their text alone."""
     try:
-        yield env
+        yield
     except lmdb.Error as error:
-        raise _translated(error, path) from error
-    finally:
-        env.close()
+        for number in _SYSTEM_ERRORS:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise StoreError(f"{path} is damaged ({error}); {way_out}") from error
 
 
-def _translated(error: lmdb.Error, path: Path) -> Exception:
-    if os.strerror(errno.ENOSPC) in str(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return StoreError(f"{path} is damaged ({error}); convert the checkpoint again")
+def meta_values(meta: Mapping[str, Any]) -> dict[str, bytes]:
+    """What concerns the whole store, as a value by its key."""
+    return {_META: json.dumps(meta, sort_keys=True).encode()}
 
 
-def write(path: Path, meta: Mapping[str, Any], records: list[UnitRecord]) -> None:
+def record_values(records: Sequence[UnitRecord], first: int = 0) -> dict[str, bytes]:
+    """The records from the `first` on, as values by their keys."""
+    return {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records[first:], first)}
+
+
+def write(path: Path, meta: Mapping[str, Any], records: Sequence[UnitRecord]) -> None:
     """A fresh catalogue, on disk when this returns."""
-    values = {_META.decode(): json.dumps(meta, sort_keys=True).encode()}
-    values |= {f"unit/{index:05d}": record.to_json() for index, record in enumerate(records)}
-    write_values(path, values)
+    write_values(path, meta_values(meta) | record_values(records))
 
 
 def write_values(path: Path, values: Mapping[str, bytes]) -> None:
     """A fresh file of sealed values with its digest beside it, on disk when this returns."""
     path.unlink(missing_ok=True)
-    with environment(path, readonly=False) as env, env.begin(write=True) as transaction:
-        for name, value in values.items():
-            transaction.put(name.encode(), sealed(name.encode(), value))
+    with environment(path, readonly=False) as env:
+        put(env, values)
     digest_file(path).write_text(digest(path) + "\n", encoding="utf-8")
 
 
-def read_values(path: Path) -> dict[str, bytes]:
-    """All sealed values of a file.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    with environment(path, readonly=True) as env, env.begin() as transaction:
-        try:
-            return {bytes(key).decode(): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
-        except ValueError as error:
-            raise StoreError(f"{path} holds a record that cannot be read ({error!r}); make it again") from error
+def put(env: lmdb.Environment, values: Mapping[str, bytes]) -> None:
+    """Enter values, sealed, in one transaction."""
+    with env.begin(write=True) as transaction:
+        for name, value in values.items():
+            transaction.put(name.encode(), sealed(name.encode(), value))
 
 
 def size_bytes(meta: Mapping[str, Any], records: list[UnitRecord]) -> int:
@@ -184,35 +183,31 @@ def size_bytes(meta: Mapping[str, Any], records: list[UnitRecord]) -> int:
 
 
 def read(path: Path) -> Contents:
-    """All of a catalogue.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    with environment(path, readonly=True) as env, env.begin() as transaction:
-        return contents(transaction, path)
+    """All of a catalogue; raises StoreError where it is missing or damaged."""
+    with environment(path, readonly=True) as env:
+        return contents(env, path)
 
 
-def contents(transaction: lmdb.Transaction, path: Path) -> Contents:
-    """What a transaction sees."""
+def contents(env: lmdb.Environment, path: Path) -> Contents:
+    """What an open catalogue, or the journal of one, holds."""
     try:
-        values = {bytes(key): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
+        values = values_in(env)
         meta = json.loads(values.pop(_META, b"{}"))
-        records = [UnitRecord.from_json(value) for value in values.values()]
+        return Contents(meta, tuple(map(UnitRecord.from_json, values.values())))
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path} holds a record that cannot be read ({error!r}); convert again") from error
-    return Contents(meta, tuple(records))
 
 
-def put_meta(transaction: lmdb.Transaction, meta: Mapping[str, Any]) -> None:
-    """Enter what concerns the whole store."""
-    transaction.put(_META, sealed(_META, json.dumps(meta, sort_keys=True).encode()))
+def read_values(path: Path) -> dict[str, bytes]:
+    """All sealed values of a file; raises as `values_in` does, and StoreError where it is missing or damaged."""
+    with environment(path, readonly=True) as env:
+        return values_in(env)
 
 
-def put_record(transaction: lmdb.Transaction, index: int, record: UnitRecord) -> None:
-    """Enter one unit."""
-    key = b"unit/%05d" % index
-    transaction.put(key, sealed(key, record.to_json()))
+def values_in(env: lmdb.Environment) -> dict[str, bytes]:
+    """All sealed values of an open file; raises ValueError where one is not what was written."""
+    with env.begin() as transaction:
+        return {bytes(key).decode(): unsealed(bytes(key), bytes(value)) for key, value in transaction.cursor()}
 
 
 def sealed(key: bytes, value: bytes) -> bytes:
@@ -221,11 +216,7 @@ def sealed(key: bytes, value: bytes) -> bytes:
 
 
 def unsealed(key: bytes, stored: bytes) -> bytes:
-    """The value that was sealed.
-
-    Raises:
-        ValueError: it is not what was written under this key.
-    """
+    """The value that was sealed; raises ValueError where it is not what was written under this key."""
     value = stored[_DIGEST_BYTES:]
     if sealed(key, value) != stored:
         raise ValueError(f"checksum of {key.decode(errors='replace')}")

@@ -1,10 +1,8 @@
-"""What a conversion will make: its units, what the catalogue will say of it, and what it will take.
-
-Writes nothing, but for the journal that a finished store still has.
-"""
+"""What a conversion will make: its units, what the catalogue will say of it, and what it will take."""
 
 import hashlib
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,47 +10,74 @@ from tiercache.errors import StoreError, UsageError
 from tiercache.quant.corpus import Corpus
 from tiercache.quant.planes import PLANE_BITS
 from tiercache.store import catalog, encode, estimate, journal, layout
-from tiercache.store.catalog import Extent
+from tiercache.store.catalog import Extent, UnitRecord
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.folders import clear_io_errors, existing, locked
 from tiercache.store.format import CATALOG_FILE, VERSION, align
-from tiercache.store.report import ConversionReport
-from tiercache.store.source import Source
-from tiercache.store.writer import record_of
+from tiercache.store.writer import Compression, record_of
 
 Compress = Literal["auto", "on", "off"]
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
-class ConversionPlan:
-    """A conversion that was asked for.
-
-    Args:
-        source: the checkpoint.
-        store: the folder to make.
-        group: weights that share scales.
-        compress: when to use zstd.
-        corpus: the calibration text; None where codes are rounded.
-        tune: steps of learned rounding in each layer.
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or would do.
 
     Attributes:
+        source_bytes: of the checkpoint's tensors.
+        store_bytes: of the finished store, catalogue and copied files included; exact when nothing is compressed, else
+            what it came to.
+        free_bytes: on the store's disk before the start.
+        resumed_bytes: of the checkpoint, done by an earlier run.
+        seconds: how long it took; 0 for a dry run.
+        calibrating_s: how long calibrating will take, as samples on this machine say; 0 where codes are rounded.
+        calibrating_bytes: the memory that it will take, beside what the process holds already.
+        bits: a weight, at each precision, with scales and factors.
+        calibration: how codes were chosen, as in the catalogue.
+        compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
+    """
+
+    store: str
+    source_bytes: int
+    store_bytes: int
+    free_bytes: int
+    resumed_bytes: int = 0
+    seconds: float = 0.0
+    calibrating_s: float = 0.0
+    calibrating_bytes: int = 0
+    bits: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    compression: Compression | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version."""
+        return {"schema": "tiercache.convert/1", **asdict(self)}
+
+
+class ConversionPlan:
+    """A conversion that was asked for; the parameters are those of `convert`.
+
+    Attributes:
+        corpus: the calibration text; None where codes are rounded.
         partial: the folder in which the store grows.
         units: what will be written, in order.
         meta: what the catalogue will say of the whole store.
     """
 
     def __init__(
-        self, source: Source, store: Path, group: int, compress: Compress, corpus: Corpus | None, tune: int
+        self, checkpoint: Checkpoint, store: Path, group: int, compress: Compress, corpus: Corpus | None, tune: int
     ) -> None:
-        self.source, self.store, self.group, self.compress = source, store, group, compress
+        self.checkpoint, self.store, self.group, self.compress = checkpoint, store, group, compress
         self.corpus, self.tune = corpus, tune
         self.partial = store.with_name(store.name + ".partial")
-        self.units = layout.plan(source, group, scaled=corpus is not None)
+        self.units = layout.plan(checkpoint, group, scaled=corpus is not None)
         chosen = {"method": "rounding"} if corpus is None else corpus.describe() | ({"tune": tune} if tune else {})
         self.meta: dict[str, Any] = {
             "version": VERSION,
-            "identity": source.identity(),
-            "model_type": source.config.model_type,
-            "dtype": str(source.dtype).removeprefix("torch."),
+            "identity": checkpoint.identity(),
+            "model_type": checkpoint.config.model_type,
+            "dtype": str(checkpoint.dtype).removeprefix("torch."),
             "group": group,
             "plane_bits": list(PLANE_BITS),
             "compress": compress,
@@ -70,19 +95,20 @@ class ConversionPlan:
                 return False
             raise UsageError(f"{self.store} exists and is no plane store; name a folder that does not exist yet")
         self.refuse_other(catalog.read(self.store / CATALOG_FILE).meta, self.store)
-        if (self.store / journal.FILE).exists():
+        if (self.store / journal.JOURNAL_FILE).exists():
             with clear_io_errors(self.store):
-                (self.store / journal.FILE).unlink()
+                (self.store / journal.JOURNAL_FILE).unlink()
         return True
 
     def report(self) -> ConversionReport:
         """What the store will take; measures nothing."""
-        data = sum(layout.total_sizes(self.units).values())
-        copied = sum(path.stat().st_size for path in self.copied())
+        ends, records = self._records()
+        catalog_bytes = catalog.size_bytes({**self.meta, "compression": {}}, records)
+        copied_bytes = sum(path.stat().st_size for path in self.copied())
         return ConversionReport(
             str(self.store),
             self.source_bytes(),
-            data + copied + self._catalog_bytes(),
+            sum(map(align, ends.values())) + copied_bytes + catalog_bytes,
             shutil.disk_usage(existing(self.store)).free,
             **self._calibrating(),
             bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
@@ -90,11 +116,7 @@ class ConversionPlan:
         )
 
     def resumed_bytes(self) -> int:
-        """Bytes of the checkpoint that an interrupted conversion has done; 0 where there is none, or one under way.
-
-        Raises:
-            StoreError: its journal is damaged.
-        """
+        """Bytes of the checkpoint that an interrupted conversion has done; 0 where there is none, or one under way."""
         if not self.partial.is_dir():
             return 0
         try:
@@ -107,7 +129,7 @@ class ConversionPlan:
 
     def source_bytes(self, units: int | None = None) -> int:
         """Bytes of the checkpoint that the first `units` units are made from; of all by default."""
-        return sum(encode.weight_bytes(unit, self.source) for unit in self.units[:units])
+        return sum(encode.weight_bytes(unit, self.checkpoint) for unit in self.units[:units])
 
     def _calibrating(self) -> dict[str, Any]:
         """Seconds and memory of calibrating, for the report."""
@@ -115,16 +137,14 @@ class ConversionPlan:
             return {}
         tokens, window = self.corpus.windows.numel(), self.corpus.windows.shape[1]
         return {
-            "calibrating_s": estimate.seconds(self.units, tokens, window, self.tune, estimate.Rates.measure()),
+            "calibrating_s": estimate.seconds(
+                self.units, tokens, window, self.tune, estimate.ConversionRates.measure()
+            ),
             "calibrating_bytes": estimate.memory_bytes(self.units, tokens, window, tuned=self.tune > 0),
         }
 
     def refuse_other(self, meta: dict[str, Any], folder: Path) -> None:
-        """Refuse a folder that was made from another checkpoint or with other parameters.
-
-        Raises:
-            StoreError: it was.
-        """
+        """Refuse a folder that was made from another checkpoint or with other parameters, with a StoreError."""
         way_out = "name another folder, or remove that one"
         if folder == self.partial:
             way_out = "begin anew with restart=True (--restart), or name another folder"
@@ -138,21 +158,21 @@ class ConversionPlan:
 
     def copied(self) -> list[Path]:
         """The checkpoint's files that the store has too."""
-        found = {path for pattern in _COPIED for path in self.source.folder.glob(pattern)}
+        found = {path for pattern in _COPIED for path in self.checkpoint.folder.glob(pattern)}
         return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
-    def _catalog_bytes(self) -> int:
-        """Size of the catalogue, found by writing one with blank checksums: they are all of one length."""
-        end: dict[str, int] = {}
+    def _records(self) -> tuple[dict[str, int], list[UnitRecord]]:
+        """Where each file will end, and the units' records, without compression and with made-up hashes."""
+        ends: dict[str, int] = {}
         records = []
         for unit in self.units:
             extents = {}
             for name, nbytes in unit.sizes.items():
-                offset = align(end.get(name, 0))
+                offset = align(ends.get(name, 0))
                 extents[name] = Extent(offset, nbytes, "0" * 64)
-                end[name] = offset + nbytes
-            records.append(record_of(unit, self.source.tensors, extents))
-        return catalog.size_bytes({**self.meta, "compression": {}}, records)
+                ends[name] = offset + nbytes
+            records.append(record_of(unit, self.checkpoint.tensors, extents))
+        return ends, records
 
 
 def _in_words(calibration: dict[str, Any]) -> str:

@@ -26,19 +26,16 @@ from tiercache.quant.corpus import Corpus
 from tiercache.quant.planes import GROUPS
 from tiercache.quant.tune import check_windows
 from tiercache.store import catalog, encode
-from tiercache.store.activations import FILES as HIDDEN_FILES
-from tiercache.store.activations import TextPass
+from tiercache.store.activations import HIDDEN_FILES, TextPass
 from tiercache.store.catalog import UnitRecord
-from tiercache.store.conversion_plan import Compress, ConversionPlan
+from tiercache.store.checkpoint import Checkpoint
+from tiercache.store.conversion_plan import Compress, ConversionPlan, ConversionReport
+from tiercache.store.encode import ReadTensor, quantized
 from tiercache.store.folders import clear_io_errors, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
-from tiercache.store.journal import FILE as JOURNAL_FILE
-from tiercache.store.journal import ConversionJournal, opened
-from tiercache.store.layers import Quantiser
+from tiercache.store.journal import JOURNAL_FILE, ConversionJournal, opened
 from tiercache.store.layout import UnitPlan
-from tiercache.store.reader import Reader
-from tiercache.store.report import ConversionReport
-from tiercache.store.source import Source
+from tiercache.store.reader import Reader, load
 from tiercache.store.writer import Compression, Writer, compression_of, sync
 
 
@@ -78,14 +75,14 @@ def convert(
         EnvironmentUnsupportedError: not enough disk, or no permission.
     """
     _check_options(group, compress, calibrate, plain, tune)
-    source = Source.open(checkpoint)
-    corpus = None if plain else _corpus(source, calibrate, tokens, tune, show_progress)
-    job = ConversionPlan(source, Path(store).expanduser(), group, compress, corpus, tune)
+    found = Checkpoint.open(checkpoint)
+    corpus = None if plain else _corpus(found, calibrate, tokens, tune, show_progress)
+    plan = ConversionPlan(found, Path(store).expanduser(), group, compress, corpus, tune)
     if dry_run:
-        return replace(job.report(), resumed_bytes=0 if restart else job.resumed_bytes())
-    if job.already_done():
-        return job.report()
-    return _Conversion(job).run(restart=restart, show_progress=show_progress)
+        return replace(plan.report(), resumed_bytes=0 if restart else plan.resumed_bytes())
+    if plan.already_done():
+        return plan.report()
+    return _run(plan, restart=restart, show_progress=show_progress)
 
 
 def _check_options(group: int, compress: str, calibrate: str | Path | None, plain: bool, tune: int) -> None:
@@ -102,10 +99,14 @@ def _check_options(group: int, compress: str, calibrate: str | Path | None, plai
         raise UsageError("plain rounding looks at no text, so nothing can be tuned by one; leave tune= or plain= out")
 
 
-def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, show: bool | None) -> Corpus | None:
+def _corpus(
+    checkpoint: Checkpoint, text: str | Path | None, tokens: int, tune: int, show: bool | None
+) -> Corpus | None:
     """The calibration text; None, with a note, where no text was named and there is no tokenizer for the own one."""
     try:
-        found = Corpus.read(None if text is None else Path(text).expanduser(), source.folder, source.config, tokens)
+        found = Corpus.read(
+            None if text is None else Path(text).expanduser(), checkpoint.folder, checkpoint.config, tokens
+        )
     except StoreError as error:
         if tune:
             raise UsageError(f"rounding cannot be tuned without a text: {error}") from error
@@ -118,128 +119,131 @@ def _corpus(source: Source, text: str | Path | None, tokens: int, tune: int, sho
     return found
 
 
-class _Conversion:
-    """A conversion under way."""
+def _run(plan: ConversionPlan, *, restart: bool, show_progress: bool | None) -> ConversionReport:
+    """Convert what is left, and publish."""
+    begin = time.perf_counter()
+    expected = plan.report()
+    with clear_io_errors(plan.partial), ExitStack() as stack:
+        plan.partial.mkdir(parents=True, exist_ok=True)
+        taken = f"another conversion is writing {plan.partial}; wait for it, or name another folder"
+        stack.enter_context(locked(plan.partial, taken))
+        if plan.already_done():  # by another, meanwhile
+            plan.partial.rmdir()
+            return plan.report()
+        for path in plan.partial.iterdir() if restart else plan.partial.glob(probe.LEFTOVERS):
+            path.unlink()
+        journal = stack.enter_context(opened(plan.partial))
+        if journal.known.meta:
+            plan.refuse_other(journal.known.meta, plan.partial)
+        records = list(journal.known.records)
+        _check_space(plan, expected)
+        _announce(plan, expected, show=show_progress)
+        compression = journal.known.meta.get("compression") or _choose_compression(plan)
+        journal.put_meta({**plan.meta, "compression": compression})
+        done = plan.source_bytes(len(records))
+        if done:
+            share = done / expected.source_bytes
+            note(f"going on where an interrupted conversion stopped, {share:.0%} are done", show=show_progress)
+        reader = stack.enter_context(Reader())
+        advance = stack.enter_context(
+            bar(f"converting {plan.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
+        )
+        writer = stack.enter_context(Writer(plan.partial, records, compression))
+        _write_layers(plan, writer, records, reader, journal, advance)
+        _finish(plan, records, compression)
+    return replace(
+        expected,
+        store_bytes=sum(path.stat().st_size for path in plan.store.iterdir()),
+        resumed_bytes=done,
+        seconds=time.perf_counter() - begin,
+        compression=compression,
+    )
 
-    def __init__(self, plan: ConversionPlan) -> None:
-        self._plan = plan
 
-    def run(self, *, restart: bool, show_progress: bool | None) -> ConversionReport:
-        """Convert what is left, and publish."""
-        begin, plan = time.perf_counter(), self._plan
-        expected = plan.report()
-        with clear_io_errors(plan.partial), ExitStack() as stack:
-            plan.partial.mkdir(parents=True, exist_ok=True)
-            taken = f"another conversion is writing {plan.partial}; wait for it, or name another folder"
-            stack.enter_context(locked(plan.partial, taken))
-            if plan.already_done():  # by another, meanwhile
-                plan.partial.rmdir()
-                return plan.report()
-            for path in plan.partial.iterdir() if restart else plan.partial.glob(probe.LEFTOVERS):
-                path.unlink()
-            journal = stack.enter_context(opened(plan.partial))
-            if journal.known.meta:
-                plan.refuse_other(journal.known.meta, plan.partial)
-            records = list(journal.known.records)
-            self._check_space(expected)
-            self._announce(expected, show=show_progress)
-            compression = journal.known.meta.get("compression") or self._choose_compression()
-            journal.put_meta({**plan.meta, "compression": compression})
-            done = plan.source_bytes(len(records))
-            if done:
-                share = done / expected.source_bytes
-                note(f"going on where an interrupted conversion stopped, {share:.0%} are done", show=show_progress)
-            reader = stack.enter_context(Reader())
-            advance = stack.enter_context(
-                bar(f"converting {plan.store.name}", expected.source_bytes, done_bytes=done, show=show_progress)
-            )
-            writer = stack.enter_context(Writer(plan.partial, records, compression))
-            self._write_layers(writer, records, reader, journal, advance)
-            self._finish(records, compression)
-        return replace(
-            expected,
-            store_bytes=sum(path.stat().st_size for path in plan.store.iterdir()),
-            resumed_bytes=done,
-            seconds=time.perf_counter() - begin,
-            compression=compression,
+def _write_layers(
+    plan: ConversionPlan,
+    writer: Writer,
+    records: list[UnitRecord],
+    reader: Reader,
+    journal: ConversionJournal,
+    advance: Advance,
+) -> None:
+    todo = plan.units[len(records) :]
+    text_pass = _text_pass(plan, todo, reader)
+    read = _tensor_reader(plan, reader)
+    for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
+        first, some = len(records), list(units)
+        for unit, blocks, inputs in quantized(some, read, plan.group, text_pass, plan.tune):
+            record = writer.write(unit, plan.checkpoint.tensors, blocks)
+            records.append(replace(record, inputs=inputs))
+            advance(encode.weight_bytes(unit, plan.checkpoint))
+        writer.sync()
+        if text_pass is not None and some[0].layer is not None:
+            text_pass.keep()
+        journal.put_records(records, first)
+        if text_pass is not None:
+            text_pass.forget()
+
+
+def _tensor_reader(plan: ConversionPlan, reader: Reader) -> ReadTensor:
+    return lambda name: load(reader, plan.checkpoint.tensors[name])
+
+
+def _text_pass(plan: ConversionPlan, todo: list[UnitPlan], reader: Reader) -> TextPass | None:
+    """The text before the first layer that is left; None where no text is needed."""
+    if plan.corpus is None or not todo or todo[0].dense:
+        return None
+    text_pass = TextPass(plan.checkpoint, plan.corpus.windows, reader, plan.partial, looks_back=plan.tune > 0)
+    text_pass.resume(todo[0].layer)
+    return text_pass
+
+
+def _finish(plan: ConversionPlan, records: list[UnitRecord], compression: dict[str, Any]) -> None:
+    """Publish the store. Each step but the rename may be repeated after an interruption."""
+    for path in plan.partial.glob(HIDDEN_FILES):
+        path.unlink()
+    for path in plan.copied():
+        shutil.copyfile(path, plan.partial / path.name)
+    ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
+    catalog.write(plan.partial / CATALOG_FILE, {**plan.meta, "compression": ratios}, records)
+    for path in plan.partial.iterdir():
+        sync(path)
+    sync(plan.partial)
+    if plan.store.is_dir():
+        plan.store.rmdir()  # was empty
+    plan.partial.rename(plan.store)
+    sync(plan.store.parent)
+    (plan.store / JOURNAL_FILE).unlink()  # if this is interrupted, the next run does it
+
+
+def _announce(plan: ConversionPlan, expected: ConversionReport, *, show: bool | None) -> None:
+    """Say what calibrating will take, before it begins."""
+    if plan.corpus is not None:
+        minutes = max(1, round(expected.calibrating_s / 60))
+        steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
+        takes = f"some {minutes} min in all, and up to {human(expected.calibrating_bytes)} of memory"
+        text = f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: {takes} beside the process's own "
+        note(text + "(tiercache convert --plain rounds instead)", show=show)
+
+
+def _check_space(plan: ConversionPlan, expected: ConversionReport) -> None:
+    have = sum(path.stat().st_blocks * 512 for path in plan.partial.iterdir())
+    missing = expected.store_bytes - have - shutil.disk_usage(plan.partial).free
+    if missing > 0:
+        raise EnvironmentUnsupportedError(
+            f"{plan.store} will take {human(expected.store_bytes)}, its disk lacks {human(missing)} ({missing} "
+            "bytes); free some space or name a folder on another disk"
         )
 
-    def _write_layers(
-        self, writer: Writer, records: list[UnitRecord], reader: Reader, journal: ConversionJournal, advance: Advance
-    ) -> None:
-        plan = self._plan
-        todo = plan.units[len(records) :]
-        quantiser = Quantiser(plan.source, plan.group, reader, self._text_pass(todo, reader), plan.tune)
-        for _, units in groupby(todo, key=lambda unit: (unit.layer, unit.dense)):
-            first, some = len(records), list(units)
-            for unit, blocks, inputs in quantiser.blocks(some):
-                record = writer.write(unit, plan.source.tensors, blocks)
-                records.append(replace(record, inputs=inputs))
-                advance(encode.weight_bytes(unit, plan.source))
-            writer.sync()
-            quantiser.keep()
-            journal.put_records(records, first)
-            quantiser.forget()
 
-    def _text_pass(self, todo: list[UnitPlan], reader: Reader) -> TextPass | None:
-        """The text before the first layer that is left; None where no text is needed."""
-        plan = self._plan
-        if plan.corpus is None or todo[:1] == [] or todo[0].dense:
-            return None
-        text_pass = TextPass(plan.source, plan.corpus.windows, reader, plan.partial, looks_back=plan.tune > 0)
-        text_pass.resume(text_pass.layers if todo[0].layer is None else todo[0].layer)
-        return text_pass
-
-    def _finish(self, records: list[UnitRecord], compression: dict[str, Any]) -> None:
-        """Publish the store. Each step but the rename may be repeated after an interruption."""
-        plan = self._plan
-        for path in plan.partial.glob(HIDDEN_FILES):
-            path.unlink()
-        for path in plan.copied():
-            shutil.copyfile(path, plan.partial / path.name)
-        ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
-        catalog.write(plan.partial / CATALOG_FILE, {**plan.meta, "compression": ratios}, records)
-        for path in plan.partial.iterdir():
-            sync(path)
-        sync(plan.partial)
-        if plan.store.is_dir():
-            plan.store.rmdir()  # was empty
-        plan.partial.rename(plan.store)
-        sync(plan.store.parent)
-        (plan.store / JOURNAL_FILE).unlink()  # if this is interrupted, the next run does it
-
-    def _announce(self, expected: ConversionReport, *, show: bool | None) -> None:
-        """Say what calibrating will take, before it begins."""
-        plan = self._plan
-        if plan.corpus is not None:
-            minutes = max(1, round(expected.calibrating_s / 60))
-            steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
-            note(
-                f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: some {minutes} min in all, and up to "
-                f"{human(expected.calibrating_bytes)} of memory beside the process's own "
-                "(tiercache convert --plain rounds instead)",
-                show=show,
-            )
-
-    def _check_space(self, expected: ConversionReport) -> None:
-        plan = self._plan
-        have = sum(path.stat().st_blocks * 512 for path in plan.partial.iterdir())
-        missing = expected.store_bytes - have - shutil.disk_usage(plan.partial).free
-        if missing > 0:
-            raise EnvironmentUnsupportedError(
-                f"{plan.store} will take {human(expected.store_bytes)}, its disk lacks {human(missing)} ({missing} "
-                "bytes); free some space or name a folder on another disk"
-            )
-
-    def _choose_compression(self) -> Compression:
-        """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
-        plan = self._plan
-        if plan.compress == "off":
-            return {}
+def _choose_compression(plan: ConversionPlan) -> Compression:
+    """By file, whether zstd saves more reading time than decompressing costs; measured on the first layer."""
+    if plan.compress == "off":
+        return {}
+    disk_gbps = 0.0
+    if plan.compress == "auto":
         sample_bytes = min(256 << 20, max(4 << 20, shutil.disk_usage(plan.partial).free // 4))
-        disk_gbps = 0.0
-        if plan.compress == "auto":
-            disk_gbps = probe.folder_read(plan.partial, sample_bytes=sample_bytes).gbps
-        with Reader() as reader:
-            sample = next(encode.rounded_chunks(plan.units[0], plan.source, reader, plan.group))
-        return {name: compression_of(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}
+        disk_gbps = probe.folder_read(plan.partial, sample_bytes=sample_bytes).gbps
+    with Reader() as reader:
+        sample = next(encode.rounded_chunks(plan.units[0], _tensor_reader(plan, reader), plan.group))
+    return {name: compression_of(data[:FRAME_BYTES], disk_gbps) for name, data in sample.items()}

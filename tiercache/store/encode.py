@@ -1,86 +1,112 @@
-"""Turns one planned unit into the bytes of its files, a chunk of whole rows at a time.
+"""Turns the planned units of a layer into the bytes of their files: rounded, calibrated, or calibrated and tuned.
 
-It reads the unit's tensors from the checkpoint, at most one feed-forward block at once. It encodes them and puts the
-rows of the unit's matrices side by side. It does not know where the bytes go.
+It reads a unit's tensors from the checkpoint, at most one feed-forward block at once. It encodes them and puts the
+rows of the unit's matrices side by side, a chunk of whole rows at a time. It does not know where the bytes go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from tiercache.errors import QuantizationError
-from tiercache.quant import gptq, hadamard
+from tiercache.quant import gptq, hadamard, tune
 from tiercache.quant.gptq import LayerMoments
 from tiercache.quant.planes import Planes, encode
+from tiercache.quant.tune import CodedPiece
+from tiercache.store.activations import TextPass
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import PLANE_FILES, SCALE_FILE
-from tiercache.store.header import DTYPES, TensorRef
+from tiercache.store.header import DTYPES
 from tiercache.store.layout import Part, UnitPlan
-from tiercache.store.manifest import plain_unit
-from tiercache.store.reader import Buffer, Reader, aligned_buffer
-from tiercache.store.source import Source
+from tiercache.store.reader import Buffer
 
 _CHUNK_WEIGHTS = 1 << 20  # encoded at once: bounds the fp32 copies
 
+ReadTensor = Callable[[str], torch.Tensor]
+"""Reads a parameter of the checkpoint, by its name."""
 
-def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
-    """A tensor of the checkpoint, in fresh memory."""
-    unit, weight = plain_unit(0, "", ref)
-    slot = aligned_buffer(unit.slot_bytes)
-    reader.read(unit.pieces, slot).wait()
-    return weight.view(torch.from_numpy(slot))
+UnitBytes = tuple[UnitPlan, Iterator[dict[str, Buffer]], str]
+"""A unit, its bytes as in `rounded_chunks`, and what `PlaneWeight.inputs` will say."""
 
 
-def rounded_chunks(unit: UnitPlan, source: Source, reader: Reader, group: int) -> Iterator[dict[str, Buffer]]:
-    """The unit's bytes for each file, in order; then the factors of a down matrix's outputs.
+def quantized(
+    units: list[UnitPlan], read: ReadTensor, group: int, text_pass: TextPass | None, steps: int
+) -> Iterator[UnitBytes]:
+    """The units of a layer as bytes, in their order: all of a decoder layer, or the head's, or dense ones.
 
-    Each weight is rounded by itself.
-
-    Args:
-        unit: what to encode.
-        source: the checkpoint.
-        reader: reads it.
-        group: weights that share scales.
+    `text_pass` is the calibration text, before this layer; without it codes are rounded. `steps` of learned rounding
+    need a pass that looks back.
     """
+    layer = units[0].layer
+    if text_pass is None or units[0].dense:
+        for unit in units:
+            yield unit, rounded_chunks(unit, read, group), ""
+        return
+    if layer is not None:
+        hessians = text_pass.layer()
+    else:
+        of_head = text_pass.head()
+        hessians = {member.module: of_head for unit in units for member in unit.members}
+    moments = LayerMoments(hessians, scaled=units[0].scaled)
+    del hessians  # for tuning, once moments are gone too
+    if steps and layer is not None:
+        made = [calibrated(unit, read, group, moments) for unit in units]
+        inputs = [_inputs(unit, moments) for unit in units]
+        del moments
+        for unit, pieces, own in zip(units, _tuned(text_pass, layer, made, steps), inputs, strict=True):
+            yield unit, coded_chunks(unit, pieces), own
+        return
+    for unit in units:  # choosing codes prepares the moments, which the digest reads: in this order
+        yield unit, coded_chunks(unit, calibrated(unit, read, group, moments)), _inputs(unit, moments)
+
+
+def _tuned(text_pass: TextPass, layer: int, made: list[list[CodedPiece]], steps: int) -> list[list[CodedPiece]]:
+    """The units' pieces with learned codes. The layer's number is the seed, for resumed runs."""
+    with text_pass.passed() as whole:
+        found = iter(tune.tuned(whole, [piece for pieces in made for piece in pieces], steps, seed=layer))
+    return [[replace(piece, planes=next(found)) for piece in pieces] for pieces in made]
+
+
+def _inputs(unit: UnitPlan, moments: LayerMoments) -> str:
+    return moments.digest(unit.members[0].module) if unit.scaled else ""
+
+
+def rounded_chunks(unit: UnitPlan, read: ReadTensor, group: int) -> Iterator[dict[str, Buffer]]:
+    """The unit's bytes for each file, each weight rounded by itself; then the factors of a down matrix's outputs."""
     if unit.dense:
         (part,), (name,) = unit.parts, unit.sizes
-        yield {name: load(reader, source.tensors[part.parameter]).flatten().view(torch.uint8).numpy()}
+        yield {name: read(part.parameter).flatten().view(torch.uint8).numpy()}
         return
-    parts, factors = _stored(unit, source, reader)
+    matrices = _matrices(unit, read)
     for some in _slices(unit):
-        made = [_rounded(unit, n, part[some], some.start, group, factors) for n, part in enumerate(parts)]
+        made = []
+        for part, rows, factors in matrices:
+            with _named(part):
+                made.append(encode(hadamard.stored(rows[some], factors), group, first_row=part.first + some.start))
         yield _side_by_side(made)
-    if factors is not None:
+    if (factors := matrices[-1][2]) is not None:
         yield _factors(factors)
 
 
-@dataclass(frozen=True)
-class Coded:
-    """One matrix of a unit, as codes.
-
-    Attributes:
-        planes: as `hadamard.stored` says.
-        factors: of its columns, fp32; None for ones.
-    """
-
-    planes: Planes
-    factors: torch.Tensor | None
-
-
-def calibrated(unit: UnitPlan, source: Source, reader: Reader, group: int, moments: LayerMoments) -> list[Coded]:
-    """The codes of the unit's parts.
-
-    Args:
-        unit, source, reader, group: see `rounded_chunks`.
-        moments: of the modules' inputs.
-    """
-    parts, factors = _stored(unit, source, reader)
-    return [_calibrated(unit, n, part, group, moments, factors) for n, part in enumerate(parts)]
+def calibrated(unit: UnitPlan, read: ReadTensor, group: int, moments: LayerMoments) -> list[CodedPiece]:
+    """The unit's parts with codes that GPTQ chose; `moments` are of the modules' inputs."""
+    found = []
+    for place, (part, rows, factors) in enumerate(_matrices(unit, read)):
+        module = next(member.module for member in unit.members if place in member.own)
+        with _named(part):
+            if factors is None:
+                inputs = moments.of(module, group)
+                planes, factors = gptq.quantize_rows(rows, inputs, group), inputs.factors
+            else:
+                planes = gptq.quantize_columns(rows, moments.of(module, None), group, factors)
+        found.append(CodedPiece(part.parameter, part.first, part.transposed, planes, factors))
+    return found
 
 
-def coded_chunks(unit: UnitPlan, parts: list[Coded]) -> Iterator[dict[str, Buffer]]:
+def coded_chunks(unit: UnitPlan, parts: list[CodedPiece]) -> Iterator[dict[str, Buffer]]:
     """As `rounded_chunks`, of parts whose codes are chosen; factors of the unit's inputs, if any, lie before down's."""
     whole = [part.planes for part in parts]
     for some in _slices(unit):
@@ -93,14 +119,16 @@ def coded_chunks(unit: UnitPlan, parts: list[Coded]) -> Iterator[dict[str, Buffe
         yield _factors(parts[-1].factors)
 
 
-def _stored(unit: UnitPlan, source: Source, reader: Reader) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """The unit's parts as they will lie, and the factors of the last's columns, if it is a down matrix."""
-    tensors = {name: load(reader, source.tensors[name]) for name in dict.fromkeys(p.parameter for p in unit.parts)}
-    parts = []
-    for part in unit.parts:
-        stored = tensors[part.parameter].T if part.transposed else tensors[part.parameter]
-        parts.append(stored[part.first : part.first + unit.rows])
-    return parts, _output_factors(parts[-1]) if len(parts) > 1 else None
+def _matrices(unit: UnitPlan, read: ReadTensor) -> list[tuple[Part, torch.Tensor, torch.Tensor | None]]:
+    """The unit's parts, their rows as they will lie, and the factors of a down matrix's columns."""
+    tensors = {name: read(name) for name in dict.fromkeys(part.parameter for part in unit.parts)}
+    found = []
+    for place, part in enumerate(unit.parts):
+        whole = tensors[part.parameter].T if part.transposed else tensors[part.parameter]
+        rows = whole[part.first : part.first + unit.rows]
+        is_down = 0 < place == len(unit.parts) - 1
+        found.append((part, rows, _output_factors(rows) if is_down else None))
+    return found
 
 
 def _slices(unit: UnitPlan) -> Iterator[slice]:
@@ -108,31 +136,6 @@ def _slices(unit: UnitPlan) -> Iterator[slice]:
     step = max(1, _CHUNK_WEIGHTS // (unit.columns * len(unit.parts)))
     for low in range(0, unit.rows, step):
         yield slice(low, min(unit.rows, low + step))
-
-
-def _rounded(
-    unit: UnitPlan, place: int, rows: torch.Tensor, first_row: int, group: int, factors: torch.Tensor | None
-) -> Planes:
-    part = unit.parts[place]
-    scale = factors if place == len(unit.parts) - 1 else None
-    with _named(part):
-        return encode(hadamard.stored(rows, scale), group, first_row=part.first + first_row)
-
-
-def _calibrated(
-    unit: UnitPlan,
-    place: int,
-    stored: torch.Tensor,
-    group: int,
-    moments: LayerMoments,
-    factors: torch.Tensor | None,
-) -> Coded:
-    module = next(member.module for member in unit.members if place in member.own)
-    with _named(unit.parts[place]):
-        if factors is not None and place == len(unit.parts) - 1:
-            return Coded(gptq.quantize_columns(stored, moments.of(module, None), group, factors), factors)
-        inputs = moments.of(module, group)
-        return Coded(gptq.quantize_rows(stored, inputs, group), inputs.factors)
 
 
 @contextmanager
@@ -172,9 +175,9 @@ def _flat(tensor: torch.Tensor) -> Buffer:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1)
 
 
-def weight_bytes(unit: UnitPlan, source: Source) -> int:
+def weight_bytes(unit: UnitPlan, checkpoint: Checkpoint) -> int:
     """Bytes of the checkpoint that the unit is made from."""
     if unit.dense:
-        return source.tensors[unit.parts[0].parameter].nbytes
-    itemsize = {name: DTYPES[source.tensors[name].dtype].itemsize for name in {p.parameter for p in unit.parts}}
+        return checkpoint.tensors[unit.parts[0].parameter].nbytes
+    itemsize = {name: DTYPES[checkpoint.tensors[name].dtype].itemsize for name in {p.parameter for p in unit.parts}}
     return sum(unit.rows * unit.columns * itemsize[part.parameter] for part in unit.parts)

@@ -3,7 +3,7 @@
 Knows planned units and arithmetic; runs a few small samples and none of the model.
 """
 
-import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ _INPUTS, _FEW, _MANY = 128, 64, 2048  # inputs, and outputs, of the two matrices
 
 
 @dataclass(frozen=True)
-class Rates:
+class ConversionRates:
     """What this machine does in a second.
 
     Attributes:
@@ -34,7 +34,7 @@ class Rates:
     input_s: float
 
     @classmethod
-    def measure(cls) -> "Rates":
+    def measure(cls) -> "ConversionRates":
         """Run small samples, each three times; the fastest counts."""
         a = torch.rand(_SAMPLE, _SAMPLE)
         flops = 2 * _SAMPLE**3 / _fastest(lambda: a @ a)
@@ -48,23 +48,13 @@ def _quantize(weight: torch.Tensor) -> None:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    taken = []
-    for _ in range(4):  # the first one warms up
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+    return min(timeit.repeat(work, number=1, repeat=4)[1:])  # the first one warms up
 
 
-def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: Rates) -> float:
-    """How long taking a text through the units and choosing their codes takes; reading and writing left out.
+def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rates: ConversionRates) -> float:
+    """How long taking a text through the model's units and choosing their codes takes, reading and writing left out.
 
-    Args:
-        units: of the model.
-        tokens: of the text.
-        window: tokens of a pass.
-        steps: of learned rounding in each layer.
-        rates: of this machine.
+    `window` is the tokens of a pass, `steps` those of learned rounding in each layer.
     """
     flops = choosing = 0.0
     learned = len(tune.LEARNED) * tune.passes(tokens // window, steps) * window
@@ -87,11 +77,7 @@ def seconds(units: Iterable[UnitPlan], tokens: int, window: int, steps: int, rat
 def memory_bytes(units: Iterable[UnitPlan], tokens: int, window: int, *, tuned: bool = False) -> int:
     """The most memory that a calibrated conversion takes: the larger of a layer's pass and of one of its matrices.
 
-    Args:
-        units: of the model.
-        tokens: of the calibration text.
-        window: tokens of a pass.
-        tuned: rounding is learned besides.
+    `tokens` and `window` are those of `seconds`; `tuned`: rounding is learned besides.
     """
     layers: dict[int | None, list[UnitPlan]] = {}
     for unit in units:

@@ -14,12 +14,7 @@ from tiercache.errors import EnvironmentUnsupportedError, UsageError
 def locked(folder: Path, refusal: str | None) -> Iterator[None]:
     """Hold `folder` against other processes.
 
-    Args:
-        folder: to hold.
-        refusal: what the error says where another process holds it; None to wait for that process instead.
-
-    Raises:
-        UsageError: another process holds it.
+    Where another process holds it, a UsageError says `refusal`; where that is None, this waits for the other process.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -33,13 +28,8 @@ def locked(folder: Path, refusal: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def clear_io_errors(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one of our errors.
-
-    Raises:
-        EnvironmentUnsupportedError: a full disk, or no permission.
-        UsageError: a file in the way.
-    """
+def clear_io_errors(folder: Path, way_out: str = "name a folder that can be written") -> Iterator[None]:
+    """Turn what the file system refuses into an EnvironmentUnsupportedError, or a UsageError for a file in the way."""
     try:
         yield
     except OSError as error:
@@ -51,7 +41,7 @@ def clear_io_errors(folder: Path) -> Iterator[None]:
             raise UsageError(f"{error.filename or folder} is in the way; name a folder that can be made") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise EnvironmentUnsupportedError(
-                f"cannot write {error.filename or folder}: {error.strerror}; name a folder that can be written"
+                f"cannot write {error.filename or folder}: {error.strerror}; {way_out}"
             ) from error
         raise
 

@@ -44,14 +44,11 @@ FILES = (*PLANE_FILES, SCALE_FILE, DENSE_FILE)
 
 @dataclass(frozen=True)
 class Piece:
-    """File bytes and the place in the slot that they go to.
+    """File bytes, and the place in the slot that they go to.
 
     Attributes:
-        path: the file.
-        offset: first byte in the file.
-        nbytes: bytes in the slot.
-        at: first byte in the slot.
-        stored_bytes: bytes in the file; other than `nbytes` for a zstd frame.
+        path, offset, stored_bytes: where they are in which file.
+        at, nbytes: where they go in the slot; `nbytes` is other than `stored_bytes` for a zstd frame.
         compressed: whether they are one zstd frame.
     """
 
@@ -70,14 +67,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes of a file that lie together.
+    """Bytes of a file that lie together: `nbytes` of them before compression, in elements of `itemsize` bytes.
 
-    Attributes:
-        path: the file.
-        offset: first byte in the file.
-        nbytes: plain bytes.
-        itemsize: bytes of one element.
-        frames: stored bytes of each zstd frame; empty where they are stored plain.
+    `frames` are the stored bytes of each zstd frame; empty where they are stored plain.
     """
 
     path: Path
@@ -105,7 +97,6 @@ class Unit:
 
     Attributes:
         name: for messages and statistics.
-        pieces: its file bytes.
         nbytes: the weights' own bytes.
         slot_bytes: what its slot takes, a multiple of 4096, padding included.
     """

@@ -5,6 +5,7 @@ description (8-byte little-endian length, JSON, one contiguous buffer) is all th
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor as it lies in a file.
-
-    Attributes:
-        path: the file.
-        offset, nbytes: its bytes in the file.
-        dtype: name as in the header, such as "BF16".
-        shape: its dimensions.
-    """
+    """One tensor as it lies in a file; `dtype` is the header's name for it, such as "BF16"."""
 
     path: Path
     offset: int
@@ -35,11 +29,7 @@ class TensorRef:
 
 
 def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
-    """Every tensor of a single or sharded checkpoint, by its name in the files.
-
-    Raises:
-        StoreError: no safetensors, a shard missing or cut short, a header that does not describe its file.
-    """
+    """Every tensor of a single or sharded checkpoint, by its name in the files; raises StoreError for a damaged one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _read_sharded(folder, index)
@@ -109,10 +99,8 @@ def _tensor(path: Path, base: int, name: str, entry: dict[str, object]) -> Tenso
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: the header's entry for {name!r} cannot be read ({error!r})") from error
     if dtype in DTYPES:
-        expected = DTYPES[dtype].itemsize
-        for n in dimensions:
-            expected *= n
-        if end - begin != expected or begin < 0:
+        expected = DTYPES[dtype].itemsize * math.prod(dimensions)
+        if end - begin != expected:
             raise StoreError(
                 f"{path}: {name!r} should take {expected} bytes, the header gives it {end - begin}; download it again"
             )

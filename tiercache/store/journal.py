@@ -14,37 +14,29 @@ import lmdb
 from tiercache.store import catalog
 from tiercache.store.catalog import Contents, UnitRecord
 
-FILE = "journal.mdb"
+JOURNAL_FILE = "journal.mdb"
 
 
 class ConversionJournal:
-    """See the module; made by `opened`.
-
-    Attributes:
-        known: what it held when it was opened.
-    """
+    """See the module; made by `opened`. `known` is what it held when it was opened."""
 
     def __init__(self, env: lmdb.Environment, path: Path) -> None:
         self._env = env
-        with env.begin() as transaction:
-            self.known = catalog.contents(transaction, path)
+        self.known = catalog.contents(env, path)
 
     def put_meta(self, meta: Mapping[str, Any]) -> None:
         """Enter what concerns the whole conversion."""
-        with self._env.begin(write=True) as transaction:
-            catalog.put_meta(transaction, meta)
+        catalog.put(self._env, catalog.meta_values(meta))
 
     def put_records(self, records: Sequence[UnitRecord], first: int) -> None:
         """Enter the units from the `first` on, all or none."""
-        with self._env.begin(write=True) as transaction:
-            for index in range(first, len(records)):
-                catalog.put_record(transaction, index, records[index])
+        catalog.put(self._env, catalog.record_values(records, first))
 
 
 @contextmanager
 def opened(folder: Path) -> Iterator[ConversionJournal]:
     """The journal in `folder`, a new one where there is none."""
-    path = folder / FILE
+    path = folder / JOURNAL_FILE
     if _is_empty(path):
         path.unlink(missing_ok=True)
     with catalog.environment(path, readonly=False) as env:
@@ -53,7 +45,7 @@ def opened(folder: Path) -> Iterator[ConversionJournal]:
 
 def read(folder: Path) -> Contents:
     """What the journal in `folder` holds; nothing where there is none."""
-    if _is_empty(folder / FILE):
+    if _is_empty(folder / JOURNAL_FILE):
         return Contents()
     with opened(folder) as journal:
         return journal.known

@@ -11,8 +11,8 @@ from tiercache.model import meta_model
 from tiercache.model.meta_model import Ffn, Matrix
 from tiercache.quant.planes import PRECISIONS, factor_bytes, plane_widths, scale_row_bytes
 from tiercache.store.catalog import Member
-from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, align
-from tiercache.store.source import Source
+from tiercache.store.checkpoint import Checkpoint
+from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class UnitPlan:
     """One unit to be written.
 
     Attributes:
-        name: its name.
         layer: its decoder layer; None for the head and dense tensors.
         rows, columns: of each part as stored; 0 for a dense tensor.
         parts: the matrices that lie side by side in each row; for a dense tensor the one that holds it.
@@ -58,9 +57,9 @@ class UnitPlan:
         return self.rows == 0
 
 
-def plan(source: Source, group: int, *, scaled: bool = False) -> list[UnitPlan]:
+def plan(checkpoint: Checkpoint, group: int, *, scaled: bool = False) -> list[UnitPlan]:
     """Every unit, in the order in which it will lie in the files; `scaled`: inputs of the layers' units have scales."""
-    model = source.model()
+    model = checkpoint.model()
     found = meta_model.matrices(model)
     blocks = {block.outward.module: block for block in meta_model.ffns(found)}
     inward = {matrix.module for block in blocks.values() for matrix in block.inward}
@@ -69,31 +68,23 @@ def plan(source: Source, group: int, *, scaled: bool = False) -> list[UnitPlan]:
         if matrix.module in inward:
             continue
         block = blocks.get(matrix.module)
-        unit = _matrix(matrix, group) if block is None else _bundle(block, group)
-        units.setdefault(matrix.layer, []).append(unit)
+        parts, members = _of_matrix(matrix) if block is None else _of_block(block)
+        rows, columns = (matrix.rows, matrix.columns) if block is None else (block.neurons, matrix.rows)
+        name = matrix.module if block is None else f"{matrix.module.rpartition('.')[0]} neurons"
+        unit = UnitPlan(name, matrix.layer, rows, columns, parts, members, {}, scaled and matrix.layer is not None)
+        units.setdefault(matrix.layer, []).append(replace(unit, sizes=_sizes(unit, group)))
     head = units.pop(None, [])
-    layers = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]]
-    ordered = ([_scaled(unit) for unit in layers] if scaled else layers) + head
+    ordered = [unit for layer in sorted(units, key=lambda n: n or 0) for unit in units[layer]] + head
     quantised = {matrix.name for matrix in found}
     _, table = meta_model.embedding(model)
-    kept = [name for name in source.tensors if name not in quantised or name == table]
-    return ordered + [_dense(name, source.tensors[name].nbytes) for name in kept]
-
-
-def total_sizes(units: list[UnitPlan]) -> dict[str, int]:
-    """Bytes of each file when nothing is compressed."""
-    totals: dict[str, int] = {}
-    for unit in units:
-        for name, nbytes in unit.sizes.items():
-            totals[name] = align(totals.get(name, 0)) + nbytes
-    return {name: align(nbytes) for name, nbytes in totals.items()}
+    kept = [name for name in checkpoint.tensors if name not in quantised or name == table]
+    return ordered + [_dense(name, checkpoint.tensors[name].nbytes) for name in kept]
 
 
 def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
     """Bits a weight at each precision, scales and factors included, padding not.
 
-    Args:
-        units: of each its weights, and its bytes in each file; what is not quantised has none in the planes' files.
+    `units` are each its weights, and its bytes in each file; what is not quantised has none in the planes' files.
     """
     coded = [(weights, sizes) for weights, sizes in units if PLANE_FILES[0] in sizes]
     weights = sum(count for count, _ in coded)
@@ -102,42 +93,33 @@ def bits(units: Iterable[tuple[int, Mapping[str, int]]]) -> dict[str, float]:
     return {precision: 8 * nbytes / weights for precision, nbytes in taken.items()}
 
 
-def _matrix(matrix: Matrix, group: int) -> UnitPlan:
-    part = Part(matrix.name, 0, matrix.transposed)
-    member = Member(matrix.module, (0,), matrix.transposed)
-    sizes = _sizes(matrix.rows, matrix.columns, 1, group)
-    return UnitPlan(matrix.module, matrix.layer, matrix.rows, matrix.columns, (part,), (member,), sizes)
+def _of_matrix(matrix: Matrix) -> tuple[tuple[Part, ...], tuple[Member, ...]]:
+    return (Part(matrix.name, 0, matrix.transposed),), (Member(matrix.module, (0,), matrix.transposed),)
 
 
-def _bundle(block: Ffn, group: int) -> UnitPlan:
+def _of_block(block: Ffn) -> tuple[tuple[Part, ...], tuple[Member, ...]]:
     """Gate row, up row and down column of each neuron side by side; the down matrix is stored transposed."""
-    neurons, columns = block.neurons, block.outward.rows
     parts: list[Part] = []
     members: list[Member] = []
     for matrix in block.inward:
         halves = range(2 if block.fused else 1)
         own = tuple(len(parts) + half for half in halves)
-        parts += [Part(matrix.name, half * neurons, matrix.transposed) for half in halves]
+        parts += [Part(matrix.name, half * block.neurons, matrix.transposed) for half in halves]
         members.append(Member(matrix.module, own, matrix.transposed))
     outward = block.outward
     members.append(Member(outward.module, (len(parts),), not outward.transposed))
     parts.append(Part(outward.name, 0, not outward.transposed))
-    name = outward.module.rpartition(".")[0]
-    sizes = _sizes(neurons, columns, len(parts), group)
-    sizes[SCALE_FILE] += factor_bytes(columns)
-    return UnitPlan(f"{name} neurons", outward.layer, neurons, columns, tuple(parts), tuple(members), sizes)
-
-
-def _scaled(unit: UnitPlan) -> UnitPlan:
-    sizes = {**unit.sizes, SCALE_FILE: unit.sizes[SCALE_FILE] + factor_bytes(unit.columns)}
-    return replace(unit, sizes=sizes, scaled=True)
+    return tuple(parts), tuple(members)
 
 
 def _dense(name: str, nbytes: int) -> UnitPlan:
     return UnitPlan(name, None, 0, 0, (Part(name, 0, False),), (), {DENSE_FILE: nbytes})
 
 
-def _sizes(rows: int, columns: int, parts: int, group: int) -> dict[str, int]:
-    """Bytes of the unit's codes and scales in each file."""
-    widths = (*plane_widths(columns, group), scale_row_bytes(columns, group))
-    return {name: rows * parts * width for name, width in zip((*PLANE_FILES, SCALE_FILE), widths, strict=True)}
+def _sizes(unit: UnitPlan, group: int) -> dict[str, int]:
+    """Bytes of the unit's codes, scales and factors in each file."""
+    widths = (*plane_widths(unit.columns, group), scale_row_bytes(unit.columns, group))
+    count = unit.rows * len(unit.parts)
+    sizes = {name: count * width for name, width in zip((*PLANE_FILES, SCALE_FILE), widths, strict=True)}
+    sizes[SCALE_FILE] += (unit.scaled + (len(unit.parts) > 1)) * factor_bytes(unit.columns)
+    return sizes

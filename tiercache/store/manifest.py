@@ -5,7 +5,7 @@ A checkpoint that is read in place, a model in memory and a plane store are all 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -19,13 +19,7 @@ from tiercache.store.header import DTYPES, TensorRef
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A parameter that lies in its slot as it is in the file.
-
-    Attributes:
-        unit: index of its unit.
-        at: first byte in the slot.
-        dtype, shape: as in the file.
-    """
+    """A parameter that lies in the slot of `unit` as it is in the file, from byte `at` on."""
 
     unit: int
     at: int
@@ -34,7 +28,7 @@ class PlainWeight:
 
     @property
     def units(self) -> tuple[int, ...]:
-        """The one unit, for whoever does not ask what kind of weight it is."""
+        """The one unit."""
         return (self.unit,)
 
     def view(self, slot: torch.Tensor) -> torch.Tensor:
@@ -43,81 +37,70 @@ class PlainWeight:
         return slot[self.at : self.at + nbytes].view(self.dtype).view(self.shape)
 
 
-class _Rows:
+@dataclass(frozen=True)
+class Rows:
     """Rows of some matrices side by side, as planes, with their scales and factors in the first unit's slot.
 
     A *factor* belongs to a column: rows are divided by the columns' factors before they are quantised. The factors lie
     behind the scales, those of the inputs first, if there are any, then those of a down matrix's outputs.
-    """
-
-    columns: int
-    group: int
-    parts: int
-    scale_at: int
-    inputs: str
-
-    @property
-    def _height(self) -> int:
-        """How many rows."""
-        raise NotImplementedError
-
-    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
-        """What the inputs of rows along them are multiplied by, fp32 [columns]; None for ones."""
-        return self._factors(slot, self._scales_end) if self.inputs else None
-
-    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
-        """What the outputs of the last part, a down matrix, are multiplied by, fp32 [columns]."""
-        return self._factors(slot, self._scales_end + (factor_bytes(self.columns) if self.inputs else 0))
-
-    def _factors(self, slot: torch.Tensor, at: int) -> torch.Tensor:
-        return slot[at : at + factor_bytes(self.columns)].view(torch.float32)
-
-    @property
-    def _scales_end(self) -> int:
-        return self.scale_at + self._height * self.parts * scale_row_bytes(self.columns, self.group)
-
-    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
-        """Rows of `width` bytes from byte `at` of a slot on: [rows, parts, width]."""
-        return slot[at : at + self._height * self.parts * width].view(self._height, self.parts, width)
-
-
-@dataclass(frozen=True)
-class PlaneWeight(_Rows):
-    """A parameter that is a sum of planes.
 
     Attributes:
-        unit: index of its unit; of a weight that is cut by plane, the unit of the first plane.
-        rows, columns, group: of each part, as stored.
-        parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward bundle).
-        own: which of them, in order, make up this parameter (two for a fused gate and up).
-        plane_at: first byte of each plane in its unit's slot; as many as the precision has.
-        scale_at: first byte of the scales, which lie in the slot of `unit`.
-        transposed: the parameter is the transpose of what is stored.
-        above: of a weight that is cut by plane, the unit of each plane above the first; empty where all planes lie in
-            one unit.
+        rows, columns, group: of each matrix, as stored.
+        parts: how many matrices lie side by side in a row of the unit (3 in a gated feed-forward block).
+        plane_units: the unit in which each plane lies; as many as the precision has.
+        plane_at: first byte of each plane in its unit's slot.
+        scale_at: first byte of the scales, which lie in the first plane's unit.
         inputs: what distinguishes the factors of its inputs from others; "" where they have none.
     """
 
-    unit: int
     rows: int
     columns: int
     group: int
     parts: int
-    own: tuple[int, ...]
+    plane_units: tuple[int, ...]
     plane_at: tuple[int, ...]
     scale_at: int
-    transposed: bool
-    above: tuple[int, ...] = ()
-    inputs: str = ""
+    inputs: str = field(default="", kw_only=True)
 
     @property
-    def _height(self) -> int:
-        return self.rows
+    def unit(self) -> int:
+        """The unit of the first plane."""
+        return self.plane_units[0]
+
+    def input_factors(self, slot: torch.Tensor) -> torch.Tensor | None:
+        """What the inputs of rows along them are multiplied by, fp32 [columns]; None for ones."""
+        return self._factors(slot, 0) if self.inputs else None
+
+    def output_factors(self, slot: torch.Tensor) -> torch.Tensor:
+        """What the outputs of the last part, a down matrix, are multiplied by, fp32 [columns]."""
+        return self._factors(slot, 1 if self.inputs else 0)
+
+    def _factors(self, slot: torch.Tensor, place: int) -> torch.Tensor:
+        scales_end = self.scale_at + self.rows * self.parts * scale_row_bytes(self.columns, self.group)
+        at = scales_end + place * factor_bytes(self.columns)
+        return slot[at : at + factor_bytes(self.columns)].view(torch.float32)
+
+    def _rows(self, slot: torch.Tensor, at: int, width: int) -> torch.Tensor:
+        """Rows of `width` bytes from byte `at` of a slot on: [rows, parts, width]."""
+        return slot[at : at + self.rows * self.parts * width].view(self.rows, self.parts, width)
+
+
+@dataclass(frozen=True)
+class PlaneWeight(Rows):
+    """A parameter that is a sum of planes.
+
+    Attributes:
+        own: which of the matrices, in order, make up this parameter (two for a fused gate and up).
+        transposed: the parameter is the transpose of what is stored.
+    """
+
+    own: tuple[int, ...]
+    transposed: bool
 
     @property
     def units(self) -> tuple[int, ...]:
         """Its units, that of the first plane first."""
-        return (self.unit, *self.above)
+        return tuple(dict.fromkeys(self.plane_units))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,50 +123,43 @@ class PlaneWeight(_Rows):
         Args:
             slot: of `unit`.
             part: which of the matrices.
-            above: slots of the first units of `self.above`; as many as there are, that many planes more.
+            above: slots of the units behind the first; planes without a slot are left out.
         """
-        together = len(self.plane_at) - len(self.above)  # planes in the first unit
-        slots = (*[slot] * together, *above)
+        units, slots = self.units, (slot, *above)
         cut = []
-        for plane, (where, at) in enumerate(zip(slots, self.plane_at, strict=False)):
-            width = plane_row_bytes(self.columns, self.group, plane)
-            cut.append(self._rows(where, at, width)[:, part])
+        for plane, (unit, at) in enumerate(zip(self.plane_units, self.plane_at, strict=True)):
+            place = units.index(unit)
+            if place < len(slots):
+                width = plane_row_bytes(self.columns, self.group, plane)
+                cut.append(self._rows(slots[place], at, width)[:, part])
         width = scale_row_bytes(self.columns, self.group)
         scales = self._rows(slot, self.scale_at, width)[:, part].view(torch.float16).reshape(self.rows, -1, 2)
         return Planes(tuple(cut), scales, self.columns, self.group)
 
 
 @dataclass(frozen=True)
-class NeuronBlock(_Rows):
-    """A feed-forward block whose neurons are given planes one by one.
+class NeuronBlock(Rows):
+    """A feed-forward block whose neurons are given planes one by one; a row of each part is a neuron's.
 
     Attributes:
         layer: its place among the blocks.
         inward: module names of the matrices that inputs are multiplied by, each with its places among the parts.
         outward: module name of the matrix whose columns are the neurons'; the last part.
-        neurons, columns, group: rows of each part, their length, and its groups.
-        parts: rows of a neuron, side by side.
-        units: the unit in which each plane lies; the scales lie with the first.
-        plane_at: first byte of each plane in its unit's slot.
-        scale_at: first byte of the scales.
-        inputs: what distinguishes the factors of its inputs; "" where they have none.
     """
 
     layer: int
     inward: tuple[tuple[str, tuple[int, ...]], ...]
     outward: str
-    neurons: int
-    columns: int
-    group: int
-    parts: int
-    units: tuple[int, ...]
-    plane_at: tuple[int, ...]
-    scale_at: int
-    inputs: str = ""
 
     @property
-    def _height(self) -> int:
-        return self.neurons
+    def neurons(self) -> int:
+        """How many it has."""
+        return self.rows
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The unit in which each plane lies."""
+        return self.plane_units
 
     @property
     def low(self) -> int:
@@ -211,12 +187,9 @@ class NeuronBlock(_Rows):
 
 @dataclass(frozen=True)
 class NeuronWeight:
-    """A parameter whose rows (of a down matrix: columns) are neurons of a block.
+    """A parameter whose rows (of a down matrix: columns) are neurons of the block at place `block` in the manifest.
 
-    Attributes:
-        unit: the block's first unit, which every pass needs.
-        block: the block's place in the manifest.
-        shape: of the parameter.
+    Every pass needs `unit`, the block's first.
     """
 
     unit: int

@@ -1,36 +1,62 @@
 """Makes manifests: of a checkpoint in place, of a model in memory, and of a plane store at a precision."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from tiercache.errors import StoreError
+from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.quant.planes import PLANE_BITS, PRECISIONS
 from tiercache.store.catalog import Contents, UnitRecord
+from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, FileRange, Unit, align, unit_of
 from tiercache.store.header import TensorRef
-from tiercache.store.manifest import Manifest, NeuronBlock, NeuronWeight, PlainWeight, PlaneWeight, Weight, plain_unit
-from tiercache.store.source import Source
+from tiercache.store.manifest import (
+    Manifest,
+    NeuronBlock,
+    NeuronWeight,
+    PlainWeight,
+    PlaneWeight,
+    Rows,
+    Weight,
+    plain_unit,
+)
+from tiercache.tiers.device import on_host
 
 _ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
 
 
-def checkpoint_manifest(source: Source) -> Manifest:
+def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
     """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
-    made = _manifest(source.model(), lambda key, name: plain_unit(key, name, source.tensors[name]))
+    made = _manifest(checkpoint.model(), lambda key, name: plain_unit(key, name, checkpoint.tensors[name]))
     names = {unit.name for unit in made.units}
-    return replace(made, dense={name: ref for name, ref in source.tensors.items() if name not in names})
+    return replace(made, dense={name: ref for name, ref in checkpoint.tensors.items() if name not in names})
+
+
+def check_in_memory(model: transformers.PreTrainedModel) -> None:
+    """Refuse models whose parameters are not plain tensors in main memory, and mixtures of experts.
+
+    Raises UsageError for a model that is offloaded already, by tiercache or by accelerate, or has parameters elsewhere.
+    """
+    if hasattr(model, "tiercache"):
+        raise UsageError("this model is offloaded already; leave that context before opening it again")
+    if getattr(model, "hf_device_map", None) or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UsageError(
+            "accelerate holds this model's weights (device_map); load it without device_map, or give its path"
+        )
+    for name, parameter in model.named_parameters():
+        if not on_host(parameter.device) or not parameter.is_contiguous():
+            raise UsageError(
+                f"{name} lies on {parameter.device} or in a strided view; give a model in main memory, or its path"
+            )
+    meta_model.refuse_experts(model.config)
 
 
 def memory_manifest(model: transformers.PreTrainedModel) -> tuple[Manifest, list[torch.Tensor]]:
-    """The parts of a model in memory, and the bytes of each unit (uint8), which are the parameters' own.
-
-    No budget counts these bytes, for tiercache did not take them.
-    """
+    """The parts of a model in memory, and each unit's bytes, which are the parameters' own: no budget counts them."""
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
 
     def unit(key: int, name: str) -> tuple[Unit, PlainWeight]:
@@ -70,14 +96,7 @@ def store_manifest(
 ) -> Manifest:
     """A plane store at a precision, see `PlaneStore.manifest`.
 
-    Args:
-        folder: the store's.
-        contents: its catalogue.
-        embedding: module and parameter name of the token embedding.
-        precision, blocks, cut: see there.
-
-    Raises:
-        StoreError: the token embedding is missing.
+    `embedding` is the module and the parameter's name of the token embedding.
     """
     module, table = embedding
     group: int = contents.meta["group"]
@@ -93,32 +112,25 @@ def store_manifest(
                 unit, plain = plain_unit(len(units), table, dense.pop(table))
                 units.append(unit)
         elif blocks and record.parts > 1:
-            placed = _place(folder, record, len(units), *blocks[len(made)])
-            units += placed.units
-            made.append(_neuron_block(record, group, placed, len(made)))
-            weight = NeuronWeight(placed.plane_units[0], made[-1].layer, (record.rows, record.columns))
+            placed, rows = _place(folder, record, group, len(units), *blocks[len(made)])
+            units += placed
+            *inward, outward = record.members
+            each = tuple((member.module, member.own) for member in inward)
+            made.append(NeuronBlock(**vars(rows), layer=len(made), inward=each, outward=outward.module))
+            weight = NeuronWeight(rows.unit, made[-1].layer, (record.rows, record.columns))
             weights |= {member.module: weight for member in record.members}
         else:
             top = len(PLANE_BITS) if record.all_planes else PRECISIONS[precision]
-            placed = _place(folder, record, len(units), 1 if cut else top, top)
-            units += placed.units
-            weights |= _plane_weights(record, group, placed)
+            placed, rows = _place(folder, record, group, len(units), 1 if cut else top, top)
+            units += placed
+            for member in record.members:
+                weights[member.module] = PlaneWeight(**vars(rows), own=member.own, transposed=member.transposed)
     if plain is None:
         raise StoreError(f"{folder} lacks the token embedding {table!r}; convert again")
     return Manifest(tuple(units), weights, (module, plain), dense, precision, tuple(made))
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """The units of one record; of each plane its unit and its first byte there; the scales lie in the first unit."""
-
-    units: list[Unit]
-    plane_units: tuple[int, ...]
-    plane_at: tuple[int, ...]
-    scale_at: int
-
-
-def _place(folder: Path, record: UnitRecord, key: int, low: int, top: int) -> _Placed:
+def _place(folder: Path, record: UnitRecord, group: int, key: int, low: int, top: int) -> tuple[list[Unit], Rows]:
     """Units from `key` on: the first `low` planes with the scales, and each plane above, below `top`, by itself."""
     cuts = [(*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])]
     units: list[Unit] = []
@@ -130,44 +142,8 @@ def _place(folder: Path, record: UnitRecord, key: int, low: int, top: int) -> _P
         where |= {piece.path.name: (key + len(units), piece.at) for piece in reversed(unit.pieces)}
         units.append(unit)
     plane_units, plane_at = zip(*(where[name] for name in PLANE_FILES[:top]), strict=True)
-    return _Placed(units, plane_units, plane_at, where[SCALE_FILE][1])
-
-
-def _neuron_block(record: UnitRecord, group: int, placed: _Placed, layer: int) -> NeuronBlock:
-    *inward, outward = record.members
-    return NeuronBlock(
-        layer=layer,
-        inward=tuple((member.module, member.own) for member in inward),
-        outward=outward.module,
-        neurons=record.rows,
-        columns=record.columns,
-        group=group,
-        parts=record.parts,
-        units=placed.plane_units,
-        plane_at=placed.plane_at,
-        scale_at=placed.scale_at,
-        inputs=record.inputs,
-    )
-
-
-def _plane_weights(record: UnitRecord, group: int, placed: _Placed) -> dict[str, Weight]:
-    """The weights of a record's modules, by module name."""
-    return {
-        member.module: PlaneWeight(
-            unit=placed.plane_units[0],
-            rows=record.rows,
-            columns=record.columns,
-            group=group,
-            parts=record.parts,
-            own=member.own,
-            plane_at=placed.plane_at,
-            scale_at=placed.scale_at,
-            transposed=member.transposed,
-            above=tuple(unit for unit in placed.plane_units if unit != placed.plane_units[0]),
-            inputs=record.inputs,
-        )
-        for member in record.members
-    }
+    shape = record.rows, record.columns, group, record.parts
+    return units, Rows(*shape, plane_units, plane_at, where[SCALE_FILE][1], inputs=record.inputs)
 
 
 def _tensor(folder: Path, record: UnitRecord) -> TensorRef:

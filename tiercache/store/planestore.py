@@ -32,14 +32,7 @@ DECIDING = ("config.json", "generation_config.json")  # small, and wrong ones ma
 
 @dataclass(frozen=True)
 class PlaneStore:
-    """A finished store.
-
-    Attributes:
-        folder: where it lies.
-        config: the model's transformers configuration.
-        dtype: what the model is run in.
-        contents: the catalogue.
-    """
+    """A finished store: its folder, the model's configuration and dtype, and the catalogue."""
 
     folder: Path
     config: transformers.PretrainedConfig
@@ -89,9 +82,6 @@ class PlaneStore:
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
             cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
-
-        Raises:
-            StoreError: the token embedding is missing.
         """
         embedding = meta_model.embedding(self.model())
         return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
@@ -108,8 +98,7 @@ class PlaneStore:
     def verify(self, *, show_progress: bool | None = None) -> "Verification":
         """Hash every extent and compare with the catalogue; also that what lies between extents is zero.
 
-        Raises:
-            StoreError: some extents differ; the message names the first and counts them.
+        Raises StoreError where some extents differ; the message names the first and counts them.
         """
         jobs = [(name, record, extent) for record in self.contents.records for name, extent in record.extents.items()]
         total = sum(extent.stored_bytes for _, _, extent in jobs)
@@ -120,13 +109,11 @@ class PlaneStore:
                 advance(extent.stored_bytes)
                 if not good:
                     bad.append(f"{record.name!r} in {name} at byte {extent.offset}")
-        for name, digest in self.contents.meta["files"].items():
-            if not _is_file_with(self.folder / name, digest):
-                bad.append(f"the file {name}")
+        files = self.contents.meta["files"]
+        bad += [f"the file {name}" for name, digest in files.items() if not _is_file_with(self.folder / name, digest)]
         if bad:
-            parts = len(jobs) + len(self.contents.meta["files"])
             raise StoreError(
-                f"{self.folder}: {len(bad)} of {parts} extents and files are corrupt, first {bad[0]}; "
+                f"{self.folder}: {len(bad)} of {len(jobs) + len(files)} extents and files are corrupt, first {bad[0]}; "
                 "check the disk and convert the checkpoint again"
             )
         return Verification(str(self.folder), len(jobs), total)
@@ -143,17 +130,13 @@ class PlaneStore:
         each = (
             (r.rows * r.columns * r.parts, {n: e.nbytes for n, e in r.extents.items()}) for r in self.contents.records
         )
-        manifests = {precision: self.manifest(precision) for precision in PRECISIONS}
         return {
             "schema": "tiercache.inspect/1",
             "folder": str(self.folder),
             **self.contents.meta,
             "files": files,
             "bits": layout.bits(each),
-            "pass_bytes": {
-                precision: sum(unit.nbytes for unit in manifest.units if unit.name != _table(manifest))
-                for precision, manifest in manifests.items()
-            },
+            "pass_bytes": {precision: _pass_bytes(self.manifest(precision)) for precision in PRECISIONS},
             "units": len(self.contents.records),
             "neurons": sum(r.rows for r in self.contents.records if r.name.endswith(" neurons")),
         }
@@ -168,8 +151,10 @@ class Verification:
     checked_bytes: int
 
 
-def _table(manifest: Manifest) -> str:
-    return manifest.units[manifest.embedding[1].unit].name
+def _pass_bytes(manifest: Manifest) -> int:
+    """Bytes of all units but the token embedding."""
+    table = manifest.embedding[1].unit
+    return sum(unit.nbytes for key, unit in enumerate(manifest.units) if key != table)
 
 
 def _is_file_with(path: Path, digest: str) -> bool:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zstandard
 
 from profiler.direct import open_direct
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
-from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, Piece, align
+from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, FileRange, Piece, align, unit_of
+from tiercache.store.header import DTYPES, TensorRef
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -38,12 +40,7 @@ class Ticket:
         return all(future.done() for future in self._futures)
 
     def wait(self) -> None:
-        """Block until every byte has arrived.
-
-        Raises:
-            StoreError: the file is cut short or cannot be read.
-            ClosedError: the reader was closed before it got to it.
-        """
+        """Block until every byte has arrived; raises StoreError, or ClosedError where the reader was closed before."""
         try:
             for future in self._futures:
                 future.result()
@@ -56,12 +53,7 @@ class Ticket:
 
 
 class Reader:
-    """A small pool of reading threads over the files it is asked for.
-
-    Args:
-        threads: reads in flight.
-        chunk_bytes: the most that one read asks for.
-    """
+    """A small pool of reading threads over the files it is asked for; one read asks for at most `chunk_bytes`."""
 
     def __init__(self, threads: int = THREADS, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiercache-reader")
@@ -80,13 +72,9 @@ class Reader:
     def read(self, pieces: Iterable[Piece], slot: Buffer) -> Ticket:
         """Queue the reading of `pieces` into `slot`.
 
-        Args:
-            pieces: file bytes and their places in the slot.
-            slot: uint8, its address a multiple of 4096, long enough for whole blocks around each piece.
+        The slot's address is a multiple of 4096, and it is long enough for whole blocks around each piece.
 
-        Raises:
-            ClosedError: after `close`.
-            StoreError, EnvironmentUnsupportedError: a file cannot be opened.
+        Raises ClosedError after `close`; StoreError or EnvironmentUnsupportedError where a file cannot be opened.
         """
         if self._closed:
             raise ClosedError("the reader is closed; open the model again with tiercache.offload(...)")
@@ -131,10 +119,8 @@ class Reader:
         futures = []
         for low in range(0, span, self._chunk_bytes):
             high = min(low + self._chunk_bytes, span)
-            view = slot[at + low : at + high]
-            futures.append(
-                self._pool.submit(self._fetch, descriptor, piece.path, begin + low, view, min(needed, high) - low)
-            )
+            place = begin + low, slot[at + low : at + high], min(needed, high) - low
+            futures.append(self._pool.submit(self._fetch, descriptor, piece.path, *place))
         return futures
 
     def _queue_staged(self, descriptor: int, piece: Piece, slot: Buffer) -> list["Future[None]"]:
@@ -204,6 +190,16 @@ def aligned_buffer(nbytes: int) -> Buffer:
     raw = np.empty(nbytes + BLOCK_BYTES, np.uint8)
     start = -raw.ctypes.data % BLOCK_BYTES
     return raw[start : start + nbytes]
+
+
+def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
+    """A tensor of a checkpoint, in fresh memory."""
+    dtype = DTYPES[ref.dtype]
+    unit = unit_of("", [FileRange(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
+    slot = aligned_buffer(unit.slot_bytes)
+    reader.read(unit.pieces, slot).wait()
+    at = unit.pieces[0].at
+    return torch.from_numpy(slot[at : at + ref.nbytes]).view(dtype).view(ref.shape)
 
 
 def open_for_reading(path: Path) -> tuple[int, bool]:

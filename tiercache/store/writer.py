@@ -137,8 +137,8 @@ def compression_of(sample: Buffer, disk_gbps: float) -> dict[str, float | bool]:
     costs = (time.perf_counter() - begin) / sample.nbytes * 1e9
     ratio = len(frame) / sample.nbytes
     saves = (1 - ratio) / disk_gbps if disk_gbps else 0.0
-    forced = disk_gbps == 0.0
-    return {"ratio": round(ratio, 4), "saves_s": saves, "costs_s": costs, "used": forced or saves > costs}
+    used = saves > costs or not disk_gbps
+    return {"ratio": round(ratio, 4), "saves_s": saves, "costs_s": costs, "used": used}
 
 
 def sync(path: Path) -> None:

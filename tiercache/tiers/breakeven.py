@@ -27,10 +27,7 @@ def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> in
 
     Takes up to 75 MB of main memory for as long as it measures, and 8 MB on `device`: call it before tiers are filled.
 
-    Args:
-        kernels: the CPU's.
-        planes: how many planes the weights have.
-        device: where the fastest tier lies.
+    `kernels` are the CPU's, and the weights have so many `planes`.
     """
     lower = Slab(_BYTES, torch.device("cpu"), pinned=device_of(device).wants_pinned)
     try:

@@ -46,7 +46,6 @@ class StreamCopies(Copies):
 
     @contextmanager
     def after(self, event: Event | None) -> Iterator[None]:
-        """See `Copies`."""
         with torch.cuda.stream(self._stream):
             if event is not None:
                 self._stream.wait_event(event)
@@ -122,38 +121,30 @@ class CudaDevice(Device):
     wants_pinned = wants_aligned = True
 
     def copies(self) -> Copies:
-        """See `Device`."""
         return StreamCopies(self.at)
 
     def last_use(self) -> Event:
-        """See `Device`."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.at))
         return event
 
     def synchronize(self) -> None:
-        """See `Device`."""
         torch.cuda.synchronize(self.at)
 
     def synchronize_stream(self) -> None:
-        """See `Device`."""
         torch.cuda.current_stream(self.at).synchronize()
 
     def free_bytes(self) -> tuple[int, int]:
-        """See `Device`."""
         free, total = torch.cuda.mem_get_info(self.at)
         return free, total
 
     def peak_bytes(self) -> int:
-        """See `Device`."""
         return torch.cuda.max_memory_reserved(self.at)
 
     def reset_peak(self) -> None:
-        """See `Device`."""
         torch.cuda.reset_peak_memory_stats(self.at)
 
     def release_cache(self) -> None:
-        """See `Device`."""
         torch.cuda.empty_cache()
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from policies import eviction
 from policies.hot import hottest
 from policies.neurons import IntArray, NeuronResidency
-from policies.precision import serve
 from tiercache.kernels.contract import Kernels
 from tiercache.stats.neurons import NeuronStats
 from tiercache.tiers.device import device_of
@@ -122,7 +121,7 @@ class NeuronSlots:
         slots = self.plan.slots[layer][plane]
         hot = None if self._caching.hot is None else self._caching.hot[layer]
         policy = eviction.make(self._caching.policy, hot=hot)
-        return NeuronResidency(self.plan.neurons, slots, policy, uploads=self._caching.max_fetches)
+        return NeuronResidency(self.plan.neurons, slots, policy, max_fetches=self._caching.max_fetches)
 
     def close(self) -> None:
         """Unlock the staging memory; harmless when done twice."""
@@ -164,12 +163,9 @@ class NeuronSlots:
         began_at = time.perf_counter()
         step = residency.step(wanted)
         self.stats.policy_s += time.perf_counter() - began_at
-        left = None if caching.max_fetches is None else caching.max_fetches - step.loads.size
-        if caching.on_cpu:  # copies only renew the slots
-            left = 0
-        below_s = 0.0 if caching.on_cpu else None  # in units of a copy: which is cheaper was measured at the start
-        fetched = serve(step.refused.size, uploads=left, link_s=1.0, below_s=below_s).fetched
-        fetched = min(fetched, self.plan.passing[plane] - step.loads.size)
+        fetched = 0 if caching.on_cpu else min(step.refused.size, self.plan.passing[plane] - step.loads.size)
+        if caching.max_fetches is not None:
+            fetched = min(fetched, caching.max_fetches - step.loads.size)
         moved = np.concatenate((step.loads, step.refused[:fetched]))
         self._fetch(layer, plane, moved)
         self.stats.moved_bytes += moved.size * self.plan.widths[plane]

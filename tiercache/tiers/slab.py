@@ -14,10 +14,7 @@ class Slab:
 
     On the host it is made of huge pages where the system has them. Its memory goes when the last tensor over it does.
 
-    Args:
-        nbytes: its size.
-        device: where it lies.
-        pinned: page-locked, so that a GPU can copy from it at full speed and without waiting.
+    With `pinned` it is page-locked, so that a GPU can copy from it at full speed and without waiting.
 
     Raises:
         EnvironmentUnsupportedError: the memory is not to be had.

@@ -13,7 +13,7 @@ import torch
 
 from policies.plan import Plan, TierPlan
 from policies.residency import Residency
-from policies.types import Key, Placement
+from policies.types import Key, UnitPlacement
 from tiercache.progress import bar
 from tiercache.stats.run import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
@@ -21,13 +21,13 @@ from tiercache.store.reader import Reader
 from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
-from tiercache.tiers.tier import Cause, Fill, Pending, Tier, waited_for_ssd
+from tiercache.tiers.tier import Cause, Fill, Pending, Supply, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
 Observer = Callable[[str, str, Key], None]
 
 
-class CallersTier:
+class CallersTier(Supply):
     """Stands for the DRAM tier of a model in memory: its units are the caller's parameters, which stay."""
 
     def __init__(self, slots: Sequence[torch.Tensor], stats: TierStats) -> None:
@@ -35,25 +35,22 @@ class CallersTier:
         stats.capacity_bytes = stats.peak_bytes = sum(slot.nbytes for slot in slots)
 
     def acquire(self, key: Key) -> torch.Tensor:
-        """The bytes of a parameter."""
         self.hit((key,))
         return self._slots[key]
 
     def release(self, key: Key) -> None:
-        """Nothing to do."""
+        pass
 
     def pinned_slot(self, key: Key) -> torch.Tensor:
-        """See `Supply`."""
         return self._slots[key]
 
     def hit(self, keys: Iterable[Key]) -> None:
-        """See `Supply`."""
         for key in keys:
             self.stats.hits += 1
             self.stats.hit_bytes += self._slots[key].nbytes
 
 
-class TierChoice:
+class TierChoice(Supply):
     """Hands out units from the upper tier, or from the lower one in passes that multiply them there.
 
     Args:
@@ -72,23 +69,19 @@ class TierChoice:
             (self._upper.pause if on_cpu else self._upper.resume)()
 
     def acquire(self, key: Key) -> torch.Tensor:
-        """The slot of `key` in one of the tiers, valid until `release`."""
         if not self._on_cpu or self._upper.pinned_slot(key) is not None:
             return self._upper.acquire(key)
         self._upper.count(key, hit=False)
         return self._lower.acquire(key)
 
     def release(self, key: Key) -> None:
-        """The key is not needed any more."""
         above = not self._on_cpu or self._upper.pinned_slot(key) is not None
         (self._upper if above else self._lower).release(key)
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
-        """See `Supply`."""
         return self._upper.pinned_slot(key)
 
     def hit(self, keys: Iterable[Key]) -> None:
-        """See `Supply`."""
         self._upper.hit(keys)
 
 
@@ -118,9 +111,9 @@ class TierStack:
         self._units, self._reader, self._plan = manifest.units, reader, plan
         self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
         self._sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
-        self._observe = observe
+        self._observe, self.link = observe, link or Link()
         self.stats: dict[str, TierStats] = {}
-        self.weights, self._spans = _layout(manifest, device, memory is not None, plan.hbm is None)
+        self.weights, self._spans = _layout(manifest, device, memory is not None, not plan.has_hbm)
         with ExitStack() as stack:
             self._dram = self._make_dram(plan, device) if memory is None else None
             lower = self._dram if memory is None else CallersTier(memory, TierStats())
@@ -130,7 +123,7 @@ class TierStack:
             self.top: Tier | CallersTier | TierChoice = lower
             self._hbm = None
             if plan.hbm is not None:
-                transfer = Transfer(lower, self._spans, device, link)
+                transfer = Transfer(lower, self._spans, device, self.link)
                 stack.callback(transfer.close)
                 self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
                 stack.callback(self._hbm.close)
@@ -185,7 +178,7 @@ class TierStack:
         slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device_of(device).wants_pinned)
         tier = self._make_tier("dram", plan.dram, slab, self._read, waited_for_ssd)
         if plan.hbm is not None:
-            passing = Placement((), 0, plan.dram.slab_bytes)
+            passing = UnitPlacement((), 0, plan.dram.slab_bytes)
             tier.decide(Residency(plan.hbm.placement.pinned, self._sizes, passing, once=True))
         return tier
 

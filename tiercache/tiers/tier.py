@@ -58,13 +58,8 @@ class Pending(Protocol):
         """Give up; return when nothing writes any more."""
 
 
-class Fill(Protocol):
-    """Brings the bytes of a key into a slot."""
-
-    def __call__(self, key: Key, slot: torch.Tensor, after: Event | None) -> Pending:
-        """Begin; `after` is the event of the slot's last reader on a GPU."""
-
-
+# Begins to bring the bytes of a key into a slot, after the event of the slot's last reader on a GPU.
+Fill = Callable[[Key, torch.Tensor, Event | None], Pending]
 Cause = Callable[[Pending, float], Mapping[str, float]]
 
 
@@ -95,7 +90,7 @@ class _Arrival:
     pending: Pending
 
 
-class Tier:
+class Tier(Supply):
     """See the module.
 
     Args:
@@ -143,11 +138,9 @@ class Tier:
             loaded(self._payload[load.key])
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
-        """See `Supply`; None as well before it has arrived."""
-        return self._ready.get(key)
+        return self._ready.get(key)  # None as well before it has arrived
 
     def hit(self, keys: Iterable[Key]) -> None:
-        """See `Supply`."""
         if self._closed:
             raise ClosedError(_CLOSED)
         for key in keys:

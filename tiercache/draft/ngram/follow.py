@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 
-from tiercache.draft.base import BaseDrafter, Context, Feedback
+from tiercache.draft.base import Context, Drafter, Feedback
 
 
-class Follower(BaseDrafter):
+class Follower(Drafter):
     """A drafter that follows the context's tokens."""
 
     seen = 0
 
     def begin(self, context: Context) -> None:
-        """See `Drafter`."""
         super().begin(context)
         self._enter(context.tokens)
         self.seen = len(context.tokens)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens = self.context.tokens
         self._append(tokens[self.seen :])
         self.seen = len(tokens)

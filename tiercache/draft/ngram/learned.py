@@ -39,7 +39,7 @@ class Learned(Follower):
     """
 
     name = "learned"
-    open_ended = tables = True
+    open_ended = True
 
     def __init__(
         self, folder: Path, *, identity: str, vocabulary: int, batch: int = 1024, max_bytes: int = 1 << 28
@@ -53,7 +53,7 @@ class Learned(Follower):
         self._pending: list[tuple[list[int], int]] = []
         self._waiting = 0
         self._closed = False
-        self.needs = DrafterRequirements(host_bytes=_CACHED * _CACHED_BYTES + batch * _PENDING_BYTES + 65536)
+        self.requirements = DrafterRequirements(host_bytes=_CACHED * _CACHED_BYTES + batch * _PENDING_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """See `Drafter`.

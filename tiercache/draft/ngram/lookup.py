@@ -29,7 +29,7 @@ class PromptLookup(Follower):
     """
 
     name = "lookup"
-    open_ended = tables = True
+    open_ended = True
 
     def __init__(self, ngram: int = 3, *, window: int = 1 << 15) -> None:
         if ngram < 1 or window < 1:
@@ -39,7 +39,7 @@ class PromptLookup(Follower):
         self._size = 0
         self._rates = HitRates([_PRIOR] * (ngram + 1))
         self._copied: tuple[tuple[int, ...], int] = ((), 0)  # what was guessed last, and the match it came of
-        self.needs = DrafterRequirements(host_bytes=self._text.nbytes + 16384)
+        self.requirements = DrafterRequirements(host_bytes=self._text.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
         """A chain; see `Drafter`."""
@@ -59,7 +59,6 @@ class PromptLookup(Follower):
         return tree
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         copied, match = self._copied
         for guess, came in zip(copied, self.context.tokens[self.seen :], strict=False):
             self._rates.add(match, guess == came)

@@ -5,20 +5,20 @@ The rates turn counts and ranks into probabilities that can be compared between 
 
 from collections.abc import Sequence
 
+_PRIOR_WEIGHT = 8.0  # observations that what is assumed beforehand counts for
+_HITS_KEPT, _RANKS_KEPT = 256.0, 512.0  # observations; at more, they are halved
+
 
 class HitRates:
     """For each of several kinds of guess, the share that came true.
 
     Args:
         prior: the shares assumed before anything was seen.
-        weight: how many observations the prior counts for.
-        memory: observations of a kind; at as many, they are halved.
     """
 
-    def __init__(self, prior: Sequence[float], *, weight: float = 8.0, memory: float = 256.0) -> None:
-        self._hits = [share * weight for share in prior]
-        self._trials = [weight] * len(prior)
-        self._memory = memory
+    def __init__(self, prior: Sequence[float]) -> None:
+        self._hits = [share * _PRIOR_WEIGHT for share in prior]
+        self._trials = [_PRIOR_WEIGHT] * len(prior)
 
     def __getitem__(self, kind: int) -> float:
         """The share of a kind."""
@@ -28,7 +28,7 @@ class HitRates:
         """One more observation."""
         self._hits[kind] += hit
         self._trials[kind] += 1
-        if self._trials[kind] > self._memory:
+        if self._trials[kind] > _HITS_KEPT:
             self._hits[kind] /= 2
             self._trials[kind] /= 2
 
@@ -38,13 +38,11 @@ class RankShares:
 
     Args:
         prior: the share of each rank, assumed before anything was seen.
-        weight, memory: as `HitRates` has them.
     """
 
-    def __init__(self, prior: Sequence[float], *, weight: float = 8.0, memory: float = 512.0) -> None:
-        self._hits = [share * weight for share in prior]
-        self._trials = weight
-        self._memory = memory
+    def __init__(self, prior: Sequence[float]) -> None:
+        self._hits = [share * _PRIOR_WEIGHT for share in prior]
+        self._trials = _PRIOR_WEIGHT
 
     def shares(self) -> list[float]:
         """Of each rank; they sum to 1 at most."""
@@ -55,6 +53,6 @@ class RankShares:
         if rank is not None:
             self._hits[rank] += 1
         self._trials += 1
-        if self._trials > self._memory:
+        if self._trials > _RANKS_KEPT:
             self._hits = [hits / 2 for hits in self._hits]
             self._trials /= 2

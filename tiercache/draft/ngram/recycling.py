@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.growth import Continuation, grow_tree
 from tiercache.draft.ngram.rates import RankShares
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
@@ -13,7 +13,7 @@ _KEPT = 8
 _PRIOR = (0.35, 0.12, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)  # of each rank, before anything was measured
 
 
-class TokenRecycling(BaseDrafter):
+class TokenRecycling(Drafter):
     """Follows each token's newest top 8 of the target's tokens.
 
     Token Recycling (arXiv 2408.08696, section 3): one table for the whole vocabulary, taken from every verified node,
@@ -27,17 +27,16 @@ class TokenRecycling(BaseDrafter):
     """
 
     name = "recycling"
-    open_ended = tables = True
+    open_ended = True
 
     def __init__(self, vocabulary: int) -> None:
         if vocabulary < 1:
             raise UsageError(f"token recycling for {vocabulary} tokens; give the target's vocabulary")
         self._table = np.full((vocabulary, _KEPT), NONE, dtype=np.int32)
         self._ranks = RankShares(_PRIOR)
-        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
+        self.requirements = DrafterRequirements(topk=_KEPT, host_bytes=self._table.nbytes + 16384)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         table, shares = self._table, self._ranks.shares()
         order = sorted(range(_KEPT), key=shares.__getitem__, reverse=True)
 
@@ -50,7 +49,6 @@ class TokenRecycling(BaseDrafter):
         return grow_tree(self.context.tokens[-1], expand, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens, emitted = self.context.tokens, feedback.emitted
         first = len(tokens) - len(emitted)
         for token, came in zip(tokens[first - 1 : -1], emitted, strict=True):

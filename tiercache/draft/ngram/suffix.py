@@ -14,6 +14,7 @@ from tiercache.draft.tree import DraftTree
 from tiercache.errors import UsageError
 
 _BREAK = -1  # between sequences: no token, so it is never proposed
+_NODES = 16  # that a tree may have, and as many more for each token that matches
 _WIDEST = 8  # tokens that a state is looked up for
 _LEVELS = 3  # ever shorter suffixes that are looked up where the longest one leaves much open
 _ENOUGH = 0.02  # so little left open is not worth another
@@ -34,36 +35,31 @@ class SuffixAutomaton(Follower):
     leaves open is measured, by its length, on the text itself.
 
     Args:
-        factor, offset: a match of m tokens allows trees of factor * m + offset nodes.
         limit: tokens of text that are kept; when there are as many, the older half is dropped.
 
     Raises:
-        UsageError: `limit` is below 2, or a match would allow no node.
+        UsageError: `limit` is below 2.
     """
 
     name = "suffix"
-    open_ended = tables = True
+    open_ended = True
 
-    def __init__(self, *, factor: float = 16.0, offset: float = 16.0, limit: int = 1 << 14) -> None:
-        if limit < 2 or factor < 0 or factor + offset < 1:
-            raise UsageError(
-                f"a suffix automaton of {limit} tokens, trees of {factor} * match + {offset} nodes; let it keep 2 "
-                "tokens at least and a match of one token allow a node"
-            )
-        self._factor, self._offset, self._limit = factor, offset, limit
+    def __init__(self, *, limit: int = 1 << 14) -> None:
+        if limit < 2:
+            raise UsageError(f"a suffix automaton of {limit} tokens; let it keep 2 tokens at least")
+        self._limit = limit
         self._rates = HitRates(_PRIOR)
         self._text = array("q")  # that the automaton holds; the present sequence begins at `_start`
         self._start = 0
         self._automaton = Automaton()
-        self.needs = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
+        self.requirements = DrafterRequirements(host_bytes=limit * _TOKEN_BYTES + 65536)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         state = self._automaton.link[self._automaton.last]
         if state <= EMPTY:  # nothing matches
             return DraftTree()
         match = self._automaton.length[state]
-        nodes = min(budget.nodes, int(self._factor * match + self._offset))
+        nodes = min(budget.nodes, _NODES * (match + 1))
         return grow_tree((state, match), self._continuations, replace(budget, nodes=nodes), self.context)
 
     def _continuations(self, at: _STATE) -> list[Continuation[_STATE]]:

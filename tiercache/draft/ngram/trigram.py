@@ -4,7 +4,7 @@ from math import sqrt
 
 import numpy as np
 
-from tiercache.draft.base import BaseDrafter, Context, DrafterRequirements, Feedback, TreeBudget
+from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.ngram.growth import Continuation, grow_tree
 from tiercache.draft.ngram.rates import RankShares
 from tiercache.draft.ngram.rows import NONE, likeliest, newest
@@ -13,6 +13,7 @@ from tiercache.errors import UsageError
 
 _KEPT = 8
 _PRIOR = (0.45, 0.13, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)  # of each rank, before anything was measured
+_EXPLORATION = 0.1  # c of PUCT
 _NEWEST = 0.25  # what the newest observation counts for at least
 _CHUNK = 64  # tokens of a prompt that are learnt at once
 _SMALL = 1e-4  # a probability not worth following
@@ -21,7 +22,7 @@ _WORD = 1 << 64
 _PAIR = tuple[int, int]
 
 
-class AdaptiveTrigram(BaseDrafter):
+class AdaptiveTrigram(Drafter):
     """M[a, b] -> c: probabilities of what the target says after two tokens, learnt from every node that it verifies.
 
     ADED (arXiv 2407.12021, section 3): the tri-gram matrix follows the target's distribution, and the draft maker
@@ -33,31 +34,30 @@ class AdaptiveTrigram(BaseDrafter):
     Args:
         vocabulary: of the target.
         slots: pairs that the table holds; rounded up to a power of two.
-        exploration: c.
 
     Raises:
         UsageError: one of these is out of range.
     """
 
     name = "trigram"
-    open_ended = tables = True
+    open_ended = True
 
-    def __init__(self, vocabulary: int, *, slots: int = 1 << 15, exploration: float = 0.1) -> None:
-        if not 1 <= vocabulary < 1 << 31 or slots < 2 or exploration < 0:
+    def __init__(self, vocabulary: int, *, slots: int = 1 << 15) -> None:
+        if not 1 <= vocabulary < 1 << 31 or slots < 2:
             raise UsageError(
-                f"a tri-gram table of {slots} slots for {vocabulary} tokens, exploration {exploration}; give the "
-                "target's vocabulary, 2 slots at least and no negative exploration"
+                f"a tri-gram table of {slots} slots for {vocabulary} tokens; give the target's vocabulary and 2 slots "
+                "at least"
             )
         bits = (slots - 1).bit_length()
         self._shift, slots = 64 - bits, 1 << bits
-        self._vocabulary, self._exploration = vocabulary, exploration
+        self._vocabulary = vocabulary
         self._pairs = np.full(slots, NONE, dtype=np.int64)  # a * vocabulary + b
         self._tokens = np.full((slots, _KEPT), NONE, dtype=np.int32)  # likeliest first
         self._weights = np.zeros((slots, _KEPT), dtype=np.float32)
         self._visits = np.zeros(slots, dtype=np.int32)
         self._ranks = RankShares(_PRIOR)
         held = (self._pairs, self._tokens, self._weights, self._visits)
-        self.needs = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
+        self.requirements = DrafterRequirements(topk=_KEPT, host_bytes=sum(part.nbytes for part in held) + 65536)
 
     def begin(self, context: Context) -> None:
         """See `Drafter`; the prompt's own tri-grams are learnt too."""
@@ -72,14 +72,12 @@ class AdaptiveTrigram(BaseDrafter):
             self._learn(before, told, shares)
 
     def propose(self, budget: TreeBudget) -> DraftTree:
-        """See `Drafter`."""
         tokens = self.context.tokens
         if len(tokens) < 2:
             return DraftTree()
         return grow_tree((tokens[-2], tokens[-1]), self._continuations, budget, self.context)
 
     def observe(self, feedback: Feedback) -> None:
-        """See `Drafter`."""
         tokens, emitted = self.context.tokens, feedback.emitted
         if not emitted:
             return
@@ -110,7 +108,7 @@ class AdaptiveTrigram(BaseDrafter):
         if slot is None:
             return []
         last, vocabulary, shift, pairs, visits = pair[1], self._vocabulary, self._shift, self._pairs, self._visits
-        curiosity = self._exploration * sqrt(visits.item(slot))
+        curiosity = _EXPLORATION * sqrt(visits.item(slot))
         found = []
         for token, weight in zip(self._tokens[slot].tolist(), self._weights[slot].tolist(), strict=True):
             if weight > _SMALL:

@@ -17,8 +17,6 @@ class Ngrams(Union):
         vocabulary: of the target.
         identity: of its tokenizer or model, for learned tables.
         folder: of the learned tables; there are none without it.
-        limit: tokens of text that the suffix automaton keeps.
-        slots: pairs that the tri-gram table holds.
 
     Raises:
         StoreError, EnvironmentUnsupportedError, UsageError: as these drafters say.
@@ -26,20 +24,8 @@ class Ngrams(Union):
 
     name = "ngram"
 
-    def __init__(
-        self,
-        vocabulary: int,
-        identity: str,
-        *,
-        folder: Path | None = None,
-        limit: int = 1 << 14,
-        slots: int = 1 << 15,
-    ) -> None:
-        drafters: list[Drafter] = [
-            SuffixAutomaton(limit=limit),
-            AdaptiveTrigram(vocabulary, slots=slots),
-            TokenRecycling(vocabulary),
-        ]
+    def __init__(self, vocabulary: int, identity: str, *, folder: Path | None = None) -> None:
+        drafters: list[Drafter] = [SuffixAutomaton(), AdaptiveTrigram(vocabulary), TokenRecycling(vocabulary)]
         if folder is not None:
             drafters.append(Learned(folder, identity=identity, vocabulary=vocabulary))
         super().__init__(drafters)

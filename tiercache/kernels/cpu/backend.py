@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels.contract import (
-    ACTIVATIONS,
-    QuantizedActivations,
-    Selection,
-    check_activations,
-    check_output,
-    check_transform,
-    checked_index,
-    checked_rows,
-)
+from tiercache.kernels import contract
+from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
@@ -32,7 +24,7 @@ _ALIGN = 64
 _FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
 
 
-class CpuKernels:
+class CpuKernels(Kernels):
     """See `contract.Kernels`.
 
     Args:
@@ -59,8 +51,7 @@ class CpuKernels:
         self._views = Views()
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """See `contract.Kernels`."""
-        check_activations(x)
+        contract.check_activations(x)
         check_on_host("x", x)
         tokens, columns = x.shape
         num_groups(columns, group)  # refuses a size that there is not
@@ -76,8 +67,7 @@ class CpuKernels:
         return QuantizedActivations(tokens, columns, group, (memory,), self.name)
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """See `contract.Kernels`."""
-        check_transform(x, before, after)
+        contract.check_transform(x, before, after)
         check_on_host("x", x)  # and so are the factors, which are where x is
         out = torch.empty(x.shape, **_FLOATS)
         source, keep = input_view(x)
@@ -88,22 +78,18 @@ class CpuKernels:
         return out
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
-        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
+        contract.check_output(out, x.tokens, contract.checked_rows(rows, weight), self.device)
         self._check_match(x, weight)
         lists = row_lists(rows)
         self._matmul(x, some_rows(self._views.matrix(weight), lists), out)
         del lists
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
-        """See `contract.Kernels`."""
+    def matmuls(self, x: QuantizedActivations, weights: Parts, outs: Sequence[Tensor], rows: Selection = None) -> None:
         if len(weights) != len(outs) or not weights:
             raise UsageError(f"{len(weights)} matrices and {len(outs)} outputs; give one for each")
-        count = checked_rows(rows, *weights)
+        count = contract.checked_rows(rows, *weights)
         for weight, out in zip(weights, outs, strict=True):
-            check_output(out, x.tokens, weight.rows if rows is None else count, self.device)
+            contract.check_output(out, x.tokens, weight.rows if rows is None else count, self.device)
             self._check_match(x, weight)
         pair, lists = self._views.pair(weights), row_lists(rows)
         if pair is None:
@@ -117,10 +103,9 @@ class CpuKernels:
         del lists
 
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
-        check_activations(x, checked_rows(rows, weight))
+        contract.check_activations(x, contract.checked_rows(rows, weight))
         check_on_host("x", x)
-        check_output(out, x.shape[0], weight.columns, self.device)
+        contract.check_output(out, x.shape[0], weight.columns, self.device)
         lists = row_lists(rows)
         matrix = some_rows(self._views.matrix(weight), lists)
         source, keep = input_view(x)
@@ -130,19 +115,11 @@ class CpuKernels:
         del lists, keep
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        """See `contract.Kernels`."""
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-        count = checked_rows(rows, down, *inward)
-        check_output(out, x.tokens, down.columns, self.device)
+        contract.check_activation(activation)
+        count = contract.checked_rows(rows, down, *inward)
+        contract.check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
             self._check_match(x, weight)
             if weight.rows != down.rows:
@@ -159,7 +136,6 @@ class CpuKernels:
         del lists
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
-        """See `contract.Kernels`."""
         for what, tensor in (("rows", rows), ("out", out)):
             check_on_host(what, tensor)
         needed = sum(piece.shape[1] for piece in pieces) * rows.numel()
@@ -169,7 +145,7 @@ class CpuKernels:
             check_on_host("a piece", piece)
             if piece.dtype != torch.uint8 or piece.ndim != 2 or piece.stride(1) != 1:
                 raise UsageError(f"cannot gather rows of {piece.dtype} {list(piece.shape)}; give byte matrices")
-            checked_index(rows, piece.shape[0])
+            contract.checked_index(rows, piece.shape[0])
         index, team, at = rows.to(torch.int64).contiguous(), self._team(), out.data_ptr()
         for piece in pieces:
             source, stride, width = piece.data_ptr(), piece.stride(0), piece.shape[1]

@@ -18,30 +18,11 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.kernels.contract import (
-    ACTIVATIONS,
-    QuantizedActivations,
-    Selection,
-    check_activations,
-    check_output,
-    check_transform,
-    checked_rows,
-)
-from tiercache.kernels.cuda.driver import Driver, Launcher
-from tiercache.kernels.cuda.launches import (
-    CHUNK_COLUMNS,
-    FEW_TOKENS,
-    Blocks,
-    Slices,
-    chunks_of,
-    decode_call,
-    down_call,
-    hadamard_call,
-    matrix,
-    prepare_call,
-    rows_call,
-    sum_call,
-)
+from tiercache.kernels import contract
+from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
+from tiercache.kernels.cuda import launches
+from tiercache.kernels.cuda.driver import Driver
+from tiercache.kernels.cuda.launches import Blocks, Slices
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
 from tiercache.kernels.reference import activate
@@ -55,98 +36,79 @@ int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 
 
-class CudaKernels:
+class CudaKernels(Kernels):
     """See `contract.Kernels`. Row lists that lie on the device are not checked for range: that would stall the stream.
 
     Args:
         device: the CUDA device.
-        launcher: what runs the kernels; None for the device's driver.
+        launcher: what runs the kernels; None for the device's driver. The tests give an emulation.
         switch: tokens above which weights are decoded first.
 
     Raises:
         EnvironmentUnsupportedError: no such device, or no compiler for it.
     """
 
-    def __init__(self, device: torch.device, launcher: Launcher | None = None, switch: int = DEFAULT_SWITCH) -> None:
+    def __init__(self, device: torch.device, launcher: Driver | None = None, switch: int = DEFAULT_SWITCH) -> None:
         if launcher is None:
-            driver = Driver(device)
-            launcher, device = driver, driver.device
+            launcher = Driver(device)
+            device = launcher.device
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
-        self._switch = max(switch, FEW_TOKENS)
+        self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
-        """See `contract.Kernels`."""
         tokens, columns = x.shape
         self._check_input(x, columns)
         if tokens > self._switch:
             return QuantizedActivations(tokens, columns, group, (x.float(),))
-        blocks, chunks = Blocks.of(tokens), chunks_of(columns)
-        packed = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS)
-        sums = self._empty(blocks.count, chunks, blocks.size, CHUNK_COLUMNS // group)
+        blocks, chunks = Blocks.of(tokens), launches.chunks_of(columns)
+        packed = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS)
+        sums = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS // group)
         if tokens:
             into = (packed.data_ptr(), sums.data_ptr())
             strides = (x.stride(0), x.stride(1))
             self._launcher.launch(
-                prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
+                launches.prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
             )
         return QuantizedActivations(tokens, columns, group, (packed, sums))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
-        """See `contract.Kernels`."""
-        check_transform(x, before, after)
+        contract.check_transform(x, before, after)
         if x.device != self.device:
             raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
         out = self._empty(*x.shape)
         if out.numel():
             first, last = (0 if factor is None else self._at(factor) for factor in (before, after))
             shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), _KINDS.index(x.dtype)
-            call = hadamard_call(self._at(x), strides, kind, shape, (first, last), out.data_ptr())
+            call = launches.hadamard_call(self._at(x), strides, kind, shape, (first, last), out.data_ptr())
             self._launcher.launch(call)
         return out
 
     def matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
         _check_prepared(x, weight)
-        check_output(out, x.tokens, checked_rows(rows, weight), self.device)
+        contract.check_output(out, x.tokens, contract.checked_rows(rows, weight), self.device)
         for some, (near,), chosen in self._tiles(x.tokens, (weight,), rows):
             self._matmul(x, near, out[:, some], chosen)
 
-    def matmuls(
-        self, x: QuantizedActivations, weights: Sequence[Planes], outs: Sequence[Tensor], rows: Selection = None
-    ) -> None:
-        """See `contract.Kernels`. One launch each: on a GPU nothing is gained by walking matrices together."""
-        for weight, out in zip(weights, outs, strict=True):
-            self.matmul(x, weight, out, rows)
-
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
-        """See `contract.Kernels`."""
-        self._check_input(x, checked_rows(rows, weight))
-        check_output(out, x.shape[0], weight.columns, self.device)
+        self._check_input(x, contract.checked_rows(rows, weight))
+        contract.check_output(out, x.shape[0], weight.columns, self.device)
         for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
             self._matmul_transposed(x[:, some], near, out, chosen)
 
     def ffn(
-        self,
-        x: QuantizedActivations,
-        inward: Sequence[Planes],
-        down: Planes,
-        activation: str,
-        out: Tensor,
-        rows: Selection = None,
+        self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        """See `contract.Kernels`."""
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+        contract.check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
             raise UsageError(
                 f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"
             )
         for each in inward:
             _check_prepared(x, each)
-        checked_rows(rows, down, *inward)
-        check_output(out, x.tokens, down.columns, self.device)
+        contract.checked_rows(rows, down, *inward)
+        contract.check_output(out, x.tokens, down.columns, self.device)
         fused = x.tokens <= self._switch and len({len(each.planes) for each in inward}) == 1
         for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
             if fused:
@@ -169,7 +131,7 @@ class CudaKernels:
                 raise UsageError(f"rows {int(rows.min())} to {int(rows.max())} of a piece of {len(piece)}")
         self._tiler.gather(pieces, rows.to(self.device, torch.int32).contiguous(), out)
 
-    def _tiles(self, tokens: int, weights: Sequence[Planes], rows: Selection) -> Iterator[Tile]:
+    def _tiles(self, tokens: int, weights: Parts, rows: Selection) -> Iterator[Tile]:
         return self._tiler.tiles(tokens, weights, RowLists.of(rows, self.device))
 
     def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: RowLists) -> None:
@@ -180,23 +142,23 @@ class CudaKernels:
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
 
     def _launch_rows(
-        self, x: QuantizedActivations, weights: Sequence[Planes], out: tuple[int, int], rows: RowLists, activation: int
+        self, x: QuantizedActivations, weights: Parts, out: tuple[int, int], rows: RowLists, activation: int
     ) -> None:
         packed, sums = x.data
-        matrices = [matrix(weight, self._at) for weight in weights]
+        matrices = [launches.matrix(weight, self._at) for weight in weights]
         given = (packed.data_ptr(), sums.data_ptr())
         shape, planes = (rows.count(weights[0]), x.tokens, x.columns), len(weights[0].planes)
         how = (shape, activation, self._launcher.multiprocessors)
-        self._launcher.launch(rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
+        self._launcher.launch(launches.rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
 
-    def _hidden(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
+    def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
         blocks = Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: QuantizedActivations, inward: Sequence[Planes], activation: str, rows: RowLists) -> Tensor:
+    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
         count = rows.count(inward[0])
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
@@ -218,22 +180,22 @@ class CudaKernels:
 
     def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: RowLists) -> None:
         """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
-        found, blocks, count = matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
+        found, blocks, count = launches.matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
         padded = found.groups * found.group
         slices = Slices.of(count, padded, self._launcher.multiprocessors)
         partial = self._empty(slices.count, blocks.padded, padded)
         planes = len(weight.planes)
         given = (x.data_ptr(), rows.pointers(planes), partial.data_ptr())
-        self._launcher.launch(down_call(found, planes, *given, count, blocks, slices))
+        self._launcher.launch(launches.down_call(found, planes, *given, count, blocks, slices))
         into = out.data_ptr(), out.stride(0)
-        self._launcher.launch(sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
+        self._launcher.launch(launches.sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
 
     def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
-        found, count, planes = matrix(weight, self._at), rows.count(weight), len(weight.planes)
+        found, count, planes = launches.matrix(weight, self._at), rows.count(weight), len(weight.planes)
         values = self._empty(count, found.groups * found.group)
         shape = count, weight.columns
-        self._launcher.launch(decode_call(found, planes, rows.pointers(planes), shape, values.data_ptr()))
+        self._launcher.launch(launches.decode_call(found, planes, rows.pointers(planes), shape, values.data_ptr()))
         return values[:, : weight.columns]
 
     def _at(self, tensor: Tensor) -> int:
@@ -243,7 +205,7 @@ class CudaKernels:
         return torch.empty(*shape, dtype=torch.float32, device=self.device)
 
     def _check_input(self, x: Tensor, features: int) -> None:
-        check_activations(x, features)
+        contract.check_activations(x, features)
         if x.device != self.device:
             raise UsageError(f"x is on {x.device}, these kernels are of {self.device}")
 

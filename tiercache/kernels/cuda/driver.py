@@ -11,50 +11,29 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.launches import Call
-from tiercache.kernels.cuda.nvrtc import Unit, cache_folder, choose, compilers, image
+from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, image
 from tiercache.tiers.device import on_gpu
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
 
 
-class Launcher(Protocol):
-    """What runs calls: the driver, or in the tests an emulation.
-
-    Attributes:
-        capability: the card's compute capability.
-        multiprocessors: how many it has.
-    """
-
-    capability: tuple[int, int]
-    multiprocessors: int
-
-    def address(self, tensor: Tensor) -> int:
-        """Where a kernel finds the tensor's bytes.
-
-        Raises:
-            UsageError: it cannot reach them.
-        """
-
-    def is_near(self, tensor: Tensor) -> bool:
-        """Whether the bytes lie in the card's own memory and not across a link."""
-
-    def launch(self, call: Call) -> None:
-        """Enqueue a call; what it reads and writes is in use until the stream has got there."""
-
-
 class Driver:
-    """See `Launcher`. Kernels are compiled, or taken from the disk, when first launched.
+    """Runs calls. Kernels are compiled, or taken from the disk, when first launched.
 
     *Ordering*: all calls go to the stream that is torch's current one when they are launched, and overtake nothing
     there. Host memory handed to a call is read later: its owner keeps it locked and unchanged until that stream has
     passed the call.
+
+    Attributes:
+        device: the CUDA device.
+        capability: the card's compute capability.
+        multiprocessors: how many it has.
 
     Args:
         device: the CUDA device.
@@ -76,11 +55,11 @@ class Driver:
             )
         self.capability = torch.cuda.get_device_capability(self.device)
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._compiler, self._target = choose(self.capability, compilers())
+        self._compiler, self._target = compiler_for(self.capability, compilers())
         self._folder = folder or cache_folder()
         self._library = _library()
         self._lock = threading.Lock()  # over the two tables
-        self._modules: dict[Unit, ctypes.c_void_p] = {}
+        self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._context = ctypes.c_void_p()
         number = ctypes.c_int()
@@ -89,7 +68,11 @@ class Driver:
         self._check(retain(ctypes.byref(self._context), number), "opening the device")
 
     def address(self, tensor: Tensor) -> int:
-        """See `Launcher`."""
+        """Where a kernel finds the tensor's bytes.
+
+        Raises:
+            UsageError: it cannot reach them.
+        """
         if on_gpu(tensor.device):
             if tensor.device != self.device:
                 raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
@@ -108,11 +91,11 @@ class Driver:
         return found.value
 
     def is_near(self, tensor: Tensor) -> bool:
-        """See `Launcher`."""
+        """Whether the bytes lie in the card's own memory and not across a link."""
         return on_gpu(tensor.device)
 
     def launch(self, call: Call) -> None:
-        """See `Launcher`."""
+        """Enqueue a call; what it reads and writes is in use until the stream has got there."""
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         packed = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))  # the driver copies it before it returns
         with self._current():
@@ -126,7 +109,7 @@ class Driver:
         """The kernel's handle; the context is current."""
         with self._lock:
             if kernel not in self._functions:
-                unit = Unit.of(kernel)
+                unit = SourceUnit.of(kernel)
                 if unit not in self._modules:
                     code = image(unit, self._compiler, self._target, self._folder)
                     module = ctypes.c_void_p()

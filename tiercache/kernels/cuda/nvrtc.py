@@ -25,17 +25,17 @@ _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceUnit:
     """What is compiled at once: a file of `source`, for one number of planes (0: of any)."""
 
     file: str
     planes: int = 0
 
     @staticmethod
-    def of(kernel: str) -> Unit:
+    def of(kernel: str) -> SourceUnit:
         """The unit that holds the kernel of that name: `rows_2_4_4` is in rows.cu, for two planes."""
         file, _, rest = kernel.partition("_")
-        return Unit(f"{file}.cu", int(rest[0])) if rest else Unit("common.cu")
+        return SourceUnit(f"{file}.cu", int(rest[0])) if rest else SourceUnit("common.cu")
 
 
 def source(file: str) -> bytes:
@@ -81,7 +81,7 @@ class Nvrtc:
             return f"sm_{wanted}"
         return f"compute_{self.architectures[-1]}" if wanted > self.architectures[-1] else None
 
-    def compile(self, unit: Unit, target: str) -> bytes:
+    def compile(self, unit: SourceUnit, target: str) -> bytes:
         """The machine code (for `sm_..`) or PTX (`compute_..`) of a unit.
 
         Raises:
@@ -118,12 +118,12 @@ class Nvrtc:
             )
 
 
-def _options(unit: Unit, target: str) -> list[str]:
+def _options(unit: SourceUnit, target: str) -> list[str]:
     planes = [f"-DPLANES={unit.planes}"] if unit.planes else []
     return [f"--gpu-architecture={target}", "--std=c++17", *planes]
 
 
-def candidates() -> list[Path | str]:
+def library_paths() -> list[Path | str]:
     """Where NVRTC may lie, in the order they are tried: torch's own, NVIDIA's wheels, the system's."""
     found: list[Path | str] = []
     for package, pattern in (("torch", "lib/libnvrtc*.so*"), ("nvidia", "*/lib/libnvrtc*.so*")):
@@ -143,7 +143,7 @@ def _parts(path: Path) -> set[str]:
 def compilers() -> list[Nvrtc]:
     """Every NVRTC that loads, best first."""
     found = []
-    for candidate in candidates():
+    for candidate in library_paths():
         try:
             found.append(Nvrtc(candidate))
         except OSError:  # not there, or not for this machine
@@ -151,7 +151,7 @@ def compilers() -> list[Nvrtc]:
     return found
 
 
-def choose(capability: tuple[int, int], among: Sequence[Nvrtc]) -> tuple[Nvrtc, str]:
+def compiler_for(capability: tuple[int, int], among: Sequence[Nvrtc]) -> tuple[Nvrtc, str]:
     """The first compiler that serves a card, and what it is to compile for.
 
     Raises:
@@ -175,7 +175,7 @@ def cache_folder() -> Path:
     return home_folder() / "kernels"
 
 
-def image(unit: Unit, compiler: Nvrtc, target: str, folder: Path) -> bytes:
+def image(unit: SourceUnit, compiler: Nvrtc, target: str, folder: Path) -> bytes:
     """The compiled unit, from `folder` if it was compiled before; made there for the next time if not.
 
     Processes that come at the same time compile twice and both leave a whole file: it is written aside and moved.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tiercache.kernels.cuda.driver import Launcher
+from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.launches import FEW_TOKENS, MOST_PIECES, gather_call
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.quant.planes import Planes
@@ -23,15 +23,9 @@ Tile = tuple[slice, list[Planes], RowLists]
 
 
 class Tiler:
-    """See the module.
+    """See the module; for more tokens than `switch` weights are decoded first."""
 
-    Args:
-        launcher: what runs the kernels.
-        device: where they compute.
-        switch: tokens above which weights are decoded first.
-    """
-
-    def __init__(self, launcher: Launcher, device: torch.device, switch: int) -> None:
+    def __init__(self, launcher: Driver, device: torch.device, switch: int) -> None:
         self._launcher, self._device, self._switch = launcher, device, switch
 
     def tiles(self, tokens: int, weights: Sequence[Planes], rows: RowLists) -> Iterator[Tile]:

@@ -1,6 +1,6 @@
 """What a decision of the neuron cache costs: the time of one step at a model's size, for every policy.
 
-    python -m profiler.policy_cost
+    python -m benchmarks.policy_cost
 
 Prints a table and one line of JSON. The wishes are made up: each neuron has a bias of its own and a part that changes
 from token to token, so that adjacent tokens share 60 % of their sets where half of the neurons are wanted.
@@ -143,7 +143,7 @@ def report(size: Size, costs: Sequence[Cost], trace: Trace) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every policy and print it."""
     plain = Size()
-    parser = argparse.ArgumentParser(prog="python -m profiler.policy_cost", description="the time of one cache step")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy_cost", description="the time of one cache step")
     parser.add_argument("--layers", type=int, default=plain.layers)
     parser.add_argument("--neurons", type=int, default=plain.neurons)
     parser.add_argument("--tokens", type=int, default=plain.tokens, help="measured, after as many that are not")

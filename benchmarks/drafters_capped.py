@@ -1,9 +1,10 @@
 """One way of decoding in a process of its own, under a hard cap of RAM with the page cache in it.
 
-`python -m tiercache.bench.drafters_capped JSON` is that process. Knows models and memory groups; nothing of tables.
+`python -m benchmarks.drafters_capped JSON` is that process. Knows models and memory groups; nothing of tables.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,13 +12,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tiercache.bench.cgroup import drop_caches, run_capped
-from tiercache.bench.timed_generation import Cell, Entry, Sample, Setting, open_timed
+from benchmarks.cgroup import drop_caches, run_capped
+from tiercache.bench.timed_generation import Cell, Entry, ModelSetting, Sample, open_timed
+from tiercache.config.sizes import human
 from tiercache.errors import TiercacheError
 
 _TIMEOUT_S = 7200.0
+_CHECKOUT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CappedSetting(ModelSetting):
+    """A setting under a cap.
+
+    Attributes:
+        cap_bytes: of RAM for the whole process, page cache included; None where nothing is capped.
+    """
+
+    cap_bytes: int | None = None
+
+    def text(self) -> str:
+        """See `ModelSetting`."""
+        return super().text() + (f", cap {human(self.cap_bytes)}" if self.cap_bytes else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +53,15 @@ class Visit:
     peak_bytes: int = 0
 
 
-def measure(setting: Setting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
+def measure(setting: ModelSetting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
     """Open the model, write a text of each cell, close it."""
     with open_timed(setting, entry) as own:
         own.warm(warm, tokens)
         samples = tuple(own.run(cell, tokens) for cell in cells)
-        return Visit(samples=samples, drafting=own.account()["drafting"], exact=own.dtype == torch.float32)
+        return Visit(samples=samples, drafting=own.drafting, exact=own.exact)
 
 
-def visit(setting: Setting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
+def visit(setting: CappedSetting, entry: Entry, cells: Sequence[Cell], warm: Cell, tokens: int) -> Visit:
     """`measure` in a process of its own under `setting.cap_bytes`, its files cold.
 
     Raises:
@@ -54,12 +70,13 @@ def visit(setting: Setting, entry: Entry, cells: Sequence[Cell], warm: Cell, tok
     """
     assert setting.cap_bytes is not None
     case = {"setting": asdict(setting), "entry": asdict(entry), "cells": [asdict(cell) for cell in cells]}
-    command = [sys.executable, "-m", "tiercache.bench.drafters_capped"]
+    command = [sys.executable, "-m", "benchmarks.drafters_capped"]
     drop_caches(Path(setting.store))
     try:
         run = run_capped(
             [*command, json.dumps({**case, "warm": asdict(warm), "tokens": tokens})],
             setting.cap_bytes,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(_CHECKOUT), os.environ.get("PYTHONPATH", "")])},
             timeout_s=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
@@ -82,7 +99,7 @@ def main(given: str) -> None:
     case = json.loads(given)
     cells = [Cell(**{**cell, "prompt": tuple(cell["prompt"])}) for cell in (*case["cells"], case["warm"])]
     try:
-        found = measure(Setting(**case["setting"]), Entry(**case["entry"]), cells[:-1], cells[-1], case["tokens"])
+        found = measure(CappedSetting(**case["setting"]), Entry(**case["entry"]), cells[:-1], cells[-1], case["tokens"])
     except TiercacheError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error

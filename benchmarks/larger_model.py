@@ -40,6 +40,9 @@ class Size:
     neurons: int
     layers: int
 
+    def __str__(self) -> str:
+        return f"{self.hidden}x{self.neurons}x{self.layers}"
+
     @classmethod
     def parse(cls, text: str) -> "Size":
         """`Size.parse("4096x16384x8")`.

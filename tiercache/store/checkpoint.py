@@ -27,12 +27,11 @@ _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """A checkpoint and what it means.
 
     Attributes:
-        folder: where it lies.
-        config: its transformers configuration.
+        folder, config: where it lies, and its transformers configuration.
         dtype: what its parameters are run in, as `from_pretrained` would choose.
         tensors: the file bytes of each parameter, by parameter name; tied parameters under the name transformers
             keeps (the token embedding's).
@@ -44,13 +43,11 @@ class Source:
     tensors: dict[str, TensorRef]
 
     @classmethod
-    def open(cls, path_or_id: str | Path) -> "Source":
+    def open(cls, path_or_id: str | Path) -> "Checkpoint":
         """Read the headers of a folder's or Hub repository's checkpoint.
 
-        Raises:
-            UsageError: no such folder or repository.
-            StoreError: files missing, cut short, or tensors missing or of another shape.
-            UnsupportedModelError: an architecture or layout that tiercache does not run.
+        Raises UsageError where there is no such folder or repository, StoreError where files or tensors are missing or
+        cut short, UnsupportedModelError for what tiercache does not run.
         """
         folder = resolve(path_or_id)
         config = meta_model.read_config(folder)
@@ -69,8 +66,7 @@ class Source:
             raise StoreError(
                 f"{folder / 'config.json'} describes no model that can be built ({error}); download it again"
             ) from error
-        tensors = _by_parameter(model, files, folder)
-        return cls(folder, config, dtype, tensors)
+        return cls(folder, config, dtype, _by_parameter(model, files, folder))
 
     def model(self) -> transformers.PreTrainedModel:
         """The model without weights, with the generation defaults that lie beside the checkpoint."""
@@ -95,9 +91,7 @@ class Source:
 def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]) -> str:
     """A hash of tensors' names, dtypes, shapes, and a sample of their bytes.
 
-    Args:
-        tensors: header dtype, shape and bytes of each.
-        read: returns bytes of a tensor, given its name, an offset and a length.
+    `tensors` has the header's dtype, the shape and the bytes of each; `read` takes a name, an offset and a length.
     """
     digest = hashlib.sha256()
     for name, (dtype, shape, nbytes) in sorted(tensors.items()):
@@ -105,6 +99,17 @@ def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: C
         for place in range(_SAMPLES):
             digest.update(read(name, max(0, nbytes - _SAMPLE_BYTES) * place // (_SAMPLES - 1), _SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def identity_in_memory(model: transformers.PreTrainedModel) -> str:
+    """What `Checkpoint.identity` would say of the same model saved as a checkpoint."""
+    slots = {name: parameter.data.view(-1).view(torch.uint8).numpy() for name, parameter in model.named_parameters()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described = {
+        name: (names[parameter.dtype], tuple(parameter.shape), parameter.nbytes)
+        for name, parameter in model.named_parameters()
+    }
+    return fingerprint(described, lambda name, offset, nbytes: slots[name][offset : offset + nbytes].tobytes())
 
 
 def resolve(path_or_id: str | Path) -> Path:
