@@ -135,9 +135,9 @@ def _parts(folder: Path) -> tuple[int, int]:
 
 
 def _free() -> int:
-    from profiler import hardware
+    from profiler.host_memory import host_memory
 
-    return hardware.memory().free_bytes
+    return host_memory().free_bytes
 
 
 def _row(exact: dict[str, Any], mixed: dict[str, Any], free: dict[str, Any], compute_s: float) -> dict[str, Any]:

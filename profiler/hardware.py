@@ -1,65 +1,215 @@
-"""What memory this machine has, and what a control group leaves of it; read from the system, not measured."""
+"""A machine as a cost model sees it: its memories, links and processors, each with capacity and speed.
 
-from dataclasses import dataclass
+Knows data sheets (`hardware.toml`, and files of the user's own in that form). Measures nothing; that is `probe`'s.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import psutil
+from profiler.figure import Basis, Figure, weakest
 
-_CGROUP = Path("/sys/fs/cgroup")
+TABLE = Path(__file__).with_name("hardware.toml")
+KINDS = ("gpu", "link", "dram", "ssd", "cpu")
+
+# What of a data sheet's bandwidth is reached: 0.82 on an H100 while serving, 0.89 on an A800, 0.75 on an Orin
+# (inference-sim #415, #436; LLM-Viewer); dual-channel DRAM 60 to 80 % (llmfit #703).
+_GPU_MEMORY_SHARE, _DRAM_SHARE = 0.82, 0.75
+# What of two kinds of work at once really overlaps. FlexGen's fit found less than all; nobody measured this machine.
+_OVERLAP = 0.85
+# The cost of a layer without its bytes (docs/measured.md): on an H100, and on two CPU cores.
+_CUDA_LAYER_S, _CPU_LAYER_S = 3e-3, 0.9e-3
+_LINK_LATENCY_S = 10e-6
+_FULL_LANES = 16
+_TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
+
+
+class HardwareError(ValueError):
+    """There is no such hardware, or an entry that cannot be read; says what there is."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Main memory as this process may use it.
+    """A memory: its bytes, and the bytes a second that are read from it, in 1e9."""
+
+    capacity_bytes: int
+    gbps: Figure
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card.
 
     Attributes:
-        total_bytes: of the machine, or of the tightest control group around this process.
-        free_bytes: not in use, what the page cache would give back included.
-        limited: a control group sets the total.
+        name: the maker's.
+        memory: its own.
+        compute_type: the data type it multiplies in.
+        tflops: 1e12 operations a second of that type, dense.
+        link_gbps: copies from pinned main memory, 1e9 bytes a second.
+        power_w: its limit.
     """
 
-    total_bytes: int
-    free_bytes: int
-    limited: bool
+    name: str
+    memory: Memory
+    compute_type: str
+    tflops: Figure
+    link_gbps: Figure
+    power_w: float
 
 
-def memory() -> Memory:
-    """Main memory now."""
-    machine = psutil.virtual_memory()
-    total, free, limited = machine.total, machine.available, False
-    for limit, usage in _groups():
-        if limit < total:
-            total, limited = limit, True
-        free = min(free, max(0, limit - usage))
-    return Memory(total, free, limited)
+@dataclass(frozen=True)
+class Hardware:
+    """A machine.
+
+    Attributes:
+        gpu: its card; None where the CPU computes.
+        dram: main memory.
+        cpu_gflops: 1e9 operations a second of the CPU, fp32, all cores.
+        ssd_gbps: 1e9 bytes a second of large direct reads.
+        overlap: which share of copies, reads and products that could run at once does.
+        layer_s: what a decoder layer costs beside its bytes and operations: Python, launches, synchronisation.
+        link_latency_s: what each copy over the link costs beside its bytes.
+    """
+
+    gpu: Gpu | None
+    dram: Memory
+    cpu_gflops: Figure
+    ssd_gbps: Figure
+    overlap: Figure
+    layer_s: Figure
+    link_latency_s: float = _LINK_LATENCY_S
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by name."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        found = {name: value for name, value in own.items() if isinstance(value, Figure)} | {"dram": self.dram.gbps}
+        if self.gpu is not None:
+            found |= {"gpu memory": self.gpu.memory.gbps, "gpu": self.gpu.tflops, "link": self.gpu.link_gbps}
+        return found
+
+    @property
+    def basis(self) -> Basis:
+        """What the figure that is trusted least rests on."""
+        return weakest(list(self.figures.values()))
 
 
-def _groups() -> list[tuple[int, int]]:
-    """Limit and usage (page cache that can go left out) of every memory group around this process, v1 and v2."""
-    found = []
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, place = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base = _CGROUP / "memory" if controllers else _CGROUP
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        for folder in [base / place.lstrip("/"), *(base / place.lstrip("/")).parents]:
-            limit, usage = (_text(folder / name).strip() for name in names)
-            if limit.isdigit() and usage.isdigit():
-                found.append((int(limit), int(usage) - _reclaimable(folder)))
-            if folder == base:
-                break
-    return found
+@dataclass(frozen=True)
+class Catalogue:
+    """Known hardware: of each kind the entries by their key."""
+
+    entries: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def with_file(self, path: Path) -> "Catalogue":
+        """The same with the entries of a TOML file, which win.
+
+        Raises:
+            HardwareError: it cannot be read, or holds something else.
+        """
+        try:
+            read = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HardwareError(f"{path} cannot be read as TOML ({error})") from error
+        for kind, entries in read.items():
+            if kind not in KINDS or not isinstance(entries, dict):
+                raise HardwareError(f"{path} has a table {kind!r}; there are {', '.join(KINDS)}")
+        merged = {kind: {**self.entries.get(kind, {}), **read.get(kind, {})} for kind in KINDS}
+        return Catalogue(merged)
+
+    def entry(self, kind: str, name: str) -> Mapping[str, Any]:
+        """The entry that a person means: "RTX 3090" and "3090" are one.
+
+        Raises:
+            HardwareError: there is none; names those that there are.
+        """
+        known = self.entries[kind]
+        wanted = _plain(name)
+        for key, found in known.items():
+            if wanted in (_plain(key), _plain(found.get("name", key))):
+                return found
+        raise HardwareError(
+            f"unknown {kind} {name!r}; there are {', '.join(known)}; another's figures go into a TOML file"
+        )
+
+    def gpu(self, name: str, lanes: int | None = None) -> Gpu:
+        """A card by its data sheet, in a slot of `lanes` lanes."""
+        found = self.entry("gpu", name)
+        where = str(found.get("name", name))
+        try:
+            kind = next(name for name in _TYPES if name in found["tflops"])
+            link = self.entry("link", found["link"])
+            share = min(lanes or _FULL_LANES, found.get("lanes", _FULL_LANES)) / _FULL_LANES
+            return Gpu(
+                where,
+                Memory(int(found["memory_gib"] * 2**30), _figure(found, "memory_gbps").scaled(_GPU_MEMORY_SHARE)),
+                kind,
+                Figure(float(found["tflops"][kind]), "spec", _source(found)),
+                _figure(link, "gbps").scaled(share),
+                float(found["power_w"]),
+            )
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            if isinstance(error, HardwareError):
+                raise
+            raise HardwareError(f"the entry of {where} lacks or garbles {error}; see hardware.toml") from error
+
+    def machine(
+        self,
+        gpu: str | None,
+        *,
+        dram_bytes: int,
+        dram: str = "ddr4-3200",
+        ssd: str | float = "pcie-3",
+        cpu: str = "desktop-8-core",
+        lanes: int | None = None,
+    ) -> Hardware:
+        """A machine put together from its parts.
+
+        Args:
+            gpu: the card; None for a machine without one.
+            dram_bytes: main memory.
+            dram: its kind, two channels.
+            ssd: its kind, or 1e9 bytes a second of reads.
+            cpu: the processor's kind.
+            lanes: of the card's slot, where it has fewer than the card.
+
+        Raises:
+            HardwareError: no such part.
+        """
+        reads = (
+            Figure(ssd, "spec", "given") if isinstance(ssd, float | int) else _figure(self.entry("ssd", ssd), "gbps")
+        )
+        card = None if gpu is None else self.gpu(gpu, lanes)
+        return Hardware(
+            gpu=card,
+            dram=Memory(dram_bytes, _figure(self.entry("dram", dram), "gbps").scaled(_DRAM_SHARE)),
+            cpu_gflops=_figure(self.entry("cpu", cpu), "gflops"),
+            ssd_gbps=reads,
+            overlap=Figure(_OVERLAP, "spec", "assumed"),
+            layer_s=Figure(_CPU_LAYER_S if card is None else _CUDA_LAYER_S, "spec", "measured on another machine"),
+        )
 
 
-def _reclaimable(folder: Path) -> int:
-    rows = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
-    value = rows.get("total_inactive_file", rows.get("inactive_file", "0"))
-    return int(value) if value.isdigit() else 0
+@cache
+def catalogue() -> Catalogue:
+    """The hardware that comes with the package."""
+    return Catalogue().with_file(TABLE)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""
+def _figure(entry: Mapping[str, Any], name: str) -> Figure:
+    value = entry[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise HardwareError(f"{name} = {value!r} is no number above zero")
+    return Figure(float(value), "spec", _source(entry))
+
+
+def _source(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("source", "given"))
+
+
+def _plain(name: str) -> str:
+    """A name without makers, blanks and dashes."""
+    return re.sub(r"nvidia|geforce|tesla|rtx|gtx|[\s_-]", "", name.lower())

@@ -18,9 +18,8 @@ from tiercache.model import meta_model
 from tiercache.progress import bar
 from tiercache.quant.planes import PLANE_BITS, num_groups
 from tiercache.store import catalog, layout
-from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import CATALOG_FILE, SCALE_FILE, VERSION
-from tiercache.store.header import TensorRef
+from tiercache.store.imagined import imagined_checkpoint
 from tiercache.store.layout import UnitPlan
 from tiercache.store.reader import Buffer
 from tiercache.store.writer import Writer
@@ -111,14 +110,14 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
     if _is_there(folder, stamp):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    source = _imagined(shape)
-    units = layout.plan(source, GROUP)
+    checkpoint = imagined_checkpoint(shape.config(), torch.bfloat16)
+    units = layout.plan(checkpoint, GROUP)
     pool = np.random.default_rng(seed).integers(0, 256, _POOL_WEIGHTS, np.uint8)
     total = sum(sum(unit.sizes.values()) for unit in units)
     with Writer(folder, [], {}) as writer, bar(f"writing {folder.name}", total, show=show_progress) as advance:
         records = []
         for unit in units:
-            records.append(writer.write(unit, source.tensors, _random_blocks(unit, pool)))
+            records.append(writer.write(unit, checkpoint.tensors, _random_blocks(unit, pool)))
             advance(sum(unit.sizes.values()))
         writer.sync()
     meta = {"version": VERSION, "identity": f"random-{seed}", "model_type": "llama", "dtype": "bfloat16"}
@@ -134,18 +133,6 @@ def make_store(shape: Shape, folder: Path, seed: int, *, show_progress: bool | N
     shape.config().save_pretrained(folder)
     _stamp_file(folder).write_text(json.dumps(stamp), encoding="utf-8")
     return folder
-
-
-def _imagined(shape: Shape) -> Checkpoint:
-    """A checkpoint that says what tensors it has, and has no files."""
-    config = shape.config()
-    model = meta_model.build(config, torch.bfloat16)
-    nowhere = Path("nowhere")
-    refs = {
-        name: TensorRef(nowhere, 0, parameter.nbytes, "BF16", tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
-    }
-    return Checkpoint(nowhere, config, torch.bfloat16, refs)
 
 
 def _random_blocks(unit: UnitPlan, pool: Buffer) -> Iterator[dict[str, Buffer]]:

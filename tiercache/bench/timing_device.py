@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from profiler import hardware, probe
+from profiler import probe
+from profiler.host_memory import host_memory
 from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError
 from tiercache.kernels.contract import Kernels
@@ -83,7 +84,7 @@ class TimingCpu(TimingDevice):
         super().__init__(torch.device("cpu"), last_level_cache_bytes(), kernels)
 
     def memory(self, nbytes: int) -> Tensor:
-        free = hardware.memory().free_bytes
+        free = host_memory().free_bytes
         if nbytes > free:
             raise DoesNotFitError(
                 f"the matrices to rotate take {human(nbytes)} and {human(free)} of main memory are free: "

@@ -38,7 +38,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Store = Annotated[Path, typer.Argument(help="Folder of a plane store.", show_default=False)]
 
 
-class _Commands(TyperGroup):
+class Commands(TyperGroup):
     """Turns what a command raises into a line on standard error, JSON where it was asked for, and an exit code.
 
     Contexts are typed Any: typer brings click's classes under names that change with its version.
@@ -69,7 +69,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -86,7 +86,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(
+def options_of_all(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")

@@ -19,7 +19,8 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from profiler import hardware, probe
+from profiler import probe
+from profiler.host_memory import host_memory
 from tiercache import __version__
 from tiercache.config.sizes import human
 from tiercache.doctor import gpu
@@ -171,7 +172,7 @@ def reads_check(roof: probe.ReadRoof) -> Check:
 
 
 def _main_memory(folder: Path) -> list[Check]:
-    memory = hardware.memory()
+    memory = host_memory()
     found = f"{human(memory.free_bytes)} free of {human(memory.total_bytes)}"
     found += ", as a control group limits it" if memory.limited else ""
     little = memory.free_bytes < _LITTLE_MEMORY_BYTES

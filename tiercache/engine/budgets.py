@@ -8,7 +8,7 @@ import torch
 
 from policies import plan
 from policies.plan import Plan, PlanInputs, TooSmallError
-from profiler import hardware
+from profiler.host_memory import host_memory
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.memory import MemoryRequirements
@@ -43,7 +43,7 @@ class Budgets:
     @classmethod
     def of(cls, config: OffloadConfig, device: torch.device) -> "Budgets":
         """The options' budgets on this machine, now."""
-        main = hardware.memory()
+        main = host_memory()
         hbm_bytes: int | None = None
         own_memory = device_of(device)
         own_memory.release_cache()  # what torch keeps for itself is free to us

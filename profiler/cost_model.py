@@ -1,0 +1,167 @@
+"""Seconds of a pass, from a workload, a plan and a machine; pure functions of numbers.
+
+Each resource is busy for its bytes over its bandwidth, or its operations over its rate (Williams et al., the roofline
+model; MoE-Lightning's hierarchical one, arXiv 2411.11217, for links). What runs at once overlaps by a measured share w:
+a pass takes w max + (1 - w) sum of its resources' seconds. Without overhead and with w = 1 it is the bound that no pass
+beats.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from policies.plan import Plan
+from profiler.figure import ERROR
+from profiler.hardware import Hardware
+from profiler.workload import Matmul, Workload
+
+_GIGA, _TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Where the seconds of a pass go.
+
+    Attributes:
+        busy_s: of each resource: "compute" (the device that multiplies, its memory included), "cpu" (products in main
+            memory beside a card), "link", "dram" (all traffic of main memory), "ssd".
+        overhead_s: what layers cost beside bytes and operations.
+        total_s: of the pass.
+        bound_s: the least it could take.
+    """
+
+    busy_s: Mapping[str, float]
+    overhead_s: float
+    total_s: float
+    bound_s: float
+
+    @property
+    def binding(self) -> str:
+        """The resource that is busy longest; "overhead" where that is what takes longest."""
+        longest = max(self.busy_s, key=lambda name: self.busy_s[name])
+        return "overhead" if self.overhead_s > self.busy_s[longest] else longest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Tokens a second, with their band.
+
+    Attributes:
+        tokens_per_s: the best guess.
+        low, high: the band; never above the bound.
+        bound: tokens a second that nothing beats on this machine with this plan.
+        pass_time: of one pass.
+    """
+
+    tokens_per_s: float
+    low: float
+    high: float
+    bound: float
+    pass_time: PassTime
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Drafting, as far as time is concerned.
+
+    Attributes:
+        nodes: of the tree that one pass verifies.
+        tokens_per_pass: emitted on average, the target's own token included.
+        draft_s: what making the tree takes.
+    """
+
+    nodes: int
+    tokens_per_pass: float
+    draft_s: float
+
+
+def pass_time(
+    workload: Workload, plan: Plan, hardware: Hardware, *, tokens: int = 1, past: int = 0, cpu_tokens: int = 0
+) -> PassTime:
+    """Seconds of one pass.
+
+    Args:
+        workload: the model.
+        plan: where its units lie.
+        hardware: the machine.
+        tokens: that the pass carries.
+        past: tokens in the KV cache before it.
+        cpu_tokens: up to how many tokens the CPU multiplies, in main memory, what does not stay on the card.
+    """
+    staying, streamed, moved = set(plan.fastest.placement.pinned), set(plan.streamed), plan.copied
+    beside = plan.has_hbm and tokens <= cpu_tokens
+    on_cpu = [matmul for matmul in workload.matmuls if beside and not staying.issuperset(matmul.units)]
+    on_device = [matmul for matmul in workload.matmuls if matmul not in on_cpu]
+    up_bytes = 0 if beside else sum(workload.payload[key] for key in moved)
+    ssd_bytes = sum(workload.payload[key] for key in workload.needs.order if key in streamed)
+    cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)
+    busy = {
+        "compute": _device_s(workload, on_device, hardware, tokens, past),
+        "cpu": sum(_matmul_s(workload, m, tokens, hardware.dram.gbps.value, hardware.cpu_gflops.value) for m in on_cpu),
+        "link": _link_s(hardware, up_bytes, 0 if beside else len(moved)),
+        "ssd": ssd_bytes / (hardware.ssd_gbps.value * _GIGA),
+    }
+    busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
+    overhead = workload.layers * hardware.layer_s.value
+    serial = busy["compute"] + busy["cpu"]  # layers follow one another, wherever they are multiplied
+    most = max(serial + overhead, busy["link"], busy["ssd"], busy["dram"])
+    share = hardware.overlap.value
+    total = share * most + (1 - share) * (serial + overhead + busy["link"] + busy["ssd"])
+    return PassTime(busy, overhead, max(total, most), max(serial, busy["link"], busy["ssd"], busy["dram"]))
+
+
+def predict(
+    workload: Workload,
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    past: int = 0,
+    cpu_tokens: int = 0,
+    drafting: Drafting | None = None,
+) -> Prediction:
+    """Tokens a second of decoding behind `past` tokens; arguments as of `pass_time`."""
+    tokens = 1 if drafting is None else 1 + drafting.nodes
+    made = pass_time(workload, plan, hardware, tokens=tokens, past=past, cpu_tokens=cpu_tokens)
+    emitted, draft_s = (1.0, 0.0) if drafting is None else (drafting.tokens_per_pass, drafting.draft_s)
+    speed, bound = emitted / (made.total_s + draft_s), emitted / (made.bound_s + draft_s)
+    error = ERROR[hardware.basis]
+    return Prediction(speed, speed / (1 + error), min(bound, speed * (1 + error)), bound, made)
+
+
+def upgrades(hardware: Hardware) -> dict[str, Hardware]:
+    """The machine with one thing made twice as fast, each in turn, by its name."""
+    found = {
+        "cpu and main memory": replace(
+            hardware,
+            dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(2)),
+            cpu_gflops=hardware.cpu_gflops.scaled(2),
+        ),
+        "ssd": replace(hardware, ssd_gbps=hardware.ssd_gbps.scaled(2)),
+        "overhead a layer": replace(hardware, layer_s=hardware.layer_s.scaled(0.5)),
+    }
+    if (card := hardware.gpu) is not None:
+        memory = replace(card.memory, gbps=card.memory.gbps.scaled(2))
+        found["link"] = replace(hardware, gpu=replace(card, link_gbps=card.link_gbps.scaled(2)))
+        found["gpu"] = replace(hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(2)))
+    return found
+
+
+def _device_s(workload: Workload, matmuls: list[Matmul], hardware: Hardware, tokens: int, past: int) -> float:
+    """Seconds of products and attention where the model computes."""
+    card = hardware.gpu
+    gbps = hardware.dram.gbps.value if card is None else card.memory.gbps.value
+    gflops = hardware.cpu_gflops.value if card is None else card.tflops.value * _TERA / _GIGA
+    pairs = tokens * (past + (tokens + 1) / 2)
+    kept_bytes = workload.kv_bytes * min(1.0, (past + tokens) / workload.context)
+    attention = max(kept_bytes / gbps, 4 * workload.attention_width * pairs / gflops) / _GIGA
+    return attention + sum(_matmul_s(workload, matmul, tokens, gbps, gflops) for matmul in matmuls)
+
+
+def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float) -> float:
+    nbytes = sum(workload.payload[key] for key in matmul.units)
+    return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
+
+
+def _link_s(hardware: Hardware, nbytes: int, copies: int) -> float:
+    """Seconds of copies to the card; a machine without one has its fastest tier in main memory."""
+    rate = hardware.dram.gbps.value if hardware.gpu is None else hardware.gpu.link_gbps.value
+    return nbytes / (rate * _GIGA) + copies * hardware.link_latency_s

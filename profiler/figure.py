@@ -1,0 +1,36 @@
+"""A number about hardware, with what it rests on: a data sheet, a measurement, or a fit."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Basis = Literal["spec", "measured", "fitted"]
+
+# By how much predictions from figures of each basis are off: from data sheets +-50 %, from measured limits +-20 %, and
+# with a few fitted terms beside them +-10 % (inference-sim #415, #436 and #1525 report 48, 36 and 7 % for LLM serving).
+ERROR: dict[Basis, float] = {"spec": 0.5, "measured": 0.2, "fitted": 0.1}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and its basis.
+
+    Attributes:
+        value: in the unit that the figure's name says.
+        basis: "spec" from a data sheet, "measured" on the machine, or "fitted" to measured passes.
+        source: where it is from, for people.
+        spread: half the range of repeated measurements, as a share of the value.
+    """
+
+    value: float
+    basis: Basis = "spec"
+    source: str = ""
+    spread: float = 0.0
+
+    def scaled(self, share: float) -> "Figure":
+        """A share of it, on the same basis."""
+        return replace(self, value=self.value * share)
+
+
+def weakest(figures: list[Figure]) -> Basis:
+    """The basis that is trusted least among some figures."""
+    return max((figure.basis for figure in figures), key=lambda basis: ERROR[basis], default="spec")

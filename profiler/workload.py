@@ -1,0 +1,64 @@
+"""What a pass of a model multiplies by and keeps: bytes and operations, without a machine.
+
+The engine makes one from the same manifest and the same trace that it allocates by (`tiercache.engine.workload`), so
+the two cannot differ.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from policies.plan import PlanInputs
+from policies.types import Key
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A matrix, or some that lie in one bundle, and the units that hold it.
+
+    Attributes:
+        units: their keys.
+        layer: of the decoder; None for the head.
+        weights: how many numbers each token is multiplied by.
+    """
+
+    units: tuple[Key, ...]
+    layer: int | None
+    weights: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model as it is run.
+
+    Attributes:
+        name: the model's.
+        precision: of its weights.
+        layers: of its decoder.
+        matmuls: in the order of a pass.
+        needs: units and reserves, as the planner wants them.
+        payload: bytes that a pass reads of each unit, padding left out.
+        context: tokens that the KV cache is reserved for.
+        kv_bytes: what it takes then.
+        attention_width: heads x their dimension, over all layers: each pair of a new token and one in the cache costs
+            four operations of each.
+    """
+
+    name: str
+    precision: str
+    layers: int
+    matmuls: tuple[Matmul, ...]
+    needs: PlanInputs
+    payload: Mapping[Key, int]
+    context: int
+    kv_bytes: int
+    attention_width: int
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a pass reads of the weights."""
+        return sum(self.payload[key] for key in self.needs.order)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers a token is multiplied by."""
+        return sum(matmul.weights for matmul in self.matmuls)

@@ -1,0 +1,263 @@
+"""`tiercache-profile`: what a model would do on a machine, before anybody waits or buys.
+
+The numbers are `profiler.cost_model`'s; this file reads options and tells people.
+"""
+
+import itertools
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from profiler.cost_model import Drafting, Prediction, predict, upgrades
+from profiler.figure import ERROR
+from profiler.hardware import Catalogue, Hardware, HardwareError, catalogue
+from profiler.workload import Workload
+from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
+from tiercache.config.sizes import Budget, human
+from tiercache.errors import DoesNotFitError, UsageError
+
+profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+profile.callback()(options_of_all)
+
+_NO_GPU = "none"
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
+
+_Gpu = Annotated[str, typer.Option(help="A card of the table, such as 3090; none for the CPU alone.")]
+_DramKind = Annotated[str, typer.Option("--dram-kind", help="Kind of main memory, two channels.")]
+_Ssd = Annotated[str, typer.Option(help="Kind of SSD, or its rate: 3.5GB/s.")]
+_Lanes = Annotated[int | None, typer.Option(min=1, max=16, help="PCIe lanes of the card's slot.")]
+_File = Annotated[Path | None, typer.Option("--hardware", help="A TOML file of hardware of your own.")]
+
+
+def main() -> None:
+    """The entry point."""
+    profile()
+
+
+@profile.command("hardware")
+def hardware_command(file: _File = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Print the table of known hardware."""
+    known = _known(file)
+    if not quiet and not as_json:
+        console().print(_hardware_table(known))
+    tell("", {"schema": "tiercache.hardware/1", **known.entries}, as_json, quiet=True)
+
+
+@profile.command("predict")
+def predict_command(
+    model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
+    gpu: _Gpu = "3090",
+    dram: Annotated[str, typer.Option(help="Main memory: 64GiB.")] = "64GiB",
+    dram_kind: _DramKind = "ddr4-3200",
+    ssd: _Ssd = "pcie-3",
+    lanes: _Lanes = None,
+    precision: Annotated[str, typer.Option(help="source, int8, int4 or int3.")] = "int4",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
+    past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
+    draft_nodes: Annotated[int, typer.Option(min=0, help="Nodes of a tree of drafts; 0 for none.")] = 0,
+    tokens_per_pass: Annotated[float, typer.Option(min=1, help="Tokens that a drafted pass emits.")] = 1.0,
+    draft_s: Annotated[float, typer.Option(min=0, help="Seconds that making a tree takes.")] = 0.0,
+    file: _File = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict tokens a second of a model on a machine, from data sheets."""
+    machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
+    drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
+    result = predicted(_workload(model, machine, precision, context), machine, past, drafting)
+    result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
+    tell(report(result), result, as_json, quiet)
+
+
+@profile.command("sweep")
+def sweep_command(
+    model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
+    gpus: Annotated[list[str], typer.Option("--gpu", help="Cards; several.")] = ["3090"],  # noqa: B006 - typer copies it
+    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = ["64GiB"],  # noqa: B006
+    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = ["pcie-3"],  # noqa: B006
+    precisions: Annotated[list[str], typer.Option("--precision", help="Precisions; several.")] = ["int4"],  # noqa: B006
+    dram_kind: _DramKind = "ddr4-3200",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
+    past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
+    file: _File = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict tokens a second on every combination of some cards, memories, SSDs and precisions."""
+    known, rows = _known(file), []
+    for precision in precisions:
+        workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
+        for gpu, dram, ssd in itertools.product(gpus, drams, ssds):
+            machine = _machine(known, gpu, dram, dram_kind, ssd, None)
+            on_card = machine.gpu is not None
+            if on_card not in workloads:
+                workloads[on_card] = _workload(model, machine, precision, context)
+            rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
+    if not quiet and not as_json:
+        console().print(_sweep_table(model, rows))
+    tell("", {"schema": "tiercache.sweep/1", "model": model, "rows": rows}, as_json, quiet=True)
+
+
+def _swept(workload: Workload, machine: Hardware, past: int) -> dict[str, Any]:
+    """A row of a sweep; without a speed where the model does not fit."""
+    try:
+        found = predicted(workload, machine, past, None)
+    except DoesNotFitError as error:
+        nothing: dict[str, Any] = dict.fromkeys(("tokens_per_s", "low", "high", "binding_tier"))
+        return {"precision": workload.precision, **nothing, "missing_bytes": error.missing_bytes}
+    kept = ("precision", "tokens_per_s", "low", "high", "binding_tier")
+    return {name: found[name] for name in kept} | {"missing_bytes": 0}
+
+
+def _sweep_table(model: str, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"{model}, by data sheets (+-{ERROR['spec']:.0%})", title_justify="left")
+    for heading in ("precision", "gpu", "dram", "ssd", "tokens/s", "between", "bound by"):
+        shown.add_column(heading)
+    for row in rows:
+        where = (row["precision"], row["gpu"], row["dram"], row["ssd"])
+        if row["tokens_per_s"] is None:
+            shown.add_row(*where, "-", f"{human(row['missing_bytes'])} are missing", "memory")
+        else:
+            between = f"{row['low']:.2f} to {row['high']:.2f}"
+            shown.add_row(*where, f"{row['tokens_per_s']:.2f}", between, row["binding_tier"])
+    return shown
+
+
+def predicted(workload: Workload, machine: Hardware, past: int, drafting: Drafting | None) -> dict[str, Any]:
+    """The faster of streaming and of products on the CPU, with what the other would do and what would help.
+
+    Raises:
+        DoesNotFitError: the model does not fit into the machine.
+    """
+    from tiercache.engine.budgets import fill_tiers
+
+    card = machine.gpu
+    share = Budget()  # "auto": nine tenths
+    hbm = None if card is None else share.resolve(total_bytes=0, free_bytes=card.memory.capacity_bytes)
+    dram = share.resolve(total_bytes=0, free_bytes=machine.dram.capacity_bytes)
+    plan = fill_tiers(workload.needs, hbm_bytes=hbm, dram_bytes=dram)
+
+    def best(on: Hardware) -> tuple[Prediction, str, Prediction | None]:
+        """The better of the two, and the runner-up; a machine without a card has one way only."""
+        streamed = predict(workload, plan, on, past=past, drafting=drafting)
+        if plan.still:
+            return streamed, "stay", None
+        if not plan.has_hbm:
+            return streamed, "ssd", None
+        tokens = 1 + (drafting.nodes if drafting else 0)
+        beside = predict(workload, plan, on, past=past, drafting=drafting, cpu_tokens=tokens)
+        found = [(streamed, "stream"), (beside, "cpu")]
+        (first, name), (second, _) = sorted(found, key=lambda pair: -pair[0].tokens_per_s)
+        return first, name, second
+
+    prediction, how, runner_up = best(machine)
+    return {
+        "precision": workload.precision,
+        "tokens_per_s": prediction.tokens_per_s,
+        "low": prediction.low,
+        "high": prediction.high,
+        "bound": prediction.bound,
+        "binding_tier": prediction.pass_time.binding,
+        "weights_beyond_hbm": how,
+        "runner_up_tokens_per_s": None if runner_up is None else runner_up.tokens_per_s,
+        "busy_s": dict(prediction.pass_time.busy_s),
+        "overhead_s": prediction.pass_time.overhead_s,
+        "pass_s": prediction.pass_time.total_s,
+        "pass_bytes": workload.pass_bytes,
+        "plan": _without_orders(plan.to_dict()),
+        "twice_as_fast": {name: best(other)[0].tokens_per_s for name, other in upgrades(machine).items()},
+        "assumptions": {name: asdict(figure) for name, figure in machine.figures.items()},
+        "basis": machine.basis,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """What a person reads."""
+    busy = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in result["busy_s"].items() if seconds)
+    where = {
+        "stay": "all weights stay in the fastest tier",
+        "ssd": "what main memory does not hold is read from the SSD",
+        "stream": "what the card does not hold is copied up",
+        "cpu": "with cpu_tokens= the CPU multiplies by what the card does not hold",
+    }
+    other = result["runner_up_tokens_per_s"]
+    beside = "" if other is None else f" (the other way {other:.2f})"
+    better = sorted(result["twice_as_fast"].items(), key=lambda pair: -pair[1])
+    return "\n".join(
+        [
+            f"{result['model']}, {result['precision']}, on {result['gpu']} with {result['dram']}: "
+            f"{result['tokens_per_s']:.2f} tokens/s, between {result['low']:.2f} and {result['high']:.2f}; at most "
+            f"{result['bound']:.2f}",
+            f"a pass reads {human(result['pass_bytes'])}; {where[result['weights_beyond_hbm']]}{beside}",
+            f"a pass takes {result['pass_s'] * 1e3:.0f} ms: {busy}, overhead {result['overhead_s'] * 1e3:.0f} ms; "
+            f"bound by {result['binding_tier']}",
+            "twice as fast would give: " + ", ".join(f"{name} {speed:.2f}" for name, speed in better),
+            f"basis: {result['basis']}, +-{ERROR[result['basis']]:.0%}; check it there with: tiercache bench model",
+        ]
+    )
+
+
+def _without_orders(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan's bytes, without the lists of units."""
+    return {
+        name: {key: value for key, value in tier.items() if key not in ("order", "placement")}
+        | {"pinned_bytes": tier["placement"]["pinned_bytes"], "ring_bytes": tier["placement"]["ring_bytes"]}
+        for name, tier in plan.items()
+        if isinstance(tier, dict)
+    }
+
+
+def _known(file: Path | None) -> Catalogue:
+    try:
+        return catalogue() if file is None else catalogue().with_file(file)
+    except HardwareError as error:
+        raise UsageError(str(error)) from error
+
+
+def _machine(known: Catalogue, gpu: str, dram: str, kind: str, ssd: str, lanes: int | None) -> Hardware:
+    size = Budget.parse(dram).size_bytes
+    if size is None:
+        raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
+    rate = _RATE.fullmatch(ssd)
+    try:
+        reads = float(rate[1]) if rate else ssd
+        return known.machine(None if gpu == _NO_GPU else gpu, dram_bytes=size, dram=kind, ssd=reads, lanes=lanes)
+    except HardwareError as error:
+        raise UsageError(str(error)) from error
+
+
+def _workload(model: str, machine: Hardware, precision: str, context: int) -> Workload:
+    from tiercache.bench.shapes import SHAPES
+    from tiercache.config.options import OffloadConfig
+    from tiercache.engine.workload import imagined_workload
+    from tiercache.model import meta_model
+
+    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
+    if model in SHAPES:
+        config: Any = SHAPES[model].config()
+    else:
+        path = Path(model).expanduser()
+        folder = path.parent if path.name == "config.json" else path
+        if not folder.is_dir():
+            raise UsageError(
+                f"{model!r} is no folder, no config.json and none of {', '.join(SHAPES)}; name one of these"
+            )
+        config = meta_model.read_config(folder)
+    found = imagined_workload(config, options, gpu=machine.gpu is not None)
+    return replace(found, name=model)
+
+
+def _hardware_table(known: Catalogue) -> Table:
+    shown = Table(title="Cards by their data sheets", title_justify="left")
+    for heading in ("name", "memory", "GB/s", "computes in", "TFLOPS", "link GB/s", "W", "source"):
+        shown.add_column(heading)
+    for key, entry in known.entries["gpu"].items():
+        card = known.gpu(key)
+        numbers = [human(card.memory.capacity_bytes), f"{entry['memory_gbps']:g}", card.compute_type]
+        rates = [f"{card.tflops.value:g}", f"{card.link_gbps.value:g}", f"{card.power_w:g}"]
+        shown.add_row(key, *numbers, *rates, str(entry.get("source", "given")))
+    return shown

@@ -1,0 +1,70 @@
+"""What a model asks of a machine, as the profiler's cost model wants it; from the very numbers that are allocated.
+
+Knows models and requirements; neither machines nor seconds.
+"""
+
+from dataclasses import replace
+from math import prod
+
+import torch
+import transformers
+
+from profiler.workload import Matmul, Workload
+from tiercache.config.options import OffloadConfig, of_planes
+from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
+from tiercache.engine.source import Opened
+from tiercache.model import meta_model
+from tiercache.store.imagined import imagined_checkpoint, imagined_store
+from tiercache.store.manifests import checkpoint_manifest
+
+
+def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfig) -> Workload:
+    """The workload of a model that is open, or as good as open."""
+    config = opened.model.config.get_text_config(decoder=True)
+    weights: dict[tuple[int, ...], int] = {}
+    layers: dict[tuple[int, ...], int | None] = {}
+    for use in asked.uses:
+        units = use.weight.units
+        weights[units] = weights.get(units, 0) + prod(use.weight.shape)
+        layers[units] = meta_model.layer_of(use.module)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Workload(
+        name=config.model_type,
+        precision=options.precision,
+        layers=config.num_hidden_layers,
+        matmuls=tuple(Matmul(units, layers[units], count) for units, count in weights.items()),
+        needs=asked.needs,
+        payload=asked.payload,
+        context=options.context,
+        kv_bytes=asked.needs.compute["KV cache"],
+        attention_width=config.num_hidden_layers * heads * head_dim,
+    )
+
+
+def imagined_workload(
+    config: transformers.PretrainedConfig, options: OffloadConfig, *, gpu: bool, group: int = 64
+) -> Workload:
+    """The workload of a model of which there is only a configuration.
+
+    Args:
+        config: transformers' own.
+        options: precision, context and logits count.
+        gpu: whether a card computes; it need not be here.
+        group: weights that share a scale.
+
+    Raises:
+        UnsupportedModelError: a model that tiercache does not run.
+    """
+    configured = getattr(config, "dtype", None)
+    dtype = configured if isinstance(configured, torch.dtype) else torch.bfloat16
+    if not of_planes(options.precision):
+        checkpoint = imagined_checkpoint(config, dtype)
+        model, manifest, store = checkpoint.model(), checkpoint_manifest(checkpoint), None
+    else:
+        store = imagined_store(config, dtype, group=group)
+        model, manifest = store.model(), store.manifest(options.precision)
+    opened = Opened(model, model, manifest, None, False, store)
+    device = torch.device("cuda" if gpu else "cpu")
+    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu)
+    return workload_of(opened, memory_requirements(opened, replace(options, device="auto"), arithmetic), options)
