@@ -20,6 +20,8 @@ def report(result: dict[str, Any]) -> str:
     ]
     for device in result["stands"]:
         lines += _table(device["device"], [row for row in result["results"] if row["device"] == device["device"]])
+    if not any(row["peer_seconds"] for row in result["results"]):
+        lines.append("torch's own products are timed beside these by: python -m benchmarks.kernels, in a checkout")
     return "\n".join(lines)
 
 
