@@ -212,6 +212,20 @@ def test_the_command_predicts() -> None:
     assert run("hardware", "--json").exit_code == 0
 
 
+def test_a_small_drafter_takes_memory_and_time() -> None:
+    drafted = ("--draft-nodes", "64", "--tokens-per-pass", "5")
+    plain, free, small = (
+        json.loads(run("predict", "llama-2-7b", "--gpu", "2080ti", "--precision", "int8", *more, "--json").stdout)
+        for more in ((), drafted, (*drafted, "--drafter", "tinyllama-1.1b"))
+    )
+    assert plain["drafting"] is None
+    taken = small["plan"]["hbm"]["reserved_bytes"]["drafter"]
+    assert 2 * 1.03e9 < taken < 2 * 1.5e9, "bf16 weights, KV cache and activations"
+    assert small["plan"]["hbm"]["pinned_bytes"] < free["plan"]["hbm"]["pinned_bytes"]
+    assert small["drafting"]["draft_s"] > 8 * 22 * 3e-3, "eight passes of 22 layers, and their bytes"
+    assert small["tokens_per_s"] < free["tokens_per_s"]
+
+
 def test_a_sweep_says_what_does_not_fit() -> None:
     options = [option for size in ("100MiB", "16GiB", "64GiB") for option in ("--dram", size)]
     found = run("sweep", "llama-2-7b", "--gpu", "none", "--gpu", "3090", *options, "--context", "512", "--json")
@@ -233,6 +247,8 @@ def test_a_sweep_says_what_does_not_fit() -> None:
         (("predict", "tiny", "--precision", "int5"), 2, "int8"),
         (("predict", "llama-2-7b", "--gpu", "none", "--dram", "100MiB"), 3, "too small"),
         (("predict", "tiny", "--hardware", "missing.toml"), 2, "missing.toml"),
+        (("predict", "tiny", "--drafter", "tiny"), 2, "--draft-nodes"),
+        (("predict", "tiny", "--draft-nodes", "8", "--drafter", "tiny", "--draft-s", "1"), 2, "two ways"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -59,6 +59,7 @@ LADDER = (
         "engine.memory",
         "engine.workload",
         "engine.budgets",
+        "engine.prediction",
         "engine.on_cpu",
         "engine.placement",
         "engine.run",

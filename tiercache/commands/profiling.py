@@ -5,14 +5,14 @@ The numbers are `profiler.cost_model`'s; this file reads options and tells peopl
 
 import itertools
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from profiler.cost_model import Drafting, Prediction, predict, upgrades
+from profiler.cost_model import Drafting
 from profiler.figure import ERROR
 from profiler.hardware import Catalogue, Hardware, HardwareError, catalogue
 from profiler.workload import Workload
@@ -61,14 +61,24 @@ def predict_command(
     draft_nodes: Annotated[int, typer.Option(min=0, help="Nodes of a tree of drafts; 0 for none.")] = 0,
     tokens_per_pass: Annotated[float, typer.Option(min=1, help="Tokens that a drafted pass emits.")] = 1.0,
     draft_s: Annotated[float, typer.Option(min=0, help="Seconds that making a tree takes.")] = 0.0,
+    drafter: Annotated[str | None, typer.Option(help="A small model that drafts, named as MODEL is.")] = None,
+    draft_depth: Annotated[int, typer.Option(min=1, help="Passes of it for a tree.")] = 8,
     file: _File = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second of a model on a machine, from data sheets."""
+    from tiercache.engine.prediction import Drafts, predicted
+
     machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
+    small = None if drafter is None else _workload(drafter, machine, "source", context)
+    if (small is not None or draft_s or tokens_per_pass > 1) and not draft_nodes:
+        raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
+    if small is not None and draft_s:
+        raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
     drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
-    result = predicted(_workload(model, machine, precision, context), machine, past, drafting)
+    drafts = None if drafting is None else Drafts(drafting, small, draft_depth)
+    result = predicted(_workload(model, machine, precision, context), machine, past, drafts)
     result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
     tell(report(result), result, as_json, quiet)
 
@@ -104,6 +114,8 @@ def sweep_command(
 
 def _swept(workload: Workload, machine: Hardware, past: int) -> dict[str, Any]:
     """A row of a sweep; without a speed where the model does not fit."""
+    from tiercache.engine.prediction import predicted
+
     try:
         found = predicted(workload, machine, past, None)
     except DoesNotFitError as error:
@@ -127,54 +139,6 @@ def _sweep_table(model: str, rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def predicted(workload: Workload, machine: Hardware, past: int, drafting: Drafting | None) -> dict[str, Any]:
-    """The faster of streaming and of products on the CPU, with what the other would do and what would help.
-
-    Raises:
-        DoesNotFitError: the model does not fit into the machine.
-    """
-    from tiercache.engine.budgets import fill_tiers
-
-    card = machine.gpu
-    share = Budget()  # "auto": nine tenths
-    hbm = None if card is None else share.resolve(total_bytes=0, free_bytes=card.memory.capacity_bytes)
-    dram = share.resolve(total_bytes=0, free_bytes=machine.dram.capacity_bytes)
-    plan = fill_tiers(workload.needs, hbm_bytes=hbm, dram_bytes=dram)
-
-    def best(on: Hardware) -> tuple[Prediction, str, Prediction | None]:
-        """The better of the two, and the runner-up; a machine without a card has one way only."""
-        streamed = predict(workload, plan, on, past=past, drafting=drafting)
-        if plan.still:
-            return streamed, "stay", None
-        if not plan.has_hbm:
-            return streamed, "ssd", None
-        tokens = 1 + (drafting.nodes if drafting else 0)
-        beside = predict(workload, plan, on, past=past, drafting=drafting, cpu_tokens=tokens)
-        found = [(streamed, "stream"), (beside, "cpu")]
-        (first, name), (second, _) = sorted(found, key=lambda pair: -pair[0].tokens_per_s)
-        return first, name, second
-
-    prediction, how, runner_up = best(machine)
-    return {
-        "precision": workload.precision,
-        "tokens_per_s": prediction.tokens_per_s,
-        "low": prediction.low,
-        "high": prediction.high,
-        "bound": prediction.bound,
-        "binding_tier": prediction.pass_time.binding,
-        "weights_beyond_hbm": how,
-        "runner_up_tokens_per_s": None if runner_up is None else runner_up.tokens_per_s,
-        "busy_s": dict(prediction.pass_time.busy_s),
-        "overhead_s": prediction.pass_time.overhead_s,
-        "pass_s": prediction.pass_time.total_s,
-        "pass_bytes": workload.pass_bytes,
-        "plan": _without_orders(plan.to_dict()),
-        "twice_as_fast": {name: best(other)[0].tokens_per_s for name, other in upgrades(machine).items()},
-        "assumptions": {name: asdict(figure) for name, figure in machine.figures.items()},
-        "basis": machine.basis,
-    }
-
-
 def report(result: dict[str, Any]) -> str:
     """What a person reads."""
     busy = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in result["busy_s"].items() if seconds)
@@ -195,20 +159,20 @@ def report(result: dict[str, Any]) -> str:
             f"a pass reads {human(result['pass_bytes'])}; {where[result['weights_beyond_hbm']]}{beside}",
             f"a pass takes {result['pass_s'] * 1e3:.0f} ms: {busy}, overhead {result['overhead_s'] * 1e3:.0f} ms; "
             f"bound by {result['binding_tier']}",
+            *_drafting(result["drafting"]),
             "twice as fast would give: " + ", ".join(f"{name} {speed:.2f}" for name, speed in better),
             f"basis: {result['basis']}, +-{ERROR[result['basis']]:.0%}; check it there with: tiercache bench model",
         ]
     )
 
 
-def _without_orders(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan's bytes, without the lists of units."""
-    return {
-        name: {key: value for key, value in tier.items() if key not in ("order", "placement")}
-        | {"pinned_bytes": tier["placement"]["pinned_bytes"], "ring_bytes": tier["placement"]["ring_bytes"]}
-        for name, tier in plan.items()
-        if isinstance(tier, dict)
-    }
+def _drafting(drafting: dict[str, Any] | None) -> list[str]:
+    if drafting is None:
+        return []
+    tree, emitted = drafting["nodes"], drafting["tokens_per_pass"]
+    return [
+        f"a tree of {tree} takes {drafting['draft_s'] * 1e3:.0f} ms to draft; {emitted:g} tokens a pass are assumed"
+    ]
 
 
 def _known(file: Path | None) -> Catalogue:
