@@ -112,8 +112,10 @@ class Catalogue:
         """
         try:
             read = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise HardwareError(f"{path} cannot be read as TOML ({error})") from error
+        except OSError as error:
+            raise HardwareError(f"{path} cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise HardwareError(f"{path} is no TOML file ({error})") from error
         for kind, entries in read.items():
             if kind not in KINDS or not isinstance(entries, dict):
                 raise HardwareError(f"{path} has a table {kind!r}; there are {', '.join(KINDS)}")
@@ -132,7 +134,7 @@ class Catalogue:
             if wanted in (_plain(key), _plain(found.get("name", key))):
                 return found
         raise HardwareError(
-            f"unknown {kind} {name!r}; there are {', '.join(known)}; another's figures go into a TOML file"
+            f"unknown {kind} {name!r}; there are {', '.join(known)}; another's figures go into a TOML file (--hardware)"
         )
 
     def gpu(self, name: str, lanes: int | None = None) -> Gpu:
@@ -140,21 +142,21 @@ class Catalogue:
         found = self.entry("gpu", name)
         where = str(found.get("name", name))
         try:
-            kind = next(name for name in _TYPES if name in found["tflops"])
+            kind = next((name for name in _TYPES if name in found["tflops"]), None)
+            if kind is None:
+                raise HardwareError(f"the entry of {where} has no tflops of {' or '.join(_TYPES)}")
             link = self.entry("link", found["link"])
             share = min(lanes or _FULL_LANES, found.get("lanes", _FULL_LANES)) / _FULL_LANES
-            return Gpu(
-                where,
-                Memory(int(found["memory_gib"] * 2**30), _figure(found, "memory_gbps").scaled(_GPU_MEMORY_SHARE)),
-                kind,
-                Figure(float(found["tflops"][kind]), "spec", _source(found)),
-                _figure(link, "gbps").scaled(share),
-                float(found["power_w"]),
-            )
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
-            if isinstance(error, HardwareError):
-                raise
-            raise HardwareError(f"the entry of {where} lacks or garbles {error}; see hardware.toml") from error
+            gib, gbps = _figure(found, "memory_gib").value, _figure(found, "memory_gbps")
+            memory = Memory(int(gib * 2**30), gbps.scaled(_GPU_MEMORY_SHARE))
+            rate = _figure({**found, "tflops": found["tflops"][kind]}, "tflops")
+            return Gpu(where, memory, kind, rate, _figure(link, "gbps").scaled(share), float(found["power_w"]))
+        except HardwareError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise HardwareError(
+                f"the entry of {where} lacks {error}, or has it in another form; see hardware.toml"
+            ) from error
 
     def machine(
         self,

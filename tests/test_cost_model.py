@@ -125,6 +125,8 @@ def test_a_file_of_one_s_own(tmp_path: Path) -> None:
         ("[gpu.mine\n", "TOML"),
         ("[car.mine]\n", "gpu, link, dram, ssd, cpu"),
         ("[gpu.mine]\nmemory_gib = 8\n", "tflops"),
+        ("[gpu.mine]\nmemory_gib = 8\ntflops = { bf16 = 1 }\n", "fp16 or fp32"),
+        ('[gpu.mine]\nmemory_gib = "8"\ntflops = { fp32 = 1 }\nlink = "pcie-3"\n', "memory_gib"),
         ('[ssd.pcie-3]\ngbps = "fast"\n', "above zero"),
         ("[ssd.pcie-3]\ngbps = -1\n", "above zero"),
     ):
@@ -228,7 +230,7 @@ def test_a_small_drafter_takes_memory_and_time() -> None:
 
 def test_a_sweep_says_what_does_not_fit() -> None:
     options = [option for size in ("100MiB", "16GiB", "64GiB") for option in ("--dram", size)]
-    found = run("sweep", "llama-2-7b", "--gpu", "none", "--gpu", "3090", *options, "--context", "512", "--json")
+    found = run("sweep", "llama-2-7b", "--gpu", "none", "--gpu", "3090", *options, "--context", "1024", "--json")
     assert found.exit_code == 0, found.output
     rows = {(row["gpu"], row["dram"]): row for row in json.loads(found.stdout)["rows"]}
     assert len(rows) == 6
@@ -248,6 +250,7 @@ def test_a_sweep_says_what_does_not_fit() -> None:
         (("predict", "llama-2-7b", "--gpu", "none", "--dram", "100MiB"), 3, "too small"),
         (("predict", "tiny", "--hardware", "missing.toml"), 2, "missing.toml"),
         (("predict", "tiny", "--drafter", "tiny"), 2, "--draft-nodes"),
+        (("predict", "tiny", "--past", "5000", "--context", "100"), 2, "--context 100"),
         (("predict", "tiny", "--draft-nodes", "8", "--drafter", "tiny", "--draft-s", "1"), 2, "two ways"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

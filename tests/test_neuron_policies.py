@@ -150,7 +150,7 @@ def test_negative_numbers_are_refused(neurons: int, slots: int, max_fetches: int
 
 
 def test_make_knows_the_names() -> None:
-    with pytest.raises(ValueError, match="atu, lru, lfru, sieve, hot, belady"):
+    with pytest.raises(ValueError, match=", ".join(POLICIES)):
         make("nobody")
     assert [type(make(name, future=[], hot=[1, 2])) for name in POLICIES] == list(POLICIES.values())
     for name in ("hot", "belady"):
@@ -390,4 +390,4 @@ def test_the_golden_table_has_every_policy() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_golden_table(name: str) -> None:
     found = tuple(hits(fixed(*shape).steps(name)) for shape in ((48, None), (16, None), (48, 4)))
-    assert found == GOLDEN[name]
+    assert found == GOLDEN.get(name)

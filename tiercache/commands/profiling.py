@@ -21,7 +21,7 @@ from tiercache.config.sizes import Budget, human
 from tiercache.errors import DoesNotFitError, UsageError
 
 profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-profile.callback()(options_of_all)
+profile.callback(help="Predict what a model would do on a machine that need not be here.")(options_of_all)
 
 _NO_GPU = "none"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
@@ -71,14 +71,14 @@ def predict_command(
     from tiercache.engine.prediction import Drafts, predicted
 
     machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
-    small = None if drafter is None else _workload(drafter, machine, "source", context)
+    small = None if drafter is None else _workload(drafter, machine, "source", context, past)
     if (small is not None or draft_s or tokens_per_pass > 1) and not draft_nodes:
         raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
     if small is not None and draft_s:
         raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
     drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
     drafts = None if drafting is None else Drafts(drafting, small, draft_depth)
-    result = predicted(_workload(model, machine, precision, context), machine, past, drafts)
+    result = predicted(_workload(model, machine, precision, context, past), machine, past, drafts)
     result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
     tell(report(result), result, as_json, quiet)
 
@@ -105,7 +105,7 @@ def sweep_command(
             machine = _machine(known, gpu, dram, dram_kind, ssd, None)
             on_card = machine.gpu is not None
             if on_card not in workloads:
-                workloads[on_card] = _workload(model, machine, precision, context)
+                workloads[on_card] = _workload(model, machine, precision, context, past)
             rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
     if not quiet and not as_json:
         console().print(_sweep_table(model, rows))
@@ -194,12 +194,14 @@ def _machine(known: Catalogue, gpu: str, dram: str, kind: str, ssd: str, lanes: 
         raise UsageError(str(error)) from error
 
 
-def _workload(model: str, machine: Hardware, precision: str, context: int) -> Workload:
+def _workload(model: str, machine: Hardware, precision: str, context: int, past: int) -> Workload:
     from tiercache.bench.shapes import SHAPES
     from tiercache.config.options import OffloadConfig
     from tiercache.engine.workload import imagined_workload
     from tiercache.model import meta_model
 
+    if past >= context:
+        raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
     options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
     if model in SHAPES:
         config: Any = SHAPES[model].config()
@@ -208,7 +210,7 @@ def _workload(model: str, machine: Hardware, precision: str, context: int) -> Wo
         folder = path.parent if path.name == "config.json" else path
         if not folder.is_dir():
             raise UsageError(
-                f"{model!r} is no folder, no config.json and none of {', '.join(SHAPES)}; name one of these"
+                f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
             )
         config = meta_model.read_config(folder)
     found = imagined_workload(config, options, gpu=machine.gpu is not None)
@@ -218,7 +220,7 @@ def _workload(model: str, machine: Hardware, precision: str, context: int) -> Wo
 def _hardware_table(known: Catalogue) -> Table:
     shown = Table(title="Cards by their data sheets", title_justify="left")
     for heading in ("name", "memory", "GB/s", "computes in", "TFLOPS", "link GB/s", "W", "source"):
-        shown.add_column(heading)
+        shown.add_column(heading, no_wrap=True)
     for key, entry in known.entries["gpu"].items():
         card = known.gpu(key)
         numbers = [human(card.memory.capacity_bytes), f"{entry['memory_gbps']:g}", card.compute_type]
