@@ -36,8 +36,11 @@ class PassTime:
 
     @property
     def binding(self) -> str:
-        """The resource that is busy longest; "overhead" where that is what takes longest."""
-        longest = max(self.busy_s, key=lambda name: self.busy_s[name])
+        """The resource that is busy longest; "overhead" where that is what takes longest.
+
+        "dram" where the CPU waits for it: both are then busy equally long, but for rounding.
+        """
+        longest = max(self.busy_s, key=lambda name: (round(self.busy_s[name], 9), name == "dram"))
         return "overhead" if self.overhead_s > self.busy_s[longest] else longest
 
 
@@ -89,8 +92,10 @@ def pass_time(
     """
     staying, streamed, moved = set(plan.fastest.placement.pinned), set(plan.streamed), plan.copied
     beside = plan.has_hbm and tokens <= cpu_tokens
-    on_cpu = [matmul for matmul in workload.matmuls if beside and not staying.issuperset(matmul.units)]
-    on_device = [matmul for matmul in workload.matmuls if matmul not in on_cpu]
+    on_cpu: list[Matmul] = []
+    on_device: list[Matmul] = []
+    for matmul in workload.matmuls:
+        (on_cpu if beside and not staying.issuperset(matmul.units) else on_device).append(matmul)
     up_bytes = 0 if beside else sum(workload.payload[key] for key in moved)
     ssd_bytes = sum(workload.payload[key] for key in workload.needs.order if key in streamed)
     cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)

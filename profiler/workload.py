@@ -17,12 +17,10 @@ class Matmul:
 
     Attributes:
         units: their keys.
-        layer: of the decoder; None for the head.
         weights: how many numbers each token is multiplied by.
     """
 
     units: tuple[Key, ...]
-    layer: int | None
     weights: int
 
 
@@ -31,7 +29,6 @@ class Workload:
     """A model as it is run.
 
     Attributes:
-        name: the model's.
         precision: of its weights.
         layers: of its decoder.
         matmuls: in the order of a pass.
@@ -43,7 +40,6 @@ class Workload:
             four operations of each.
     """
 
-    name: str
     precision: str
     layers: int
     matmuls: tuple[Matmul, ...]
@@ -57,8 +53,3 @@ class Workload:
     def pass_bytes(self) -> int:
         """What a pass reads of the weights."""
         return sum(self.payload[key] for key in self.needs.order)
-
-    @property
-    def weights(self) -> int:
-        """How many numbers a token is multiplied by."""
-        return sum(matmul.weights for matmul in self.matmuls)

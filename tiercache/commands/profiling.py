@@ -5,7 +5,6 @@ The numbers are `profiler.cost_model`'s; this file reads options and tells peopl
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +67,7 @@ def predict_command(
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second of a model on a machine, from data sheets."""
-    from tiercache.engine.prediction import Drafts, predicted
+    from tiercache.engine.prediction import PredictedDrafting, predicted
 
     machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
     small = None if drafter is None else _workload(drafter, machine, "source", context, past)
@@ -77,7 +76,7 @@ def predict_command(
     if small is not None and draft_s:
         raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
     drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
-    drafts = None if drafting is None else Drafts(drafting, small, draft_depth)
+    drafts = None if drafting is None else PredictedDrafting(drafting, small, draft_depth)
     result = predicted(_workload(model, machine, precision, context, past), machine, past, drafts)
     result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
     tell(report(result), result, as_json, quiet)
@@ -213,8 +212,7 @@ def _workload(model: str, machine: Hardware, precision: str, context: int, past:
                 f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
             )
         config = meta_model.read_config(folder)
-    found = imagined_workload(config, options, gpu=machine.gpu is not None)
-    return replace(found, name=model)
+    return imagined_workload(config, options, gpu=machine.gpu is not None)
 
 
 def _hardware_table(known: Catalogue) -> Table:

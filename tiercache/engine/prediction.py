@@ -6,7 +6,6 @@ Knows workloads, budgets and the cost model; prints nothing.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from policies.plan import fill_tiers as divide
 from profiler.cost_model import Drafting, Prediction, pass_time, predict, upgrades
 from profiler.hardware import Hardware
 from profiler.workload import Workload
@@ -17,7 +16,7 @@ _PLENTY = 1 << 60  # bytes
 
 
 @dataclass(frozen=True)
-class Drafts:
+class PredictedDrafting:
     """How a prediction drafts.
 
     Attributes:
@@ -41,11 +40,11 @@ class Drafts:
         """The same with the seconds that the small model takes on a machine."""
         if self.small is None:
             return self.drafting
-        plan = divide(self.small.needs, hbm_bytes=None if machine.gpu is None else _PLENTY, dram_bytes=_PLENTY)
+        plan = fill_tiers(self.small.needs, hbm_bytes=None if machine.gpu is None else _PLENTY, dram_bytes=_PLENTY)
         return replace(self.drafting, draft_s=self.depth * pass_time(self.small, plan, machine).total_s)
 
 
-def predicted(workload: Workload, machine: Hardware, past: int, drafts: Drafts | None) -> dict[str, Any]:
+def predicted(workload: Workload, machine: Hardware, past: int, drafts: PredictedDrafting | None) -> dict[str, Any]:
     """The faster of streaming and of products on the CPU, with what the other would do and what would help.
 
     Raises:

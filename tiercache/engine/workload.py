@@ -3,7 +3,6 @@
 Knows models and requirements; neither machines nor seconds.
 """
 
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -13,7 +12,6 @@ from profiler.workload import Matmul, Workload
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
 from tiercache.engine.source import Opened
-from tiercache.model import meta_model
 from tiercache.store.imagined import imagined_checkpoint, imagined_store
 from tiercache.store.manifests import checkpoint_manifest
 
@@ -22,18 +20,15 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
     """The workload of a model that is open, or as good as open."""
     config = opened.model.config.get_text_config(decoder=True)
     weights: dict[tuple[int, ...], int] = {}
-    layers: dict[tuple[int, ...], int | None] = {}
     for use in asked.uses:
         units = use.weight.units
         weights[units] = weights.get(units, 0) + prod(use.weight.shape)
-        layers[units] = meta_model.layer_of(use.module)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Workload(
-        name=config.model_type,
         precision=options.precision,
         layers=config.num_hidden_layers,
-        matmuls=tuple(Matmul(units, layers[units], count) for units, count in weights.items()),
+        matmuls=tuple(Matmul(units, count) for units, count in weights.items()),
         needs=asked.needs,
         payload=asked.payload,
         context=options.context,
@@ -67,4 +62,4 @@ def imagined_workload(
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
     arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu)
-    return workload_of(opened, memory_requirements(opened, replace(options, device="auto"), arithmetic), options)
+    return workload_of(opened, memory_requirements(opened, options, arithmetic), options)
