@@ -1,7 +1,6 @@
 """The cost model by hand, and against what is published of 70B models on consumer cards (docs name the sources)."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tiercache.commands.profiling import profile
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget
 from tiercache.engine.workload import imagined_workload
+from tiercache.store.planestore import PlaneStore
 
 GIB = 1 << 30
 LAYERS, UNIT = 4, 1_000_000_000  # bytes; each layer one matrix of 2e9 weights
@@ -184,15 +184,11 @@ def test_drafting_a_70b_on_a_4090(llama: Workload) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_an_imagined_workload_is_the_opened_one(precision: Any, plane_store: Callable[..., Path]) -> None:
-    from tiercache.store.planestore import PlaneStore
-
-    folder = plane_store("llama")
+def test_an_imagined_workload_is_the_opened_one(precision: Any, pico_store: Path) -> None:
     options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=64)
-    imagined = imagined_workload(
-        PlaneStore.open(folder).config, options, gpu=False, group=PlaneStore.open(folder).contents.meta["group"]
-    )
-    with tiercache.offload(folder, precision=precision, dram="64MiB", context=64) as model:
+    imagined = imagined_workload(PlaneStore.open(pico_store).config, options, gpu=False)
+    with tiercache.offload(pico_store, precision=precision, dram="64MiB", context=64) as model:
+        assert imagined.payload == model.tiercache.payload
         needs = model.tiercache._asked.needs
     assert imagined.needs.sizes == needs.sizes
     assert imagined.needs.order == needs.order

@@ -37,16 +37,13 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
     )
 
 
-def imagined_workload(
-    config: transformers.PretrainedConfig, options: OffloadConfig, *, gpu: bool, group: int = 64
-) -> Workload:
+def imagined_workload(config: transformers.PretrainedConfig, options: OffloadConfig, *, gpu: bool) -> Workload:
     """The workload of a model of which there is only a configuration.
 
     Args:
         config: transformers' own.
         options: precision, context and logits count.
         gpu: whether a card computes; it need not be here.
-        group: weights that share a scale.
 
     Raises:
         UnsupportedModelError: a model that tiercache does not run.
@@ -57,7 +54,7 @@ def imagined_workload(
         checkpoint = imagined_checkpoint(config, dtype)
         model, manifest, store = checkpoint.model(), checkpoint_manifest(checkpoint), None
     else:
-        store = imagined_store(config, dtype, group=group)
+        store = imagined_store(config, dtype)
         model, manifest = store.model(), store.manifest(options.precision)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
