@@ -51,7 +51,8 @@ def model_command(
     """Time a model of random weights against the roofs of the disk and of main memory."""
     from tiercache.bench import model
 
-    chosen = {"precision": "source" if bytes_per_token is None else STORE_PRECISION, **arguments(ctx.params)}
+    given = arguments({**ctx.params, "folder": folder})
+    chosen = {"precision": "source" if bytes_per_token is None else STORE_PRECISION, **given}
     result = model.bench(model.Options(**chosen))
     tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line
 
@@ -102,12 +103,15 @@ def drafters_command(
     from tiercache.bench import drafters as benchmark
     from tiercache.bench import drafters_options, drafters_report
 
-    result = benchmark.bench(drafters_options.Options(**drafters_arguments(ctx.params)))
+    given = {**ctx.params, "models": models, "text": text}
+    result = benchmark.bench(drafters_options.Options(**drafters_arguments(given)))
     tell(drafters_report.report(result), result, as_json=True, quiet=quiet)
 
 
 def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a benchmark's `Options` from the parameters of its command; what is None is left out.
+
+    A caller puts the paths in itself: which type they have in a typer context depends on typer's version.
 
     Raises:
         UsageError: a list that is empty or cannot be read.
