@@ -6,12 +6,13 @@ a pass takes w max + (1 - w) sum of its resources' seconds. Without overhead and
 beats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from policies.plan import Plan
 from profiler.figure import ERROR
 from profiler.hardware import Hardware
+from profiler.matmul_rates import MatmulRates, nearest
 from profiler.workload import Matmul, Workload
 
 _GIGA, _TERA = 1e9, 1e12
@@ -100,18 +101,19 @@ def pass_time(
     ssd_bytes = sum(workload.payload[key] for key in workload.needs.order if key in streamed)
     cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)
     busy = {
-        "compute": _device_s(workload, on_device, hardware, tokens, past),
+        "compute": _device_s(workload, on_device, hardware, tokens, past, hardware.matmuls),
         "cpu": sum(_matmul_s(workload, m, tokens, hardware.dram.gbps.value, hardware.cpu_gflops.value) for m in on_cpu),
         "link": _link_s(hardware, up_bytes, 0 if beside else len(moved)),
         "ssd": ssd_bytes / (hardware.ssd_gbps.value * _GIGA),
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
-    overhead = workload.layers * hardware.layer_s.value
+    overhead = workload.layers * hardware.layer_s.value + hardware.pass_s.value
     serial = busy["compute"] + busy["cpu"]  # layers follow one another, wherever they are multiplied
     most = max(serial + overhead, busy["link"], busy["ssd"], busy["dram"])
     share = hardware.overlap.value
     total = share * most + (1 - share) * (serial + overhead + busy["link"] + busy["ssd"])
-    return PassTime(busy, overhead, max(total, most), max(serial, busy["link"], busy["ssd"], busy["dram"]))
+    roof = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
+    return PassTime(busy, overhead, max(total, most), max(roof, busy["link"], busy["ssd"], busy["dram"]))
 
 
 def predict(
@@ -139,6 +141,7 @@ def upgrades(hardware: Hardware) -> dict[str, Hardware]:
             hardware,
             dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(2)),
             cpu_gflops=hardware.cpu_gflops.scaled(2),
+            matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(2) for rates in hardware.matmuls),
         ),
         "ssd": replace(hardware, ssd_gbps=hardware.ssd_gbps.scaled(2)),
         "overhead a layer": replace(hardware, layer_s=hardware.layer_s.scaled(0.5)),
@@ -146,23 +149,36 @@ def upgrades(hardware: Hardware) -> dict[str, Hardware]:
     if (card := hardware.gpu) is not None:
         memory = replace(card.memory, gbps=card.memory.gbps.scaled(2))
         found["link"] = replace(hardware, gpu=replace(card, link_gbps=card.link_gbps.scaled(2)))
-        found["gpu"] = replace(hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(2)))
+        faster = tuple(rates.scaled(2) for rates in hardware.matmuls)
+        found["gpu"] = replace(hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(2)), matmuls=faster)
     return found
 
 
-def _device_s(workload: Workload, matmuls: list[Matmul], hardware: Hardware, tokens: int, past: int) -> float:
-    """Seconds of products and attention where the model computes."""
+def _device_s(
+    workload: Workload,
+    matmuls: list[Matmul],
+    hardware: Hardware,
+    tokens: int,
+    past: int,
+    measured: Sequence[MatmulRates] = (),
+) -> float:
+    """Seconds of products and attention where the model computes; by roofs where nothing was `measured`."""
     card = hardware.gpu
     gbps = hardware.dram.gbps.value if card is None else card.memory.gbps.value
     gflops = hardware.cpu_gflops.value if card is None else card.tflops.value * _TERA / _GIGA
     pairs = tokens * (past + (tokens + 1) / 2)
     kept_bytes = workload.kv_bytes * min(1.0, (past + tokens) / workload.context)
     attention = max(kept_bytes / gbps, 4 * workload.attention_width * pairs / gflops) / _GIGA
-    return attention + sum(_matmul_s(workload, matmul, tokens, gbps, gflops) for matmul in matmuls)
+    return attention + sum(_matmul_s(workload, matmul, tokens, gbps, gflops, measured) for matmul in matmuls)
 
 
-def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float) -> float:
+def _matmul_s(
+    workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float, measured: Sequence[MatmulRates] = ()
+) -> float:
     nbytes = sum(workload.payload[key] for key in matmul.units)
+    rates = nearest(measured, nbytes / matmul.weights)
+    if rates is not None:
+        return rates.seconds(nbytes, tokens)
     return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
 
 

@@ -1,6 +1,7 @@
 """A number about hardware, with what it rests on: a data sheet, a measurement, or a fit."""
 
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
 Basis = Literal["spec", "measured", "fitted"]
@@ -29,6 +30,12 @@ class Figure:
     def scaled(self, share: float) -> "Figure":
         """A share of it, on the same basis."""
         return replace(self, value=self.value * share)
+
+
+def measured(values: list[float], source: str) -> Figure:
+    """The median of repeated measurements, with their spread."""
+    middle = median(values)
+    return Figure(middle, "measured", source, (max(values) - min(values)) / 2 / middle if middle else 0.0)
 
 
 def weakest(figures: list[Figure]) -> Basis:

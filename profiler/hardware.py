@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from profiler.figure import Basis, Figure, weakest
+from profiler.matmul_rates import MatmulRates
 
 TABLE = Path(__file__).with_name("hardware.toml")
 KINDS = ("gpu", "link", "dram", "ssd", "cpu")
@@ -23,6 +24,7 @@ _GPU_MEMORY_SHARE, _DRAM_SHARE = 0.82, 0.75
 _OVERLAP = 0.85
 # The cost of a layer without its bytes (docs/measured.md): on an H100, and on two CPU cores.
 _CUDA_LAYER_S, _CPU_LAYER_S = 3e-3, 0.9e-3
+_NOTHING = Figure(0.0, "spec", "assumed")
 _LINK_LATENCY_S = 10e-6
 _FULL_LANES = 16
 _TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
@@ -72,7 +74,10 @@ class Hardware:
         ssd_gbps: 1e9 bytes a second of large direct reads.
         overlap: which share of copies, reads and products that could run at once does.
         layer_s: what a decoder layer costs beside its bytes and operations: Python, launches, synchronisation.
+        pass_s: what a pass costs so beside its layers.
         link_latency_s: what each copy over the link costs beside its bytes.
+        matmuls: what this library's kernels were measured to reach where the model computes; empty where nobody
+            measured, and roofs stand in.
     """
 
     gpu: Gpu | None
@@ -81,7 +86,9 @@ class Hardware:
     ssd_gbps: Figure
     overlap: Figure
     layer_s: Figure
+    pass_s: Figure = _NOTHING
     link_latency_s: float = _LINK_LATENCY_S
+    matmuls: tuple[MatmulRates, ...] = ()
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -90,6 +97,9 @@ class Hardware:
         found = {name: value for name, value in own.items() if isinstance(value, Figure)} | {"dram": self.dram.gbps}
         if self.gpu is not None:
             found |= {"gpu memory": self.gpu.memory.gbps, "gpu": self.gpu.tflops, "link": self.gpu.link_gbps}
+        for rates in self.matmuls:
+            names = {f"matmul {rates.bytes_per_weight:.2f} B a weight, {n} tokens": n for n in rates.gbps}
+            found |= {name: rates.gbps[tokens] for name, tokens in names.items()}
         return found
 
     @property

@@ -10,8 +10,9 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +64,20 @@ def disk_read(
 
 def folder_read(folder: Path, *, sample_bytes: int = 256 << 20) -> ReadRoof:
     """`disk_read` of a file made for the purpose in `folder` and removed again."""
+    with sample_file(folder, sample_bytes) as path:
+        return disk_read(path, settings=((4, 2 << 20),))
+
+
+@contextmanager
+def sample_file(folder: Path, sample_bytes: int) -> Iterator[Path]:
+    """A file of random bytes in `folder`, on the disk and removed afterwards."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=LEFTOVERS.removesuffix("*")) as file:
         block = os.urandom(4 << 20)
         for _ in range(sample_bytes // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        return disk_read(Path(file.name), settings=((4, 2 << 20),))
+        yield Path(file.name)
 
 
 def dram_read(

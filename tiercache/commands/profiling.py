@@ -5,6 +5,7 @@ The numbers are `profiler.cost_model`'s; this file reads options and tells peopl
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +23,17 @@ from tiercache.errors import DoesNotFitError, UsageError
 profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 profile.callback(help="Predict what a model would do on a machine that need not be here.")(options_of_all)
 
-_NO_GPU = "none"
+_NO_GPU, _MEASURED = "none", "this"
+_DRAM = "64GiB"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
 
-_Gpu = Annotated[str, typer.Option(help="A card of the table, such as 3090; none for the CPU alone.")]
+_Gpu = Annotated[
+    str, typer.Option(help="A card of the table, such as 3090; none for the CPU alone; this for what probe measured.")
+]
 _DramKind = Annotated[str, typer.Option("--dram-kind", help="Kind of main memory, two channels.")]
 _Ssd = Annotated[str, typer.Option(help="Kind of SSD, or its rate: 3.5GB/s.")]
 _Lanes = Annotated[int | None, typer.Option(min=1, max=16, help="PCIe lanes of the card's slot.")]
 _File = Annotated[Path | None, typer.Option("--hardware", help="A TOML file of hardware of your own.")]
-
-
-def main() -> None:
-    """The entry point."""
-    profile()
 
 
 @profile.command("hardware")
@@ -50,7 +49,7 @@ def hardware_command(file: _File = None, as_json: Json = False, quiet: Quiet = F
 def predict_command(
     model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
     gpu: _Gpu = "3090",
-    dram: Annotated[str, typer.Option(help="Main memory: 64GiB.")] = "64GiB",
+    dram: Annotated[str | None, typer.Option(help="Main memory; 64GiB, or what this machine has free.")] = None,
     dram_kind: _DramKind = "ddr4-3200",
     ssd: _Ssd = "pcie-3",
     lanes: _Lanes = None,
@@ -66,7 +65,7 @@ def predict_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict tokens a second of a model on a machine, from data sheets."""
+    """Predict tokens a second of a model on a machine, from data sheets or from what probe measured here."""
     from tiercache.engine.prediction import PredictedDrafting, predicted
 
     machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
@@ -78,7 +77,15 @@ def predict_command(
     drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
     drafts = None if drafting is None else PredictedDrafting(drafting, small, draft_depth)
     result = predicted(_workload(model, machine, precision, context, past), machine, past, drafts)
-    result = {"schema": "tiercache.prediction/1", "model": model, "gpu": gpu, "dram": dram, "ssd": ssd, **result}
+    size = human(machine.dram.capacity_bytes)
+    result = {
+        "schema": "tiercache.prediction/1",
+        "model": model,
+        "gpu": gpu,
+        "dram": dram or size,
+        "ssd": ssd,
+        **result,
+    }
     tell(report(result), result, as_json, quiet)
 
 
@@ -181,10 +188,15 @@ def _known(file: Path | None) -> Catalogue:
         raise UsageError(str(error)) from error
 
 
-def _machine(known: Catalogue, gpu: str, dram: str, kind: str, ssd: str, lanes: int | None) -> Hardware:
-    size = Budget.parse(dram).size_bytes
+def _machine(known: Catalogue, gpu: str, dram: str | None, kind: str, ssd: str, lanes: int | None) -> Hardware:
+    size = Budget.parse(dram or _DRAM).size_bytes
     if size is None:
         raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
+    if gpu == _MEASURED:
+        from tiercache.bench.probe_cache import this_machine
+
+        measured = this_machine()
+        return measured if dram is None else replace(measured, dram=replace(measured.dram, capacity_bytes=size))
     rate = _RATE.fullmatch(ssd)
     try:
         reads = float(rate[1]) if rate else ssd

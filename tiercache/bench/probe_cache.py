@@ -1,0 +1,110 @@
+"""Keeps what a probe measured, one entry a machine, in LMDB; another machine's entry is not found.
+
+Knows nothing of how it was measured.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import torch
+
+from profiler.figure import Figure
+from profiler.hardware import Hardware, Memory
+from profiler.host_memory import host_memory
+from profiler.matmul_rates import MatmulRates
+from tiercache import __version__
+from tiercache.config.options import home_folder
+from tiercache.doctor.checks import processor_name
+from tiercache.errors import UsageError, permissions_named
+from tiercache.kernels.select import select
+from tiercache.store.catalog import errors_translated
+
+_FILE = "probe.mdb"
+_MAP_BYTES = 16 << 20
+_FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s")
+
+
+def fingerprint() -> str:
+    """What figures depend on: processor, cores, memory, kernels and versions."""
+    parts = {
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": host_memory().total_bytes,
+        "kernels": select(torch.device("cpu")).name,
+        "torch": torch.__version__,
+        "tiercache": __version__,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def keep(machine: Hardware) -> Path:
+    """Write a machine's figures, in place of those that were there; gives the file.
+
+    Raises:
+        EnvironmentUnsupportedError: the cache folder takes no file.
+        StoreError: the file is damaged.
+    """
+    path = home_folder() / _FILE
+    with permissions_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with errors_translated(path, "remove it and probe again"), _open(path) as env, env.begin(write=True) as entries:
+            entries.put(_key(), json.dumps(to_dict(machine)).encode())
+    return path
+
+
+def this_machine() -> Hardware:
+    """What was measured of this machine.
+
+    Raises:
+        UsageError: nothing was.
+        StoreError: the file is damaged.
+    """
+    path, found = home_folder() / _FILE, None
+    if path.is_file():
+        with (
+            permissions_named(path),
+            errors_translated(path, "remove it and probe again"),
+            _open(path) as env,
+            env.begin() as entries,
+        ):
+            found = entries.get(_key())
+    if found is None:
+        raise UsageError(
+            "nothing was measured of this machine, or not with these versions; run 'tiercache-profile probe'"
+        )
+    return from_dict(json.loads(bytes(found)))
+
+
+def to_dict(machine: Hardware) -> dict[str, Any]:
+    """Plain data."""
+    return asdict(machine)
+
+
+def from_dict(found: Mapping[str, Any]) -> Hardware:
+    """A machine from `to_dict`'s data after a way through JSON, which makes text of numbers that are keys."""
+    dram = found["dram"]
+    rates = [
+        MatmulRates(each["bytes_per_weight"], {int(n): Figure(**figure) for n, figure in each["gbps"].items()})
+        for each in found["matmuls"]
+    ]
+    return Hardware(
+        gpu=None,
+        dram=Memory(dram["capacity_bytes"], Figure(**dram["gbps"])),
+        link_latency_s=found["link_latency_s"],
+        matmuls=tuple(rates),
+        **{name: Figure(**found[name]) for name in _FIGURES},
+    )
+
+
+def _open(path: Path) -> lmdb.Environment:
+    return lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600)
+
+
+def _key() -> bytes:
+    return fingerprint().encode()

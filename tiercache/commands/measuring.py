@@ -1,0 +1,80 @@
+"""`tiercache-profile probe` and `validate`: what this machine does, and how far predictions are off on it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from profiler.hardware import Hardware
+from tiercache.commands.base import Json, Quiet, console, progress, tell
+from tiercache.commands.profiling import profile
+from tiercache.config.sizes import human
+from tiercache.errors import UsageError
+
+_Folder = Annotated[Path, typer.Option(help="On the disk that stores lie on.")]
+
+
+@profile.command("probe")
+def probe_command(folder: _Folder = Path(), as_json: Json = False, quiet: Quiet = False) -> None:
+    """Measure this machine, for predict --gpu this. Takes a quarter of a minute; leaves one file in the cache."""
+    from tiercache.bench import probe_cache
+    from tiercache.bench.machine_probe import probe_machine
+
+    machine = probe_machine(folder.expanduser(), show_progress=progress(as_json, quiet))
+    path = probe_cache.keep(machine)
+    if not quiet and not as_json:
+        console().print(_figures(machine))
+    found = {"schema": "tiercache.probe/1", "cache": str(path), **probe_cache.to_dict(machine)}
+    tell(f"kept in {path}", found, as_json, quiet)
+
+
+@profile.command("validate")
+def validate_command(
+    models: Annotated[list[str], typer.Argument(help="Folders of stores or checkpoints, or named shapes.")],
+    precisions: Annotated[str, typer.Option(help="A list with commas.")] = "source,int8,int4",
+    token_counts: Annotated[str, typer.Option(help="Tokens of a pass; a list with commas.")] = "1,16,64,512",
+    folder: Annotated[Path, typer.Option(help="Where random models are made.")] = Path("tiercache-bench"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict passes by what the probe measured, run them, and compare."""
+    from tiercache.bench import probe_cache
+    from tiercache.bench.validation import validate
+
+    counts = _numbers(token_counts)
+    machine = probe_cache.this_machine()
+    result = validate(models, precisions.split(","), counts, machine, folder=folder.expanduser())
+    if not quiet and not as_json:
+        console().print(_table(result))
+    told = f"off by {result['median_error']:.0%} in the median, {result['worst_error']:.0%} at worst"
+    tell(told, result, as_json, quiet)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no list of token counts; give one such as 1,16") from error
+    if min(found) < 1:
+        raise UsageError(f"a pass of {min(found)} tokens cannot be run; give counts from 1 up")
+    return found
+
+
+def _figures(machine: Hardware) -> Table:
+    shown = Table(title=f"This machine, {human(machine.dram.capacity_bytes)} of memory free", title_justify="left")
+    for heading in ("figure", "value", "spread", "source"):
+        shown.add_column(heading)
+    for name, figure in machine.figures.items():
+        shown.add_row(name, f"{figure.value:.4g}", f"{figure.spread:.0%}", figure.source)
+    return shown
+
+
+def _table(result: dict[str, Any]) -> Table:
+    shown = Table(title="Predicted against measured", title_justify="left")
+    for heading in ("pass", "predicted ms", "measured ms", "spread", "off by", "bound by"):
+        shown.add_column(heading)
+    for case in result["cases"]:
+        times = [f"{1e3 * case[name]:.1f}" for name in ("predicted_s", "measured_s")]
+        shown.add_row(case["name"], *times, f"{case['spread']:.0%}", f"{case['error']:+.0%}", case["binding"])
+    return shown
