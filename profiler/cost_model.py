@@ -176,9 +176,9 @@ def _matmul_s(
     workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float, measured: Sequence[MatmulRates] = ()
 ) -> float:
     nbytes = sum(workload.payload[key] for key in matmul.units)
-    rates = nearest(measured, nbytes / matmul.weights)
+    rates = nearest(measured, nbytes / matmul.weights, matmul.weights)
     if rates is not None:
-        return rates.seconds(nbytes, tokens)
+        return rates.seconds(nbytes, tokens, matmul.width)
     return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
 
 

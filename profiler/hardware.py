@@ -98,8 +98,9 @@ class Hardware:
         if self.gpu is not None:
             found |= {"gpu memory": self.gpu.memory.gbps, "gpu": self.gpu.tflops, "link": self.gpu.link_gbps}
         for rates in self.matmuls:
-            names = {f"matmul {rates.bytes_per_weight:.2f} B a weight, {n} tokens": n for n in rates.gbps}
-            found |= {name: rates.gbps[tokens] for name, tokens in names.items()}
+            what = f"{rates.bytes_per_weight:.2f} B a weight, {rates.weights >> 20} Mi weights"
+            found |= {f"matmul, {what}, {tokens} tokens": figure for tokens, figure in rates.gbps.items()}
+            found |= {f"activations, {what}, {tokens} tokens": each for tokens, each in rates.activation_ns.items()}
         return found
 
     @property

@@ -1,10 +1,10 @@
-"""How fast a machine's kernels multiply by weights of one precision, as measured.
+"""How fast a machine's kernels multiply by matrices of one precision and size, as measured.
 
 Knows seconds and bytes; neither kernels nor models.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import log
 
@@ -17,34 +17,46 @@ class MatmulRates:
 
     Attributes:
         bytes_per_weight: of its precision, scales included.
+        weights: of the matrix that was multiplied by: small ones are slower by the byte.
         gbps: 1e9 bytes of weights a second, by the tokens of a call; fewest tokens first.
+        activation_ns: 1e-9 seconds of a token for each row and column of a matrix beside the product (norms, residuals,
+            Hadamard transforms, quantizing), by the tokens of a call, beyond what a layer of one token takes.
     """
 
     bytes_per_weight: float
+    weights: int
     gbps: Mapping[int, Figure]
+    activation_ns: Mapping[int, Figure] = field(default_factory=dict)
 
-    def seconds(self, nbytes: int, tokens: int) -> float:
-        """Of a product of `tokens` tokens with `nbytes` of weights.
-
-        Between the token counts that were measured, seconds grow in a straight line; beyond them with the tokens.
-        """
-        counts = list(self.gbps)
-        if tokens <= counts[0]:
-            return self._at(nbytes, counts[0])
-        for below, above in pairwise(counts):
-            if tokens <= above:
-                share = (tokens - below) / (above - below)
-                return self._at(nbytes, below) * (1 - share) + self._at(nbytes, above) * share
-        return self._at(nbytes, counts[-1]) * tokens / counts[-1]
+    def seconds(self, nbytes: int, tokens: int, width: int = 0) -> float:
+        """Of a product of `tokens` tokens with `nbytes` of weights, whose rows and columns sum to `width`."""
+        product = {count: nbytes / (figure.value * 1e9) for count, figure in self.gbps.items()}
+        beside = {count: figure.value * 1e-9 * count * width for count, figure in self.activation_ns.items()}
+        return _between(product, tokens) + _between({1: 0.0, **beside}, tokens)
 
     def scaled(self, share: float) -> "MatmulRates":
         """A share of every rate."""
-        return replace(self, gbps={tokens: figure.scaled(share) for tokens, figure in self.gbps.items()})
+        gbps = {tokens: figure.scaled(share) for tokens, figure in self.gbps.items()}
+        beside = {tokens: figure.scaled(1 / share) for tokens, figure in self.activation_ns.items()}
+        return replace(self, gbps=gbps, activation_ns=beside)
 
-    def _at(self, nbytes: int, tokens: int) -> float:
-        return nbytes / (self.gbps[tokens].value * 1e9)
+
+def _between(seconds: Mapping[int, float], tokens: int) -> float:
+    """A straight line between the token counts that were measured; beyond them in proportion to the tokens."""
+    counts = list(seconds)
+    if tokens <= counts[0]:
+        return seconds[counts[0]]
+    for below, above in pairwise(counts):
+        if tokens <= above:
+            share = (tokens - below) / (above - below)
+            return seconds[below] * (1 - share) + seconds[above] * share
+    return seconds[counts[-1]] * tokens / counts[-1]
 
 
-def nearest(rates: Sequence[MatmulRates], bytes_per_weight: float) -> MatmulRates | None:
-    """Those of the precision whose weights take about as many bytes; None where nothing was measured."""
-    return min(rates, key=lambda each: abs(log(each.bytes_per_weight / bytes_per_weight)), default=None)
+def nearest(rates: Sequence[MatmulRates], bytes_per_weight: float, weights: int) -> MatmulRates | None:
+    """Those of the nearest precision, and of these the nearest size; None where nothing was measured."""
+    return min(
+        rates,
+        key=lambda each: (abs(log(each.bytes_per_weight / bytes_per_weight)), abs(log(each.weights / weights))),
+        default=None,
+    )

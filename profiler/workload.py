@@ -18,10 +18,12 @@ class Matmul:
     Attributes:
         units: their keys.
         weights: how many numbers each token is multiplied by.
+        width: rows and columns, summed: what of activations a token brings and takes.
     """
 
     units: tuple[Key, ...]
     weights: int
+    width: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Only machines whose CPU computes; a card's figures are `make gpu`'s. Every figur
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from policies.plan import fill_tiers
 from profiler import probe
+from profiler.cost_model import pass_time
 from profiler.figure import Figure, measured
 from profiler.hardware import Hardware, Memory
 from profiler.host_memory import host_memory
@@ -25,18 +28,23 @@ from profiler.matmul_rates import MatmulRates
 from tiercache.bench import shapes, workset
 from tiercache.bench.shapes import GROUP, Shape
 from tiercache.bench.timing_device import Effort, TimingCpu
+from tiercache.config.options import OffloadConfig, of_planes
+from tiercache.config.sizes import Budget
 from tiercache.engine.offload import offload
+from tiercache.engine.workload import imagined_workload
 from tiercache.errors import EnvironmentUnsupportedError, permissions_named
 from tiercache.progress import bar
 
 TOKEN_COUNTS = (1, 4, 16, 64, 256)
 PRECISIONS = ("int3", "int4", "int8")
-MATRIX = 4096  # rows and columns of what is multiplied by
+SIDES = (1024, 4096)  # rows and columns of what is multiplied by
 REPEATS = 7
 TOO_NOISY = 0.3  # spread of the memory's rate above which no figure means anything
 _DRAM_BYTES, _DISK_BYTES, _SOURCE_BYTES = 512 << 20, 256 << 20, 512 << 20
 _DISK_SETTING = (4, 2 << 20)  # threads, bytes of a read: as the loader's
 _LAYERS = (2, 10)  # of models so small that their bytes take no time
+_WIDE_LAYERS, _WIDE_TOKENS = (2, 6), (16, 64, 256)  # of models large enough that work on activations counts
+_CONTEXT = 256
 _SEED = 0
 
 
@@ -49,7 +57,7 @@ class _Parts:
 
 
 def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardware:
-    """Measure for half a minute or so.
+    """Measure for under a minute.
 
     Args:
         folder: on the disk that stores lie on; a file is written there and removed again.
@@ -58,7 +66,7 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
     Raises:
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
-    with bar("measuring this machine", 5 + len(PRECISIONS), show=show_progress) as advance:
+    with bar("measuring this machine", 5 + len(SIDES), show=show_progress) as advance:
         dram = _dram()
         advance(1)
         with permissions_named(folder), probe.sample_file(folder, _DISK_BYTES) as file:
@@ -67,23 +75,31 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
             overlap = _overlap(file)
         advance(1)
         found = _Parts([], [])
-        for precision in PRECISIONS:
-            _planes(precision, found)
+        for side in SIDES:
+            for precision in PRECISIONS:
+                _planes(precision, side, found)
+            _source(side, found)
             advance(1)
-        _source(found)
-        advance(1)
         layer, whole = _overheads()
         advance(1)
-    return Hardware(
-        gpu=None,
-        dram=Memory(host_memory().free_bytes, dram),
-        cpu_gflops=Figure(max(found.gflops), "measured", "the fastest of the kernels' calls"),
-        ssd_gbps=disk,
-        overlap=overlap,
-        layer_s=layer,
-        pass_s=whole,
-        matmuls=tuple(found.rates),
+        machine = Hardware(
+            gpu=None,
+            dram=Memory(host_memory().free_bytes, dram),
+            cpu_gflops=Figure(max(found.gflops), "measured", "the fastest of the kernels' calls"),
+            ssd_gbps=disk,
+            overlap=overlap,
+            layer_s=layer,
+            pass_s=whole,
+            matmuls=tuple(found.rates),
+        )
+        beside = {kind: _activations(kind, machine) for kind in ("source", "int8")}
+        advance(1)
+    source_bytes = max(rates.bytes_per_weight for rates in found.rates)
+    rates = (
+        replace(each, activation_ns=beside["source" if each.bytes_per_weight == source_bytes else "int8"])
+        for each in found.rates
     )
+    return replace(machine, matmuls=tuple(rates))
 
 
 def _dram() -> Figure:
@@ -130,66 +146,96 @@ def _overlap(file: Path) -> Figure:
     return Figure(min(max(median(shares), 0.0), 1.0), "measured", "direct reads beside products of the CPU")
 
 
-def _planes(precision: str, found: _Parts) -> None:
+def _planes(precision: str, side: int, found: _Parts) -> None:
     """Products by planes, quantized activations included, from memory and not from a cache."""
     device, kernels = TimingCpu(), TimingCpu().kernels
-    units = workset.make(device, Effort(caches=2), workset.random_codes(_SEED), (MATRIX, MATRIX, 1), precision)
+    units = workset.make(device, Effort(caches=2), workset.random_codes(_SEED), (side, side, 1), precision)
     matrices = [unit[0] for unit in units]
 
     def call(number: int, x: Tensor) -> None:
-        out = torch.zeros(len(x), MATRIX)
+        out = torch.zeros(len(x), side)
         kernels.matmul(kernels.quantize_activations(x, GROUP), matrices[number % len(matrices)], out)
 
-    _rates(call, workset.nbytes(matrices[0]), f"kernels {kernels.name}, {precision}", found)
+    _rates(call, workset.nbytes(matrices[0]), f"kernels {kernels.name}, {precision}", side, found)
 
 
-def _source(found: _Parts) -> None:
-    nbytes = 2 * MATRIX * MATRIX
-    matrices = [torch.full((MATRIX, MATRIX), 0.5, dtype=torch.bfloat16) for _ in range(_SOURCE_BYTES // nbytes)]
+def _source(side: int, found: _Parts) -> None:
+    nbytes = 2 * side * side
+    matrices = [torch.full((side, side), 0.5, dtype=torch.bfloat16) for _ in range(_SOURCE_BYTES // nbytes)]
 
     def call(number: int, x: Tensor) -> None:
         linear(x, matrices[number % len(matrices)])
 
-    _rates(call, nbytes, "torch, bf16", found)
+    _rates(call, nbytes, "torch, bf16", side, found)
 
 
-def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, found: _Parts) -> None:
+def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: int, found: _Parts) -> None:
     """A median for each number of tokens."""
     generator = torch.Generator().manual_seed(_SEED)
-    inputs = torch.randn(max(TOKEN_COUNTS), MATRIX, generator=generator).bfloat16()
+    inputs = torch.randn(max(TOKEN_COUNTS), side, generator=generator).bfloat16()
     gbps = {}
     for tokens in TOKEN_COUNTS:
         x = inputs[:tokens]
         with torch.inference_mode():
             call(0, x)
             seconds = [_seconds(lambda n=n, x=x: call(n, x)) for n in range(1, 1 + 2 * REPEATS)]  # type: ignore[misc]
-        gbps[tokens] = measured([nbytes / each / 1e9 for each in seconds], f"{source}, {MATRIX} x {MATRIX}")
-        found.gflops.append(2 * tokens * MATRIX * MATRIX / min(seconds) / 1e9)
-    found.rates.append(MatmulRates(nbytes / MATRIX**2, gbps))
+        gbps[tokens] = measured([nbytes / each / 1e9 for each in seconds], f"{source}, {side} x {side}")
+        found.gflops.append(2 * tokens * side * side / min(seconds) / 1e9)
+    found.rates.append(MatmulRates(nbytes / side**2, side**2, gbps))
 
 
 def _overheads() -> tuple[Figure, Figure]:
     """Seconds of a layer without bytes, and of a pass without layers: a line through two tiny models."""
-    times = []
-    with tempfile.TemporaryDirectory(prefix="tiercache-probe-") as folder:
-        for layers in _LAYERS:
-            tiny = Shape(2 * GROUP, 2 * GROUP, layers, 2, 2, 4 * GROUP)
-            store = shapes.make_store(tiny, Path(folder) / str(layers), _SEED, show_progress=False)
-            with offload(store, precision="int4", dram="1GiB", context=64, logits=1, show_progress=False) as model:
-                times.append(_passes(model))
-    (few, many), (low, high) = times, _LAYERS
+    (few, many), (low, high) = [_passes(_tiny(layers), "int4", [1])[1] for layers in _LAYERS], _LAYERS
     layers_s = [(b - a) / (high - low) for a, b in zip(few, many, strict=True)]
     whole_s = median(few) - low * median(layers_s)
     source = f"models of {low} and {high} layers without bytes"
     return measured(layers_s, source), Figure(max(whole_s, 0.0), "measured", source)
 
 
-def _passes(model: Any) -> list[float]:
-    """Seconds of passes of one token; the fastest first, so that runs of two models can be paired."""
-    ids = torch.ones(1, 1, dtype=torch.long)
-    with torch.inference_mode():
-        seconds = [_seconds(lambda: model(input_ids=ids, use_cache=True)) for _ in range(5 * REPEATS)]
-    return sorted(seconds)[: 4 * REPEATS : 4]
+def _activations(precision: Any, machine: Hardware) -> dict[int, Figure]:
+    """Nanoseconds a token and a row or column: what passes of many tokens take beyond products and overheads."""
+    runs = [_passes(_wide(layers), precision, _WIDE_TOKENS) for layers in _WIDE_LAYERS]
+    source = f"models of {_WIDE_LAYERS[0]} and {_WIDE_LAYERS[1]} layers, {precision}"
+    found = {}
+    for tokens in _WIDE_TOKENS:
+        predicted, widths = [], []
+        for layers in _WIDE_LAYERS:
+            options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=tokens)
+            workload = imagined_workload(_wide(layers).config(), options, gpu=False)
+            plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=machine.dram.capacity_bytes)
+            predicted.append(pass_time(workload, plan, machine, tokens=tokens).total_s)
+            widths.append(sum(matmul.width for matmul in workload.matmuls))
+        few, many = (run[tokens] for run in runs)
+        beyond_s = [b - a - (predicted[1] - predicted[0]) for a, b in zip(few, many, strict=True)]
+        per = tokens * (widths[1] - widths[0])
+        found[tokens] = measured([max(each, 0.0) / per * 1e9 for each in beyond_s], source)
+    return found
+
+
+def _tiny(layers: int) -> Shape:
+    return Shape(2 * GROUP, 2 * GROUP, layers, 2, 2, 4 * GROUP)
+
+
+def _wide(layers: int) -> Shape:
+    return Shape(16 * GROUP, 44 * GROUP, layers, 16, 16, 4 * GROUP)
+
+
+def _passes(shape: Shape, precision: Any, token_counts: Sequence[int]) -> dict[int, list[float]]:
+    """Seconds of passes by their tokens, in order of length, without the fastest and the slowest few.
+
+    In order, so that the same place in two lists is a pass that was disturbed as little in the one as in the other.
+    """
+    make = shapes.make_store if of_planes(precision) else shapes.make_checkpoint
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="tiercache-probe-") as folder:
+        place = make(shape, Path(folder), _SEED, show_progress=False)
+        options = {"dram": "1GiB", "context": _CONTEXT, "logits": max(token_counts), "show_progress": False}
+        with offload(place, precision=precision, **options) as model, torch.inference_mode():  # type: ignore[arg-type]
+            for tokens in token_counts:
+                once = partial(model, input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)
+                found[tokens] = sorted(_seconds(once) for _ in range(4 * REPEATS))[REPEATS : 3 * REPEATS]
+    return found
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -90,7 +90,12 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
     """A machine from `to_dict`'s data after a way through JSON, which makes text of numbers that are keys."""
     dram = found["dram"]
     rates = [
-        MatmulRates(each["bytes_per_weight"], {int(n): Figure(**figure) for n, figure in each["gbps"].items()})
+        MatmulRates(
+            each["bytes_per_weight"],
+            each["weights"],
+            _by_tokens(each["gbps"]),
+            _by_tokens(each["activation_ns"]),
+        )
         for each in found["matmuls"]
     ]
     return Hardware(
@@ -100,6 +105,10 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
         matmuls=tuple(rates),
         **{name: Figure(**found[name]) for name in _FIGURES},
     )
+
+
+def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:
+    return {int(tokens): Figure(**figure) for tokens, figure in found.items()}
 
 
 def _open(path: Path) -> lmdb.Environment:

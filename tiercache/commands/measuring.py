@@ -17,7 +17,7 @@ _Folder = Annotated[Path, typer.Option(help="On the disk that stores lie on.")]
 
 @profile.command("probe")
 def probe_command(folder: _Folder = Path(), as_json: Json = False, quiet: Quiet = False) -> None:
-    """Measure this machine, for predict --gpu this. Takes a quarter of a minute; leaves one file in the cache."""
+    """Measure this machine, for predict --gpu this. Takes under a minute; leaves one file in the cache."""
     from tiercache.bench import probe_cache
     from tiercache.bench.machine_probe import probe_machine
 

@@ -19,16 +19,17 @@ from tiercache.store.manifests import checkpoint_manifest
 def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfig) -> Workload:
     """The workload of a model that is open, or as good as open."""
     config = opened.model.config.get_text_config(decoder=True)
-    weights: dict[tuple[int, ...], int] = {}
+    matmuls: dict[tuple[int, ...], Matmul] = {}
     for use in asked.uses:
-        units = use.weight.units
-        weights[units] = weights.get(units, 0) + prod(use.weight.shape)
+        units, shape = use.weight.units, use.weight.shape
+        before = matmuls.get(units, Matmul(units, 0))
+        matmuls[units] = Matmul(units, before.weights + prod(shape), before.width + sum(shape))
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Workload(
         precision=options.precision,
         layers=config.num_hidden_layers,
-        matmuls=tuple(Matmul(units, count) for units, count in weights.items()),
+        matmuls=tuple(matmuls.values()),
         needs=asked.needs,
         payload=asked.payload,
         context=options.context,
