@@ -86,10 +86,18 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = [1.0, 10.0] * machine_probe.REPEATS
+    monkeypatch.setattr(machine_probe, "_DISK_BYTES", 8 << 20)
     monkeypatch.setattr("profiler.probe.dram_read", lambda **_: told.pop())
     with pytest.raises(EnvironmentUnsupportedError, match=r"vary by .* probe again"):
         machine_probe.probe_machine(tmp_path, show_progress=False)
     assert not told, "tried twice"
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(profile, ["probe", "--folder", str(tmp_path / "file")])
+    assert result.exit_code == 5
+    assert "--folder" in result.stderr
 
 
 def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

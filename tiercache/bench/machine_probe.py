@@ -29,10 +29,10 @@ from tiercache.bench import shapes, workset
 from tiercache.bench.shapes import GROUP, Shape
 from tiercache.bench.timing_device import Effort, TimingCpu
 from tiercache.config.options import OffloadConfig, of_planes
-from tiercache.config.sizes import Budget
+from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import offload
 from tiercache.engine.workload import imagined_workload
-from tiercache.errors import EnvironmentUnsupportedError, permissions_named
+from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.progress import bar
 
 TOKEN_COUNTS = (1, 4, 16, 64, 256)
@@ -67,12 +67,9 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
     with bar("measuring this machine", 5 + len(SIDES), show=show_progress) as advance:
+        disk, overlap = _disk(folder)
+        advance(2)
         dram = _dram()
-        advance(1)
-        with permissions_named(folder), probe.sample_file(folder, _DISK_BYTES) as file:
-            disk = _disk(file)
-            advance(1)
-            overlap = _overlap(file)
         advance(1)
         found = _Parts([], [])
         for side in SIDES:
@@ -117,9 +114,17 @@ def _dram() -> Figure:
     )
 
 
-def _disk(file: Path) -> Figure:
-    rates = [probe.disk_read(file, settings=(_DISK_SETTING,)).gbps for _ in range(REPEATS)]
-    return measured(rates, f"direct reads, {_DISK_SETTING[0]} threads, {_DISK_SETTING[1] >> 20} MiB each")
+def _disk(folder: Path) -> tuple[Figure, Figure]:
+    """The rate of direct reads, and what of them overlaps with products."""
+    try:
+        with probe.sample_file(folder, _DISK_BYTES) as file:
+            rates = [probe.disk_read(file, settings=(_DISK_SETTING,)).gbps for _ in range(REPEATS)]
+            threads, chunk_bytes = _DISK_SETTING
+            return measured(rates, f"direct reads, {threads} threads, {chunk_bytes >> 20} MiB each"), _overlap(file)
+    except OSError as error:
+        raise EnvironmentUnsupportedError(
+            f"{folder} takes no file of {human(_DISK_BYTES)} to read ({error.strerror}); name another with --folder"
+        ) from error
 
 
 def _overlap(file: Path) -> Figure:
