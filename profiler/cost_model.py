@@ -108,6 +108,7 @@ def pass_time(
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
     overhead = workload.layers * hardware.layer_s.value + hardware.pass_s.value
+    overhead += len(plan.streamed) * hardware.unit_s.value
     serial = busy["compute"] + busy["cpu"]  # layers follow one another, wherever they are multiplied
     most = max(serial + overhead, busy["link"], busy["ssd"], busy["dram"])
     share = hardware.overlap.value

@@ -75,6 +75,7 @@ class Hardware:
         overlap: which share of copies, reads and products that could run at once does.
         layer_s: what a decoder layer costs beside its bytes and operations: Python, launches, synchronisation.
         pass_s: what a pass costs so beside its layers.
+        unit_s: what each unit that is read from the SSD costs so beside its bytes.
         link_latency_s: what each copy over the link costs beside its bytes.
         matmuls: what this library's kernels were measured to reach where the model computes; empty where nobody
             measured, and roofs stand in.
@@ -87,6 +88,7 @@ class Hardware:
     overlap: Figure
     layer_s: Figure
     pass_s: Figure = _NOTHING
+    unit_s: Figure = _NOTHING
     link_latency_s: float = _LINK_LATENCY_S
     matmuls: tuple[MatmulRates, ...] = ()
 

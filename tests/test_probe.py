@@ -65,6 +65,17 @@ def test_measured_rates_take_the_place_of_roofs_and_leave_the_bound() -> None:
     assert pass_time(workload, plan, faster).busy_s["compute"] == pytest.approx(GIB / 20e9)
 
 
+def test_each_unit_that_is_read_costs_beside_its_bytes() -> None:
+    sizes = dict.fromkeys(range(8), GIB)
+    needs = PlanInputs(sizes, [*"abcdefgh"], tuple(sizes), frozenset(), None, {}, {})
+    workload = Workload("int8", 1, tuple(Matmul((n,), GIB) for n in sizes), needs, sizes, 100, 0, 0)
+    plan = fill_tiers(needs, hbm_bytes=None, dram_bytes=5 * GIB)
+    assert plan.streamed
+    free, costly = (replace(machine(), unit_s=Figure(seconds, "measured")) for seconds in (0.0, 0.01))
+    more = pass_time(workload, plan, costly).overhead_s - pass_time(workload, plan, free).overhead_s
+    assert more == pytest.approx(0.01 * len(plan.streamed))
+
+
 def test_a_median_tells_its_spread() -> None:
     found = measured([1.0, 4.0, 2.0], "a test")
     assert (found.value, found.spread, found.basis) == (2.0, 0.75, "measured")

@@ -77,7 +77,7 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
                 _planes(precision, side, found)
             _source(side, found)
             advance(1)
-        layer, whole = _overheads()
+        overheads = _overheads()
         advance(1)
         machine = Hardware(
             gpu=None,
@@ -85,8 +85,9 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
             cpu_gflops=Figure(max(found.gflops), "measured", "the fastest of the kernels' calls"),
             ssd_gbps=disk,
             overlap=overlap,
-            layer_s=layer,
-            pass_s=whole,
+            layer_s=overheads["layer_s"],
+            pass_s=overheads["pass_s"],
+            unit_s=overheads["unit_s"],
             matmuls=tuple(found.rates),
         )
         beside = {kind: _activations(kind, machine) for kind in ("source", "int8")}
@@ -189,13 +190,23 @@ def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: 
     found.rates.append(MatmulRates(nbytes / side**2, side**2, gbps))
 
 
-def _overheads() -> tuple[Figure, Figure]:
-    """Seconds of a layer without bytes, and of a pass without layers: a line through two tiny models."""
+def _overheads() -> dict[str, Figure]:
+    """Seconds of a layer without bytes, of a pass without layers, of a unit that is read: by tiny models."""
     (few, many), (low, high) = [_passes(_tiny(layers), "int4", [1])[1] for layers in _LAYERS], _LAYERS
     layers_s = [(b - a) / (high - low) for a, b in zip(few, many, strict=True)]
     whole_s = median(few) - low * median(layers_s)
     source = f"models of {low} and {high} layers without bytes"
-    return measured(layers_s, source), Figure(max(whole_s, 0.0), "measured", source)
+    found = {
+        "layer_s": measured(layers_s, source),
+        "pass_s": Figure(max(whole_s, 0.0), "measured", source),
+    }
+    options = OffloadConfig(hbm=None, dram=Budget(), precision="int4", context=_CONTEXT, logits=1)
+    needs = imagined_workload(_tiny(high).config(), options, gpu=False).needs
+    least_bytes = sum(needs.compute.values()) + sum(needs.dram.values()) + sum(needs.sizes.values()) * 6 // 10
+    streamed = len(fill_tiers(needs, hbm_bytes=None, dram_bytes=least_bytes).streamed)
+    read = _passes(_tiny(high), "int4", [1], dram_bytes=least_bytes)[1]
+    units_s = [max(b - a, 0.0) / streamed for a, b in zip(many, read, strict=True)]
+    return {**found, "unit_s": measured(units_s, f"a model of {high} layers, {streamed} units from the SSD")}
 
 
 def _activations(precision: Any, machine: Hardware) -> dict[int, Figure]:
@@ -226,7 +237,9 @@ def _wide(layers: int) -> Shape:
     return Shape(16 * GROUP, 44 * GROUP, layers, 16, 16, 4 * GROUP)
 
 
-def _passes(shape: Shape, precision: Any, token_counts: Sequence[int]) -> dict[int, list[float]]:
+def _passes(
+    shape: Shape, precision: Any, token_counts: Sequence[int], dram_bytes: int = 1 << 30
+) -> dict[int, list[float]]:
     """Seconds of passes by their tokens, in order of length, without the fastest and the slowest few.
 
     In order, so that the same place in two lists is a pass that was disturbed as little in the one as in the other.
@@ -235,7 +248,7 @@ def _passes(shape: Shape, precision: Any, token_counts: Sequence[int]) -> dict[i
     found = {}
     with tempfile.TemporaryDirectory(prefix="tiercache-probe-") as folder:
         place = make(shape, Path(folder), _SEED, show_progress=False)
-        options = {"dram": "1GiB", "context": _CONTEXT, "logits": max(token_counts), "show_progress": False}
+        options = {"dram": str(dram_bytes), "context": _CONTEXT, "logits": max(token_counts), "show_progress": False}
         with offload(place, precision=precision, **options) as model, torch.inference_mode():  # type: ignore[arg-type]
             for tokens in token_counts:
                 once = partial(model, input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)

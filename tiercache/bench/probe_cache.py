@@ -26,7 +26,7 @@ from tiercache.store.catalog import errors_translated
 
 _FILE = "probe.mdb"
 _MAP_BYTES = 16 << 20
-_FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s")
+_FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
 
 
 def fingerprint() -> str:
