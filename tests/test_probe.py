@@ -16,7 +16,7 @@ from profiler.matmul_rates import MatmulRates, nearest
 from profiler.workload import Matmul, Workload
 from tiercache.bench import machine_probe, probe_cache
 from tiercache.commands import profiler
-from tiercache.commands.profiling import profile
+from tiercache.commands.predicting import profile
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 
 GIB = 1 << 30
@@ -126,6 +126,11 @@ def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     predicted = run("predict", "tinyllama-1.1b", "--gpu", "this", "--dram", "8GiB")
     assert predicted["basis"] == "measured"
     assert predicted["low"] < predicted["tokens_per_s"] <= predicted["bound"]
+    assert predicted["ssd"] == f"{told['ssd_gbps']['value']:.1f}GB/s"
+    for given in (["--ssd", "3.5GB/s"], ["--lanes", "8"], ["--dram-kind", "ddr5-5600"]):
+        refused = CliRunner().invoke(profile, ["predict", "tinyllama-1.1b", "--gpu", "this", *given])
+        assert refused.exit_code == 2
+        assert "as it was measured" in refused.stderr
     found = run("validate", str(PICO), "--precisions", "source", "--token-counts", "1,4")
     assert found["schema"] == "tiercache.validation/1"
     assert len(found["cases"]) == 4

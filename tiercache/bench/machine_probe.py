@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,9 +25,11 @@ from profiler.hardware import Hardware, Memory
 from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
+from profiler.workload import Workload
 from tiercache.bench import shapes, workset
 from tiercache.bench.shapes import GROUP, Shape
 from tiercache.bench.timing_device import Effort, TimingCpu
+from tiercache.bench.validation import starved_bytes
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import offload
@@ -48,14 +50,6 @@ _CONTEXT = 256
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What is measured one after the other."""
-
-    rates: list[MatmulRates]
-    gflops: list[float]
-
-
 def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardware:
     """Measure for under a minute.
 
@@ -71,33 +65,29 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
         advance(2)
         dram = _dram()
         advance(1)
-        found = _Parts([], [])
+        planes: list[MatmulRates] = []
+        sources: list[MatmulRates] = []
         for side in SIDES:
-            for precision in PRECISIONS:
-                _planes(precision, side, found)
-            _source(side, found)
+            planes += [_planes(precision, side) for precision in PRECISIONS]
+            sources.append(_source(side))
             advance(1)
         overheads = _overheads()
         advance(1)
         machine = Hardware(
             gpu=None,
             dram=Memory(host_memory().free_bytes, dram),
-            cpu_gflops=Figure(max(found.gflops), "measured", "the fastest of the kernels' calls"),
+            cpu_gflops=_fastest([*planes, *sources]),
             ssd_gbps=disk,
             overlap=overlap,
             layer_s=overheads["layer_s"],
             pass_s=overheads["pass_s"],
             unit_s=overheads["unit_s"],
-            matmuls=tuple(found.rates),
+            matmuls=(*planes, *sources),
         )
-        beside = {kind: _activations(kind, machine) for kind in ("source", "int8")}
+        of_planes_ns, of_source_ns = _activations("int8", machine), _activations("source", machine)
         advance(1)
-    source_bytes = max(rates.bytes_per_weight for rates in found.rates)
-    rates = (
-        replace(each, activation_ns=beside["source" if each.bytes_per_weight == source_bytes else "int8"])
-        for each in found.rates
-    )
-    return replace(machine, matmuls=tuple(rates))
+    beside = [replace(each, activation_ns=of_planes_ns) for each in planes]
+    return replace(machine, matmuls=(*beside, *(replace(each, activation_ns=of_source_ns) for each in sources)))
 
 
 def _dram() -> Figure:
@@ -152,9 +142,10 @@ def _overlap(file: Path) -> Figure:
     return Figure(min(max(median(shares), 0.0), 1.0), "measured", "direct reads beside products of the CPU")
 
 
-def _planes(precision: str, side: int, found: _Parts) -> None:
+def _planes(precision: str, side: int) -> MatmulRates:
     """Products by planes, quantized activations included, from memory and not from a cache."""
-    device, kernels = TimingCpu(), TimingCpu().kernels
+    device = TimingCpu()
+    kernels = device.kernels
     units = workset.make(device, Effort(caches=2), workset.random_codes(_SEED), (side, side, 1), precision)
     matrices = [unit[0] for unit in units]
 
@@ -162,20 +153,20 @@ def _planes(precision: str, side: int, found: _Parts) -> None:
         out = torch.zeros(len(x), side)
         kernels.matmul(kernels.quantize_activations(x, GROUP), matrices[number % len(matrices)], out)
 
-    _rates(call, workset.nbytes(matrices[0]), f"kernels {kernels.name}, {precision}", side, found)
+    return _rates(call, workset.nbytes(matrices[0]), f"kernels {kernels.name}, {precision}", side)
 
 
-def _source(side: int, found: _Parts) -> None:
+def _source(side: int) -> MatmulRates:
     nbytes = 2 * side * side
     matrices = [torch.full((side, side), 0.5, dtype=torch.bfloat16) for _ in range(_SOURCE_BYTES // nbytes)]
 
     def call(number: int, x: Tensor) -> None:
         linear(x, matrices[number % len(matrices)])
 
-    _rates(call, nbytes, "torch, bf16", side, found)
+    return _rates(call, nbytes, "torch, bf16", side)
 
 
-def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: int, found: _Parts) -> None:
+def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: int) -> MatmulRates:
     """A median for each number of tokens."""
     generator = torch.Generator().manual_seed(_SEED)
     inputs = torch.randn(max(TOKEN_COUNTS), side, generator=generator).bfloat16()
@@ -184,10 +175,19 @@ def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: 
         x = inputs[:tokens]
         with torch.inference_mode():
             call(0, x)
-            seconds = [_seconds(lambda n=n, x=x: call(n, x)) for n in range(1, 1 + 2 * REPEATS)]  # type: ignore[misc]
+            seconds = [_seconds(partial(call, number, x)) for number in range(1, 1 + 2 * REPEATS)]
         gbps[tokens] = measured([nbytes / each / 1e9 for each in seconds], f"{source}, {side} x {side}")
-        found.gflops.append(2 * tokens * side * side / min(seconds) / 1e9)
-    found.rates.append(MatmulRates(nbytes / side**2, side**2, gbps))
+    return MatmulRates(nbytes / side**2, side**2, gbps)
+
+
+def _fastest(rates: Sequence[MatmulRates]) -> Figure:
+    """1e9 operations a second of the best call: its median and what it spread above that."""
+    found = (
+        2 * tokens / each.bytes_per_weight * figure.value * (1 + figure.spread)
+        for each in rates
+        for tokens, figure in each.gbps.items()
+    )
+    return Figure(max(found), "measured", "the fastest of the kernels' calls")
 
 
 def _overheads() -> dict[str, Figure]:
@@ -200,9 +200,8 @@ def _overheads() -> dict[str, Figure]:
         "layer_s": measured(layers_s, source),
         "pass_s": Figure(max(whole_s, 0.0), "measured", source),
     }
-    options = OffloadConfig(hbm=None, dram=Budget(), precision="int4", context=_CONTEXT, logits=1)
-    needs = imagined_workload(_tiny(high).config(), options, gpu=False).needs
-    least_bytes = sum(needs.compute.values()) + sum(needs.dram.values()) + sum(needs.sizes.values()) * 6 // 10
+    needs = _workload(_tiny(high), "int4", 1).needs
+    least_bytes = starved_bytes(needs)
     streamed = len(fill_tiers(needs, hbm_bytes=None, dram_bytes=least_bytes).streamed)
     read = _passes(_tiny(high), "int4", [1], dram_bytes=least_bytes)[1]
     units_s = [max(b - a, 0.0) / streamed for a, b in zip(many, read, strict=True)]
@@ -217,8 +216,7 @@ def _activations(precision: Any, machine: Hardware) -> dict[int, Figure]:
     for tokens in _WIDE_TOKENS:
         predicted, widths = [], []
         for layers in _WIDE_LAYERS:
-            options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=tokens)
-            workload = imagined_workload(_wide(layers).config(), options, gpu=False)
+            workload = _workload(_wide(layers), precision, tokens)
             plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=machine.dram.capacity_bytes)
             predicted.append(pass_time(workload, plan, machine, tokens=tokens).total_s)
             widths.append(sum(matmul.width for matmul in workload.matmuls))
@@ -227,6 +225,11 @@ def _activations(precision: Any, machine: Hardware) -> dict[int, Figure]:
         per = tokens * (widths[1] - widths[0])
         found[tokens] = measured([max(each, 0.0) / per * 1e9 for each in beyond_s], source)
     return found
+
+
+def _workload(shape: Shape, precision: Any, tokens: int) -> Workload:
+    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=tokens)
+    return imagined_workload(shape.config(), options, gpu=False)
 
 
 def _tiny(layers: int) -> Shape:

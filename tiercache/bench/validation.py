@@ -6,7 +6,6 @@ Knows the cost model and the public way to open a model; prints nothing.
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import tiercache
-from policies.plan import Plan
+from policies.plan import Plan, PlanInputs
 from profiler.cost_model import pass_time
 from profiler.hardware import Hardware
 from profiler.workload import Workload
@@ -54,7 +53,13 @@ class Case:
 
 
 def validate(
-    models: list[str], precisions: list[str], token_counts: list[int], machine: Hardware, *, folder: Path
+    models: list[str],
+    precisions: list[str],
+    token_counts: list[int],
+    machine: Hardware,
+    *,
+    folder: Path,
+    show_progress: bool | None = None,
 ) -> dict[str, Any]:
     """Compare on every combination, with all weights in main memory and with a share of them.
 
@@ -64,14 +69,14 @@ def validate(
         token_counts: of a pass.
         machine: as measured.
         folder: where random models are made.
+        show_progress: draw a bar; None means where standard error is a terminal.
     """
     total = len(models) * len(precisions) * 2
-    with bar("predicting and running", total) as advance:
-        cases = []
+    with bar("predicting and running", total, show=show_progress) as advance:
+        cases: list[Case] = []
         for model in models:
             for precision in precisions:
-                for case in _cases(model, precision, token_counts, machine, folder, advance):
-                    cases.append(case)
+                cases += _cases(model, precision, token_counts, machine, folder, advance)
     errors = [abs(case.error) for case in cases]
     return {
         "schema": SCHEMA,
@@ -93,27 +98,29 @@ def _cases(
         context=_CONTEXT,
         logits=max(token_counts),
     )
-    dram = "auto"
+    workload: Workload | None = None
     for share in (1.0, SHARE):
-        with ExitStack() as stack:
-            opened: Any = stack.enter_context(
-                tiercache.offload(
-                    place,
-                    precision=precision,  # type: ignore[arg-type]
-                    dram=dram,
-                    context=_CONTEXT,
-                    logits=max(token_counts),
-                    show_progress=False,
-                )
-            )
-            plan: Plan = opened.tiercache.plan
+        dram = "auto" if workload is None else str(starved_bytes(workload.needs))
+        with tiercache.offload(
+            place,
+            precision=precision,  # type: ignore[arg-type]
+            dram=dram,
+            context=_CONTEXT,
+            logits=max(token_counts),
+            show_progress=False,
+        ) as model_open:
+            opened: Any = model_open
             workload = imagined_workload(opened.config, options, gpu=False)
             for tokens in token_counts:
                 name = f"{Path(model).name} {precision}, {share:.0%} in memory, {tokens} tokens"
-                yield _compared(name, opened, workload, plan, machine, tokens)
+                yield _compared(name, opened, workload, opened.tiercache.plan, machine, tokens)
         advance(1)
-        reserved = sum(plan.dram.reserved_bytes.values())
-        dram = str(reserved + int(SHARE * sum(workload.needs.sizes.values())))
+
+
+def starved_bytes(needs: PlanInputs) -> int:
+    """A budget of main memory that holds what is reserved and a share of the weights, so that the rest is read."""
+    weights = sum(needs.sizes.values())
+    return sum(needs.compute.values()) + sum(needs.dram.values()) + int(SHARE * weights)
 
 
 def _compared(name: str, model: Any, workload: Workload, plan: Plan, machine: Hardware, tokens: int) -> Case:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from profiler.hardware import Hardware
 from tiercache.commands.base import Json, Quiet, console, progress, tell
-from tiercache.commands.profiling import profile
+from tiercache.commands.predicting import profile
 from tiercache.config.sizes import human
 from tiercache.errors import UsageError
 
@@ -44,7 +44,8 @@ def validate_command(
 
     counts = _numbers(token_counts)
     machine = probe_cache.this_machine()
-    result = validate(models, precisions.split(","), counts, machine, folder=folder.expanduser())
+    show = progress(as_json, quiet)
+    result = validate(models, precisions.split(","), counts, machine, folder=folder.expanduser(), show_progress=show)
     if not quiet and not as_json:
         console().print(_table(result))
     told = f"off by {result['median_error']:.0%} in the median, {result['worst_error']:.0%} at worst"

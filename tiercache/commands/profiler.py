@@ -1,10 +1,10 @@
 """The entry point of `tiercache-profile`: its commands, which two files hold."""
 
-from tiercache.commands import measuring, profiling
+from tiercache.commands import measuring, predicting
 
 __all__ = ["main", "measuring"]
 
 
 def main() -> None:
     """Run a command."""
-    profiling.profile()
+    predicting.profile()

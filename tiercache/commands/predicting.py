@@ -24,7 +24,7 @@ profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, 
 profile.callback(help="Predict what a model would do on a machine that need not be here.")(options_of_all)
 
 _NO_GPU, _MEASURED = "none", "this"
-_DRAM = "64GiB"
+_DRAM, _DRAM_KIND, _SSD = "64GiB", "ddr4-3200", "pcie-3"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
 
 _Gpu = Annotated[
@@ -50,8 +50,8 @@ def predict_command(
     model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
     gpu: _Gpu = "3090",
     dram: Annotated[str | None, typer.Option(help="Main memory; 64GiB, or what this machine has free.")] = None,
-    dram_kind: _DramKind = "ddr4-3200",
-    ssd: _Ssd = "pcie-3",
+    dram_kind: _DramKind = _DRAM_KIND,
+    ssd: _Ssd = _SSD,
     lanes: _Lanes = None,
     precision: Annotated[str, typer.Option(help="source, int8, int4 or int3.")] = "int4",
     context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
@@ -83,7 +83,7 @@ def predict_command(
         "model": model,
         "gpu": gpu,
         "dram": dram or size,
-        "ssd": ssd,
+        "ssd": f"{machine.ssd_gbps.value:.1f}GB/s" if gpu == _MEASURED else ssd,
         **result,
     }
     tell(report(result), result, as_json, quiet)
@@ -93,10 +93,10 @@ def predict_command(
 def sweep_command(
     model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
     gpus: Annotated[list[str], typer.Option("--gpu", help="Cards; several.")] = ["3090"],  # noqa: B006 - typer copies it
-    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = ["64GiB"],  # noqa: B006
-    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = ["pcie-3"],  # noqa: B006
+    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = [_DRAM],  # noqa: B006
+    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = [_SSD],  # noqa: B006
     precisions: Annotated[list[str], typer.Option("--precision", help="Precisions; several.")] = ["int4"],  # noqa: B006
-    dram_kind: _DramKind = "ddr4-3200",
+    dram_kind: _DramKind = _DRAM_KIND,
     context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
     past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
     file: _File = None,
@@ -195,6 +195,8 @@ def _machine(known: Catalogue, gpu: str, dram: str | None, kind: str, ssd: str, 
     if gpu == _MEASURED:
         from tiercache.bench.probe_cache import this_machine
 
+        if (kind, ssd, lanes) != (_DRAM_KIND, _SSD, None):
+            raise UsageError(f"--gpu {_MEASURED} is as it was measured; leave out --dram-kind, --ssd and --lanes")
         measured = this_machine()
         return measured if dram is None else replace(measured, dram=replace(measured.dram, capacity_bytes=size))
     rate = _RATE.fullmatch(ssd)
