@@ -4,9 +4,6 @@ The numbers are `profiler.cost_model`'s; this file reads options and tells peopl
 """
 
 import itertools
-import re
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,32 +11,39 @@ from rich.table import Table
 
 from profiler.cost_model import Drafting
 from profiler.figure import ERROR
-from profiler.hardware import Catalogue, Hardware, HardwareError, catalogue
+from profiler.hardware import Catalogue, Hardware
 from profiler.workload import Workload
 from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
-from tiercache.config.sizes import Budget, human
+from tiercache.commands.machine_options import (
+    DRAM,
+    DRAM_KIND,
+    SSD,
+    THIS_MACHINE,
+    Context,
+    Dram,
+    DramKind,
+    Gpu,
+    HardwareFile,
+    Lanes,
+    Model,
+    Past,
+    Precision,
+    Ssd,
+    known_hardware,
+    machine_of,
+    workload_of_name,
+)
+from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError, UsageError
 
 profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 profile.callback(help="Predict what a model would do on a machine that need not be here.")(options_of_all)
 
-_NO_GPU, _MEASURED = "none", "this"
-_DRAM, _DRAM_KIND, _SSD = "64GiB", "ddr4-3200", "pcie-3"
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
-
-_Gpu = Annotated[
-    str, typer.Option(help="A card of the table, such as 3090; none for the CPU alone; this for what probe measured.")
-]
-_DramKind = Annotated[str, typer.Option("--dram-kind", help="Kind of main memory, two channels.")]
-_Ssd = Annotated[str, typer.Option(help="Kind of SSD, or its rate: 3.5GB/s.")]
-_Lanes = Annotated[int | None, typer.Option(min=1, max=16, help="PCIe lanes of the card's slot.")]
-_File = Annotated[Path | None, typer.Option("--hardware", help="A TOML file of hardware of your own.")]
-
 
 @profile.command("hardware")
-def hardware_command(file: _File = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def hardware_command(file: HardwareFile = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print the table of known hardware."""
-    known = _known(file)
+    known = known_hardware(file)
     if not quiet and not as_json:
         console().print(_hardware_table(known))
     tell("", {"schema": "tiercache.hardware/1", **known.entries}, as_json, quiet=True)
@@ -47,43 +51,43 @@ def hardware_command(file: _File = None, as_json: Json = False, quiet: Quiet = F
 
 @profile.command("predict")
 def predict_command(
-    model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
-    gpu: _Gpu = "3090",
-    dram: Annotated[str | None, typer.Option(help="Main memory; 64GiB, or what this machine has free.")] = None,
-    dram_kind: _DramKind = _DRAM_KIND,
-    ssd: _Ssd = _SSD,
-    lanes: _Lanes = None,
-    precision: Annotated[str, typer.Option(help="source, int8, int4 or int3.")] = "int4",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
-    past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
+    model: Model,
+    gpu: Gpu = "3090",
+    dram: Dram = None,
+    dram_kind: DramKind = DRAM_KIND,
+    ssd: Ssd = SSD,
+    lanes: Lanes = None,
+    precision: Precision = "int4",
+    context: Context = 4096,
+    past: Past = 512,
     draft_nodes: Annotated[int, typer.Option(min=0, help="Nodes of a tree of drafts; 0 for none.")] = 0,
     tokens_per_pass: Annotated[float, typer.Option(min=1, help="Tokens that a drafted pass emits.")] = 1.0,
     draft_s: Annotated[float, typer.Option(min=0, help="Seconds that making a tree takes.")] = 0.0,
     drafter: Annotated[str | None, typer.Option(help="A small model that drafts, named as MODEL is.")] = None,
     draft_depth: Annotated[int, typer.Option(min=1, help="Passes of it for a tree.")] = 8,
-    file: _File = None,
+    file: HardwareFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second of a model on a machine, from data sheets or from what probe measured here."""
     from tiercache.engine.prediction import PredictedDrafting, predicted
 
-    machine = _machine(_known(file), gpu, dram, dram_kind, ssd, lanes)
-    small = None if drafter is None else _workload(drafter, machine, "source", context, past)
+    machine = machine_of(known_hardware(file), gpu, dram, dram_kind, ssd, lanes)
+    small = None if drafter is None else workload_of_name(drafter, machine, "source", context, past)
     if (small is not None or draft_s or tokens_per_pass > 1) and not draft_nodes:
         raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
     if small is not None and draft_s:
         raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
     drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
     drafts = None if drafting is None else PredictedDrafting(drafting, small, draft_depth)
-    result = predicted(_workload(model, machine, precision, context, past), machine, past, drafts)
+    result = predicted(workload_of_name(model, machine, precision, context, past), machine, past, drafts)
     size = human(machine.dram.capacity_bytes)
     result = {
         "schema": "tiercache.prediction/1",
         "model": model,
         "gpu": gpu,
         "dram": dram or size,
-        "ssd": f"{machine.ssd_gbps.value:.1f}GB/s" if gpu == _MEASURED else ssd,
+        "ssd": f"{machine.ssd_gbps.value:.1f}GB/s" if gpu == THIS_MACHINE else ssd,
         **result,
     }
     tell(report(result), result, as_json, quiet)
@@ -91,27 +95,27 @@ def predict_command(
 
 @profile.command("sweep")
 def sweep_command(
-    model: Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")],
+    model: Model,
     gpus: Annotated[list[str], typer.Option("--gpu", help="Cards; several.")] = ["3090"],  # noqa: B006 - typer copies it
-    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = [_DRAM],  # noqa: B006
-    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = [_SSD],  # noqa: B006
+    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = [DRAM],  # noqa: B006
+    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = [SSD],  # noqa: B006
     precisions: Annotated[list[str], typer.Option("--precision", help="Precisions; several.")] = ["int4"],  # noqa: B006
-    dram_kind: _DramKind = _DRAM_KIND,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")] = 4096,
-    past: Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")] = 512,
-    file: _File = None,
+    dram_kind: DramKind = DRAM_KIND,
+    context: Context = 4096,
+    past: Past = 512,
+    file: HardwareFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second on every combination of some cards, memories, SSDs and precisions."""
-    known, rows = _known(file), []
+    known, rows = known_hardware(file), []
     for precision in precisions:
         workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
         for gpu, dram, ssd in itertools.product(gpus, drams, ssds):
-            machine = _machine(known, gpu, dram, dram_kind, ssd, None)
+            machine = machine_of(known, gpu, dram, dram_kind, ssd, None)
             on_card = machine.gpu is not None
             if on_card not in workloads:
-                workloads[on_card] = _workload(model, machine, precision, context, past)
+                workloads[on_card] = workload_of_name(model, machine, precision, context, past)
             rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
     if not quiet and not as_json:
         console().print(_sweep_table(model, rows))
@@ -179,54 +183,6 @@ def _drafting(drafting: dict[str, Any] | None) -> list[str]:
     return [
         f"a tree of {tree} takes {drafting['draft_s'] * 1e3:.0f} ms to draft; {emitted:g} tokens a pass are assumed"
     ]
-
-
-def _known(file: Path | None) -> Catalogue:
-    try:
-        return catalogue() if file is None else catalogue().with_file(file)
-    except HardwareError as error:
-        raise UsageError(str(error)) from error
-
-
-def _machine(known: Catalogue, gpu: str, dram: str | None, kind: str, ssd: str, lanes: int | None) -> Hardware:
-    size = Budget.parse(dram or _DRAM).size_bytes
-    if size is None:
-        raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
-    if gpu == _MEASURED:
-        from tiercache.bench.probe_cache import this_machine
-
-        if (kind, ssd, lanes) != (_DRAM_KIND, _SSD, None):
-            raise UsageError(f"--gpu {_MEASURED} is as it was measured; leave out --dram-kind, --ssd and --lanes")
-        measured = this_machine()
-        return measured if dram is None else replace(measured, dram=replace(measured.dram, capacity_bytes=size))
-    rate = _RATE.fullmatch(ssd)
-    try:
-        reads = float(rate[1]) if rate else ssd
-        return known.machine(None if gpu == _NO_GPU else gpu, dram_bytes=size, dram=kind, ssd=reads, lanes=lanes)
-    except HardwareError as error:
-        raise UsageError(str(error)) from error
-
-
-def _workload(model: str, machine: Hardware, precision: str, context: int, past: int) -> Workload:
-    from tiercache.bench.shapes import SHAPES
-    from tiercache.config.options import OffloadConfig
-    from tiercache.engine.workload import imagined_workload
-    from tiercache.model import meta_model
-
-    if past >= context:
-        raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
-    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
-    if model in SHAPES:
-        config: Any = SHAPES[model].config()
-    else:
-        path = Path(model).expanduser()
-        folder = path.parent if path.name == "config.json" else path
-        if not folder.is_dir():
-            raise UsageError(
-                f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
-            )
-        config = meta_model.read_config(folder)
-    return imagined_workload(config, options, gpu=machine.gpu is not None)
 
 
 def _hardware_table(known: Catalogue) -> Table:
