@@ -9,10 +9,8 @@ from itertools import takewhile
 from typing import Any
 
 from policies import pinned
+from policies.settings import DEFAULT
 from policies.types import Key, UnitPlacement
-
-# What the loader keeps in flight; a ring this much larger than two units never waits for room.
-AHEAD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class Plan:
         return [tuple(takewhile(staying.__contains__, units[:-1])) for units in matrices]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the schema's version."""
-        return {"schema": "tiercache.plan/1", "hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
+        """Plain data."""
+        return {"hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
 
 
 @dataclass
@@ -153,25 +151,29 @@ class TooSmallError(Exception):
     first_level_bytes: int | None
 
 
-def fill_tiers(inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
-    """Fill the tiers, fastest first.
+def fill_tiers(
+    inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int, prefetch_bytes: int = DEFAULT.prefetch_bytes
+) -> Plan:
+    """Fill the tiers, fastest first; `prefetch_bytes` as of `Settings`.
 
     Raises:
         TooSmallError: the smallest working set does not fit; says of which tier how many bytes are missing.
     """
     if hbm_bytes is None:
         reserved = {**inputs.dram, **inputs.compute}
-        return Plan(None, _tier("dram", dram_bytes, reserved, inputs, inputs.order, inputs.table))
-    hbm = _tier("hbm", hbm_bytes, inputs.compute, inputs, inputs.order, None if inputs.only_rows else inputs.table)
+        return Plan(None, _tier("dram", dram_bytes, reserved, inputs, inputs.order, inputs.table, prefetch_bytes))
+    table = None if inputs.only_rows else inputs.table
+    hbm = _tier("hbm", hbm_bytes, inputs.compute, inputs, inputs.order, table, prefetch_bytes)
     left = hbm_bytes - sum(inputs.compute.values()) - hbm.slab_bytes
     hbm = replace(hbm, neuron_bytes=min(left, inputs.neuron_bytes))
     staying = replace(inputs, always=inputs.always.union(inputs.only_rows), levels=())
     rest = [*(key for key in inputs.order if key not in set(hbm.placement.pinned)), *inputs.only_rows]
     passing = [inputs.sizes[key] for key in hbm.placement.pinned]
     largest = max(passing, default=0)  # each passes through main memory once
-    dram = _tier("dram", dram_bytes, inputs.dram, staying, rest, None if hbm.table else inputs.table, largest)
+    table = None if hbm.table else inputs.table
+    dram = _tier("dram", dram_bytes, inputs.dram, staying, rest, table, prefetch_bytes, largest)
     spare = dram_bytes - sum(inputs.dram.values())
-    return Plan(hbm, replace(dram, transit_bytes=min(spare, 2 * largest + AHEAD_BYTES, sum(passing))))
+    return Plan(hbm, replace(dram, transit_bytes=min(spare, 2 * largest + prefetch_bytes, sum(passing))))
 
 
 def _tier(
@@ -181,6 +183,7 @@ def _tier(
     inputs: PlanInputs,
     order: Sequence[Key],
     table: Key | None,
+    prefetch_bytes: int,
     least_bytes: int = 0,
 ) -> TierPlan:
     always = inputs.always.union(*inputs.levels[:1]).intersection(order)
@@ -193,7 +196,7 @@ def _tier(
         if whole <= spare:  # the table is the last to get room: a token inputs only one row of it
             placement = UnitPlacement((*order, table), whole, 0)
             return TierPlan(capacity_bytes, reserved, (*order, table), placement, True)
-    ahead, levels, groups = min(AHEAD_BYTES, spare // 4), inputs.levels, inputs.together
+    ahead, levels, groups = min(prefetch_bytes, spare // 4), inputs.levels, inputs.together
     placement = pinned.place(order, inputs.sizes, spare, ahead, always, prefer=levels, together=groups)
     return TierPlan(capacity_bytes, reserved, tuple(order), placement, False)
 

@@ -36,6 +36,11 @@ class PassTime:
     bound_s: float
 
     @property
+    def waits_s(self) -> float:
+        """Of the pass, what it waits for slower tiers."""
+        return max(0.0, self.total_s - self.busy_s["compute"] - self.busy_s["cpu"] - self.overhead_s)
+
+    @property
     def binding(self) -> str:
         """The resource that is busy longest; "overhead" where that is what takes longest.
 
@@ -184,6 +189,5 @@ def _matmul_s(
 
 
 def _link_s(hardware: Hardware, nbytes: int, copies: int) -> float:
-    """Seconds of copies to the card; a machine without one has its fastest tier in main memory."""
-    rate = hardware.dram.gbps.value if hardware.gpu is None else hardware.gpu.link_gbps.value
-    return nbytes / (rate * _GIGA) + copies * hardware.link_latency_s
+    """Seconds of copies to the card."""
+    return nbytes / (hardware.copy_gbps * _GIGA) + copies * hardware.link_latency_s

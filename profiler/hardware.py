@@ -43,6 +43,15 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class ReadRate:
+    """What direct reads of the SSD reach, so many at once and so many bytes each."""
+
+    threads: int
+    block_bytes: int
+    gbps: Figure
+
+
+@dataclass(frozen=True)
 class Gpu:
     """A card.
 
@@ -79,6 +88,8 @@ class Hardware:
         link_latency_s: what each copy over the link costs beside its bytes.
         matmuls: what this library's kernels were measured to reach where the model computes; empty where nobody
             measured, and roofs stand in.
+        reads: what direct reads reach, by how many there are at once and their size; empty where nobody measured.
+        throttle_gbps: of copies to a region of main memory that stands in for a card; None where nothing slows them.
     """
 
     gpu: Gpu | None
@@ -91,6 +102,15 @@ class Hardware:
     unit_s: Figure = _NOTHING
     link_latency_s: float = _LINK_LATENCY_S
     matmuls: tuple[MatmulRates, ...] = ()
+    reads: tuple[ReadRate, ...] = ()
+    throttle_gbps: Figure | None = None
+
+    @property
+    def copy_gbps(self) -> float:
+        """1e9 bytes a second of copies to the card, or to the region of main memory that stands in for one."""
+        if self.gpu is not None:
+            return self.gpu.link_gbps.value
+        return (self.throttle_gbps or self.dram.gbps).value
 
     @property
     def figures(self) -> dict[str, Figure]:
@@ -170,6 +190,12 @@ class Catalogue:
             raise HardwareError(
                 f"the entry of {where} lacks {error}, or has it in another form; see hardware.toml"
             ) from error
+
+    def gpu_of_driver(self, name: str) -> Gpu | None:
+        """The card whose key is in a driver's name, such as "NVIDIA H100 80GB HBM3"; None where there is none."""
+        told = _plain(name)
+        found = [key for key in self.entries["gpu"] if re.search(re.escape(_plain(key)) + r"(?!\d)", told)]
+        return self.gpu(max(found, key=len)) if found else None
 
     def machine(
         self,

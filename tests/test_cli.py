@@ -173,7 +173,7 @@ def test_run_equals_transformers(checkpoint: Path) -> None:
     assert (found["schema"], found["text"], found["tokens"]) == ("tiercache.run/1", text, tokens)
     assert found["prompt_tokens"] == len(PROMPT)
     assert found["stats"]["schema"] == "tiercache.stats/1"
-    assert found["plan"]["schema"] == "tiercache.plan/1"
+    assert found["plan"]["schema"] == "tiercache.plan/2"
     assert "the original weights" in result.stderr
     assert "peak RSS" in result.stderr
 

@@ -15,6 +15,7 @@ import tiercache
 from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
+from policies.plan import Plan
 from tiercache.bench.shapes import Shape, make_store
 from tiercache.config.drafting import DraftConfig
 from tiercache.draft.ngram.union import Ngrams
@@ -49,7 +50,7 @@ def grown(folder: Path, small: Path, nodes: int, options: dict[str, Any]) -> dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Budgeter, "decide", in_turn)
         patch.setattr(room, "pays", lambda *_: True)
-        patch.setattr(room.Traffic, "waits", lambda *_: 1.0)
+        patch.setattr(Plan, "still", False)
         with opened(small, nodes) as model:
             write(model)
         del model

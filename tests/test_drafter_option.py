@@ -24,6 +24,7 @@ import tiercache
 from policies import room
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
+from policies.plan import Plan
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback, TreeBudget
 from tiercache.draft.cascade import Cascade
@@ -93,7 +94,7 @@ def who(plane_store: Folders, checkpoint: Folders) -> Callable[[str, str], Any]:
 def at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for drafting always pays, and every pass waits for a slower tier."""
     monkeypatch.setattr(room, "pays", lambda *_: True)
-    monkeypatch.setattr(room.Traffic, "waits", lambda *_: 1.0)
+    monkeypatch.setattr(Plan, "still", False)
 
 
 @pytest.fixture

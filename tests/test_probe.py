@@ -14,9 +14,10 @@ from profiler.figure import Figure, measured
 from profiler.hardware import Hardware, Memory
 from profiler.matmul_rates import MatmulRates, nearest
 from profiler.workload import Matmul, Workload
-from tiercache.bench import machine_probe, probe_cache
+from tiercache.bench import machine_probe
 from tiercache.commands import profiler
 from tiercache.commands.predicting import profile
+from tiercache.engine import probe_cache
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 
 GIB = 1 << 30

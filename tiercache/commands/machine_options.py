@@ -59,7 +59,7 @@ def machine_of(
     if size is None:
         raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
     if gpu == THIS_MACHINE:
-        from tiercache.bench.probe_cache import this_machine
+        from tiercache.engine.probe_cache import this_machine
 
         if (kind, ssd, lanes) != (DRAM_KIND, SSD, None):
             raise UsageError(f"--gpu {THIS_MACHINE} is as it was measured; leave out --dram-kind, --ssd and --lanes")

@@ -18,8 +18,8 @@ _Folder = Annotated[Path, typer.Option(help="On the disk that stores lie on.")]
 @profile.command("probe")
 def probe_command(folder: _Folder = Path(), as_json: Json = False, quiet: Quiet = False) -> None:
     """Measure this machine, for predict --gpu this. Takes under a minute; leaves one file in the cache."""
-    from tiercache.bench import probe_cache
     from tiercache.bench.machine_probe import probe_machine
+    from tiercache.engine import probe_cache
 
     machine = probe_machine(folder.expanduser(), show_progress=progress(as_json, quiet))
     path = probe_cache.keep(machine)
@@ -39,8 +39,8 @@ def validate_command(
     quiet: Quiet = False,
 ) -> None:
     """Predict passes by what the probe measured, run them, and compare."""
-    from tiercache.bench import probe_cache
     from tiercache.bench.validation import validate
+    from tiercache.engine import probe_cache
 
     counts = _numbers(token_counts)
     machine = probe_cache.this_machine()

@@ -113,7 +113,7 @@ def run_command(
         attached: Any = opened.tiercache
         say(summary.outlook(opened), quiet)
         tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
-        stats, plan = attached.stats().to_dict(), attached.plan.to_dict()
+        stats, plan = attached.stats().to_dict(), attached.run_plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
     tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, cast, get_args
 
+from policies.run_plan import RunPlan
+from policies.settings import DEFAULT, Settings
 from tiercache.config.drafting import DraftConfig, DraftOptions
 from tiercache.config.sizes import Budget, SizeLike
 from tiercache.errors import UsageError
@@ -110,6 +112,10 @@ class OffloadConfig:
         hbm: None where no such tier was asked for.
         resident: weights are cut by plane, so that passes may do with the planes that stay in the fastest tier.
         draft: how to draft; None to decode plainly.
+        plan: "auto" searches, "default" takes the rules of thumb; a plan says what is to come out.
+        force_plan: take a plan that was made on another machine.
+        settings: how tiers are read and prefetched, where nothing is searched.
+        drafts: who drafts, of drafter="auto", as the plan says; empty to choose.
     """
 
     hbm: Budget | None
@@ -130,6 +136,10 @@ class OffloadConfig:
     link_gbps: float | None = None
     resident: bool = False
     draft: DraftConfig | None = None
+    plan: RunPlan | Literal["auto", "default"] = "auto"
+    force_plan: bool = False
+    settings: Settings = DEFAULT
+    drafts: str = ""
 
     def __post_init__(self) -> None:
         self._check_mode()

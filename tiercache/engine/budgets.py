@@ -8,6 +8,7 @@ import torch
 
 from policies import plan
 from policies.plan import Plan, PlanInputs, TooSmallError
+from policies.settings import DEFAULT
 from profiler.host_memory import host_memory
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget, human
@@ -57,8 +58,8 @@ class Budgets:
         dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
         return cls(hbm_bytes, dram_bytes, main.free_bytes, not on_gpu(device))
 
-    def divide(self, opened: Opened, asked: MemoryRequirements) -> Plan:
-        """Divide the budgets for a model.
+    def divide(self, opened: Opened, asked: MemoryRequirements, prefetch_bytes: int = DEFAULT.prefetch_bytes) -> Plan:
+        """Divide the budgets for a model; `prefetch_bytes` as of `Settings`.
 
         Raises:
             DoesNotFitError: a budget, or the free memory, is too small.
@@ -67,7 +68,9 @@ class Budgets:
         if opened.memory is not None:  # the weights are in main memory already, are the caller's, and stay
             own = sum(needs.sizes[key] for key in needs.order)
             needs = replace(needs, always=frozenset(needs.order) if self.hbm_bytes is None else needs.always)
-        made = fill_tiers(needs, hbm_bytes=self.hbm_bytes, dram_bytes=self.dram_bytes + own)
+        made = fill_tiers(
+            needs, hbm_bytes=self.hbm_bytes, dram_bytes=self.dram_bytes + own, prefetch_bytes=prefetch_bytes
+        )
         in_host_memory = [made.dram, made.hbm] if self.hbm_on_host else [made.dram]
         total, free_bytes = sum(tier.allocated_bytes for tier in in_host_memory if tier), self.free_bytes + own
         if total > free_bytes:
@@ -87,14 +90,16 @@ def fitted(make: Callable[[], T]) -> T | DoesNotFitError:
         return error
 
 
-def fill_tiers(inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int) -> Plan:
+def fill_tiers(
+    inputs: PlanInputs, *, hbm_bytes: int | None, dram_bytes: int, prefetch_bytes: int = DEFAULT.prefetch_bytes
+) -> Plan:
     """`policies.plan.fill_tiers`, with an error for people.
 
     Raises:
         DoesNotFitError: the smallest working set does not fit; says of which tier how many bytes are missing.
     """
     try:
-        return plan.fill_tiers(inputs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes)
+        return plan.fill_tiers(inputs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes, prefetch_bytes=prefetch_bytes)
     except TooSmallError as small:
         what, way_out = "matrix", f"raise {small.tier}= or lower context="
         parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in small.reserved.items() if nbytes]

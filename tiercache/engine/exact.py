@@ -1,64 +1,30 @@
-"""Where the weights of an exact run lie: plain decoding's placement or drafting's, compared before any is reserved.
+"""Where the weights of an exact run lie: the plan that was given, or the one that is predicted to be fastest.
 
-Knows memory requirements, plans and drafters; allocates nothing. Which placement is better is `policies.room`'s to say.
+Knows memory requirements, plans and drafters; allocates nothing. How long passes take is the cost model's to say.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-from policies import room
-from policies.room import Rates, Traffic
-from tiercache.config.drafting import DraftConfig
+from profiler import planner
+from profiler.hardware import Hardware
+from profiler.planner import Way
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import human
 from tiercache.engine import drafting
 from tiercache.engine.budgets import Budgets, fitted
-from tiercache.engine.drafting import DrafterSpec
+from tiercache.engine.drafting_choice import DraftingChoice
 from tiercache.engine.machine import Machine
 from tiercache.engine.memory import Arithmetic, memory_requirements
 from tiercache.engine.on_cpu import OnCpu
-from tiercache.engine.placement import Placement
-from tiercache.engine.run import ExactRun, ResidentRun
+from tiercache.engine.placement import ExactPlacement
 from tiercache.engine.source import Opened
+from tiercache.engine.this_hardware import this_hardware
 from tiercache.errors import DoesNotFitError, UsageError
-from tiercache.kv.cache import Support, support
-from tiercache.progress import note
-from tiercache.tiers.stack import TierStack
-
-# Bytes a second where nobody measured them; of the machines that this is for, and only their proportions matter.
-_DRAM, _CARD, _LINK, _SSD = 35e9, 900e9, 25e9, 3e9
-
-
-@dataclass(frozen=True)
-class ExactPlacement(Placement):
-    """A placement of an exact run.
-
-    Attributes:
-        drafter_spec: which drafters; None where no drafter was asked for.
-        room_price: see `policies.room.price`; None where nothing was compared.
-    """
-
-    drafter_spec: DrafterSpec | None
-    room_price: float | None = None
-
-    @property
-    def traffic(self) -> Traffic:
-        """What a pass moves."""
-        payload = self.asked.payload
-        moved = (self.asked.needs.order, self.plan.copied, self.plan.streamed)
-        return Traffic(*(sum(payload[key] for key in keys) for keys in moved))
-
-    def start(self, tiers: TierStack, stack: ExitStack, *, show_progress: bool | None) -> ExactRun:
-        """Fill the tiers, and say how passes go."""
-        tokens = self.measure_cpu_tokens(self.config.precision) if self.plan.copied else 0
-        tiers.load(show_progress=show_progress)
-        return ResidentRun(tokens, self.asked, self.plan) if self.config.resident else ExactRun(tokens)
 
 
 def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool) -> ExactPlacement:
-    """The placement of an exact run; "auto" takes the one in which it is likely to be faster, and says which.
+    """The placement of an exact run; drafter="auto" takes the one in which it is likely to be faster, and says which.
 
     With `config.resident` the model's own planes may draft; `show`: notes may be printed.
 
@@ -73,63 +39,48 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
         )
     on_cpu = OnCpu.of(config.cpu_tokens, machine, lossy=False)
     budgets = Budgets.of(config, machine.device)
+    hardware = this_hardware(machine, config, cpu_multiplies=on_cpu.allowed)
 
     def planned(options: OffloadConfig) -> ExactPlacement:
         own = opened.cut_by_plane(config.precision) if options.resident else opened
-        drafter_spec = drafting.find_drafters(options, own)
+        spec = drafting.find_drafters(options, own)
         arithmetic = Arithmetic(machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed)
         asked = memory_requirements(own, drafting.widened(options), arithmetic)
-        asked = drafting.reserve(asked, drafter_spec, options)
-        return ExactPlacement(options, machine, own, asked, budgets.divide(own, asked), on_cpu, drafter_spec)
+        asked = drafting.reserve(asked, spec, options)
+        plan = budgets.divide(own, asked, options.settings.prefetch_bytes)
+        where = {"config": options, "machine": machine, "opened": own, "asked": asked, "plan": plan, "on_cpu": on_cpu}
+        return ExactPlacement(**where, drafter_spec=spec)  # type: ignore[arg-type]
 
     if config.draft is None or config.draft.drafter != "auto":
-        return planned(config)
-    rates = _rates(config, machine, on_cpu)
-    return _compared(config, config.draft, planned, support(opened.meta_model), rates, show)
+        found = planned(config)
+    else:
+        choice = DraftingChoice(config, config.draft, planned, hardware, show)
+        found = choice.again(config.drafts) if config.drafts else choice.made()
+    return _searched(found, budgets, hardware)
 
 
-def _compared(
-    config: OffloadConfig,
-    draft: DraftConfig,
-    planned: Callable[[OffloadConfig], ExactPlacement],
-    takes: Support,
-    rates: Rates,
-    show: bool,
-) -> ExactPlacement:
-    """The first of three that is likely to pay: with the model's own planes and n-grams, these alone, or nobody."""
-    plain, price, reason = fitted(partial(planned, replace(config, resident=False, draft=None))), None, takes.reason
-    wanted = draft.fixed or draft.speckv is not None  # a drafter, at any price
-    own_planes = [True, False] if config.resident else [False]
-    for own in own_planes if takes.takes != "nothing" else ():
-        found = fitted(partial(planned, replace(config, resident=own)))
-        if isinstance(found, DoesNotFitError):
-            who = "by its own planes" if own else "at all"
-            reason = f"to draft {who} takes {human(found.missing_bytes)} more of {found.tier or 'memory'}"
-            continue
-        if isinstance(plain, ExactPlacement) and not wanted:
-            price = room.price(plain.traffic, found.traffic, rates)
-            if not room.pays(plain.traffic, found.traffic, rates):
-                reason = f"its room would make a pass take {price:.2f} times as long, more than it is likely to win"
-                continue
-            if own and not found.traffic.waits(rates):
-                reason = "no pass waits for a slower tier, so passes of its own planes would save nothing"
-                continue
-        if reason:
-            note(f"drafting by n-grams alone: {reason}", show=show)
-        return replace(found, room_price=price)
-    if isinstance(plain, DoesNotFitError):
-        raise plain
-    note(f"decoding without drafting, for {reason}", show=show)
-    return replace(plain, drafter_spec=drafting.no_drafters(plain.opened, draft, reason), room_price=price)
+def _searched(found: ExactPlacement, budgets: Budgets, hardware: Hardware) -> ExactPlacement:
+    """The same with the settings in which it is predicted to be fastest, where the options leave that open."""
+    if found.config.plan != "auto" or found.plan.still or found.opened.memory is not None:
+        return replace(found, ranked=planner.rank([_way(found)], hardware))
+    placements = {}
+    for settings in planner.settings_to_try(hardware):
+        asked = found.asked.staged(found.opened.staging_bytes(settings.read_threads))
+        plan = fitted(partial(budgets.divide, found.opened, asked, settings.prefetch_bytes))
+        if not isinstance(plan, DoesNotFitError):
+            config = replace(found.config, settings=settings)
+            placements[settings] = replace(found, config=config, asked=asked, plan=plan)
+    ranked = planner.rank([_way(each) for each in placements.values()], hardware)
+    best = placements[ranked[0].way.settings]
+    return replace(best, decisions=(*best.decisions, *planner.decisions(ranked)), ranked=ranked)
 
 
-def _rates(config: OffloadConfig, machine: Machine, on_cpu: OnCpu) -> Rates:
-    """A region of main memory that stands in for a card is as fast as its link, unless that is throttled.
-
-    Where the CPU stands in for a card it multiplies in DRAM what does not stay in that region, unless cpu_tokens=0: a
-    pass of one token then waits for no link.
-    """
-    memory, link = (_CARD, _LINK) if machine.is_gpu else (_DRAM, _DRAM)
-    if config.link_gbps is not None and (machine.is_gpu or not on_cpu.allowed):
-        link = config.link_gbps * 1e9
-    return Rates(memory, link, _SSD)
+def _way(placed: ExactPlacement) -> Way:
+    """A placement as the planner sees it."""
+    settings, on_cpu = placed.config.settings, placed.on_cpu
+    choices = {
+        "prefetch": human(settings.prefetch_bytes),
+        "reads": f"{settings.read_threads} of {human(settings.read_bytes)}",
+    }
+    cpu_tokens = (1 if on_cpu.asked is None else on_cpu.asked) if on_cpu.allowed else 0
+    return Way(choices, placed.workload, placed.plan, settings, cpu_tokens)

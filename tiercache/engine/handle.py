@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import get_args
 
 from policies.plan import Plan
+from policies.run_plan import RunPlan
 from policies.types import Key
 from profiler.replay import PolicyRow
 from profiler.trace import Trace
@@ -25,15 +26,22 @@ class OffloadHandle:
     """What `model.tiercache` is.
 
     Attributes:
+        run_plan: the plan of the run, as `offload(plan=)` takes it again.
         plan: what lies where.
         mixed: in mixed mode, how neurons are run.
         run: how passes go.
     """
 
     def __init__(
-        self, made: Plan, asked: MemoryRequirements, stats: Stats, refresh: Callable[[Stats], None], run: Run
+        self,
+        run_plan: RunPlan,
+        made: Plan,
+        asked: MemoryRequirements,
+        stats: Stats,
+        refresh: Callable[[Stats], None],
+        run: Run,
     ) -> None:
-        self.plan, self.run = made, run
+        self.run_plan, self.plan, self.run = run_plan, made, run
         self.mixed = run if isinstance(run, MixedRun) else None
         self._asked, self._stats, self._refresh = asked, stats, refresh
 

@@ -47,6 +47,10 @@ class MemoryRequirements:
     workspace_bytes: int
     payload: dict[int, int]
 
+    def staged(self, staging_bytes: int) -> "MemoryRequirements":
+        """The same where reading files takes other bytes."""
+        return replace(self, needs=replace(self.needs, dram={**self.needs.dram, "staging": staging_bytes}))
+
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -184,7 +188,10 @@ def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmet
 
 def _dram_reserve(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> dict[str, int]:
     """Bytes in main memory whatever computes."""
-    reserve = {"staging": opened.staging_bytes, "embedding rows": opened.row_bytes * config.context}
+    reserve = {
+        "staging": opened.staging_bytes(config.settings.read_threads),
+        "embedding rows": opened.row_bytes * config.context,
+    }
     if arithmetic.on_cpu and arithmetic.is_gpu:
         beside = replace(arithmetic, device=torch.device("cpu"))
         scratch = _product_scratch(opened, config, beside)

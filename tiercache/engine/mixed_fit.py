@@ -26,7 +26,7 @@ from tiercache.store.planestore import PlaneStore
 from tiercache.tiers.stack import TierStack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixedPlacement(Placement):
     """A placement of a mixed run; `mixed_plan` says how its neurons are run."""
 
@@ -128,7 +128,15 @@ class _Fitting:
         made = fitted(partial(self.budgets.divide, opened, asked))
         if isinstance(made, DoesNotFitError):
             return made
-        return MixedPlacement(self.config, self.machine, opened, asked, made, self.on_cpu, plan)
+        return MixedPlacement(
+            config=self.config,
+            machine=self.machine,
+            opened=opened,
+            asked=asked,
+            plan=made,
+            on_cpu=self.on_cpu,
+            mixed_plan=plan,
+        )
 
     def _asked(self, plan: MixedPlan) -> tuple[Opened, MemoryRequirements]:
         """The model cut for a plan, and what it asks of memory."""

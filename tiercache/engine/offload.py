@@ -5,12 +5,14 @@ Reads the options; everything else is `engine.session`'s.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import transformers
 
+from policies.run_plan import RunPlan
 from tiercache.config.options import (
     KernelChoice,
     OffloadConfig,
@@ -20,6 +22,7 @@ from tiercache.config.options import (
     read_options,
 )
 from tiercache.config.sizes import Budget, SizeLike
+from tiercache.engine.planning import PlanLike, read_plan, with_plan
 from tiercache.engine.session import open_session
 from tiercache.store.calibration import Calibration
 from tiercache.tiers.stack import Observer
@@ -41,6 +44,8 @@ def offload(
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
+    plan: PlanLike = "auto",
+    force_plan: bool = False,
     **options: Unpack[OffloadOptions],
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
@@ -68,6 +73,10 @@ def offload(
             tier, and means 0 on a GPU, whose sums differ from the CPU's in the last bits.
         show_progress: draw bars on standard error; None means where that is a terminal.
         observe: is told (tier, event, unit) of every decision, for traces.
+        plan: "auto" takes the way that is predicted to be fastest on this machine, as far as it was measured
+            ('tiercache-profile probe'); "default" the rules of thumb; a plan's file (or `model.tiercache.run_plan` of
+            an earlier run) places everything as it did then, and stands for the options that it was made with.
+        force_plan: take a plan that was made on another machine.
         options: mode="mixed" and what belongs to it (`config.MixedOptions`), or drafter= and what does to that
             (`config.DraftOptions`).
 
@@ -82,7 +91,9 @@ def offload(
     precision = precision or default_precision(options)
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
     chosen["store"] = None if store is None else Path(store).expanduser()
-    config = OffloadConfig(**places, **sizes, **chosen, **read_options(options))
+    config = OffloadConfig(**places, **sizes, **chosen, **read_options(options), force_plan=force_plan)
+    read = read_plan(plan)
+    config = with_plan(config, read) if isinstance(read, RunPlan) else replace(config, plan=read)
     with open_offloaded(model_or_path, config, show_progress=show_progress, observe=observe) as model:
         yield model
 

@@ -14,13 +14,12 @@ import transformers
 
 from tiercache import compat
 from tiercache.config.options import OffloadConfig
-from tiercache.engine import drafting, exact, mixed_fit
+from tiercache.engine import drafting, exact, mixed_fit, planning
 from tiercache.engine.attach_drafters import attach_drafters
-from tiercache.engine.exact import ExactPlacement
 from tiercache.engine.handle import OffloadHandle, Run
 from tiercache.engine.machine import Machine
 from tiercache.engine.mixed_fit import MixedPlacement
-from tiercache.engine.placement import Placement
+from tiercache.engine.placement import ExactPlacement, Placement
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import UsageError
 from tiercache.model.attach import Attachment
@@ -51,6 +50,7 @@ def open_session(
     notes, mixed = show_progress is not False, config.mode == "mixed"
     machine = Machine.of(config, must_multiply=mixed, show=show_progress)
     stack.callback(device_of(machine.device).release_cache)  # runs last: a card is as free as it was before
+    planning.refuse_another_machine(config, machine.device)
     config = drafting.with_planes(config, kernels=bool(machine.kernels), show=notes)
     opened = open_model(model_or_path, config, show_progress=show_progress)
     placed: ExactPlacement | MixedPlacement
@@ -58,7 +58,9 @@ def open_session(
         placed = mixed_fit.place(opened, config, machine, calibration)
     else:
         placed = exact.place(opened, config, machine, show=notes)
-    reader = stack.enter_context(Reader())
+    planning.refuse_another_placement(config, placed)
+    settings = placed.config.settings
+    reader = stack.enter_context(Reader(settings.read_threads, settings.read_bytes))
     tiers = _tiers(placed, reader, observe)
     stack.callback(tiers.close)
     run = placed.start(tiers, stack, show_progress=show_progress)
@@ -113,7 +115,9 @@ def _attach(stack: ExitStack, placed: Placement, tiers: TierStack, reader: Reade
         finish=attachment.end_pass,
     )
     stack.callback(hooks.close)
-    handle = OffloadHandle(placed.plan, placed.asked, stats, _refresher(reader, table, machine), run)
+    run_plan = planning.plan_of(placed, run.cpu_tokens)
+    stats.plan = run_plan.hash
+    handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, _refresher(reader, table, machine), run)
     setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
     stack.callback(_detach, opened)
 

@@ -68,15 +68,14 @@ class Opened:
         """The unit of the token embedding; None for the caller's own, which no tier holds."""
         return None if self.given else self.manifest.embedding[1].unit
 
-    @property
-    def staging_bytes(self) -> int:
-        """What reading its files takes; nothing for weights that are in main memory."""
+    def staging_bytes(self, read_threads: int) -> int:
+        """What reading its files takes, so many reads at once; nothing for weights that are in main memory."""
         if self.memory is not None:
             return 0
         pieces = [piece for unit in self.manifest.units for piece in unit.pieces]
         unit = self.manifest.units[self.manifest.embedding[1].unit]
         rows = FileRows.staging_bytes(unit.nbytes // self.manifest.embedding[1].shape[0])
-        return Reader.staging_bytes(pieces) + rows + BLOCK_BYTES
+        return Reader.staging_bytes(pieces, read_threads) + rows + BLOCK_BYTES
 
     def allocates_rest(self, device: torch.device) -> bool:
         """Whether parameters beside the matrices take memory where the model computes; the caller's own lie there."""

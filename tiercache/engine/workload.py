@@ -24,8 +24,8 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
         units, shape = use.weight.units, use.weight.shape
         before = matmuls.get(units, Matmul(units, 0))
         matmuls[units] = Matmul(units, before.weights + prod(shape), before.width + sum(shape))
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # a model without attention has none
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     return Workload(
         precision=options.precision,
         layers=config.num_hidden_layers,

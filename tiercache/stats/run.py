@@ -67,6 +67,7 @@ class Stats:
         ssd_bytes: bytes that the SSD delivered, whole blocks and checks included.
         peak_rss_bytes, peak_device_bytes: the process's peak as the kernel counts it, and the GPU allocator's.
         neurons: in mixed mode, the statistics of the neurons.
+        plan: the hash of the run's plan.
         link: "measured", or the rate of a throttle that stands in for another link.
         drafting: with a drafter, the statistics of drafting.
     """
@@ -93,6 +94,7 @@ class Stats:
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
     neurons: NeuronStats | None = None
+    plan: str = ""
     link: str = "measured"
     drafting: DraftStats | None = None
 

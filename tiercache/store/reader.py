@@ -18,15 +18,13 @@ import numpy.typing as npt
 import torch
 import zstandard
 
+from policies.settings import DEFAULT
 from profiler.direct import open_direct
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
 from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, FileRange, Piece, align, unit_of
 from tiercache.store.header import DTYPES, TensorRef
 
 Buffer = npt.NDArray[np.uint8]
-
-CHUNK_BYTES = 2 << 20
-THREADS = 4
 
 
 class Ticket:
@@ -55,7 +53,7 @@ class Ticket:
 class Reader:
     """A small pool of reading threads over the files it is asked for; one read asks for at most `chunk_bytes`."""
 
-    def __init__(self, threads: int = THREADS, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, threads: int = DEFAULT.read_threads, chunk_bytes: int = DEFAULT.read_bytes) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiercache-reader")
         self._chunk_bytes = chunk_bytes
         self._files: dict[Path, tuple[int, bool]] = {}
@@ -65,7 +63,7 @@ class Reader:
         self.read_bytes = 0
 
     @staticmethod
-    def staging_bytes(pieces: Iterable[Piece], threads: int = THREADS) -> int:
+    def staging_bytes(pieces: Iterable[Piece], threads: int = DEFAULT.read_threads) -> int:
         """What the pool's own buffers take for reading such pieces; nothing when all of them are aligned."""
         return 0 if all(piece.aligned for piece in pieces) else threads * _STAGING_BYTES
 

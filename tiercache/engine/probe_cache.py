@@ -14,31 +14,40 @@ import lmdb
 import torch
 
 from profiler.figure import Figure
-from profiler.hardware import Hardware, Memory
+from profiler.hardware import Hardware, Memory, ReadRate
 from profiler.host_memory import host_memory
 from profiler.matmul_rates import MatmulRates
-from tiercache import __version__
+from profiler.processor import processor_name
 from tiercache.config.options import home_folder
-from tiercache.doctor.checks import processor_name
-from tiercache.errors import UsageError, permissions_named
-from tiercache.kernels.select import select
+from tiercache.errors import TiercacheError, UsageError, permissions_named
+from tiercache.kernels.select import select, will_compile
 from tiercache.store.catalog import errors_translated
+from tiercache.tiers.device import device_of
 
 _FILE = "probe.mdb"
 _MAP_BYTES = 16 << 20
+_MEANING = 2  # raised where a figure comes to mean something else, or kernels change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
 
 
-def fingerprint() -> str:
-    """What figures depend on: processor, cores, memory, kernels and versions."""
-    parts = {
+def identity(device: torch.device) -> dict[str, Any]:
+    """Which machine this is: its processor, cores, memory and card."""
+    return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
         "memory_bytes": host_memory().total_bytes,
+        "gpu": device_of(device).name,
+    }
+
+
+def fingerprint() -> str:
+    """What figures depend on: the machine but for its card, kernels and versions."""
+    parts = {
+        **identity(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
         "kernels": select(torch.device("cpu")).name,
         "torch": torch.__version__,
-        "tiercache": __version__,
+        "figures": _MEANING,
     }
     return json.dumps(parts, sort_keys=True)
 
@@ -81,6 +90,19 @@ def this_machine() -> Hardware:
     return from_dict(json.loads(bytes(found)))
 
 
+def measured_machine() -> Hardware | None:
+    """What was measured of this machine, with these versions; None where nothing was, or where it cannot be read.
+
+    For runs, which a cache must not stop; where nothing was ever kept it costs a look for a file.
+    """
+    if not (home_folder() / _FILE).is_file() or will_compile():
+        return None
+    try:
+        return this_machine()
+    except TiercacheError:
+        return None
+
+
 def to_dict(machine: Hardware) -> dict[str, Any]:
     """Plain data."""
     return asdict(machine)
@@ -103,6 +125,7 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
         dram=Memory(dram["capacity_bytes"], Figure(**dram["gbps"])),
         link_latency_s=found["link_latency_s"],
         matmuls=tuple(rates),
+        reads=tuple(ReadRate(each["threads"], each["block_bytes"], Figure(**each["gbps"])) for each in found["reads"]),
         **{name: Figure(**found[name]) for name in _FIGURES},
     )
 

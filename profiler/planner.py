@@ -1,0 +1,133 @@
+"""Picks among ways to run a model, by what the cost model says they take; keeps the second best.
+
+Enumerates what it is given: there are few ways, and each costs microseconds. Knows workloads, plans and machines; how
+the ways come about, and what does not fit, is its callers'.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from policies.plan import Plan
+from policies.run_plan import Decision
+from policies.settings import DEFAULT, Settings
+from profiler.cost_model import Drafting, Prediction, predict
+from profiler.hardware import Hardware, ReadRate
+from profiler.workload import Workload
+
+# Ways that differ by less are the same: runs of one way differ by more (docs/measured.md). The one named first wins.
+TIE = 0.02
+# Rings to try, in bytes in flight: with one every read begins before the last has ended; more ride out uneven layers.
+_RINGS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a model.
+
+    Attributes:
+        choices: what was decided for it, by what is decided.
+        workload, plan: the model cut as it is run, and where its units lie.
+        settings: how it reads and prefetches.
+        cpu_tokens: see `cost_model.pass_time`.
+        drafting: how it drafts; None for plain decoding.
+    """
+
+    choices: Mapping[str, str]
+    workload: Workload
+    plan: Plan
+    settings: Settings = DEFAULT
+    cpu_tokens: int = 0
+    drafting: Drafting | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A way that does not fit.
+
+    Attributes:
+        choices: as of `Way`.
+        tier: that is too small.
+        missing_bytes: of it.
+    """
+
+    choices: Mapping[str, str]
+    tier: str
+    missing_bytes: int
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A way and what it would do."""
+
+    way: Way
+    prediction: Prediction
+
+
+def rank(ways: Sequence[Way], hardware: Hardware, *, past: int = 0) -> list[Ranked]:
+    """The fastest first; of those that tie with it the one that was named first.
+
+    Args:
+        ways: at least one, the one of the rules of thumb first.
+        hardware: the machine.
+        past: tokens in the KV cache.
+    """
+    found = [Ranked(way, _predicted(way, hardware, past)) for way in ways]
+    best = max(each.prediction.tokens_per_s for each in found)
+    first = next(each for each in found if each.prediction.tokens_per_s * (1 + TIE) >= best)
+    others = [each for each in found if each is not first]
+    return [first, *sorted(others, key=lambda each: -each.prediction.tokens_per_s)]
+
+
+def settings_to_try(hardware: Hardware) -> list[Settings]:
+    """The default first; then rings that are no larger than reads need, with the reads that the probe found best."""
+    best = DEFAULT
+    if hardware.reads:
+        default = next((each for each in hardware.reads if _is(each, DEFAULT)), None)
+        fastest = max(hardware.reads, key=lambda each: each.gbps.value)
+        if default is None or fastest.gbps.value > default.gbps.value * (1 + default.gbps.spread):
+            best = replace(DEFAULT, read_threads=fastest.threads, read_bytes=fastest.block_bytes)
+    rings = [replace(best, prefetch_bytes=count * best.in_flight_bytes) for count in _RINGS]
+    return list(dict.fromkeys([DEFAULT, best, *rings]))
+
+
+def decisions(ranked: Sequence[Ranked], refused: Sequence[Refused] = ()) -> tuple[Decision, ...]:
+    """What was decided: each thing in which the ways differ, with the best of the other choices."""
+    best, found = ranked[0], []
+    for what, choice in best.way.choices.items():
+        other = next((each for each in ranked if each.way.choices[what] != choice), None)
+        without = next((each for each in refused if each.choices.get(what, choice) != choice), None)
+        if other is not None:
+            gain = best.prediction.tokens_per_s / other.prediction.tokens_per_s - 1
+            found.append(Decision(what, choice, other.way.choices[what], gain, _reason(best, other)))
+        elif without is not None:
+            reason = f"the other lacks {without.missing_bytes} bytes of {without.tier}"
+            found.append(Decision(what, choice, without.choices[what], None, reason))
+    return tuple(found)
+
+
+def within_error(ranked: Sequence[Ranked]) -> bool:
+    """Whether the second best might be the best: the bands of the two overlap."""
+    return len(ranked) > 1 and ranked[1].prediction.high >= ranked[0].prediction.low
+
+
+def _predicted(way: Way, hardware: Hardware, past: int) -> Prediction:
+    reads = next((each for each in hardware.reads if _is(each, way.settings)), None)
+    if reads is not None:
+        hardware = replace(hardware, ssd_gbps=reads.gbps)
+    return predict(way.workload, way.plan, hardware, past=past, cpu_tokens=way.cpu_tokens, drafting=way.drafting)
+
+
+def _is(rate: ReadRate, settings: Settings) -> bool:
+    return (rate.threads, rate.block_bytes) == (settings.read_threads, settings.read_bytes)
+
+
+def _reason(best: Ranked, other: Ranked) -> str:
+    """What the two passes differ in most."""
+    ours, theirs = best.prediction.pass_time, other.prediction.pass_time
+    saved = {name: theirs.busy_s[name] - seconds for name, seconds in ours.busy_s.items()}
+    saved["overhead"] = theirs.overhead_s - ours.overhead_s
+    most = max(saved, key=lambda name: saved[name])
+    if saved[most] <= 0:
+        return "nothing is saved; it is the rule of thumb, and the other is no faster by more than runs differ"
+    names = {"compute": "the products", "cpu": "products in main memory", "link": "the link", "ssd": "the SSD"}
+    return f"a pass takes {saved[most] * 1e3:.1f} ms less of {names.get(most, most)}"

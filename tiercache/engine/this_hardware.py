@@ -1,0 +1,42 @@
+"""The machine that a run is on, as the cost model sees it: as it was measured, or by data sheets.
+
+Knows the probe's cache and the table of hardware; measures nothing.
+"""
+
+from dataclasses import replace
+
+from profiler.figure import Figure
+from profiler.hardware import Gpu, Hardware, catalogue
+from profiler.host_memory import host_memory
+from tiercache.config.options import OffloadConfig
+from tiercache.engine.machine import Machine
+from tiercache.engine.probe_cache import measured_machine
+from tiercache.tiers.device import device_of
+
+# A card that is not in the table is taken for one of those that this is for: only proportions matter to a choice.
+_LIKELY_GPU = "3090"
+
+
+def this_hardware(machine: Machine, config: OffloadConfig, *, cpu_multiplies: bool) -> Hardware:
+    """The machine of a run.
+
+    Args:
+        machine: its device.
+        config: the options; a throttled link is that slow.
+        cpu_multiplies: where the CPU stands in for a card it multiplies in DRAM what does not stay in the HBM tier, so
+            that a pass of one token waits for no link, throttled or not.
+    """
+    free_bytes = host_memory().free_bytes
+    if machine.is_gpu:
+        return replace(catalogue().machine(_LIKELY_GPU, dram_bytes=free_bytes), gpu=_gpu(machine, config))
+    found = measured_machine() or catalogue().machine(None, dram_bytes=free_bytes)
+    if config.link_gbps is None or cpu_multiplies:
+        return found
+    return replace(found, throttle_gbps=Figure(config.link_gbps, "spec", "throttled"))
+
+
+def _gpu(machine: Machine, config: OffloadConfig) -> Gpu:
+    known = catalogue()
+    name = device_of(machine.device).name
+    card = known.gpu_of_driver(name) or replace(known.gpu(_LIKELY_GPU), name=f"{name}, taken for a {_LIKELY_GPU}")
+    return card if config.link_gbps is None else replace(card, link_gbps=Figure(config.link_gbps, "spec", "throttled"))
