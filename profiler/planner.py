@@ -128,6 +128,6 @@ def _reason(best: Ranked, other: Ranked) -> str:
     saved["overhead"] = theirs.overhead_s - ours.overhead_s
     most = max(saved, key=lambda name: saved[name])
     if saved[most] <= 0:
-        return "nothing is saved; it is the rule of thumb, and the other is no faster by more than runs differ"
+        return f"the rule of thumb; the other is not faster by {TIE:.0%}, less than which runs differ anyway"
     names = {"compute": "the products", "cpu": "products in main memory", "link": "the link", "ssd": "the SSD"}
     return f"a pass takes {saved[most] * 1e3:.1f} ms less of {names.get(most, most)}"

@@ -1,8 +1,8 @@
-"""The entry point of `tiercache-profile`: its commands, which two files hold."""
+"""The entry point of `tiercache-profile`: its commands, which several files hold."""
 
-from tiercache.commands import measuring, predicting
+from tiercache.commands import measuring, planning, predicting
 
-__all__ = ["main", "measuring"]
+__all__ = ["main", "measuring", "planning"]
 
 
 def main() -> None:

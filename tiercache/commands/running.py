@@ -45,6 +45,8 @@ _BytesPerToken = Annotated[
 _MaxLoss = Annotated[float | None, _mixed(help="A bound of the calibrated loss, nats a token.")]
 _Policy = Annotated[str, _mixed(help="Eviction policy of neurons in HBM: lru, sieve, ...; auto replays.")]
 _MaxFetches = Annotated[int | None, _mixed(min=0, help="Neurons to bring up per token and plane.")]
+_Plan = Annotated[str, memory_option(help="auto, default (rules of thumb), or a file of tiercache-profile plan.")]
+_ForcePlan = Annotated[bool, memory_option("--force-plan", help="Take a plan of another machine.")]
 _Uploads = Annotated[int | None, typer.Option(min=0, hidden=True)]  # the deprecated name of max_fetches
 _Drafter = Annotated[str, _drafts(help="auto, resident, ngram, lookup, ..., a small model's folder, or none.")]
 _DraftNodes = Annotated[int | None, _drafts(min=1, help="Of a tree of drafts at most; 64 by default.")]
@@ -57,7 +59,7 @@ _Seed = Annotated[int, _samples(help="Of the sampling.")]
 # Options that `offload` calls alike, and takes as they are.
 _OF_OFFLOAD = (
     *("hbm", "dram", "link_gbps", "cpu_tokens", "store", "device", "checks"),
-    *("mode", "bytes_per_token", "max_loss", "policy", "max_fetches"),
+    *("mode", "bytes_per_token", "max_loss", "policy", "max_fetches", "plan", "force_plan"),
 )
 
 
@@ -80,6 +82,8 @@ def run_command(
     policy: _Policy = "auto",
     max_fetches: _MaxFetches = None,
     uploads: _Uploads = None,
+    plan: _Plan = "auto",
+    force_plan: _ForcePlan = False,
     drafter: _Drafter = "none",
     draft_nodes: _DraftNodes = None,
     draft_depth: _DraftDepth = None,
@@ -102,8 +106,9 @@ def run_command(
     tokenizer = _tokenizer(folder)
     ids = _encode(tokenizer, _prompt(prompt, model), chat)
     options = {name: ctx.params[name] for name in _OF_OFFLOAD} | _drafting(drafter, draft_nodes, draft_depth)
-    options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
     options["precision"] = precision
+    if plan in ("auto", "default"):  # a file says itself for how many tokens it was made
+        options |= _room(ids.shape[1] + max_new_tokens, context, options.get("draft_nodes", 0))
     if uploads is not None:
         if max_fetches is not None:
             raise UsageError("--uploads is the deprecated name of --max-fetches; leave it out")
@@ -113,10 +118,10 @@ def run_command(
         attached: Any = opened.tiercache
         say(summary.outlook(opened), quiet)
         tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
-        stats, plan = attached.stats().to_dict(), attached.run_plan.to_dict()
+        stats, done = attached.stats().to_dict(), attached.run_plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
-    tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": plan}, as_json, quiet)
+    tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": done}, as_json, quiet)
 
 
 def _room(needed: int, context: int | None, draft_nodes: int) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import torch
 
+from policies.plan import Plan, PlanInputs
 from policies.run_plan import RunPlan
 from profiler.cost_model import Prediction
 from profiler.planner import Ranked
 from tiercache.config.drafting import DraftConfig
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget
-from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.placement import ExactPlacement, Placement
 from tiercache.engine.probe_cache import identity
 from tiercache.errors import UsageError
@@ -111,7 +111,7 @@ def refuse_another_placement(config: OffloadConfig, placed: Placement) -> None:
     """
     if not isinstance(config.plan, RunPlan):
         return
-    if config.plan.model != _model(placed.asked, config):
+    if config.plan.model != model_identity(placed.asked.needs, config.precision):
         raise UsageError("the plan was made for another model: its units have other names or sizes; make a plan for it")
     if not config.plan.places_as(placed.plan):
         raise UsageError(
@@ -121,33 +121,42 @@ def refuse_another_placement(config: OffloadConfig, placed: Placement) -> None:
 
 def plan_of(placed: Placement, cpu_tokens: int = 0) -> RunPlan:
     """The plan of a placement; `cpu_tokens` as they were measured."""
-    config, plan = placed.config, placed.plan
-    options: dict[str, Any] = {name: getattr(config, name) for name in _PLAIN}
-    options["cpu_tokens"] = cpu_tokens or config.cpu_tokens
-    options["hbm"] = plan.fastest.capacity_bytes if plan.has_hbm else None
-    options["dram"] = plan.dram.capacity_bytes
-    share = config.bytes_per_token
-    options["bytes_per_token"] = None if share is None else asdict(share)
-    options["draft"] = None if config.draft is None else _draft_of(config.draft)
-    options["drafts"] = placed.drafts if isinstance(placed, ExactPlacement) else ""
-    ranked = placed.ranked
+    config, ranked = placed.config, placed.ranked
+    options = options_of(config, placed.plan) | {"cpu_tokens": cpu_tokens or config.cpu_tokens}
+    if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
+        options |= {"draft": _draft_of(placed.drafter_spec.config), "drafts": placed.drafts}
     return RunPlan(
         machine=identity(placed.machine.device),
-        model=_model(placed.asked, config),
+        model=model_identity(placed.asked.needs, config.precision),
         options=options,
         settings=config.settings,
-        placement=plan.to_dict(),
+        placement=placed.plan.to_dict(),
         decisions=placed.decisions,
-        predicted=_told(ranked[0]) if ranked else None,
-        runner_up=_told(ranked[1]) if len(ranked) > 1 else None,
+        predicted=told(ranked[0]) if ranked else None,
+        runner_up=told(ranked[1]) if len(ranked) > 1 else None,
     )
 
 
-def _told(ranked: Ranked) -> dict[str, Any]:
+def options_of(config: OffloadConfig, plan: Plan) -> dict[str, Any]:
+    """The options that a placement depends on, as plain data."""
+    share = config.bytes_per_token
+    return {
+        **{name: getattr(config, name) for name in _PLAIN},
+        "hbm": plan.fastest.capacity_bytes if plan.has_hbm else None,
+        "dram": plan.dram.capacity_bytes,
+        "bytes_per_token": None if share is None else asdict(share),
+        "draft": None if config.draft is None else _draft_of(config.draft),
+        "drafts": config.drafts,
+    }
+
+
+def told(ranked: Ranked) -> dict[str, Any]:
+    """A way and its prediction as plain data."""
     made: Prediction = ranked.prediction
     numbers = {name: getattr(made, name) for name in ("tokens_per_s", "low", "high", "bound")}
     return {
         "choices": dict(ranked.way.choices),
+        "settings": asdict(ranked.way.settings),
         **numbers,
         "binding_tier": made.pass_time.binding,
         "pass_s": made.pass_time.total_s,
@@ -156,11 +165,10 @@ def _told(ranked: Ranked) -> dict[str, Any]:
     }
 
 
-def _model(asked: MemoryRequirements, config: OffloadConfig) -> dict[str, Any]:
+def model_identity(needs: PlanInputs, precision: str) -> dict[str, Any]:
     """What identifies a model's units."""
-    needs = asked.needs
-    told = json.dumps([[needs.names[key], size] for key, size in sorted(needs.sizes.items())])
-    return {"precision": config.precision, "units": hashlib.sha256(told.encode()).hexdigest()}
+    listed = json.dumps([[needs.names[key], size] for key, size in sorted(needs.sizes.items())])
+    return {"precision": precision, "units": hashlib.sha256(listed.encode()).hexdigest()}
 
 
 def _options_of(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from policies.run_plan import RunPlan
 from tiercache import compat
 from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit, planning
@@ -46,6 +47,47 @@ def open_session(
     calibration: Calibration | None,
 ) -> transformers.PreTrainedModel:
     """The model, ready to run; see `engine.offload` for the arguments. `stack` closes what is opened here."""
+    notes = show_progress is not False
+    placed = _placement(model_or_path, config, stack, show_progress=show_progress, calibration=calibration)
+    settings = placed.config.settings
+    reader = stack.enter_context(Reader(settings.read_threads, settings.read_bytes))
+    tiers = _tiers(placed, reader, observe)
+    stack.callback(tiers.close)
+    run = placed.start(tiers, stack, show_progress=show_progress)
+    stats = _stats(placed, tiers, reader, run)
+    if run.notice and calibration is None:  # a calibration made up for the occasion knows of no loss
+        note(run.notice, show=notes)
+    _attach(stack, placed, tiers, reader, stats, run)
+    model = placed.opened.model
+    if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
+        told: dict[str, Any] = {"show": notes, "room_price": placed.room_price}
+        attach_drafters(stack, model, placed.drafter_spec, placed.config, placed.machine.device, stats, **told)
+    return model
+
+
+def plan_model(
+    model_or_path: transformers.PreTrainedModel | str | Path, config: OffloadConfig, *, show_progress: bool | None
+) -> RunPlan:
+    """The plan of a run that is not begun: no weight is read. Arguments as of `engine.offload`.
+
+    Raises:
+        TiercacheError: whatever opening the model would raise.
+    """
+    with ExitStack() as stack:
+        placed = _placement(model_or_path, config, stack, show_progress=show_progress, calibration=None)
+        stack.callback(placed.opened.closed)
+        return planning.plan_of(placed)
+
+
+def _placement(
+    model_or_path: transformers.PreTrainedModel | str | Path,
+    config: OffloadConfig,
+    stack: ExitStack,
+    *,
+    show_progress: bool | None,
+    calibration: Calibration | None,
+) -> ExactPlacement | MixedPlacement:
+    """Find the model and say what lies where; nothing is allocated."""
     compat.check_version()
     notes, mixed = show_progress is not False, config.mode == "mixed"
     machine = Machine.of(config, must_multiply=mixed, show=show_progress)
@@ -59,20 +101,7 @@ def open_session(
     else:
         placed = exact.place(opened, config, machine, show=notes)
     planning.refuse_another_placement(config, placed)
-    settings = placed.config.settings
-    reader = stack.enter_context(Reader(settings.read_threads, settings.read_bytes))
-    tiers = _tiers(placed, reader, observe)
-    stack.callback(tiers.close)
-    run = placed.start(tiers, stack, show_progress=show_progress)
-    stats = _stats(placed, tiers, reader, run)
-    if run.notice and calibration is None:  # a calibration made up for the occasion knows of no loss
-        note(run.notice, show=notes)
-    _attach(stack, placed, tiers, reader, stats, run)
-    model = placed.opened.model
-    if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
-        told: dict[str, Any] = {"show": notes, "room_price": placed.room_price}
-        attach_drafters(stack, model, placed.drafter_spec, placed.config, machine.device, stats, **told)
-    return model
+    return placed
 
 
 def _tiers(placed: Placement, reader: Reader, observe: Observer) -> TierStack:

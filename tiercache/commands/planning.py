@@ -1,0 +1,181 @@
+"""`tiercache-profile plan`: the plan of a run, for this machine or for one that need not be here."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from policies.run_plan import Decision, RunPlan
+from profiler.cost_model import Drafting
+from tiercache.commands.base import Json, Quiet, console, progress, tell
+from tiercache.commands.machine_options import (
+    DRAM_KIND,
+    SSD,
+    Context,
+    Dram,
+    DramKind,
+    HardwareFile,
+    Lanes,
+    Model,
+    Past,
+    Ssd,
+    known_hardware,
+    machine_of,
+    workload_of_name,
+)
+from tiercache.commands.predicting import profile
+from tiercache.config.options import OffloadConfig, read_options
+from tiercache.config.sizes import Budget, human
+from tiercache.errors import DoesNotFitError, UsageError
+
+_Gpu = Annotated[
+    str | None,
+    typer.Option(help="Plan for a machine with this card, or none, or this as probed; left out, for a run here."),
+]
+_Hbm = Annotated[str, typer.Option(help="Here: budget of the fastest tier.")]
+_Precisions = Annotated[
+    str,
+    typer.Option("--precision", help="What is good enough: source, int8, int4, int3; a list, the best liked first."),
+]
+_Logits = Annotated[int, typer.Option(min=1, help="Here: rows of logits that a pass returns at most.")]
+_Drafter = Annotated[str, typer.Option(help="Here: auto, resident, ngram, ..., or none. Elsewhere: a small model.")]
+_Out = Annotated[Path | None, typer.Option(help="Where to write the plan; offload(plan=FILE) takes it.")]
+_Settle = Annotated[bool, typer.Option("--settle", help="Here: run ways that the model cannot tell apart.")]
+_Nodes = Annotated[int, typer.Option(min=0, help="Elsewhere: nodes of a tree of drafts; 0 for none.")]
+_PerPass = Annotated[float, typer.Option(min=1, help="Elsewhere: tokens that a drafted pass emits.")]
+
+
+@profile.command("plan")
+def plan_command(
+    model: Model,
+    gpu: _Gpu = None,
+    hbm: _Hbm = "auto",
+    dram: Dram = None,
+    dram_kind: DramKind = DRAM_KIND,
+    ssd: Ssd = SSD,
+    lanes: Lanes = None,
+    precisions: _Precisions = "int4",
+    context: Context = 4096,
+    logits: _Logits = 512,
+    past: Past = 512,
+    drafter: _Drafter = "none",
+    draft_nodes: _Nodes = 0,
+    tokens_per_pass: _PerPass = 1.0,
+    settle: _Settle = False,
+    out: _Out = None,
+    file: HardwareFile = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose how to run a model: precision, drafting, who multiplies, prefetch and reads; and say why."""
+    from tiercache.engine.planning import write_plan
+
+    wanted = precisions.split(",")
+    if gpu is None:
+        if (dram_kind, ssd, lanes, draft_nodes, file) != (DRAM_KIND, SSD, None, 0, None):
+            raise UsageError(
+                "--dram-kind, --ssd, --lanes, --draft-nodes and --hardware are for another machine: add --gpu"
+            )
+        config = _config(wanted[0], hbm, dram or "auto", drafter, context=context, logits=logits)
+        plan = _plan_here(model, config, wanted, settle, progress(as_json, quiet))
+    else:
+        if settle or hbm != "auto":
+            raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
+        machine = machine_of(known_hardware(file), gpu, dram, dram_kind, ssd, lanes)
+        identity = {"gpu": gpu, "dram": dram or human(machine.dram.capacity_bytes), "dram_kind": dram_kind, "ssd": ssd}
+        plan = _plan_elsewhere(
+            model, machine, identity, wanted, (context, past), (drafter, draft_nodes, tokens_per_pass)
+        )
+    if out is not None:
+        write_plan(plan, out.expanduser())
+    if not quiet and not as_json:
+        console().print(_table(plan))
+    tell(_summary(plan, out), plan.to_dict() | {"hash": plan.hash}, as_json, quiet)
+
+
+def _config(precision: Any, hbm: str, dram: str, drafter: str, **sizes: Any) -> OffloadConfig:
+    options: Any = {} if drafter == "none" else {"drafter": drafter}
+    budgets: Any = {"hbm": Budget.parse(hbm), "dram": Budget.parse(dram)}
+    return OffloadConfig(**budgets, **sizes, precision=precision, **read_options(options))
+
+
+def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle: bool, show: bool | None) -> RunPlan:
+    """The plan that `offload` would make, at the fastest of the precisions."""
+    from tiercache.bench.settling import settle as settled
+    from tiercache.engine.session import plan_model
+    from tiercache.store.checkpoint import resolve
+
+    folder, plans, errors = resolve(model), {}, {}
+    precision: Any
+    for precision in precisions:
+        try:
+            plans[precision] = plan_model(folder, replace(config, precision=precision), show_progress=show)
+        except DoesNotFitError as error:
+            errors[precision] = error
+    if not plans:
+        raise min(errors.values(), key=lambda error: error.missing_bytes)
+    speeds = {name: each.predicted["tokens_per_s"] if each.predicted else 0.0 for name, each in plans.items()}
+    ranked = sorted(speeds, key=lambda name: -speeds[name])
+    best, plan = ranked[0], plans[ranked[0]]
+    if len(precisions) > 1:
+        other = ranked[1] if len(ranked) > 1 else next(iter(errors))
+        gain = speeds[best] / speeds[other] - 1 if other in plans else None
+        reason = "fewer bytes a pass" if other in plans else f"the other lacks {errors[other].missing_bytes} bytes"
+        plan = replace(plan, decisions=(Decision("precision", best, other, gain, reason), *plan.decisions))
+    chosen: Any = best
+    return settled(folder, replace(config, precision=chosen), plan, show_progress=show) if settle else plan
+
+
+def _plan_elsewhere(
+    model: str,
+    machine: Any,
+    identity: dict[str, Any],
+    precisions: list[str],
+    lengths: tuple[int, int],
+    drafting: tuple[str, int, float],
+) -> RunPlan:
+    from tiercache.engine.imagined_plan import imagined_plan
+    from tiercache.engine.prediction import PredictedDrafting
+
+    context, past = lengths
+    drafter, nodes, tokens_per_pass = drafting
+    if (drafter != "none" or tokens_per_pass > 1) and not nodes:
+        raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
+    drafts = None
+    if nodes:
+        small = None if drafter == "none" else workload_of_name(drafter, machine, "source", context, past)
+        drafts = PredictedDrafting(Drafting(nodes, tokens_per_pass, 0.0), small, 8)
+    return imagined_plan(
+        lambda precision: workload_of_name(model, machine, precision, context, past),
+        precisions,
+        machine,
+        identity,
+        OffloadConfig(hbm=Budget(), dram=Budget(), context=context),
+        past=past,
+        drafts=drafts,
+    )
+
+
+def _table(plan: RunPlan) -> Table:
+    shown = Table(title="What was decided", title_justify="left")
+    for heading in ("what", "choice", "instead of", "faster by", "why"):
+        shown.add_column(heading)
+    for each in plan.decisions:
+        gain = "" if each.gain is None else f"{each.gain:+.0%}"
+        shown.add_row(each.what, each.choice, each.alternative or "", gain, each.reason)
+    return shown
+
+
+def _summary(plan: RunPlan, out: Path | None) -> str:
+    lines = [f"plan {plan.hash}" + ("" if out is None else f", written to {out}")]
+    if (made := plan.predicted) is not None:
+        lines.append(
+            f"{made['tokens_per_s']:.2f} tokens/s, between {made['low']:.2f} and {made['high']:.2f}; bound by "
+            f"{made['binding_tier']}"
+        )
+    if (second := plan.runner_up) is not None:
+        named = ", ".join(f"{what} {choice}" for what, choice in second["choices"].items())
+        lines.append(f"second best, {second['tokens_per_s']:.2f} tokens/s: {named}")
+    return "\n".join(lines)
