@@ -37,6 +37,9 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 
 
+DEFAULT_READS = ReadRate(DEFAULT.read_threads, DEFAULT.read_bytes, Figure(1.0, "measured", "a test", 0.1))
+
+
 def machine(**changed: Any) -> Hardware:
     figure = Figure(1.0, "measured", "a test", 0.1)
     dram = Memory(8 * GIB, figure.scaled(20))
@@ -60,7 +63,7 @@ def _plan(model: Workload, dram_bytes: int, settings: Settings) -> Any:
 
 @given(st.integers(6, 40), st.floats(0.3, 0.99))
 def test_the_pick_is_the_fastest_but_for_ties_and_the_rest_is_in_order(units: int, share: float) -> None:
-    model, on = workload(units), machine()
+    model, on = workload(units), machine(reads=(DEFAULT_READS,))
     found = ways(model, max(int(share * units * 16 * MIB), 48 * MIB), planner.settings_to_try(on))
     ranked = planner.rank(found, on)
     seconds = [pass_time(each.way.workload, each.way.plan, on).total_s for each in ranked]
@@ -95,6 +98,7 @@ def test_reads_are_changed_only_where_the_probe_found_others_faster_than_its_noi
     faster = machine(reads=(ours, rate(8, MIB, 1.5)))
     tries = planner.settings_to_try(faster)
     assert tries[0] == DEFAULT
+    assert planner.settings_to_try(machine()) == [DEFAULT], "a data sheet does not tell them apart"
     assert {each.read_threads for each in tries[1:]} == {8}
     model = workload(12)
     best = planner.rank(ways(model, 120 * MIB, tries), faster)[0]
@@ -205,7 +209,7 @@ def test_auto_searches_with_what_was_measured_and_default_does_not(
     plane_store: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = plane_store("llama")
-    slow = machine(ssd_gbps=Figure(1e-3, "measured"))
+    slow = machine(ssd_gbps=(rate := Figure(1e-3, "measured")), reads=(replace(DEFAULT_READS, gbps=rate),))
     monkeypatch.setattr(this_hardware, "measured_machine", lambda: slow)
     monkeypatch.setattr(planner, "_RINGS", (1 / 1024,))  # a toy is smaller than any ring
     (_, sizes) = budgets(store)

@@ -99,16 +99,20 @@ def rivals(config: OffloadConfig, plan: RunPlan) -> list[tuple[str, OffloadConfi
 
 
 def in_turn(
-    place: Path, ways: Sequence[tuple[str, OffloadConfig]], *, show_progress: bool | None = None
+    place: Path,
+    ways: Sequence[tuple[str, OffloadConfig]],
+    *,
+    rounds: int = ROUNDS,
+    show_progress: bool | None = None,
 ) -> list[Measured]:
-    """Seconds of a token of each way, opened anew for each text, the ways one after the other.
+    """Seconds of a token of each way, opened anew for each of `rounds` texts, the ways one after the other.
 
     Raises:
         UsageError: the folder has no tokenizer.
     """
-    prompts = Prompts.read(place, None, ROUNDS, _PROMPT_TOKENS).ids
+    prompts = Prompts.read(place, None, rounds, _PROMPT_TOKENS).ids
     seconds: dict[str, list[float]] = {name: [] for name, _ in ways}
-    with bar("running the likeliest", ROUNDS * len(ways), show=show_progress) as advance:
+    with bar("running the likeliest", rounds * len(ways), show=show_progress) as advance:
         for prompt in prompts:
             for name, config in ways:
                 with open_offloaded(place, config, show_progress=False) as model:
