@@ -1,10 +1,12 @@
-"""The entry point of `tiercache-profile`: its commands, which two files hold."""
+"""The entry point of `tiercache-profile`: its commands, which some files hold."""
 
-from tiercache.commands import measuring, predicting
+from tiercache.commands import explaining, measuring, plotting, predicting, sweeping
 
-__all__ = ["main", "measuring"]
+__all__ = ["explaining", "main", "measuring", "plotting", "profile", "sweeping"]
+
+profile = predicting.profile
 
 
 def main() -> None:
     """Run a command."""
-    predicting.profile()
+    profile()
