@@ -4,12 +4,11 @@ A round drafts a tree of guesses below the newest token, the *root*, and verifie
 child of rank r is the r-th likeliest of its siblings. Knows counts; neither tokens nor models.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
-Floats = NDArray[np.float64]
+from policies.arrays import ArrayLike, Floats, np
 
 RANKS = 8  # children of a node whose acceptance is counted one by one; later ones are hardly ever accepted
 _FIRST = 0.6  # of a drafter never seen: optimistic, so that it is tried

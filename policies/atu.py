@@ -4,7 +4,10 @@ M2Cache (arXiv 2410.14740, section 5.3): adjacent tokens want much the same neur
 kept, what is new is loaded over what is not wanted any more, and nothing is remembered from token to token.
 """
 
-from policies.protocol import BoolArray, Eviction, IntArray
+from __future__ import annotations
+
+from policies.arrays import BoolArray, IntArray
+from policies.protocol import Eviction
 
 
 class Atu(Eviction):

@@ -8,12 +8,12 @@ so who is here then decides who can be here afterwards. Under a cap it is a good
 soon and cheap over late and lasting.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from policies.protocol import BoolArray, Eviction, IntArray
+from policies.arrays import BoolArray, IntArray, NDArray, np
+from policies.protocol import Eviction
 
 
 class Belady(Eviction):
@@ -23,7 +23,7 @@ class Belady(Eviction):
         future: the wanted neurons of every step to come, each as `step` will be given them.
     """
 
-    def __init__(self, future: Sequence[npt.NDArray[np.integer]]) -> None:
+    def __init__(self, future: Sequence[NDArray[np.integer]]) -> None:
         self._future = future
 
     def reset(self, neurons: int, slots: int) -> None:

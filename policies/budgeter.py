@@ -1,13 +1,13 @@
 """Who drafts the next round and how much, from what the running machine shows; see `policies.drafting`."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from policies.acceptance import RANKS
+from policies.arrays import ArrayLike, np
 from policies.candidates import NOISE, PlanChoice, plan_choice
 from policies.costs import PassCosts
 from policies.drafting import DrafterProfile, RoundPlan

@@ -1,10 +1,11 @@
 """What may be done in the next round, and what of it is thought best."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from policies.arrays import np
 from policies.costs import PassCosts
 from policies.drafting import RoundPlan, SpeedUpTable
 from policies.history import DrafterHistory

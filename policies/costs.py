@@ -1,16 +1,14 @@
 """The seconds of the target's passes and of drafting, from measurements that may be disturbed."""
 
+from __future__ import annotations
+
 import math
 from collections import deque
 from collections.abc import Iterable
 from statistics import median_low
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
+from policies.arrays import ArrayLike, Floats, np
 from policies.isotonic import ascending
-
-Floats = NDArray[np.float64]
 
 _SAMPLES = 15  # newest seconds kept per size
 _STALE, _ENOUGH = 64, 5  # passes after which seconds do not count if so many newer ones are there
@@ -19,7 +17,7 @@ _LINE = 2.0  # passes that the line through all sizes counts for beside those of
 _HALF_LIFE = 24  # passes after which what another size took counts half
 _JUMP = 2.0  # seconds so many times more or less are another machine's, if they come twice
 _GUESS = 0.01  # weight of guessed costs beside one size that was measured
-_PARTS = np.array((0.2, 0.75, 0.05))  # of drafting: start, passes and nodes
+_PARTS = (0.2, 0.75, 0.05)  # of drafting: start, passes and nodes
 
 
 class PassCosts:

@@ -10,13 +10,13 @@ Then T(x) - r S(x) is at most 0 for all trees and 0 for the best (Dinkelbach, On
 tree is better for it where p > r s, wherever in the tree it stands.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from policies.acceptance import RANKS, Acceptance, Floats, expected_tokens
+from policies.acceptance import RANKS, Acceptance, expected_tokens
+from policies.arrays import ArrayLike, Floats, np
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class DrafterProfile:
             if not (np.isfinite(part) & (part >= 0)).all() or part.shape not in ((), (self.max_depth, self.max_nodes)):
                 raise ValueError(f"{self.name}: {name} must be 0 or more, one or [max_depth, max_nodes]")
 
-    def within(self, max_nodes: int, max_depth: int) -> "DrafterProfile":
+    def within(self, max_nodes: int, max_depth: int) -> DrafterProfile:
         """The same of trees that are no larger."""
         return replace(self, max_nodes=min(self.max_nodes, max_nodes), max_depth=min(self.max_depth, max_depth))
 

@@ -1,11 +1,11 @@
 """The policies of the neuron cache by name; a new one is a file beside this one and a line here."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
-import numpy.typing as npt
-
+from policies.arrays import ArrayLike, NDArray, np
 from policies.atu import Atu
 from policies.belady import Belady
 from policies.hot import Hot
@@ -29,9 +29,7 @@ POLICIES: Mapping[str, type[Eviction]] = MappingProxyType(
 )
 
 
-def make(
-    name: str, *, future: Sequence[npt.NDArray[np.integer]] | None = None, hot: npt.ArrayLike | None = None
-) -> Eviction:
+def make(name: str, *, future: Sequence[NDArray[np.integer]] | None = None, hot: ArrayLike | None = None) -> Eviction:
     """A policy by its name, for one layer and plane.
 
     Args:

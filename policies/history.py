@@ -1,12 +1,12 @@
 """What a drafter has shown so far: how often its guesses were accepted, what it costs, how fast its rounds were."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import ArrayLike
-
-from policies.acceptance import Acceptance, Floats
+from policies.acceptance import Acceptance
+from policies.arrays import ArrayLike, Floats, np
 from policies.costs import DraftCosts
 from policies.drafting import DrafterProfile, RoundPlan
 from policies.throughput import RoundOutcome, ThroughputEstimator

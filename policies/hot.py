@@ -4,13 +4,13 @@ The static placement of PowerInfer (arXiv 2312.12456, section 5: hot neurons on 
 baseline that any moving policy has to beat.
 """
 
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
 
-from policies.protocol import BoolArray, Eviction, IntArray, nothing
+from policies.arrays import ArrayLike, BoolArray, IntArray, np
+from policies.protocol import Eviction, nothing
 
 
-def hottest(frequencies: npt.ArrayLike, count: int) -> IntArray:
+def hottest(frequencies: ArrayLike, count: int) -> IntArray:
     """The `count` neurons with the highest frequencies [neurons], highest first, the lower index on a tie."""
     return np.argsort(-np.asarray(frequencies), kind="stable")[:count].astype(np.int64)
 
@@ -22,7 +22,7 @@ class Hot(Eviction):
         frequencies: [neurons], any unit: only their order counts.
     """
 
-    def __init__(self, frequencies: npt.ArrayLike) -> None:
+    def __init__(self, frequencies: ArrayLike) -> None:
         self._frequencies = np.array(frequencies)
 
     def reset(self, neurons: int, slots: int) -> None:

@@ -1,9 +1,10 @@
 """Isotonic regression: the nearest values that never fall."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from policies.arrays import NDArray, np
 
 
 def ascending(

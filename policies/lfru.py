@@ -6,9 +6,10 @@ neuron, here or not, so one that comes back is not a stranger. Lists of last use
 llama.cpp's cache of experts does it; vLLM (issue 37190) reports half the slots for the hits of LRU.
 """
 
-import numpy as np
+from __future__ import annotations
 
-from policies.protocol import BoolArray, Eviction, IntArray, nothing
+from policies.arrays import BoolArray, IntArray, np
+from policies.protocol import Eviction, nothing
 
 _USE = 64  # what one use adds
 _DECAY = 4  # a step takes 1/16 off: half in 11 steps

@@ -4,9 +4,10 @@ A step counts as many uses, one after the other: its hits in the order of import
 The slots are kept as a queue in the order of last use, which one pass brings up to date: no clock and no sorting.
 """
 
-import numpy as np
+from __future__ import annotations
 
-from policies.protocol import BoolArray, Eviction, IntArray, nothing
+from policies.arrays import BoolArray, IntArray, np
+from policies.protocol import Eviction, nothing
 
 
 class Lru(Eviction):

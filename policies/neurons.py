@@ -5,11 +5,12 @@ asks the same object and gets the same hits, loads and evictions. Knows neither 
 wanted neuron a few times in numpy and never one at a time: microseconds, for it runs once a layer, plane and token.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import numpy as np
-
-from policies.protocol import Eviction, IntArray
+from policies.arrays import IntArray, np
+from policies.protocol import Eviction
 
 __all__ = ["IntArray", "NeuronResidency", "Step"]
 

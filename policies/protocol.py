@@ -3,11 +3,9 @@
 `policies.neurons` asks them, and `policies.eviction` knows them all by name.
 """
 
-import numpy as np
-import numpy.typing as npt
+from __future__ import annotations
 
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from policies.arrays import BoolArray, IntArray, np
 
 
 def nothing() -> IntArray:

@@ -5,9 +5,10 @@ bit cleared, without moving it; the first that was not used goes. A neuron that 
 One step's evictions are found in one pass over the queue; the result is that of taking its loads one at a time.
 """
 
-import numpy as np
+from __future__ import annotations
 
-from policies.protocol import BoolArray, Eviction, IntArray, nothing
+from policies.arrays import BoolArray, IntArray, np
+from policies.protocol import Eviction, nothing
 
 
 class Sieve(Eviction):

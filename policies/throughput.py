@@ -1,9 +1,10 @@
 """How fast the rounds of a drafter are whose trees end by themselves, beside what was promised of them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import numpy as np
-
+from policies.arrays import np
 from policies.drafting import RoundPlan
 
 _KEEP = 0.98  # weight of a round after another one

@@ -140,23 +140,25 @@ def predict(
     return Prediction(speed, speed / (1 + error), min(bound, speed * (1 + error)), bound, made)
 
 
-def upgrades(hardware: Hardware) -> dict[str, Hardware]:
-    """The machine with one thing made twice as fast, each in turn, by its name."""
+def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
+    """The machine with one thing made so many times as fast, each in turn, by its name."""
     found = {
         "cpu and main memory": replace(
             hardware,
-            dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(2)),
-            cpu_gflops=hardware.cpu_gflops.scaled(2),
-            matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(2) for rates in hardware.matmuls),
+            dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(times)),
+            cpu_gflops=hardware.cpu_gflops.scaled(times),
+            matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(times) for rates in hardware.matmuls),
         ),
-        "ssd": replace(hardware, ssd_gbps=hardware.ssd_gbps.scaled(2)),
-        "overhead a layer": replace(hardware, layer_s=hardware.layer_s.scaled(0.5)),
+        "ssd": replace(hardware, ssd_gbps=hardware.ssd_gbps.scaled(times)),
+        "overhead a layer": replace(hardware, layer_s=hardware.layer_s.scaled(1 / times)),
     }
     if (card := hardware.gpu) is not None:
-        memory = replace(card.memory, gbps=card.memory.gbps.scaled(2))
-        found["link"] = replace(hardware, gpu=replace(card, link_gbps=card.link_gbps.scaled(2)))
-        faster = tuple(rates.scaled(2) for rates in hardware.matmuls)
-        found["gpu"] = replace(hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(2)), matmuls=faster)
+        memory = replace(card.memory, gbps=card.memory.gbps.scaled(times))
+        found["link"] = replace(hardware, gpu=replace(card, link_gbps=card.link_gbps.scaled(times)))
+        faster = tuple(rates.scaled(times) for rates in hardware.matmuls)
+        found["gpu"] = replace(
+            hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(times)), matmuls=faster
+        )
     return found
 
 

@@ -6,7 +6,7 @@ Knows data sheets (`hardware.toml`, and files of the user's own in that form). M
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Gpu:
         tflops: 1e12 operations a second of that type, dense.
         link_gbps: copies from pinned main memory, 1e9 bytes a second.
         power_w: its limit.
+        embodied_kg: kilograms of CO2e that making it emitted; None where nobody says.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Gpu:
     tflops: Figure
     link_gbps: Figure
     power_w: float
+    embodied_kg: Figure | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ class Catalogue:
             gib, gbps = _figure(found, "memory_gib").value, _figure(found, "memory_gbps")
             memory = Memory(int(gib * 2**30), gbps.scaled(_GPU_MEMORY_SHARE))
             rate = _figure({**found, "tflops": found["tflops"][kind]}, "tflops")
-            return Gpu(where, memory, kind, rate, _figure(link, "gbps").scaled(share), float(found["power_w"]))
+            copies = _figure(link, "gbps").scaled(share)
+            return Gpu(where, memory, kind, rate, copies, float(found["power_w"]), _embodied(found))
         except HardwareError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -245,6 +248,12 @@ def _figure(entry: Mapping[str, Any], name: str) -> Figure:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise HardwareError(f"{name} = {value!r} is no number above zero")
     return Figure(float(value), "spec", _source(entry))
+
+
+def _embodied(entry: Mapping[str, Any]) -> Figure | None:
+    if "embodied_kg" not in entry:
+        return None
+    return replace(_figure(entry, "embodied_kg"), source=str(entry.get("embodied_source", "given")))
 
 
 def _source(entry: Mapping[str, Any]) -> str:

@@ -5,15 +5,15 @@ token, each layer, each plane that has slots. So a policy, a cache size or an up
 really wished for, beside Belady's bound and beside chance.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from policies.arrays import ArrayLike, IntArray, np
 from policies.eviction import BOUND, POLICIES, make
 from policies.hot import hottest
-from policies.neurons import IntArray, NeuronResidency, Step
+from policies.neurons import NeuronResidency, Step
 from policies.rates import rate
 from profiler.trace import Trace
 
@@ -63,11 +63,11 @@ class ReplayOutcome:
 
 def replay(
     trace: Trace,
-    slots: npt.ArrayLike,
+    slots: ArrayLike,
     policy: str,
     max_fetches: int | None = None,
     *,
-    hot: npt.ArrayLike | None = None,
+    hot: ArrayLike | None = None,
     log: Log | None = None,
 ) -> ReplayOutcome:
     """Count what a policy would have done.
@@ -99,7 +99,7 @@ def replay(
     return ReplayOutcome(policy, trace.neurons, slots, requests, hits, loads, requests - hits - loads, evictions)
 
 
-def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
+def _slots(trace: Trace, slots: ArrayLike) -> IntArray:
     slots = np.array(slots, dtype=np.int64)
     if slots.shape != trace.counts.shape or np.any(slots < 0):
         raise ValueError(f"slots {slots.tolist()}: give {trace.layers} layers x {trace.planes} planes, none negative")
@@ -107,7 +107,7 @@ def _slots(trace: Trace, slots: npt.ArrayLike) -> IntArray:
 
 
 def _residencies(
-    trace: Trace, slots: IntArray, policy: str, max_fetches: int | None, hot: npt.ArrayLike | None
+    trace: Trace, slots: IntArray, policy: str, max_fetches: int | None, hot: ArrayLike | None
 ) -> dict[tuple[int, int], NeuronResidency]:
     """One for each layer and plane with slots, warm if there are frequencies, in the order of asking."""
     heat = None if hot is None else np.asarray(hot)
@@ -156,11 +156,11 @@ class PolicyRow:
 
 def compare(
     trace: Trace,
-    slots: npt.ArrayLike,
+    slots: ArrayLike,
     max_fetches: int | None,
     row_bytes: Sequence[int],
     *,
-    hot: npt.ArrayLike | None = None,
+    hot: ArrayLike | None = None,
 ) -> list[PolicyRow]:
     """Every policy on one trace, Belady's bound among them, in the registry's order.
 

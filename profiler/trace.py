@@ -5,6 +5,8 @@ positions in a layer's FFN; a plane of a layer wants the first so many of each t
 layer, high precision first, cost no second copy.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 import tempfile
@@ -12,15 +14,12 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+from policies.arrays import ArrayLike, Floats, IntArray, NDArray, np
 
-from policies.neurons import IntArray
-
-Order = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
+if TYPE_CHECKING:
+    Order = NDArray[np.int32]
 
 _FORMAT = "tiercache-trace-1"
 _FIRST_ROOM = 16  # tokens
@@ -50,7 +49,7 @@ class Trace:
             row are distinct is found when they are replayed.
     """
 
-    def __init__(self, neurons: int, counts: npt.ArrayLike, order: Sequence[npt.ArrayLike] | None = None) -> None:
+    def __init__(self, neurons: int, counts: ArrayLike, order: Sequence[ArrayLike] | None = None) -> None:
         self.neurons = neurons
         self.counts: IntArray = np.array(counts, dtype=np.int64)
         if self.counts.ndim != 2 or np.any((self.counts < 0) | (self.counts > neurons)):
@@ -79,7 +78,7 @@ class Trace:
         """Per layer [tokens, most], neurons most important first; to read, not to write."""
         return [row[: self.tokens] for row in self._rows]
 
-    def append(self, token_orders: Sequence[npt.ArrayLike]) -> None:
+    def append(self, token_orders: Sequence[ArrayLike]) -> None:
         """Record one more token.
 
         Args:
@@ -121,7 +120,7 @@ class Trace:
             found[layer] = np.bincount(self.rows(layer, plane).ravel(), minlength=self.neurons)
         return found
 
-    def union_sizes(self, windows: Sequence[int] = (2, 4, 8, 16, 64), plane: int = 0) -> dict[int, FloatArray]:
+    def union_sizes(self, windows: Sequence[int] = (2, 4, 8, 16, 64), plane: int = 0) -> dict[int, Floats]:
         """How dense a pass over several tokens is: per window length, the share of a layer's neurons that any wants.
 
         Args:
@@ -143,7 +142,7 @@ class Trace:
                         sums[window][layer] += np.count_nonzero(last > token - window)
         return {window: total / ((self.tokens - window + 1) * max(1, self.neurons)) for window, total in sums.items()}
 
-    def adjacent_overlap(self, plane: int = 0) -> tuple[FloatArray, FloatArray]:
+    def adjacent_overlap(self, plane: int = 0) -> tuple[Floats, Floats]:
         """How alike neighbours are: the mean share of a token's set that the token before it wanted, and chance.
 
         Returns:
@@ -176,7 +175,7 @@ class Trace:
                 raise
 
     @classmethod
-    def load(cls, path: str | Path) -> "Trace":
+    def load(cls, path: str | Path) -> Trace:
         """Read what `save` wrote.
 
         Raises:
@@ -190,7 +189,7 @@ class Trace:
                 raise ValueError(f"{path} is damaged or not a trace ({error}): record it again") from error
 
     @classmethod
-    def _read(cls, file: IO[bytes]) -> "Trace":
+    def _read(cls, file: IO[bytes]) -> Trace:
         with zipfile.ZipFile(file) as members:
             broken = members.testzip()  # reads every byte: a changed one must not reach the header's parser
             if broken is not None:
@@ -203,7 +202,7 @@ class Trace:
             order = [found[f"order_{layer}"] for layer in range(len(counts))]
             return cls(int(found["neurons"]), counts, order)
 
-    def _checked(self, row: npt.NDArray[np.generic]) -> Order:
+    def _checked(self, row: NDArray[np.generic]) -> Order:
         if row.size and (row.dtype.kind not in "iu" or row.min() < 0 or row.max() >= self.neurons):
             raise ValueError(f"an order of {row.dtype}: give whole numbers in [0, {self.neurons})")
         return np.array(row, dtype=np.int32)

@@ -15,7 +15,7 @@ from profiler.figure import ERROR, Figure
 from profiler.hardware import Hardware, HardwareError, catalogue
 from profiler.workload import Matmul, Workload
 from tiercache.bench.shapes import SHAPES
-from tiercache.commands.predicting import profile
+from tiercache.commands.profiler import profile
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget
 from tiercache.engine.workload import imagined_workload

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import policy_cost
+from policies import arrays
 from policies.eviction import POLICIES, make
 from policies.hot import hottest
 from policies.neurons import NeuronResidency, Step
@@ -133,7 +134,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fails(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez", fails)
+    monkeypatch.setattr(arrays.np, "savez", fails)
     with pytest.raises(OSError, match="disk full"):
         recorded(seed=1).save(tmp_path / "run.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]

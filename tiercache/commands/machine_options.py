@@ -1,16 +1,25 @@
 """The machine and the model that commands of `tiercache-profile` are asked about: their options, and what they mean."""
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from profiler.cost_model import Drafting
+from profiler.energy import G_PER_KWH, LIFETIME_YEARS, EnergyInputs
 from profiler.hardware import Catalogue, Hardware, HardwareError, catalogue
 from profiler.workload import Workload
-from tiercache.config.sizes import Budget
-from tiercache.errors import UsageError
+from tiercache.config.sizes import AUTO_FRACTION, Budget, human
+from tiercache.errors import DoesNotFitError, UsageError
+
+if TYPE_CHECKING:  # it imports torch, which --help should not cost
+    from tiercache.engine.prediction import PredictedDrafting
 
 NO_GPU, THIS_MACHINE = "none", "this"
 DRAM, DRAM_KIND, SSD = "64GiB", "ddr4-3200", "pcie-3"
@@ -28,6 +37,124 @@ Precision = Annotated[str, typer.Option(help="source, int8, int4 or int3.")]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of KV cache.")]
 Past = Annotated[int, typer.Option(min=0, help="Tokens before the one that is decoded.")]
 HardwareFile = Annotated[Path | None, typer.Option("--hardware", help="A TOML file of hardware of your own.")]
+
+_drafts = partial(typer.Option, rich_help_panel="Drafting")
+_energy = partial(typer.Option, rich_help_panel="Energy and carbon")
+DraftNodes = Annotated[int, _drafts(min=0, help="Nodes of a tree of drafts; 0 for none.")]
+TokensPerPass = Annotated[float, _drafts(min=1, help="Tokens that a drafted pass emits.")]
+DraftS = Annotated[float, _drafts(min=0, help="Seconds that making a tree takes.")]
+Drafter = Annotated[str | None, _drafts(help="A small model that drafts, named as MODEL is.")]
+DraftDepth = Annotated[int, _drafts(min=1, help="Passes of it for a tree.")]
+CarbonIntensity = Annotated[float, _energy(min=0, help="Grams of CO2e that a kWh emits.")]
+EmbodiedKg = Annotated[float | None, _energy(min=0, help="Kilograms of CO2e that making the card emitted.")]
+LifetimeYears = Annotated[float, _energy(min=0.1, help="Years of use that these are spread over.")]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a command that predicts is asked, as people give it; fields are named as the command's options."""
+
+    model: str
+    gpu: str
+    dram: str | None
+    dram_kind: str
+    ssd: str
+    lanes: int | None
+    precision: str
+    context: int
+    past: int
+    draft_nodes: int
+    tokens_per_pass: float
+    draft_s: float
+    drafter: str | None
+    draft_depth: int
+    file: Path | None
+    carbon_intensity: float = G_PER_KWH
+    embodied_kg: float | None = None
+    lifetime_years: float = LIFETIME_YEARS
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Question":
+        """From the options of a command, which may have more of them, and may leave out those of energy."""
+        return cls(**{item.name: options[item.name] for item in fields(cls) if item.name in options})
+
+    @property
+    def machine(self) -> Hardware:
+        """The machine that is meant; raises as `machine_of` does."""
+        return machine_of(known_hardware(self.file), self.gpu, self.dram, self.dram_kind, self.ssd, self.lanes)
+
+    def answer(self) -> dict[str, Any]:
+        """The prediction, as plain data.
+
+        Raises:
+            UsageError: something that cannot be meant.
+            DoesNotFitError: the model does not fit into the machine; says what to raise.
+        """
+        from tiercache.engine.prediction import predicted
+
+        machine = self.machine
+        drafts, workload = self.drafts(machine), self.workload(machine)
+        with ways_out(machine):
+            found = predicted(workload, machine, self.past, drafts, self.energy_inputs(machine))
+        return {
+            "schema": "tiercache.prediction/1",
+            "model": self.model,
+            "gpu": self.gpu,
+            "dram": self.dram or human(machine.dram.capacity_bytes),
+            "ssd": f"{machine.ssd_gbps.value:.1f}GB/s" if self.gpu == THIS_MACHINE else self.ssd,
+            **found,
+        }
+
+    def workload(self, machine: Hardware) -> Workload:
+        """The model's; raises as `workload_of_name` does."""
+        return workload_of_name(self.model, machine, self.precision, self.context, self.past)
+
+    def drafts(self, machine: Hardware) -> "PredictedDrafting | None":
+        """How it drafts; None where it does not.
+
+        Raises:
+            UsageError: options of drafting that contradict one another.
+        """
+        from tiercache.engine.prediction import PredictedDrafting
+
+        if (self.drafter is not None or self.draft_s or self.tokens_per_pass > 1) and not self.draft_nodes:
+            raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
+        if self.drafter is not None and self.draft_s:
+            raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
+        if not self.draft_nodes:
+            return None
+        small = None
+        if self.drafter is not None:
+            small = workload_of_name(self.drafter, machine, "source", self.context, self.past)
+        drafting = Drafting(self.draft_nodes, self.tokens_per_pass, self.draft_s)
+        return PredictedDrafting(drafting, small, self.draft_depth)
+
+    def energy_inputs(self, machine: Hardware) -> EnergyInputs:
+        """What energy and carbon are counted with."""
+        return EnergyInputs.of(
+            machine,
+            g_per_kwh=_unless(self.carbon_intensity, G_PER_KWH),
+            embodied_kg=self.embodied_kg,
+            lifetime_years=_unless(self.lifetime_years, LIFETIME_YEARS),
+        )
+
+
+@contextmanager
+def ways_out(machine: Hardware) -> Iterator[None]:
+    """Adds to a `DoesNotFitError` of a predicted machine what to raise, in this command's own options."""
+    try:
+        yield
+    except DoesNotFitError as error:
+        capacity = machine.gpu.memory.capacity_bytes if error.tier == "hbm" and machine.gpu else None
+        have = machine.dram.capacity_bytes if capacity is None else capacity
+        needed = have + ceil(error.missing_bytes / AUTO_FRACTION)
+        if capacity is None:
+            way_out = f"give --dram {ceil(needed / 2**30)}GiB or more"
+        else:
+            way_out = f"name a card with {human(needed)} or more with --gpu (see tiercache-profile hardware)"
+        what = str(error).rpartition(";")[0]
+        message = f"{what}; {way_out}, or lower --context or --precision"
+        raise DoesNotFitError(message, missing_bytes=error.missing_bytes, tier=error.tier) from error
 
 
 def known_hardware(file: Path | None) -> Catalogue:
@@ -98,3 +225,8 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
             )
         config = meta_model.read_config(folder)
     return imagined_workload(config, options, gpu=machine.gpu is not None)
+
+
+def _unless(value: float, default: float) -> float | None:
+    """An option that was given; None for its default, which has a source of its own."""
+    return None if value == default else value

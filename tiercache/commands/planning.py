@@ -23,6 +23,7 @@ from tiercache.commands.machine_options import (
     Ssd,
     known_hardware,
     machine_of,
+    ways_out,
     workload_of_name,
 )
 from tiercache.commands.predicting import profile
@@ -147,15 +148,16 @@ def _plan_elsewhere(
     if nodes:
         small = None if drafter == "none" else workload_of_name(drafter, machine, "source", context, past)
         drafts = PredictedDrafting(Drafting(nodes, tokens_per_pass, 0.0), small, 8)
-    return imagined_plan(
-        lambda precision: workload_of_name(model, machine, precision, context, past),
-        precisions,
-        machine,
-        identity,
-        OffloadConfig(hbm=Budget(), dram=Budget(), context=context),
-        past=past,
-        drafts=drafts,
-    )
+    with ways_out(machine):
+        return imagined_plan(
+            lambda precision: workload_of_name(model, machine, precision, context, past),
+            precisions,
+            machine,
+            identity,
+            OffloadConfig(hbm=Budget(), dram=Budget(), context=context),
+            past=past,
+            drafts=drafts,
+        )
 
 
 def _table(plan: RunPlan) -> Table:

@@ -3,38 +3,40 @@
 The numbers are `profiler.cost_model`'s; this file reads options and tells people.
 """
 
-import itertools
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from profiler.cost_model import Drafting
+from profiler.energy import G_PER_KWH, LIFETIME_YEARS
 from profiler.figure import ERROR
-from profiler.hardware import Catalogue, Hardware
-from profiler.workload import Workload
+from profiler.hardware import Catalogue
 from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
 from tiercache.commands.machine_options import (
-    DRAM,
     DRAM_KIND,
     SSD,
-    THIS_MACHINE,
+    CarbonIntensity,
     Context,
+    DraftDepth,
+    Drafter,
+    DraftNodes,
+    DraftS,
     Dram,
     DramKind,
+    EmbodiedKg,
     Gpu,
     HardwareFile,
     Lanes,
+    LifetimeYears,
     Model,
     Past,
     Precision,
+    Question,
     Ssd,
+    TokensPerPass,
     known_hardware,
-    machine_of,
-    workload_of_name,
 )
 from tiercache.config.sizes import human
-from tiercache.errors import DoesNotFitError, UsageError
 
 profile = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 profile.callback(help="Predict what a model would do on a machine that need not be here.")(options_of_all)
@@ -51,6 +53,7 @@ def hardware_command(file: HardwareFile = None, as_json: Json = False, quiet: Qu
 
 @profile.command("predict")
 def predict_command(
+    ctx: typer.Context,
     model: Model,
     gpu: Gpu = "3090",
     dram: Dram = None,
@@ -60,93 +63,21 @@ def predict_command(
     precision: Precision = "int4",
     context: Context = 4096,
     past: Past = 512,
-    draft_nodes: Annotated[int, typer.Option(min=0, help="Nodes of a tree of drafts; 0 for none.")] = 0,
-    tokens_per_pass: Annotated[float, typer.Option(min=1, help="Tokens that a drafted pass emits.")] = 1.0,
-    draft_s: Annotated[float, typer.Option(min=0, help="Seconds that making a tree takes.")] = 0.0,
-    drafter: Annotated[str | None, typer.Option(help="A small model that drafts, named as MODEL is.")] = None,
-    draft_depth: Annotated[int, typer.Option(min=1, help="Passes of it for a tree.")] = 8,
+    draft_nodes: DraftNodes = 0,
+    tokens_per_pass: TokensPerPass = 1.0,
+    draft_s: DraftS = 0.0,
+    drafter: Drafter = None,
+    draft_depth: DraftDepth = 8,
+    carbon_intensity: CarbonIntensity = G_PER_KWH,
+    embodied_kg: EmbodiedKg = None,
+    lifetime_years: LifetimeYears = LIFETIME_YEARS,
     file: HardwareFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second of a model on a machine, from data sheets or from what probe measured here."""
-    from tiercache.engine.prediction import PredictedDrafting, predicted
-
-    machine = machine_of(known_hardware(file), gpu, dram, dram_kind, ssd, lanes)
-    small = None if drafter is None else workload_of_name(drafter, machine, "source", context, past)
-    if (small is not None or draft_s or tokens_per_pass > 1) and not draft_nodes:
-        raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
-    if small is not None and draft_s:
-        raise UsageError("--draft-s and --drafter are two ways to say what drafting takes; leave one of them out")
-    drafting = Drafting(draft_nodes, tokens_per_pass, draft_s) if draft_nodes else None
-    drafts = None if drafting is None else PredictedDrafting(drafting, small, draft_depth)
-    result = predicted(workload_of_name(model, machine, precision, context, past), machine, past, drafts)
-    size = human(machine.dram.capacity_bytes)
-    result = {
-        "schema": "tiercache.prediction/1",
-        "model": model,
-        "gpu": gpu,
-        "dram": dram or size,
-        "ssd": f"{machine.ssd_gbps.value:.1f}GB/s" if gpu == THIS_MACHINE else ssd,
-        **result,
-    }
+    result = Question.of(ctx.params).answer()
     tell(report(result), result, as_json, quiet)
-
-
-@profile.command("sweep")
-def sweep_command(
-    model: Model,
-    gpus: Annotated[list[str], typer.Option("--gpu", help="Cards; several.")] = ["3090"],  # noqa: B006 - typer copies it
-    drams: Annotated[list[str], typer.Option("--dram", help="Sizes of main memory; several.")] = [DRAM],  # noqa: B006
-    ssds: Annotated[list[str], typer.Option("--ssd", help="Kinds or rates of SSDs; several.")] = [SSD],  # noqa: B006
-    precisions: Annotated[list[str], typer.Option("--precision", help="Precisions; several.")] = ["int4"],  # noqa: B006
-    dram_kind: DramKind = DRAM_KIND,
-    context: Context = 4096,
-    past: Past = 512,
-    file: HardwareFile = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Predict tokens a second on every combination of some cards, memories, SSDs and precisions."""
-    known, rows = known_hardware(file), []
-    for precision in precisions:
-        workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
-        for gpu, dram, ssd in itertools.product(gpus, drams, ssds):
-            machine = machine_of(known, gpu, dram, dram_kind, ssd, None)
-            on_card = machine.gpu is not None
-            if on_card not in workloads:
-                workloads[on_card] = workload_of_name(model, machine, precision, context, past)
-            rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
-    if not quiet and not as_json:
-        console().print(_sweep_table(model, rows))
-    tell("", {"schema": "tiercache.sweep/1", "model": model, "rows": rows}, as_json, quiet=True)
-
-
-def _swept(workload: Workload, machine: Hardware, past: int) -> dict[str, Any]:
-    """A row of a sweep; without a speed where the model does not fit."""
-    from tiercache.engine.prediction import predicted
-
-    try:
-        found = predicted(workload, machine, past, None)
-    except DoesNotFitError as error:
-        nothing: dict[str, Any] = dict.fromkeys(("tokens_per_s", "low", "high", "binding_tier"))
-        return {"precision": workload.precision, **nothing, "missing_bytes": error.missing_bytes}
-    kept = ("precision", "tokens_per_s", "low", "high", "binding_tier")
-    return {name: found[name] for name in kept} | {"missing_bytes": 0}
-
-
-def _sweep_table(model: str, rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=f"{model}, by data sheets (+-{ERROR['spec']:.0%})", title_justify="left")
-    for heading in ("precision", "gpu", "dram", "ssd", "tokens/s", "between", "bound by"):
-        shown.add_column(heading)
-    for row in rows:
-        where = (row["precision"], row["gpu"], row["dram"], row["ssd"])
-        if row["tokens_per_s"] is None:
-            shown.add_row(*where, "-", f"{human(row['missing_bytes'])} are missing", "memory")
-        else:
-            between = f"{row['low']:.2f} to {row['high']:.2f}"
-            shown.add_row(*where, f"{row['tokens_per_s']:.2f}", between, row["binding_tier"])
-    return shown
 
 
 def report(result: dict[str, Any]) -> str:
@@ -171,6 +102,7 @@ def report(result: dict[str, Any]) -> str:
             f"bound by {result['binding_tier']}",
             *_drafting(result["drafting"]),
             "twice as fast would give: " + ", ".join(f"{name} {speed:.2f}" for name, speed in better),
+            *_energy(result["energy"]),
             f"basis: {result['basis']}, +-{ERROR[result['basis']]:.0%}; check it there with: tiercache bench model",
         ]
     )
@@ -182,6 +114,18 @@ def _drafting(drafting: dict[str, Any] | None) -> list[str]:
     tree, emitted = drafting["nodes"], drafting["tokens_per_pass"]
     return [
         f"a tree of {tree} takes {drafting['draft_s'] * 1e3:.0f} ms to draft; {emitted:g} tokens a pass are assumed"
+    ]
+
+
+def _energy(energy: dict[str, Any]) -> list[str]:
+    parts = ", ".join(f"{name} {joules:.0f}" for name, joules in energy["joules"].items() if joules)
+    grams, used = energy["g_co2e_per_token"], energy["assumptions"]
+    making = used["embodied_kg"]
+    return [
+        f"energy, {energy['how']}: {energy['joules_per_token']:.0f} J a token ({parts})",
+        f"CO2e: {grams['operational']:.4f} g a token of electricity at {used['g_per_kwh']['value']:g} g/kWh, and "
+        f"{grams['embodied']:.4f} g of making the card ({making['value']:g} kg over "
+        f"{used['lifetime_years']['value']:g} years; {making['source']})",
     ]
 
 

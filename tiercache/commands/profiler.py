@@ -1,10 +1,12 @@
 """The entry point of `tiercache-profile`: its commands, which several files hold."""
 
-from tiercache.commands import measuring, planning, predicting
+from tiercache.commands import explaining, measuring, planning, plotting, predicting, sweeping
 
-__all__ = ["main", "measuring", "planning"]
+__all__ = ["explaining", "main", "measuring", "planning", "plotting", "profile", "sweeping"]
+
+profile = predicting.profile
 
 
 def main() -> None:
     """Run a command."""
-    predicting.profile()
+    profile()

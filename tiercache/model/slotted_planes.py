@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies.neurons import IntArray
+from policies.arrays import IntArray
 from tiercache.kernels.contract import Parts, SlotRows
 from tiercache.model.block_planes import BlockPlanes, Group, cut
 from tiercache.quant.codes import MIDDLES

@@ -1,13 +1,12 @@
 """What was measured, for people: a table, a line a mode, and the picture of bytes against loss. Measures nothing."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tiercache import pictures
 from tiercache.config.sizes import human
-from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
-_SUFFIXES = (".png", ".svg")
+_OPTION = "--plot"
 _LEGEND = "reference (KL 0, below the scale)"
 
 
@@ -73,16 +72,12 @@ def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def check_plot(file: Path) -> None:
     """Refuse early what `plot` could not draw: no picture's name, no folder for it, or no matplotlib."""
-    if file.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"--plot {file} is neither .png nor .svg; name it so")
-    if not file.expanduser().parent.is_dir():
-        raise UsageError(f"--plot {file}: there is no folder {file.parent}; make it first")
-    _figure()
+    pictures.check(file, _OPTION)
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
     """Draw KL over bytes a token, and the front that no mode is beyond; written to a .png or .svg."""
-    figure = _figure()
+    figure = pictures.figure(_OPTION)
     axes = figure.add_subplot()
     rows = [row for row in result["rows"] if row["kl"] is not None]
     floor = _floor(rows)
@@ -104,20 +99,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{Path(result['model']).name}: {result['predicted']} tokens against {result['reference']}")
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend()
-    figure.savefig(file.expanduser())
-
-
-def _figure() -> Any:
-    """A figure of its own: no window, and nothing that pyplot would remember."""
-    try:
-        agg, figures = import_module("matplotlib.backends.backend_agg"), import_module("matplotlib.figure")
-    except ImportError as error:
-        raise EnvironmentUnsupportedError(
-            f"--plot needs matplotlib ({error}); install it: pip install 'matplotlib>=3.8'"
-        ) from error
-    figure = figures.Figure(figsize=(8, 5), layout="constrained", dpi=150)
-    agg.FigureCanvasAgg(figure)
-    return figure
+    pictures.save(figure, file, _OPTION)
 
 
 def _floor(rows: list[dict[str, Any]]) -> float:

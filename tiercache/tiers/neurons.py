@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from policies import eviction
+from policies.arrays import IntArray
 from policies.hot import hottest
-from policies.neurons import IntArray, NeuronResidency
+from policies.neurons import NeuronResidency
 from tiercache.kernels.contract import Kernels
 from tiercache.stats.neurons import NeuronStats
 from tiercache.tiers.device import device_of

@@ -1,0 +1,51 @@
+"""Who only plans or predicts waits for nothing: each module of policies and profiler is imported in under 50 ms."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+MOST_S, TRIES = 0.05, 5
+HEAVY = ("torch", "transformers", "numpy", "lmdb", "psutil", "matplotlib", "typer")
+# The probe runs kernels. Of this machine's memory, psutil knows.
+ALLOWED = {"profiler.probe": ("torch", "numpy"), "profiler.host_memory": ("psutil",)}
+CODE = """
+import sys, time
+began = time.perf_counter()
+import {module}
+print(time.perf_counter() - began, *sorted({heavy!r} & sys.modules.keys()))
+"""
+
+
+def modules() -> list[str]:
+    paths = [path for package in ("policies", "profiler") for path in (HOUSE / package).rglob("*.py")]
+    parts = [path.relative_to(HOUSE).with_suffix("").parts for path in sorted(paths)]
+    return [".".join(part[:-1] if part[-1] == "__init__" else part) for part in parts]
+
+
+def imported(module: str) -> tuple[float, set[str]]:
+    """Seconds of an import in a fresh process, and the heavy packages that came with it."""
+    code = CODE.format(module=module, heavy=set(HEAVY))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HOUSE)
+    seconds, *heavy = found.stdout.split()
+    return float(seconds), set(heavy)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_module_is_imported_at_once(module: str) -> None:
+    fastest = MOST_S
+    for _ in range(TRIES):  # the best of them: another program may hold the processor
+        seconds, heavy = imported(module)
+        assert heavy <= set(ALLOWED.get(module, ())), heavy
+        fastest = min(fastest, seconds)
+        if fastest < MOST_S or module in ALLOWED:
+            return
+    pytest.fail(f"{TRIES} imports of {module} took at least {MOST_S:g} s each")
+
+
+def test_the_measurement_sees_what_is_slow_and_heavy() -> None:
+    seconds, heavy = imported("numpy")
+    assert seconds > 0.005
+    assert heavy == {"numpy"}
