@@ -1,7 +1,6 @@
 """A number about hardware, with what it rests on: a data sheet, a measurement, or a fit."""
 
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Literal
 
 Basis = Literal["spec", "measured", "fitted"]
@@ -34,6 +33,8 @@ class Figure:
 
 def measured(values: list[float], source: str) -> Figure:
     """The median of repeated measurements, with their spread."""
+    from statistics import median  # takes a third of this package's import, which who only predicts need not wait for
+
     middle = median(values)
     return Figure(middle, "measured", source, (max(values) - min(values)) / 2 / middle if middle else 0.0)
 

@@ -4,7 +4,6 @@ Knows data sheets (`hardware.toml`, and files of the user's own in that form). M
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -145,6 +144,8 @@ class Catalogue:
         Raises:
             HardwareError: it cannot be read, or holds something else.
         """
+        import tomllib  # as long to import as the rest of this module
+
         try:
             read = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

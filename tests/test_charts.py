@@ -86,6 +86,7 @@ def test_pictures(kind: str, suffix: str, tmp_path: Path) -> None:
         ("llama-2-7b", ("--gpu", "2080ti", "--precision", "int8")),
         ("llama-2-7b", ("--gpu", "none", "--dram", "4GiB")),
         ("tiny", ("--gpu", "3090")),
+        ("llama-2-70b", ("--gpu", "3090")),
     ],
 )
 def test_no_label_of_a_roofline_covers_another(
@@ -95,7 +96,7 @@ def test_no_label_of_a_roofline_covers_another(
     monkeypatch.setattr(pictures, "save", lambda figure, *_: drawn.append(figure))
     assert run("plot", model, *arguments, "--out", str(tmp_path / "chart.png")).exit_code == 0
     (axes,) = drawn[0].axes
-    labels = [text for text in axes.texts if ": " in text.get_text() and text.get_rotation() == 0]
+    labels = [text for text in axes.texts if text.get_text() and text.get_rotation() == 0]
     assert {"decode", "prefill of 512", "verify 64 nodes"} <= {text.get_text().split(":")[0] for text in labels}
     boxes = [text.get_window_extent() for text in labels]
     assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]

@@ -1,13 +1,20 @@
 """Energy and carbon of a token: by hand, by source, and M2Cache's old card against its new one."""
 
 import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from profiler.energy import EnergyInputs, energy_of_token
 from profiler.hardware import Hardware, HardwareError, catalogue
+from tiercache.bench.energy_meter import EnergyMeter
+from tiercache.commands import summary
 from tiercache.commands.profiler import profile
 
 GIB = 1 << 30
@@ -83,3 +90,77 @@ def test_drafting_takes_energy() -> None:
     )
     assert given - free == pytest.approx((350 + 105 + 26 * 64 * GIB / 256e9 + 2) * 0.1 / 2), "all of it busy"
     assert small > free
+
+
+# Measured.
+
+
+def zone(folder: Path, name: str, label: str, used_uj: int) -> Path:
+    made = folder / name
+    made.mkdir(exist_ok=True)
+    for file, text in (("name", label), ("energy_uj", str(used_uj)), ("max_energy_range_uj", "1000000000")):
+        (made / file).write_text(text + "\n")
+    return made
+
+
+def test_rapl_s_counters_are_read_and_begin_again(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0", 999_000_000)
+    zone(tmp_path, "intel-rapl:0:0", "core", 1)
+    zone(tmp_path, "intel-rapl:0:1", "dram", 5_000_000)
+    zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    (zone(tmp_path, "intel-rapl:2", "package-2", 0) / "energy_uj").unlink()
+    with EnergyMeter(torch.device("cpu"), tmp_path) as meter:
+        zone(tmp_path, "intel-rapl:0", "package-0", 2_000_000)
+        zone(tmp_path, "intel-rapl:0:0", "core", 900_000)
+        zone(tmp_path, "intel-rapl:0:1", "dram", 6_500_000)
+        zone(tmp_path, "intel-rapl:1", "package-1", 4_000_000)
+    assert meter.joules == pytest.approx({"cpu": 3 + 4, "dram": 1.5})
+    found = meter.of_tokens(2)
+    assert found == {"how": "measured", "joules_per_token": 4.25, "joules": meter.joules}
+    assert "4.2 J a token" in summary.of_energy(found)[0]
+
+
+def test_nothing_counts_where_there_are_no_counters(tmp_path: Path) -> None:
+    with EnergyMeter(torch.device("cpu"), tmp_path / "none") as meter:
+        pass
+    assert meter.of_tokens(3) is None
+    assert summary.of_energy(None) == []
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A driver's library with one card, whose counter stands at `mj`."""
+    made = SimpleNamespace(
+        NVMLError=NVMLError, mj=[10_000, 25_000], open=0, nvmlDeviceGetHandleByUUID=lambda uuid: uuid
+    )
+
+    def energy(card: str) -> int:
+        assert card == "GPU-some"
+        if not made.mj:
+            raise NVMLError("not supported")
+        return made.mj.pop(0)
+
+    made.nvmlInit = lambda: setattr(made, "open", made.open + 1)
+    made.nvmlShutdown = lambda: setattr(made, "open", made.open - 1)
+    made.nvmlDeviceGetTotalEnergyConsumption = energy
+    monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="some"))
+    yield made
+    assert made.open == 0, "the library is closed again"
+
+
+def test_a_card_s_counter(nvml: SimpleNamespace, tmp_path: Path) -> None:
+    with EnergyMeter(torch.device("cuda"), tmp_path) as meter:
+        pass
+    assert meter.joules == {"card": 15.0}
+
+
+def test_a_card_without_a_counter(nvml: SimpleNamespace, tmp_path: Path) -> None:
+    nvml.mj.clear()
+    with EnergyMeter(torch.device("cuda"), tmp_path) as meter:
+        pass
+    assert meter.of_tokens(1) is None

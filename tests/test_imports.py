@@ -13,9 +13,9 @@ HEAVY = ("torch", "transformers", "numpy", "lmdb", "psutil", "matplotlib", "type
 ALLOWED = {"profiler.probe": ("torch", "numpy"), "profiler.host_memory": ("psutil",)}
 CODE = """
 import sys, time
-began = time.perf_counter()
+began = time.process_time()
 import {module}
-print(time.perf_counter() - began, *sorted({heavy!r} & sys.modules.keys()))
+print(time.process_time() - began, *sorted({heavy!r} & sys.modules.keys()))
 """
 
 
@@ -26,7 +26,7 @@ def modules() -> list[str]:
 
 
 def imported(module: str) -> tuple[float, set[str]]:
-    """Seconds of an import in a fresh process, and the heavy packages that came with it."""
+    """Seconds of an import in a fresh process, waits for other programs left out; and the heavy packages it brought."""
     code = CODE.format(module=module, heavy=set(HEAVY))
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HOUSE)
     seconds, *heavy = found.stdout.split()
@@ -36,7 +36,7 @@ def imported(module: str) -> tuple[float, set[str]]:
 @pytest.mark.parametrize("module", modules())
 def test_a_module_is_imported_at_once(module: str) -> None:
     fastest = MOST_S
-    for _ in range(TRIES):  # the best of them: another program may hold the processor
+    for _ in range(TRIES):  # the best of them: other programs slow the processor
         seconds, heavy = imported(module)
         assert heavy <= set(ALLOWED.get(module, ())), heavy
         fastest = min(fastest, seconds)

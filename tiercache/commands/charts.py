@@ -59,10 +59,10 @@ def _roofline(chart: dict[str, Any]) -> Any:
     done = [
         each for each in chart["operations"] if each["kind"] != "head"
     ]  # a few per cent of a pass, and labels crowd
-    low = min(1.0, *(each["intensity"] for each in done)) / 2
-    high = max(each["intensity"] for each in done) * 25  # beyond the marks there is room for the processors' names
+    low = min(1.0, *(each["intensity"] for each in done)) / 4
+    high = max(each["intensity"] for each in done) * 20  # beyond the marks there is room for the processors' names
     bottom = min(min(roof["gbps"] for roof in roofs.values()) * low, *(each["gflops"] for each in done)) / 1.5
-    top = 4 * max(roof["peak_gflops"] for roof in roofs.values())
+    top = 12 * max(roof["peak_gflops"] for roof in roofs.values())
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     axes.set(xlabel="operations for each byte that comes through the level", ylabel="1e9 operations a second")
     for resource, roof in roofs.items():
@@ -73,7 +73,7 @@ def _roofline(chart: dict[str, Any]) -> Any:
     figure.draw_without_rendering()  # labels are placed by the axes' final size
     taken = _roof_labels(axes, roofs, low)
     for peak, who in sorted({(roof["peak_gflops"], roof["processor"]) for roof in roofs.values()}):
-        text = f"{who}: {peak / 1e3:.3g}e12 operations/s"
+        text = f"{who}:\n{peak / 1e3:.3g}e12 operations/s"
         taken.append(_put(axes, text, (high, peak), (-4, 4), ha="right", va="bottom", color="0.3"))
     phases, merged = list(dict.fromkeys(each["phase"] for each in done)), _merged(done)
     places = [(each["intensity"], each["gflops"]) for each in merged]
@@ -107,6 +107,7 @@ def _merged(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return each["phase"], each["resource"], round(10 * log10(each["intensity"])), round(10 * log10(each["gflops"]))
 
     groups = [list(group) for _, group in groupby(sorted(done, key=spot), key=spot)]
+    groups.sort(key=lambda group: done.index(group[0]))  # a phase after the other, as they were given
     return [group[0] | {"kind": ", ".join(each["kind"] for each in group)} for group in groups]
 
 
@@ -134,11 +135,11 @@ class _Crowd:
     def label(self, text: str, where: tuple[float, float]) -> None:
         """Label a mark where other labels, other marks and the edge leave most room; a line leads to a far label."""
         best: tuple[float, Any, tuple[int, int]] | None = None
-        for far, (across, up) in product((_NEAR, 20, 34, 50), _SIDES):
+        for far, (across, up) in product((_NEAR, 20, 34, 50, 70), _SIDES):
             offset = (across * far, up * far)
             style = {"ha": ("center", "left", "right")[across], "va": ("center", "bottom", "top")[up]}
             drawn = self.axes.annotate(text, where, offset, textcoords="offset points", fontsize=_SMALL, **style)
-            price = self._price(drawn.get_window_extent(), where) + far / 100
+            price = self._price(drawn.get_window_extent(), where, near=far == _NEAR) + far / 20
             if best is None or price < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -154,17 +155,21 @@ class _Crowd:
             line = {"arrowstyle": "-", "linewidth": 0.6, "color": "0.5", "shrinkA": 0}
             self.axes.annotate("", where, offset, textcoords="offset points", arrowprops=line)
 
-    def _price(self, box: Any, where: tuple[float, float]) -> float:
-        """What is bad about a place for a label, in the order of how bad it is."""
+    def _price(self, box: Any, where: tuple[float, float], *, near: bool) -> float:
+        """What is bad about a place for a label; a label that is not near has a line to its mark."""
         bounds, (x, y) = self.axes.get_window_extent(), self.axes.transData.transform(where)
         inside = bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1
+        others = [spot for spot in self.spots if hypot(spot[0] - x, spot[1] - y) > 1]
+        covered = sum(_distance(box, *spot) < _MARK_PX for spot in others)
         own = _distance(box, x, y)
-        others = [_distance(box, *spot) for spot in self.spots if hypot(spot[0] - x, spot[1] - y) > 1]
-        covered = sum(far < _MARK_PX for far in others)
-        misread = sum(far <= own for far in others)
+        misread = near * sum(_distance(box, *spot) <= own for spot in others)
+        end = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+        steps = [(x + (end[0] - x) * step / 10, y + (end[1] - y) * step / 10) for step in range(11)]
+        struck = sum(min(hypot(spot[0] - a, spot[1] - b) for a, b in steps) < _MARK_PX for spot in others)
+        struck += sum(any(other.contains(*step) for step in steps) for other in self.taken)
         crossed = sum(line.get_path().transformed(line.get_transform()).intersects_bbox(box) for line in self._roofs())
         overlapped = sum(box.padded(6).overlaps(other) for other in self.taken)
-        return float(10 * (not inside) + 8 * overlapped + 5 * covered + 4 * misread + crossed)
+        return float(40 * (not inside) + 20 * (overlapped + covered) + 8 * (misread + struck) + crossed)
 
     def _roofs(self) -> list[Any]:
         return [line for line in self.axes.get_lines() if len(line.get_xdata()) > 1]

@@ -98,7 +98,10 @@ def run_command(
     quiet: Quiet = False,
 ) -> None:
     """Generate text. It streams to standard output; with --json one object comes at the end instead."""
+    import torch
+
     import tiercache
+    from tiercache.bench.energy_meter import EnergyMeter
     from tiercache.store.checkpoint import resolve
 
     sampling = _sampling(temperature, top_p, top_k)
@@ -117,11 +120,14 @@ def run_command(
     with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
         attached: Any = opened.tiercache
         say(summary.outlook(opened), quiet)
-        tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
+        with EnergyMeter(torch.device(attached.stats().device)) as meter:
+            tokens = _generate(opened, tokenizer, ids, sampling, max_new_tokens, seed, stream=not as_json)
         stats, done = attached.stats().to_dict(), attached.run_plan.to_dict()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     result = {"schema": "tiercache.run/1", "text": text, "prompt_tokens": ids.shape[1], "tokens": tokens}
-    tell(summary.of_run(stats, len(tokens)), {**result, "stats": stats, "plan": done}, as_json, quiet)
+    energy = meter.of_tokens(len(tokens))
+    told = "\n".join([summary.of_run(stats, len(tokens)), *summary.of_energy(energy)])
+    tell(told, {**result, "stats": stats, "plan": done, "energy": energy}, as_json, quiet)
 
 
 def _room(needed: int, context: int | None, draft_nodes: int) -> dict[str, Any]:

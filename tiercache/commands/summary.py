@@ -111,6 +111,14 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
     return "\n".join(lines)
 
 
+def of_energy(energy: dict[str, Any] | None) -> list[str]:
+    """A line of what counters saw; none where there are no counters."""
+    if energy is None:
+        return []
+    parts = ", ".join(f"{part} {joules:.0f} J" for part, joules in energy["joules"].items())
+    return [f"energy, {energy['how']}: {energy['joules_per_token']:.1f} J a token ({parts} in all)"]
+
+
 def _neuron_summary(neurons: dict[str, Any]) -> str:
     each = neurons["read_bytes"] / max(1, neurons["tokens"])
     text = f"neurons {human(each)} read a token"
