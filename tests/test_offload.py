@@ -1,5 +1,7 @@
 """The promise: an offloaded model gives the very bits of the resident one, whatever the budgets."""
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,8 +18,10 @@ from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.select import select
 from tiercache.model import meta_model
+from tiercache.model.binding import folding
 from tiercache.quant import planes
 from tiercache.quant.hadamard import restored, stored
+from tiercache.stats.run import peak_rss_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From everything in one tier to a few dozen KiB beside what a pass itself takes.
@@ -214,6 +218,22 @@ def test_generate_is_unchanged(options: dict, llama: tuple) -> None:
         torch.manual_seed(7)
         outputs.append(model.generate(IDS[:1], max_new_tokens=8, pad_token_id=0, eos_token_id=None, **options))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_head_makes_no_copy_of_its_weight_in_a_prefill(dtype: torch.dtype, bias: bool) -> None:
+    """In a process's own peak: torch alone copies a weight of 16 bits where it gets the last tokens of a sequence."""
+    head = torch.nn.Linear(256, 60_000, bias=bias).to(dtype).requires_grad_(False)
+    slices = [torch.randn(batch, 32, 256).to(dtype)[:, -last:, :] for batch in (1, 2) for last in (1, 5, 32)]
+    assert all(torch.equal(folding(head)(x), head(x)) for x in slices)
+    x = slices[1]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+    before = peak_rss_bytes()
+    out = folding(head)(x)
+    assert peak_rss_bytes() - before < out.nbytes + head.weight.nbytes // 4
 
 
 def test_left_padding(llama: tuple) -> None:

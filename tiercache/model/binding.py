@@ -16,7 +16,7 @@ Knows modules and slots; not where slots come from.
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,6 +89,8 @@ class Binder:
             if forward is not None:
                 self._forwards.put(module.__dict__, "forward", forward)
                 self._planes.append(forward)
+            elif layer_of(use.module) is None:
+                self._forwards.put(module.__dict__, "forward", folding(module))
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
 
@@ -186,6 +188,22 @@ class Binder:
         assert isinstance(weight, PlaneWeight)  # a neuron's planes have forwards of their own
         weight.decode_into(slot, made, slots[1:])
         return made
+
+
+def folding(head: nn.Module) -> Callable[..., torch.Tensor]:
+    """A head's forward that makes no copy of its weight in a prefill of one sequence; the bits are the same.
+
+    It gets a slice there, the last tokens, whose strides torch does not fold into rows (`should_fold` of ATen's
+    LinearAlgebra.cpp): it copies a weight of 16 bits once for each sequence, and multiplies sequence by sequence.
+    Several sequences are left to that, for all rows at once give other bits.
+    """
+    forward = head.forward
+
+    def folded(x: torch.Tensor) -> torch.Tensor:
+        one = x.dim() == 3 and len(x) == 1
+        return cast("torch.Tensor", forward(x.reshape(-1, x.shape[-1]).view(x.shape) if one else x))
+
+    return folded
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
