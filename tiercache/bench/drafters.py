@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from profiler.processor import processor_name
 from tiercache import __version__
 from tiercache.bench.drafters_options import Options
 from tiercache.bench.drafters_rows import DrafterRow, Judge, Turn
 from tiercache.bench.drafting_prompts import Prompts
 from tiercache.bench.timed_generation import NONE, PLAIN, Cell, Entry, ModelSetting, Sample, TimedModel, open_timed
-from tiercache.doctor.checks import processor_name
 from tiercache.engine.source import default_store
 from tiercache.errors import DoesNotFitError
 from tiercache.progress import note

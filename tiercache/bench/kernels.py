@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from profiler.processor import processor_name
 from tiercache import __version__
 from tiercache.bench import kernel_cases, timing_device, workset
 from tiercache.bench.kernel_cases import Case
 from tiercache.bench.shapes import GROUP
 from tiercache.bench.timing_device import Effort, TimingDevice, median_s, working_set_bytes
-from tiercache.doctor.checks import processor_name
 from tiercache.errors import TiercacheError, UsageError
 from tiercache.kernels.contract import MAX_TOKENS
 from tiercache.progress import Advance, bar

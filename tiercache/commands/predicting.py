@@ -193,7 +193,7 @@ def _machine(known: Catalogue, gpu: str, dram: str | None, kind: str, ssd: str, 
     if size is None:
         raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
     if gpu == _MEASURED:
-        from tiercache.bench.probe_cache import this_machine
+        from tiercache.engine.probe_cache import this_machine
 
         if (kind, ssd, lanes) != (_DRAM_KIND, _SSD, None):
             raise UsageError(f"--gpu {_MEASURED} is as it was measured; leave out --dram-kind, --ssd and --lanes")

@@ -1,7 +1,5 @@
 """One finding of the doctor, and how its probes look at what may be absent or broken."""
 
-import platform
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -48,9 +46,3 @@ def text_of(path: Path) -> str:
 def dotted(numbers: Sequence[int]) -> str:
     """A version as it is written."""
     return ".".join(str(number) for number in numbers)
-
-
-def processor_name() -> str:
-    """What the system calls the processor."""
-    model = re.search(r"^model name\s*:\s*(.+)$", text_of(Path("/proc/cpuinfo")), re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()

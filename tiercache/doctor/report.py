@@ -21,10 +21,11 @@ from rich.table import Table
 
 from profiler import probe
 from profiler.host_memory import host_memory
+from profiler.processor import processor_name
 from tiercache import __version__
 from tiercache.config.sizes import human
 from tiercache.doctor import gpu
-from tiercache.doctor.checks import Check, Probe, dotted, module, processor_name, text_of
+from tiercache.doctor.checks import Check, Probe, dotted, module, text_of
 
 SCHEMA = "tiercache.doctor/1"
 # pyproject.toml's ranges, from the first that will do to the first that will not; a test compares them.

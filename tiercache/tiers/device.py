@@ -70,6 +70,11 @@ class Device:
     def __init__(self, at: torch.device) -> None:
         self.at = at
 
+    @property
+    def name(self) -> str:
+        """What its maker calls it; empty for the processor."""
+        return ""
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 memory whose first byte lies at a multiple of 2 MiB."""
         raw = torch.empty(nbytes + HUGE_PAGE_BYTES, dtype=torch.uint8, device=self.at)
@@ -119,6 +124,10 @@ class CudaDevice(Device):
     """An NVIDIA GPU."""
 
     wants_pinned = wants_aligned = True
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.at)
 
     def copies(self) -> Copies:
         return StreamCopies(self.at)
