@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from policies.plan import Plan
+from profiler import read_rates
 from profiler.figure import ERROR
 from profiler.hardware import Hardware
 from profiler.matmul_rates import MatmulRates, nearest
 from profiler.workload import Matmul, Workload
 
 _GIGA, _TERA = 1e9, 1e12
+_ROW_BYTES = 4096  # a row of the token embedding is read in whole blocks, most often one
 
 
 @dataclass(frozen=True)
@@ -96,30 +98,35 @@ def pass_time(
         past: tokens in the KV cache before it.
         cpu_tokens: up to how many tokens the CPU multiplies, in main memory, what does not stay on the card.
     """
-    staying, streamed, moved = set(plan.fastest.placement.pinned), set(plan.streamed), plan.copied
+    staying, moved = set(plan.fastest.placement.pinned), plan.copied
     beside = plan.has_hbm and tokens <= cpu_tokens
     on_cpu: list[Matmul] = []
     on_device: list[Matmul] = []
     for matmul in workload.matmuls:
         (on_cpu if beside and not staying.issuperset(matmul.units) else on_device).append(matmul)
     up_bytes = 0 if beside else sum(workload.payload[key] for key in moved)
-    ssd_bytes = sum(workload.payload[key] for key in workload.needs.order if key in streamed)
+    ssd_bytes = sum(workload.payload[key] for key in plan.streamed)
     cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)
+    fitted = {name: figure.value for name, figure in hardware.fitted.items()}
     busy = {
-        "compute": _device_s(workload, on_device, hardware, tokens, past, hardware.matmuls),
+        "compute": _device_s(workload, on_device, hardware, tokens, past, hardware.matmuls)
+        * fitted.get("compute", 1.0),
         "cpu": sum(_matmul_s(workload, m, tokens, hardware.dram.gbps.value, hardware.cpu_gflops.value) for m in on_cpu),
         "link": _link_s(hardware, up_bytes, 0 if beside else len(moved)),
-        "ssd": ssd_bytes / (hardware.ssd_gbps.value * _GIGA),
+        "ssd": _ssd_s(workload, plan, hardware) * fitted.get("ssd", 1.0),
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
-    overhead = workload.layers * hardware.layer_s.value + hardware.pass_s.value
-    overhead += len(plan.streamed) * hardware.unit_s.value
-    serial = busy["compute"] + busy["cpu"]  # layers follow one another, wherever they are multiplied
-    most = max(serial + overhead, busy["link"], busy["ssd"], busy["dram"])
-    share = hardware.overlap.value
-    total = share * most + (1 - share) * (serial + overhead + busy["link"] + busy["ssd"])
-    roof = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
-    return PassTime(busy, overhead, max(total, most), max(roof, busy["link"], busy["ssd"], busy["dram"]))
+    overhead = _overhead_s(workload, plan, hardware, tokens) * fitted.get("overhead", 1.0)
+    roofs = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
+    bound = max(roofs, busy["link"], ssd_bytes / (hardware.ssd_gbps.value * _GIGA), busy["dram"])
+    return PassTime(busy, overhead, max(combined_s(busy, overhead, hardware.overlap.value), bound), bound)
+
+
+def combined_s(busy_s: Mapping[str, float], overhead_s: float, overlap: float) -> float:
+    """Seconds of a pass from those of its resources, of which the share `overlap` of what could run at once does."""
+    serial = busy_s["compute"] + busy_s["cpu"] + overhead_s  # layers follow one another, wherever they are multiplied
+    most = max(serial, busy_s["link"], busy_s["ssd"], busy_s["dram"])
+    return max(overlap * most + (1 - overlap) * (serial + busy_s["link"] + busy_s["ssd"]), most)
 
 
 def predict(
@@ -149,8 +156,16 @@ def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
             cpu_gflops=hardware.cpu_gflops.scaled(times),
             matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(times) for rates in hardware.matmuls),
         ),
-        "ssd": replace(hardware, ssd_gbps=hardware.ssd_gbps.scaled(times)),
-        "overhead a layer": replace(hardware, layer_s=hardware.layer_s.scaled(1 / times)),
+        "ssd": replace(
+            hardware,
+            ssd_gbps=hardware.ssd_gbps.scaled(times),
+            reads=tuple(rate.scaled(times) for rate in hardware.reads),
+        ),
+        "overhead a layer": replace(
+            hardware,
+            layer_s=hardware.layer_s.scaled(1 / times),
+            matmuls=tuple(rates.with_layers(1 / times) for rates in hardware.matmuls),
+        ),
     }
     if (card := hardware.gpu) is not None:
         memory = replace(card.memory, gbps=card.memory.gbps.scaled(times))
@@ -176,18 +191,48 @@ def _device_s(
     gflops = hardware.cpu_gflops.value if card is None else card.tflops.value * _TERA / _GIGA
     pairs = tokens * (past + (tokens + 1) / 2)
     kept_bytes = workload.kv_bytes * min(1.0, (past + tokens) / workload.context)
-    attention = max(kept_bytes / gbps, 4 * workload.attention_width * pairs / gflops) / _GIGA
-    return attention + sum(_matmul_s(workload, matmul, tokens, gbps, gflops, measured) for matmul in matmuls)
+    attended = gflops if not measured or hardware.attention_gflops is None else hardware.attention_gflops.value
+    attention = max(kept_bytes / gbps, 4 * workload.attention_width * pairs / attended) / _GIGA
+    if not measured:
+        return attention + sum(_matmul_s(workload, matmul, tokens, gbps, gflops) for matmul in matmuls)
+    nbytes, widths = dict.fromkeys(range(len(measured)), 0), dict.fromkeys(range(len(measured)), 0)
+    for matmul in matmuls:
+        own = sum(workload.payload[key] for key in matmul.units)
+        kind = nearest(measured, own / matmul.weights)
+        nbytes[kind] += own
+        widths[kind] += matmul.width
+    return attention + sum(
+        rates.product_s(nbytes[kind], tokens) + rates.activation_s(widths[kind], tokens)
+        for kind, rates in enumerate(measured)
+    )
 
 
-def _matmul_s(
-    workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float, measured: Sequence[MatmulRates] = ()
-) -> float:
+def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflops: float) -> float:
     nbytes = sum(workload.payload[key] for key in matmul.units)
-    rates = nearest(measured, nbytes / matmul.weights, matmul.weights)
-    if rates is not None:
-        return rates.seconds(nbytes, tokens, matmul.width)
     return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
+
+
+def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int) -> float:
+    """Seconds of layers, units from the SSD and rows of the token embedding, beside bytes and operations."""
+    found, unit_s = workload.layers * hardware.layer_s.value + hardware.pass_s.value, hardware.unit_s.value
+    if hardware.matmuls:
+        measured = hardware.matmuls[nearest(hardware.matmuls, workload.bytes_per_weight)]
+        beside_s = measured.beside_s(workload.layers, tokens)
+        found = found if beside_s is None else beside_s
+        unit_s = unit_s if measured.unit_s is None else measured.unit_s.value
+    found += len(plan.streamed) * unit_s
+    held = {key for tier in (plan.hbm, plan.dram) if tier is not None for key in tier.placement.pinned}
+    if workload.table is not None and workload.table not in held:  # one after the other, before the first layer
+        found += read_rates.seconds(hardware.reads, 1, [_ROW_BYTES] * tokens) or 0.0
+    return found
+
+
+def _ssd_s(workload: Workload, plan: Plan, hardware: Hardware) -> float:
+    """Seconds of reads, by their sizes where these were measured."""
+    sizes = [nbytes for key in plan.streamed for nbytes in workload.reads.get(key, ())]
+    taken = read_rates.seconds(hardware.reads, workload.readers, sizes) if sizes else None
+    nbytes = sum(workload.payload[key] for key in plan.streamed)
+    return nbytes / (hardware.ssd_gbps.value * _GIGA) if taken is None else taken
 
 
 def _link_s(hardware: Hardware, nbytes: int, copies: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from profiler.figure import Basis, Figure, weakest
 from profiler.matmul_rates import MatmulRates
+from profiler.read_rates import ReadRate
 
 TABLE = Path(__file__).with_name("hardware.toml")
 KINDS = ("gpu", "link", "dram", "ssd", "cpu")
@@ -38,15 +39,6 @@ class Memory:
     """A memory: its bytes, and the bytes a second that are read from it, in 1e9."""
 
     capacity_bytes: int
-    gbps: Figure
-
-
-@dataclass(frozen=True)
-class ReadRate:
-    """What direct reads of the SSD reach, so many at once and so many bytes each."""
-
-    threads: int
-    block_bytes: int
     gbps: Figure
 
 
@@ -87,9 +79,15 @@ class Hardware:
         pass_s: what a pass costs so beside its layers.
         unit_s: what each unit that is read from the SSD costs so beside its bytes.
         link_latency_s: what each copy over the link costs beside its bytes.
-        matmuls: what this library's kernels were measured to reach where the model computes; empty where nobody
-            measured, and roofs stand in.
-        reads: what direct reads reach, by how many there are at once and their size; empty where nobody measured.
+        matmuls: what layers of each kind of weights were measured to take where the model computes; empty where nobody
+            measured, and roofs, `layer_s` and `unit_s` stand in.
+        reads: direct reads by their size and number at a time; empty where only `ssd_gbps` is known.
+        attention_gflops: 1e9 operations a second of attention; None where nobody measured, and the CPU's or the card's
+            rate stands in.
+        handover_s: what the cores took meanwhile to hand a small matrix to one another; the host of a virtual machine
+            may put them further apart later, and passes then take longer.
+        fitted: by what the seconds of a part ("compute", "overhead", "ssd") are to be multiplied, as passes that were
+            run have shown; empty where too few were.
         throttle_gbps: of copies to a region of main memory that stands in for a card; None where nothing slows them.
     """
 
@@ -104,6 +102,9 @@ class Hardware:
     link_latency_s: float = _LINK_LATENCY_S
     matmuls: tuple[MatmulRates, ...] = ()
     reads: tuple[ReadRate, ...] = ()
+    attention_gflops: Figure | None = None
+    handover_s: Figure | None = None
+    fitted: Mapping[str, Figure] = field(default_factory=dict)
     throttle_gbps: Figure | None = None
 
     @property
@@ -121,15 +122,16 @@ class Hardware:
         if self.gpu is not None:
             found |= {"gpu memory": self.gpu.memory.gbps, "gpu": self.gpu.tflops, "link": self.gpu.link_gbps}
         for rates in self.matmuls:
-            what = f"{rates.bytes_per_weight:.2f} B a weight, {rates.weights >> 20} Mi weights"
-            found |= {f"matmul, {what}, {tokens} tokens": figure for tokens, figure in rates.gbps.items()}
-            found |= {f"activations, {what}, {tokens} tokens": each for tokens, each in rates.activation_ns.items()}
-        return found
+            found |= rates.figures
+        for rate in self.reads:
+            found[f"reads of {rate.block_bytes >> 10} KiB, {rate.threads} at a time"] = rate.gbps
+        return found | {f"fitted, {name}": figure for name, figure in self.fitted.items()}
 
     @property
     def basis(self) -> Basis:
-        """What the figure that is trusted least rests on."""
-        return weakest(list(self.figures.values()))
+        """What the figure that is trusted least rests on; "fitted" where measured ones are corrected by runs."""
+        found = weakest(list(self.figures.values()))
+        return "fitted" if self.fitted and found == "measured" else found
 
 
 @dataclass(frozen=True)

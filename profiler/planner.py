@@ -11,7 +11,8 @@ from policies.plan import Plan
 from policies.run_plan import Decision
 from policies.settings import DEFAULT, Settings
 from profiler.cost_model import Drafting, Prediction, predict
-from profiler.hardware import Hardware, ReadRate
+from profiler.hardware import Hardware
+from profiler.read_rates import ReadRate
 from profiler.workload import Workload
 
 # Ways that differ by less are the same: runs of one way differ by more (docs/measured.md). The one named first wins.
@@ -114,9 +115,6 @@ def within_error(ranked: Sequence[Ranked]) -> bool:
 
 
 def _predicted(way: Way, hardware: Hardware, past: int) -> Prediction:
-    reads = next((each for each in hardware.reads if _is(each, way.settings)), None)
-    if reads is not None:
-        hardware = replace(hardware, ssd_gbps=reads.gbps)
     return predict(way.workload, way.plan, hardware, past=past, cpu_tokens=way.cpu_tokens, drafting=way.drafting)
 
 

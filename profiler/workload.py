@@ -5,7 +5,8 @@ the two cannot differ.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median_low
 
 from policies.plan import PlanInputs
 from policies.types import Key
@@ -40,6 +41,9 @@ class Workload:
         kv_bytes: what it takes then.
         attention_width: heads x their dimension, over all layers: each pair of a new token and one in the cache costs
             four operations of each.
+        reads: of each unit, the bytes of the direct reads that bring it from the SSD.
+        readers: how many of them are under way at once.
+        table: the token embedding's unit; where it stays in no tier, each token's row is read from the SSD on its own.
     """
 
     precision: str
@@ -50,6 +54,14 @@ class Workload:
     context: int
     kv_bytes: int
     attention_width: int
+    reads: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
+    readers: int = 1
+    table: Key | None = None
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of most matrices: the head may be of another precision."""
+        return median_low(sum(self.payload[key] for key in each.units) / each.weights for each in self.matmuls)
 
     @property
     def pass_bytes(self) -> int:

@@ -67,6 +67,7 @@ LADDER = (
         "engine.run",
         "engine.drafting",
         "engine.placement",
+        "engine.actuals",
     ),
     *("engine.mixed_plan", "engine.mixed", "engine.mixed_fit", "engine.attach_drafters"),
     *(

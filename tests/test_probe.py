@@ -5,76 +5,183 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import tiercache
 from policies.plan import PlanInputs, fill_tiers
+from profiler import read_rates
 from profiler.cost_model import pass_time, upgrades
 from profiler.figure import Figure, measured
+from profiler.fitting import LEAST_PAIRS, Pair, fitted
 from profiler.hardware import Hardware, Memory
 from profiler.matmul_rates import MatmulRates, nearest
+from profiler.read_rates import ReadRate
 from profiler.workload import Matmul, Workload
-from tiercache.bench import machine_probe
+from tiercache.bench import layer_probe, machine_probe, undisturbed
 from tiercache.commands import profiler
 from tiercache.commands.predicting import profile
-from tiercache.engine import probe_cache
+from tiercache.engine import actuals, probe_cache
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
+from tiercache.store.format import Piece
+from tiercache.store.reader import Reader, aligned_buffer
 
 GIB = 1 << 30
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 FIGURE = Figure(2.0, "measured", "a test", 0.1)
 
 
-def rates(bytes_per_weight: float = 1.0, weights: int = 1 << 20) -> MatmulRates:
+def rates(bytes_per_weight: float = 1.0) -> MatmulRates:
     gbps = {1: Figure(10.0, "measured"), 5: Figure(5.0, "measured")}
-    return MatmulRates(bytes_per_weight, weights, gbps, {4: Figure(3.0, "measured")})
+    layers = {1: Figure(0.001, "measured"), 5: Figure(0.003, "measured")}
+    whole = {1: Figure(0.25, "measured"), 5: Figure(0.25, "measured")}
+    activations = {1: Figure(0.0, "measured"), 5: Figure(3.0, "measured")}
+    return MatmulRates(bytes_per_weight, gbps, activations, layers, whole, Figure(0.01, "measured"))
 
 
 def machine() -> Hardware:
-    dram = Memory(8 * GIB, Figure(20.0, "measured"))
-    return Hardware(None, dram, FIGURE.scaled(50), FIGURE, FIGURE.scaled(0.5), FIGURE.scaled(1e-3), matmuls=(rates(),))
+    dram, beside = Memory(8 * GIB, Figure(20.0, "measured")), {"pass_s": FIGURE.scaled(0), "unit_s": FIGURE.scaled(0)}
+    given = (None, dram, FIGURE.scaled(50), FIGURE, FIGURE.scaled(0.5), FIGURE.scaled(1e-3))
+    return Hardware(*given, **beside, matmuls=(rates(),))
 
 
 def test_seconds_between_token_counts_and_beyond() -> None:
     found = rates()
-    assert found.seconds(10**9, 1) == pytest.approx(0.1)
-    assert found.seconds(10**9, 3) == pytest.approx(0.15), "half way between 0.1 and 0.2"
-    assert found.seconds(10**9, 20) == pytest.approx(0.8), "four times as many tokens as were measured"
-    beside = found.seconds(10**9, 4, width=1000) - found.seconds(10**9, 4)
-    assert beside == pytest.approx(3e-9 * 4 * 1000)
-    assert found.seconds(10**9, 1, width=1000) == pytest.approx(0.1), "one token's is the layer's"
-    assert found.scaled(2).seconds(10**9, 4, width=1000) == pytest.approx(found.seconds(10**9, 4, width=1000) / 2)
+    assert found.product_s(10**9, 1) == pytest.approx(0.1)
+    assert found.product_s(10**9, 3) == pytest.approx(0.15), "half way between 0.1 and 0.2"
+    assert found.product_s(10**9, 20) == pytest.approx(0.8), "four times as many tokens as were measured"
+    assert found.activation_s(1000, 5) == pytest.approx(3e-9 * 5 * 1000)
+    assert found.activation_s(1000, 1) == 0
+    assert found.scaled(2).activation_s(1000, 5) == pytest.approx(found.activation_s(1000, 5) / 2)
+    assert found.beside_s(10, 3) == pytest.approx(10 * 0.002 + 0.25)
+    assert found.beside_s(10, 500) == pytest.approx(10 * 0.003 + 0.25), "Python does not grow with the tokens"
+    assert found.with_layers(0.5).beside_s(10, 1) == pytest.approx(10 * 0.0005 + 0.25)
 
 
-def test_the_nearest_rates_are_of_the_precision_first() -> None:
-    known = [rates(0.56, 1 << 20), rates(0.56, 1 << 24), rates(1.06, 1 << 20)]
-    assert nearest(known, 0.6, 1 << 23) is known[1]
-    assert nearest(known, 1.0, 1 << 24) is known[2]
-    assert nearest([], 1.0, 1) is None
+def test_the_nearest_rates_are_of_the_precision() -> None:
+    known = [rates(0.56), rates(1.06), rates(2.0)]
+    assert [nearest(known, each) for each in (0.44, 0.6, 1.0, 4.0)] == [0, 0, 1, 2]
+
+
+def _model(matrices: int = 1, **given: Any) -> Workload:
+    sizes = dict.fromkeys(range(matrices), GIB)
+    needs = PlanInputs(sizes, [*map(str, sizes)], tuple(sizes), frozenset(), None, {}, {})
+    matmuls = tuple(Matmul((key,), GIB, 1000) for key in sizes)
+    return Workload("int8", 1, matmuls, needs, sizes, 100, 0, 0, **given)
 
 
 def test_measured_rates_take_the_place_of_roofs_and_leave_the_bound() -> None:
-    needs = PlanInputs({0: GIB}, ["a"], (0,), frozenset(), None, {}, {})
-    workload = Workload("int8", 1, (Matmul((0,), GIB, 1000),), needs, {0: GIB}, 100, 0, 0)
-    plan = fill_tiers(needs, hbm_bytes=None, dram_bytes=2 * GIB)
-    on = replace(machine(), pass_s=Figure(0.25, "measured"))
+    workload, on = _model(), machine()
+    plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=2 * GIB)
     found = pass_time(workload, plan, on)
     assert found.busy_s["compute"] == pytest.approx(GIB / 10e9)
-    assert found.overhead_s == pytest.approx(2e-3 + 0.25)
+    assert found.overhead_s == pytest.approx(0.001 + 0.25)
     assert found.bound_s == pytest.approx(GIB / 20e9), "the memory's roof"
-    faster = upgrades(on)["cpu and main memory"]
-    assert pass_time(workload, plan, faster).busy_s["compute"] == pytest.approx(GIB / 20e9)
+    faster = upgrades(on)
+    assert pass_time(workload, plan, faster["cpu and main memory"]).busy_s["compute"] == pytest.approx(GIB / 20e9)
+    assert pass_time(workload, plan, faster["overhead a layer"]).overhead_s == pytest.approx(0.0005 + 0.25)
+    plain = replace(on, matmuls=(), pass_s=Figure(0.1))
+    assert pass_time(workload, plan, plain).overhead_s == pytest.approx(on.layer_s.value + 0.1), "where nobody measured"
 
 
 def test_each_unit_that_is_read_costs_beside_its_bytes() -> None:
-    sizes = dict.fromkeys(range(8), GIB)
-    needs = PlanInputs(sizes, [*"abcdefgh"], tuple(sizes), frozenset(), None, {}, {})
-    workload = Workload("int8", 1, tuple(Matmul((n,), GIB) for n in sizes), needs, sizes, 100, 0, 0)
-    plan = fill_tiers(needs, hbm_bytes=None, dram_bytes=5 * GIB)
+    workload = _model(8)
+    plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=5 * GIB)
     assert plan.streamed
-    free, costly = (replace(machine(), unit_s=Figure(seconds, "measured")) for seconds in (0.0, 0.01))
-    more = pass_time(workload, plan, costly).overhead_s - pass_time(workload, plan, free).overhead_s
+    still = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=9 * GIB)
+    more = pass_time(workload, plan, machine()).overhead_s - pass_time(workload, still, machine()).overhead_s
     assert more == pytest.approx(0.01 * len(plan.streamed))
+
+
+def test_reads_by_their_size() -> None:
+    known = [ReadRate(4, size, Figure(gbps)) for size, gbps in ((1000, 0.1), (3000, 0.1), (1000, 9.0))][:2]
+    assert read_rates.seconds(known, 4, [1000, 2000, 500, 6000]) == pytest.approx((1 + 2 + 1 + 6) * 1e-5)
+    assert read_rates.seconds(known, 8, [1000]) is None
+    workload = _model(8, reads=dict.fromkeys(range(8), (2000, 1000)), readers=4)
+    plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=5 * GIB)
+    on = replace(machine(), reads=tuple(known))
+    assert pass_time(workload, plan, on).busy_s["ssd"] == pytest.approx(3e-5 * len(plan.streamed))
+    assert pass_time(workload, plan, upgrades(on)["ssd"]).busy_s["ssd"] == pytest.approx(1.5e-5 * len(plan.streamed))
+    assert pass_time(_model(8), plan, on).busy_s["ssd"] == pytest.approx(len(plan.streamed) * GIB / 2e9)
+
+
+def test_rows_of_a_table_that_stays_nowhere_are_read_one_by_one() -> None:
+    plan = fill_tiers(_model().needs, hbm_bytes=None, dram_bytes=2 * GIB)
+    on = replace(machine(), reads=(ReadRate(1, 4096, Figure(4096e-9 / 1e-4)),))
+    held, nowhere = (pass_time(_model(table=key), plan, on, tokens=5).overhead_s for key in (0, 1))
+    assert nowhere - held == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(("offset", "nbytes", "at"), [(0, 5 << 20, 0), (4096, 100, 4096), (100, 5 << 20, 0)])
+def test_the_loader_s_reads_are_those_that_are_predicted(tmp_path: Path, offset: int, nbytes: int, at: int) -> None:
+    path, sizes = tmp_path / "file", list[int]()
+    path.write_bytes(bytes(9 << 20))
+    piece = Piece(path, offset, nbytes, at, nbytes)
+    with Reader() as reader:
+        fetch = reader._fetch
+
+        def counting(descriptor: int, path: Path, offset: int, view: Any, needed: int) -> None:
+            sizes.append(len(view))
+            fetch(descriptor, path, offset, view, needed)
+
+        reader._fetch = counting  # type: ignore[method-assign]
+        reader.read([piece], aligned_buffer(8 << 20)).wait()
+    assert sorted(sizes) == sorted(Reader.request_bytes([piece]))
+
+
+def test_three_parts_of_a_layer_are_told_apart() -> None:
+    rows = np.array([[1, 2, 10, 1e3], [1, 10, 50, 5e3], [1, 24, 1e4, 1e7], [1, 4, 5e3, 4e7]])
+    parts = np.array([0.0, 1e-3, 2e-7, 1e-10])
+    seconds = rows @ parts
+    assert layer_probe.not_negative(rows, seconds, 1 / seconds) == pytest.approx(tuple(parts), rel=1e-6, abs=1e-12)
+    odd = layer_probe.not_negative(rows, -seconds, 1 / seconds)
+    assert odd == (0, 0, 0, 0), "nothing takes less than no time"
+
+
+def test_what_others_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, results = iter([0.0, 1e9, 0.0, 1e9, 0.0, 0.0, 0.0]), iter("abcd")
+    monkeypatch.setattr(undisturbed, "_busy_s", lambda: next(busy))
+    monkeypatch.setattr(undisturbed, "handover", lambda: 1.0)
+    monkeypatch.setattr(undisturbed, "_PAUSE_S", 0.0)
+    watch = undisturbed.Watch(1.0)
+    assert watch.undisturbed(lambda: next(results)) == "c"
+    assert watch.disturbed == 0
+    monkeypatch.setattr(undisturbed, "_busy_s", lambda: 0.0)
+    monkeypatch.setattr(undisturbed, "handover", lambda: 3.0)
+    impatient = undisturbed.Watch(1.0, patience_s=0.0)
+    assert impatient.undisturbed(lambda: next(results)) == "d"
+    assert impatient.disturbed == 1, "told, where the cores lie apart and nobody waits"
+
+
+def _pairs(count: int, **times: float) -> list[Pair]:
+    found = []
+    for number in range(count):
+        busy = {"compute": 0.1 * (1 + number % 3), "cpu": 0.0, "link": 0.0, "dram": 0.0, "ssd": 0.4 * (number % 2)}
+        pair = Pair("a test", busy, 0.05 * (1 + number % 4), 0.01, 0.9, 1.0)
+        found.append(replace(pair, actual_s=pair.predicted_s(times)))
+    return found
+
+
+def test_factors_are_found_again() -> None:
+    assert fitted(_pairs(LEAST_PAIRS - 1, compute=1.3)) == {}
+    found = fitted(_pairs(240, compute=1.3, overhead=0.8))
+    assert {name: figure.value for name, figure in found.items()} == pytest.approx(
+        {"compute": 1.3, "overhead": 0.8, "ssd": 1.0}, rel=0.03
+    )
+    assert {figure.basis for figure in found.values()} == {"fitted"}
+    assert "240" in found["compute"].source
+
+
+def test_no_fit_goes_above_the_bound() -> None:
+    workload = _model()
+    plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=2 * GIB)
+    half = {name: Figure(0.01, "fitted") for name in ("compute", "overhead", "ssd")}
+    on = replace(machine(), fitted=half)
+    found = pass_time(workload, plan, on)
+    assert found.total_s == found.bound_s == pass_time(workload, plan, machine()).bound_s
+    assert on.basis == "fitted"
 
 
 def test_a_median_tells_its_spread() -> None:
@@ -88,6 +195,15 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
         probe_cache.this_machine()
     path = probe_cache.keep(machine())
     assert probe_cache.this_machine() == machine()
+    assert probe_cache.pairs() == []
+    probe_cache.add_pairs(_pairs(200, compute=1.3))
+    probe_cache.add_pairs(_pairs(100, compute=1.3))
+    assert len(probe_cache.pairs()) == 256, "the newest"
+    refitted = probe_cache.refit()
+    assert refitted.fitted["compute"].value == pytest.approx(1.3, rel=0.03)
+    assert probe_cache.this_machine() == refitted
+    probe_cache.keep(machine())
+    assert probe_cache.pairs() == [], "another probe's"
     monkeypatch.setattr(probe_cache, "processor_name", lambda: "another")
     with pytest.raises(UsageError, match="nothing was measured of this machine"):
         probe_cache.this_machine()
@@ -114,10 +230,13 @@ def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
 
 def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path / "home"))
-    smaller: dict[str, Any] = {"SIDES": (256,), "PRECISIONS": ("int4",), "TOKEN_COUNTS": (1, 16), "REPEATS": 3}
-    smaller |= {"_DRAM_BYTES": 64 << 20, "_DISK_BYTES": 16 << 20, "_SOURCE_BYTES": 1 << 20, "TOO_NOISY": 100.0}
+    smaller = {"REPEATS": 3, "_DRAM_BYTES": 64 << 20, "_DISK_BYTES": 16 << 20, "_GEMM": 256, "TOO_NOISY": 100.0}
     for name, value in smaller.items():
         monkeypatch.setattr(machine_probe, name, value)
+    sized = (layer_probe._shape(3, 4), layer_probe._shape(4, 4))
+    monkeypatch.setattr(layer_probe, "SIZED", {True: sized, False: sized})
+    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 3, 16: 3})
+    monkeypatch.setattr(undisturbed, "ALLOWED", 100.0)
     disk = tmp_path / "disk"
     disk.mkdir()
     told = run("probe", "--folder", str(disk))
@@ -132,12 +251,14 @@ def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         refused = CliRunner().invoke(profile, ["predict", "tinyllama-1.1b", "--gpu", "this", *given])
         assert refused.exit_code == 2
         assert "as it was measured" in refused.stderr
-    found = run("validate", str(PICO), "--precisions", "source", "--token-counts", "1,4")
+    found = run("validate", str(PICO), "--precisions", "source,int8", "--token-counts", "1,4", "--refit")
     assert found["schema"] == "tiercache.validation/1"
-    assert len(found["cases"]) == 4
+    assert len(found["cases"]) == 6, "a checkpoint has no planes"
+    assert found["fitted"] == {}, "from four pairs"
+    assert len(probe_cache.pairs()) == 4
     errors = [abs(case["predicted_s"] / case["measured_s"] - 1) for case in found["cases"]]
     assert found["worst_error"] == pytest.approx(max(errors))
-    assert "60% in memory" in found["cases"][-1]["name"]
+    assert "60% in memory, drafted" in found["cases"][-1]["name"]
 
 
 @pytest.mark.parametrize("counts", ["", "x", "0"])
@@ -145,6 +266,36 @@ def test_token_counts_that_cannot_be_meant(counts: str) -> None:
     result = CliRunner().invoke(profiler.measuring.profile, ["validate", "nowhere", "--token-counts", counts])
     assert result.exit_code == 2
     assert "such as 1,16" in result.stderr or "from 1 up" in result.stderr
+
+
+def test_a_run_is_compared_where_the_machine_was_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(probe_cache, "will_compile", lambda: False)  # they are built, in the other home
+
+    def passes(count: int, **options: Any) -> Any:
+        with tiercache.offload(PICO, dram="64MiB", context=64, **options) as model:
+            ids = torch.tensor([[5, 6, 7]])
+            model.generate(ids, max_new_tokens=1 + count, min_new_tokens=1 + count, do_sample=False, pad_token_id=0)
+            return model.tiercache.stats().to_dict()
+
+    told = passes(actuals.LEAST_PASSES)
+    assert told["actual_pass_s"] > 0
+    assert told["predicted_pass_s"] is None
+    assert not (tmp_path / "home" / "probe.mdb").exists(), "nothing was probed, nothing is kept"
+    probe_cache.keep(machine())
+    assert passes(actuals.LEAST_PASSES - 1)["actual_pass_s"] is None
+    assert probe_cache.pairs() == []
+    told = passes(actuals.LEAST_PASSES)
+    (pair,) = probe_cache.pairs()
+    assert pair.actual_s == told["actual_pass_s"]
+    assert pair.predicted_s({}) == pytest.approx(told["predicted_pass_s"])
+    assert "off by more than" in capsys.readouterr().err, "a pass of a quarter of a second was predicted"
+    monkeypatch.setattr(actuals, "add_pairs", lambda pairs: 1 / 0)
+    assert passes(actuals.LEAST_PASSES)["predicted_pass_s"], "a run goes on"
+    assert "could not be kept" in capsys.readouterr().err
+    assert passes(actuals.LEAST_PASSES, drafter="ngram")["actual_pass_s"] is None, "rounds are no plain passes"
 
 
 def run(*arguments: str) -> Any:

@@ -54,7 +54,12 @@ def workload(units: int, nbytes: int = 16 * MIB) -> Workload:
 
 
 def ways(model: Workload, dram_bytes: int, tries: list[Settings]) -> list[Way]:
-    return [Way({"prefetch": str(each.prefetch_bytes)}, model, _plan(model, dram_bytes, each), each) for each in tries]
+    found = []
+    for each in tries:
+        reads = {key: (each.read_bytes,) * (nbytes // each.read_bytes) for key, nbytes in model.payload.items()}
+        read = replace(model, reads=reads, readers=each.read_threads)
+        found.append(Way({"prefetch": str(each.prefetch_bytes)}, read, _plan(read, dram_bytes, each), each))
+    return found
 
 
 def _plan(model: Workload, dram_bytes: int, settings: Settings) -> Any:

@@ -1,57 +1,50 @@
-"""Measures this machine as the cost model wants it: its memory, its disk, its kernels, and a layer without bytes.
+"""Measures this machine as the cost model wants it: its memory, its disk, its attention, and its layers.
 
 Only machines whose CPU computes; a card's figures are `make gpu`'s. Every figure is a median with its spread.
 """
 
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import scaled_dot_product_attention
 
-from policies.plan import fill_tiers
+from policies.settings import DEFAULT
 from profiler import probe
-from profiler.cost_model import pass_time
 from profiler.figure import Figure, measured
 from profiler.hardware import Hardware, Memory
 from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
-from profiler.workload import Workload
-from tiercache.bench import shapes, workset
-from tiercache.bench.shapes import GROUP, Shape
-from tiercache.bench.timing_device import Effort, TimingCpu
-from tiercache.bench.validation import starved_bytes
-from tiercache.config.options import OffloadConfig, of_planes
-from tiercache.config.sizes import Budget, human
-from tiercache.engine.offload import offload
-from tiercache.engine.workload import imagined_workload
+from profiler.read_rates import ReadRate
+from tiercache.bench.layer_probe import KINDS, LayerProbe
+from tiercache.bench.undisturbed import Watch, seconds_of
+from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.progress import bar
 
-TOKEN_COUNTS = (1, 4, 16, 64, 256)
-PRECISIONS = ("int3", "int4", "int8")
-SIDES = (1024, 4096)  # rows and columns of what is multiplied by
 REPEATS = 7
 TOO_NOISY = 0.3  # spread of the memory's rate above which no figure means anything
-_DRAM_BYTES, _DISK_BYTES, _SOURCE_BYTES = 512 << 20, 256 << 20, 512 << 20
-_DISK_SETTING = (4, 2 << 20)  # threads, bytes of a read: as the loader's
-_LAYERS = (2, 10)  # of models so small that their bytes take no time
-_WIDE_LAYERS, _WIDE_TOKENS = (2, 6), (16, 64, 256)  # of models large enough that work on activations counts
-_CONTEXT = 256
-_SEED = 0
+_DRAM_BYTES, _DISK_BYTES = 512 << 20, 256 << 20
+_LOADER = (DEFAULT.read_threads, DEFAULT.read_bytes)
+# Threads and bytes of reads: sizes that the loader asks for, then other ways to ask for large ones; and one row of a
+# token embedding after another.
+_READS = (
+    *((DEFAULT.read_threads, size) for size in (4 << 10, 64 << 10, 256 << 10, 1 << 20, DEFAULT.read_bytes, 4 << 20)),
+    *((threads, DEFAULT.read_bytes) for threads in (1, 2, 8)),
+    *((8, 1 << 20), (1, 4 << 10)),
+)
+_TYPICAL = KINDS.index("int8")  # whose overheads stand where a kind is not asked for
+_LEAST_READS = 256  # of one measurement of small reads; large ones read the file once
+_HEADS, _HEAD_DIM, _ATTENDED = 16, 64, 512
+_GEMM = 2048  # rows, columns and tokens of a product that operations bind, not bytes
 
 
 def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardware:
-    """Measure for under a minute.
+    """Measure for about a minute.
 
     Args:
         folder: on the disk that stores lie on; a file is written there and removed again.
@@ -60,34 +53,31 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
     Raises:
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
-    with bar("measuring this machine", 5 + len(SIDES), show=show_progress) as advance:
-        disk, overlap = _disk(folder)
+    with bar("measuring this machine", 3 + len(KINDS), show=show_progress) as advance:
+        watch = Watch()
+        reads, overlap = _disk(folder, watch)
         advance(2)
-        dram = _dram()
+        dram, attention, gemm = (watch.undisturbed(measure) for measure in (_dram, _attention, _gemm))
         advance(1)
-        planes: list[MatmulRates] = []
-        sources: list[MatmulRates] = []
-        for side in SIDES:
-            planes += [_planes(precision, side) for precision in PRECISIONS]
-            sources.append(_source(side))
-            advance(1)
-        overheads = _overheads()
-        advance(1)
-        machine = Hardware(
-            gpu=None,
-            dram=Memory(host_memory().free_bytes, dram),
-            cpu_gflops=_fastest([*planes, *sources]),
-            ssd_gbps=disk,
-            overlap=overlap,
-            layer_s=overheads["layer_s"],
-            pass_s=overheads["pass_s"],
-            unit_s=overheads["unit_s"],
-            matmuls=(*planes, *sources),
-        )
-        of_planes_ns, of_source_ns = _activations("int8", machine), _activations("source", machine)
-        advance(1)
-    beside = [replace(each, activation_ns=of_planes_ns) for each in planes]
-    return replace(machine, matmuls=(*beside, *(replace(each, activation_ns=of_source_ns) for each in sources)))
+        with LayerProbe(dram.value, gemm.value, attention.value, watch) as layers:
+            rates: list[MatmulRates] = []
+            for kind in KINDS:
+                rates.append(layers.rates(kind))
+                advance(1)
+    return Hardware(
+        gpu=None,
+        dram=Memory(host_memory().free_bytes, dram),
+        cpu_gflops=gemm,
+        ssd_gbps=next(rate.gbps for rate in reads if (rate.threads, rate.block_bytes) == _LOADER),
+        overlap=overlap,
+        layer_s=rates[_TYPICAL].layer_s[1],
+        pass_s=rates[_TYPICAL].pass_s[1],
+        unit_s=rates[_TYPICAL].unit_s or Figure(0.0),
+        matmuls=tuple(rates),
+        reads=reads,
+        attention_gflops=attention,
+        handover_s=Figure(watch.handover_s, "measured", "a small matrix, turned on its side"),
+    )
 
 
 def _dram() -> Figure:
@@ -105,17 +95,25 @@ def _dram() -> Figure:
     )
 
 
-def _disk(folder: Path) -> tuple[Figure, Figure]:
-    """The rate of direct reads, and what of them overlaps with products."""
+def _disk(folder: Path, watch: Watch) -> tuple[tuple[ReadRate, ...], Figure]:
+    """The rates of direct reads, and what of them overlaps with products."""
     try:
         with probe.sample_file(folder, _DISK_BYTES) as file:
-            rates = [probe.disk_read(file, settings=(_DISK_SETTING,)).gbps for _ in range(REPEATS)]
-            threads, chunk_bytes = _DISK_SETTING
-            return measured(rates, f"direct reads, {threads} threads, {chunk_bytes >> 20} MiB each"), _overlap(file)
+            reads = [watch.undisturbed(partial(_reads, file, *setting)) for setting in _READS]
+            return tuple(reads), watch.undisturbed(partial(_overlap, file))
     except OSError as error:
         raise EnvironmentUnsupportedError(
             f"{folder} takes no file of {human(_DISK_BYTES)} to read ({error.strerror}); name another with --folder"
         ) from error
+
+
+def _reads(file: Path, threads: int, block_bytes: int) -> ReadRate:
+    limit = min(_DISK_BYTES, max(_LEAST_READS * block_bytes, _DISK_BYTES // 8))
+    if block_bytes < _DISK_BYTES // 4096:
+        limit = _LEAST_READS * block_bytes
+    once = partial(probe.disk_read, file, settings=((threads, block_bytes),), limit_bytes=limit)
+    source = f"direct reads, {threads} threads, {block_bytes >> 10} KiB each"
+    return ReadRate(threads, block_bytes, measured([once().gbps for _ in range(REPEATS)], source))
 
 
 def _overlap(file: Path) -> Figure:
@@ -127,7 +125,7 @@ def _overlap(file: Path) -> Figure:
             left @ right
 
     def read() -> None:
-        probe.disk_read(file, settings=(_DISK_SETTING,))
+        probe.disk_read(file, settings=(_LOADER,))
 
     def both() -> None:
         thread = threading.Thread(target=read)
@@ -137,129 +135,24 @@ def _overlap(file: Path) -> Figure:
 
     shares = []
     for _ in range(REPEATS):
-        alone = [_seconds(compute), _seconds(read)]
-        shares.append((sum(alone) - _seconds(both)) / min(alone))
+        alone = [seconds_of(compute), seconds_of(read)]
+        shares.append((sum(alone) - seconds_of(both)) / min(alone))
     return Figure(min(max(median(shares), 0.0), 1.0), "measured", "direct reads beside products of the CPU")
 
 
-def _planes(precision: str, side: int) -> MatmulRates:
-    """Products by planes, quantized activations included, from memory and not from a cache."""
-    device = TimingCpu()
-    kernels = device.kernels
-    units = workset.make(device, Effort(caches=2), workset.random_codes(_SEED), (side, side, 1), precision)
-    matrices = [unit[0] for unit in units]
-
-    def call(number: int, x: Tensor) -> None:
-        out = torch.zeros(len(x), side)
-        kernels.matmul(kernels.quantize_activations(x, GROUP), matrices[number % len(matrices)], out)
-
-    return _rates(call, workset.nbytes(matrices[0]), f"kernels {kernels.name}, {precision}", side)
+def _attention() -> Figure:
+    """1e9 operations a second of attention over a prompt, each token to those before it."""
+    query, key, value = torch.randn(3, 1, _HEADS, _ATTENDED, _HEAD_DIM).bfloat16()
+    once = partial(scaled_dot_product_attention, query, key, value, is_causal=True)
+    operations = 4 * _HEADS * _HEAD_DIM * _ATTENDED * (_ATTENDED + 1) / 2
+    once()
+    return measured([operations / seconds_of(once) / 1e9 for _ in range(2 * REPEATS)], "torch, bf16, causal")
 
 
-def _source(side: int) -> MatmulRates:
-    nbytes = 2 * side * side
-    matrices = [torch.full((side, side), 0.5, dtype=torch.bfloat16) for _ in range(_SOURCE_BYTES // nbytes)]
-
-    def call(number: int, x: Tensor) -> None:
-        linear(x, matrices[number % len(matrices)])
-
-    return _rates(call, nbytes, "torch, bf16", side)
-
-
-def _rates(call: Callable[[int, Tensor], None], nbytes: int, source: str, side: int) -> MatmulRates:
-    """A median for each number of tokens."""
-    generator = torch.Generator().manual_seed(_SEED)
-    inputs = torch.randn(max(TOKEN_COUNTS), side, generator=generator).bfloat16()
-    gbps = {}
-    for tokens in TOKEN_COUNTS:
-        x = inputs[:tokens]
-        with torch.inference_mode():
-            call(0, x)
-            seconds = [_seconds(partial(call, number, x)) for number in range(1, 1 + 2 * REPEATS)]
-        gbps[tokens] = measured([nbytes / each / 1e9 for each in seconds], f"{source}, {side} x {side}")
-    return MatmulRates(nbytes / side**2, side**2, gbps)
-
-
-def _fastest(rates: Sequence[MatmulRates]) -> Figure:
-    """1e9 operations a second of the best call: its median and what it spread above that."""
-    found = (
-        2 * tokens / each.bytes_per_weight * figure.value * (1 + figure.spread)
-        for each in rates
-        for tokens, figure in each.gbps.items()
-    )
-    return Figure(max(found), "measured", "the fastest of the kernels' calls")
-
-
-def _overheads() -> dict[str, Figure]:
-    """Seconds of a layer without bytes, of a pass without layers, of a unit that is read: by tiny models."""
-    (few, many), (low, high) = [_passes(_tiny(layers), "int4", [1])[1] for layers in _LAYERS], _LAYERS
-    layers_s = [(b - a) / (high - low) for a, b in zip(few, many, strict=True)]
-    whole_s = median(few) - low * median(layers_s)
-    source = f"models of {low} and {high} layers without bytes"
-    found = {
-        "layer_s": measured(layers_s, source),
-        "pass_s": Figure(max(whole_s, 0.0), "measured", source),
-    }
-    needs = _workload(_tiny(high), "int4", 1).needs
-    least_bytes = starved_bytes(needs)
-    streamed = len(fill_tiers(needs, hbm_bytes=None, dram_bytes=least_bytes).streamed)
-    read = _passes(_tiny(high), "int4", [1], dram_bytes=least_bytes)[1]
-    units_s = [max(b - a, 0.0) / streamed for a, b in zip(many, read, strict=True)]
-    return {**found, "unit_s": measured(units_s, f"a model of {high} layers, {streamed} units from the SSD")}
-
-
-def _activations(precision: Any, machine: Hardware) -> dict[int, Figure]:
-    """Nanoseconds a token and a row or column: what passes of many tokens take beyond products and overheads."""
-    runs = [_passes(_wide(layers), precision, _WIDE_TOKENS) for layers in _WIDE_LAYERS]
-    source = f"models of {_WIDE_LAYERS[0]} and {_WIDE_LAYERS[1]} layers, {precision}"
-    found = {}
-    for tokens in _WIDE_TOKENS:
-        predicted, widths = [], []
-        for layers in _WIDE_LAYERS:
-            workload = _workload(_wide(layers), precision, tokens)
-            plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=machine.dram.capacity_bytes)
-            predicted.append(pass_time(workload, plan, machine, tokens=tokens).total_s)
-            widths.append(sum(matmul.width for matmul in workload.matmuls))
-        few, many = (run[tokens] for run in runs)
-        beyond_s = [b - a - (predicted[1] - predicted[0]) for a, b in zip(few, many, strict=True)]
-        per = tokens * (widths[1] - widths[0])
-        found[tokens] = measured([max(each, 0.0) / per * 1e9 for each in beyond_s], source)
-    return found
-
-
-def _workload(shape: Shape, precision: Any, tokens: int) -> Workload:
-    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=tokens)
-    return imagined_workload(shape.config(), options, gpu=False)
-
-
-def _tiny(layers: int) -> Shape:
-    return Shape(2 * GROUP, 2 * GROUP, layers, 2, 2, 4 * GROUP)
-
-
-def _wide(layers: int) -> Shape:
-    return Shape(16 * GROUP, 44 * GROUP, layers, 16, 16, 4 * GROUP)
-
-
-def _passes(
-    shape: Shape, precision: Any, token_counts: Sequence[int], dram_bytes: int = 1 << 30
-) -> dict[int, list[float]]:
-    """Seconds of passes by their tokens, in order of length, without the fastest and the slowest few.
-
-    In order, so that the same place in two lists is a pass that was disturbed as little in the one as in the other.
-    """
-    make = shapes.make_store if of_planes(precision) else shapes.make_checkpoint
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="tiercache-probe-") as folder:
-        place = make(shape, Path(folder), _SEED, show_progress=False)
-        options = {"dram": str(dram_bytes), "context": _CONTEXT, "logits": max(token_counts), "show_progress": False}
-        with offload(place, precision=precision, **options) as model, torch.inference_mode():  # type: ignore[arg-type]
-            for tokens in token_counts:
-                once = partial(model, input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)
-                found[tokens] = sorted(_seconds(once) for _ in range(4 * REPEATS))[REPEATS : 3 * REPEATS]
-    return found
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+def _gemm() -> Figure:
+    """1e9 operations a second of a product that operations bind: the fastest, for it is to bound others."""
+    left, right = torch.randn(2, _GEMM, _GEMM).bfloat16()
+    once = partial(torch.mm, left, right)
+    once()
+    rates = [2 * _GEMM**3 / seconds_of(once) / 1e9 for _ in range(REPEATS)]
+    return replace(measured(rates, "torch, bf16"), value=max(rates))

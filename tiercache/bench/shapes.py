@@ -159,8 +159,13 @@ def _random(pool: torch.Tensor, size: torch.Size, place: int) -> torch.Tensor:
     count = size.numel()
     if len(size) == 1:
         return torch.ones(size, dtype=pool.dtype)
-    repeats = -(-count // pool.numel())
-    return torch.roll(pool, place * 1_000_003).repeat(repeats)[:count].reshape(size).clone()
+    start = -place * 1_000_003 % pool.numel()
+    repeats = 1 + -(-count // pool.numel())
+    return (
+        pool.repeat(repeats)[start : start + count].reshape(size)
+        if start + count > pool.numel()
+        else (pool[start : start + count].reshape(size))
+    )
 
 
 def _stamp_file(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """`tiercache-profile probe` and `validate`: what this machine does, and how far predictions are off on it."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,20 +36,29 @@ def validate_command(
     precisions: Annotated[str, typer.Option(help="A list with commas.")] = "source,int8,int4",
     token_counts: Annotated[str, typer.Option(help="Tokens of a pass; a list with commas.")] = "1,16,64,512",
     folder: Annotated[Path, typer.Option(help="Where random models are made.")] = Path("tiercache-bench"),
+    drafted: Annotated[bool, typer.Option(help="Also rounds that verify a tree.")] = True,
+    refit: Annotated[bool, typer.Option("--refit", help="Then fit a few terms to all passes that were kept.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict passes by what the probe measured, run them, and compare."""
+    """Predict passes by what the probe measured, run them, compare, and keep the pairs."""
     from tiercache.bench.validation import validate
     from tiercache.engine import probe_cache
 
     counts = _numbers(token_counts)
     machine = probe_cache.this_machine()
     show = progress(as_json, quiet)
-    result = validate(models, precisions.split(","), counts, machine, folder=folder.expanduser(), show_progress=show)
+    options: dict[str, Any] = {"folder": folder.expanduser(), "drafted": drafted, "show_progress": show}
+    result, pairs = validate(models, precisions.split(","), counts, machine, **options)
+    probe_cache.add_pairs(pairs)
+    if refit:
+        result["fitted"] = {name: asdict(figure) for name, figure in probe_cache.refit().fitted.items()}
     if not quiet and not as_json:
         console().print(_table(result))
     told = f"off by {result['median_error']:.0%} in the median, {result['worst_error']:.0%} at worst"
+    if refit:
+        parts = [f"{name} x {each['value']:.2f}" for name, each in result["fitted"].items()]
+        told += f"; fitted: {', '.join(parts) or 'nothing, for the passes kept are few'}"
     tell(told, result, as_json, quiet)
 
 

@@ -100,6 +100,12 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
         f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {per_s:.2f} tokens/s; "
         f"kernels {stats['kernels']}; peak RSS {human(stats['peak_rss_bytes'])}{device}"
     )
+    if stats["predicted_pass_s"] is not None:
+        off = stats["predicted_pass_s"] / stats["actual_pass_s"] - 1
+        lines.append(
+            f"a pass of one token took {1e3 * stats['actual_pass_s']:.1f} ms, predicted were "
+            f"{1e3 * stats['predicted_pass_s']:.1f} ({off:+.0%})"
+        )
     if (neurons := stats["neurons"]) is not None:
         lines.append(_neuron_summary(neurons))
     if drafting is not None:

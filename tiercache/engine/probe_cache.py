@@ -1,12 +1,13 @@
-"""Keeps what a probe measured, one entry a machine, in LMDB; another machine's entry is not found.
+"""Keeps what a probe measured, and how predictions from it came out: one entry a machine, in LMDB.
 
-Knows nothing of how it was measured.
+Another machine's entry is not found. Knows nothing of how anything was measured.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import lmdb
 import torch
 
 from profiler.figure import Figure
-from profiler.hardware import Hardware, Memory, ReadRate
+from profiler.fitting import Pair, fitted
+from profiler.hardware import Hardware, Memory
 from profiler.host_memory import host_memory
 from profiler.matmul_rates import MatmulRates
 from profiler.processor import processor_name
+from profiler.read_rates import ReadRate
 from tiercache.config.options import home_folder
 from tiercache.errors import TiercacheError, UsageError, permissions_named
 from tiercache.kernels.select import select, will_compile
@@ -26,8 +29,9 @@ from tiercache.tiers.device import device_of
 
 _FILE = "probe.mdb"
 _MAP_BYTES = 16 << 20
-_MEANING = 2  # raised where a figure comes to mean something else, or kernels change their speed
+_MEANING = 3  # raised where a figure comes to mean something else, or kernels change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
+_PAIRS = 256  # the newest are kept
 
 
 def identity(device: torch.device) -> dict[str, Any]:
@@ -41,10 +45,14 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """What figures depend on: the machine but for its card, kernels and versions."""
+    """What figures depend on: the machine but for its card, kernels, versions, and how threads wait for work.
+
+    Threads that sleep meanwhile (OMP_WAIT_POLICY=passive) take as long to wake up as a small layer takes to compute.
+    """
     parts = {
         **identity(torch.device("cpu")),
         "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower(),
         "kernels": select(torch.device("cpu")).name,
         "torch": torch.__version__,
         "figures": _MEANING,
@@ -53,41 +61,32 @@ def fingerprint() -> str:
 
 
 def keep(machine: Hardware) -> Path:
-    """Write a machine's figures, in place of those that were there; gives the file.
+    """Write a machine's figures, in place of those that were there and of the pairs kept beside them; gives the file.
 
     Raises:
         EnvironmentUnsupportedError: the cache folder takes no file.
         StoreError: the file is damaged.
     """
-    path = home_folder() / _FILE
-    with permissions_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with errors_translated(path, "remove it and probe again"), _open(path) as env, env.begin(write=True) as entries:
-            entries.put(_key(), json.dumps(to_dict(machine)).encode())
-    return path
+    with _open() as env, env.begin(write=True) as entries:
+        entries.put(_key(), json.dumps(to_dict(machine)).encode())
+        entries.delete(_pairs_key())
+    return home_folder() / _FILE
 
 
 def this_machine() -> Hardware:
-    """What was measured of this machine.
+    """What was measured of this machine, with the terms that were fitted to its runs.
 
     Raises:
         UsageError: nothing was.
         StoreError: the file is damaged.
     """
-    path, found = home_folder() / _FILE, None
-    if path.is_file():
-        with (
-            permissions_named(path),
-            errors_translated(path, "remove it and probe again"),
-            _open(path) as env,
-            env.begin() as entries,
-        ):
-            found = entries.get(_key())
+    found = _entry(_key())
     if found is None:
         raise UsageError(
-            "nothing was measured of this machine, or not with these versions; run 'tiercache-profile probe'"
+            "nothing was measured of this machine, or not with these versions and thread settings; run "
+            "'tiercache-profile probe'"
         )
-    return from_dict(json.loads(bytes(found)))
+    return from_dict(found)
 
 
 def measured_machine() -> Hardware | None:
@@ -103,6 +102,35 @@ def measured_machine() -> Hardware | None:
         return None
 
 
+def pairs() -> list[Pair]:
+    """What was predicted of runs on this machine and what they took, oldest first; errors as of `this_machine`."""
+    return [Pair.from_dict(each) for each in _entry(_pairs_key()) or []]
+
+
+def add_pairs(new: Sequence[Pair]) -> None:
+    """Keep some more; the oldest go where there are many.
+
+    Raises:
+        EnvironmentUnsupportedError, StoreError: as `keep`.
+    """
+    with _open() as env, env.begin(write=True) as entries:
+        found = entries.get(_pairs_key())
+        kept = [*(json.loads(bytes(found)) if found else ()), *(asdict(pair) for pair in new)]
+        entries.put(_pairs_key(), json.dumps(kept[-_PAIRS:]).encode())
+
+
+def refit() -> Hardware:
+    """Fit this machine's terms to the pairs that are kept, and keep them; none where pairs are few.
+
+    Raises:
+        UsageError, EnvironmentUnsupportedError, StoreError: as `this_machine` and `keep`.
+    """
+    machine = replace(this_machine(), fitted=fitted(pairs()))
+    with _open() as env, env.begin(write=True) as entries:
+        entries.put(_key(), json.dumps(to_dict(machine)).encode())
+    return machine
+
+
 def to_dict(machine: Hardware) -> dict[str, Any]:
     """Plain data."""
     return asdict(machine)
@@ -114,9 +142,8 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
     rates = [
         MatmulRates(
             each["bytes_per_weight"],
-            each["weights"],
-            _by_tokens(each["gbps"]),
-            _by_tokens(each["activation_ns"]),
+            **{name: _by_tokens(each[name]) for name in ("gbps", "activation_ns", "layer_s", "pass_s")},
+            unit_s=_figure(each["unit_s"]),
         )
         for each in found["matmuls"]
     ]
@@ -126,17 +153,42 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
         link_latency_s=found["link_latency_s"],
         matmuls=tuple(rates),
         reads=tuple(ReadRate(each["threads"], each["block_bytes"], Figure(**each["gbps"])) for each in found["reads"]),
+        attention_gflops=_figure(found["attention_gflops"]),
+        handover_s=_figure(found["handover_s"]),
+        fitted={name: Figure(**figure) for name, figure in found["fitted"].items()},
         **{name: Figure(**found[name]) for name in _FIGURES},
     )
+
+
+def _figure(found: Mapping[str, Any] | None) -> Figure | None:
+    return None if found is None else Figure(**found)
 
 
 def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:
     return {int(tokens): Figure(**figure) for tokens, figure in found.items()}
 
 
-def _open(path: Path) -> lmdb.Environment:
-    return lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600)
+@contextmanager
+def _open() -> Iterator[lmdb.Environment]:
+    path = home_folder() / _FILE
+    with permissions_named(path), errors_translated(path, "remove it and probe again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600) as env:
+            yield env
+
+
+def _entry(key: bytes) -> Any:
+    """What is kept under a key; None where there is nothing."""
+    if not (home_folder() / _FILE).is_file():
+        return None
+    with _open() as env, env.begin() as entries:
+        found = entries.get(key)
+        return None if found is None else json.loads(bytes(found))
 
 
 def _key() -> bytes:
     return fingerprint().encode()
+
+
+def _pairs_key() -> bytes:
+    return _key() + b" pairs"

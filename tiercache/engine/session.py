@@ -16,6 +16,7 @@ from policies.run_plan import RunPlan
 from tiercache import compat
 from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit, planning
+from tiercache.engine.actuals import Actuals
 from tiercache.engine.attach_drafters import attach_drafters
 from tiercache.engine.handle import OffloadHandle, Run
 from tiercache.engine.machine import Machine
@@ -57,7 +58,9 @@ def open_session(
     stats = _stats(placed, tiers, reader, run)
     if run.notice and calibration is None:  # a calibration made up for the occasion knows of no loss
         note(run.notice, show=notes)
-    _attach(stack, placed, tiers, reader, stats, run)
+    actuals = Actuals(placed, stats, show=notes)
+    _attach(stack, placed, tiers, reader, stats, run, actuals)
+    stack.callback(actuals.close)
     model = placed.opened.model
     if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
         told: dict[str, Any] = {"show": notes, "room_price": placed.room_price}
@@ -113,7 +116,9 @@ def _tiers(placed: Placement, reader: Reader, observe: Observer) -> TierStack:
     return TierStack(placed.plan, opened.manifest, reader, device, opened.memory, observe, Link(gbps))
 
 
-def _attach(stack: ExitStack, placed: Placement, tiers: TierStack, reader: Reader, stats: Stats, run: Run) -> None:
+def _attach(
+    stack: ExitStack, placed: Placement, tiers: TierStack, reader: Reader, stats: Stats, run: Run, actuals: Actuals
+) -> None:
     """Put parameters and hooks in."""
     opened, machine, device = placed.opened, placed.machine, placed.machine.device
     model = opened.model
@@ -146,7 +151,8 @@ def _attach(stack: ExitStack, placed: Placement, tiers: TierStack, reader: Reade
     stack.callback(hooks.close)
     run_plan = planning.plan_of(placed, run.cpu_tokens)
     stats.plan = run_plan.hash
-    handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, _refresher(reader, table, machine), run)
+    refresh = _refresher(reader, table, machine, actuals)
+    handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, refresh, run)
     setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
     stack.callback(_detach, opened)
 
@@ -175,7 +181,9 @@ def _placed(use: Use, tiers: TierStack, run: Run) -> Use:
     return replace(use, weight=tiers.weights[use.module], resident=staying)
 
 
-def _refresher(reader: Reader, table: torch.Tensor | EmbeddingRows, machine: Machine) -> Callable[[Stats], None]:
+def _refresher(
+    reader: Reader, table: torch.Tensor | EmbeddingRows, machine: Machine, actuals: Actuals
+) -> Callable[[Stats], None]:
     """Brings those statistics up to date that others count."""
 
     def refresh(stats: Stats) -> None:
@@ -184,6 +192,7 @@ def _refresher(reader: Reader, table: torch.Tensor | EmbeddingRows, machine: Mac
             stats.ssd_bytes += table.ssd_bytes
             stats.embedding_bytes = table.read_bytes
         stats.peak_rss_bytes = peak_rss_bytes()
+        actuals.tell()
         stats.peak_device_bytes = device_of(machine.device).peak_bytes() or 0
 
     return refresh

@@ -14,6 +14,7 @@ from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requi
 from tiercache.engine.source import Opened
 from tiercache.store.imagined import imagined_checkpoint, imagined_store
 from tiercache.store.manifests import checkpoint_manifest
+from tiercache.store.reader import Reader
 
 
 def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfig) -> Workload:
@@ -35,6 +36,12 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
         context=options.context,
         kv_bytes=asked.needs.compute["KV cache"],
         attention_width=config.num_hidden_layers * heads * head_dim,
+        reads={
+            key: Reader.request_bytes(unit.pieces, options.settings.read_bytes)
+            for key, unit in enumerate(opened.manifest.units)
+        },
+        readers=options.settings.read_threads,
+        table=opened.table_unit,
     )
 
 

@@ -61,6 +61,7 @@ class PassHooks:
         self._began_at = 0.0
         self._verifies = False  # a drafted tree
         self._alone = False  # the inner model was called without the whole
+        self._past: int | None = None  # tokens before the pass at hand, if it is one of one token
         self._decoding_since: float | None = None
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -109,6 +110,7 @@ class PassHooks:
             self._stats.decode_tokens += sequences
         self._decoding_since = now if new == 1 and past > 0 else None
         self._began_at = now
+        self._past = past if sequences == 1 and new == 1 else None
         self._verifies = past > 0 and self._stats.drafting is not None
         self._stats.passes += 1
         self._stats.tokens += sequences * new
@@ -121,6 +123,8 @@ class PassHooks:
         if self._decoding_since is None and not self._resident and not self._verifies:
             device_of(torch.device(self._stats.device)).synchronize()
             self._stats.first_pass_s = time.perf_counter() - self._began_at
+        if self._past is not None and not self._resident and not self._verifies:
+            self._stats.add_token_pass(time.perf_counter() - self._began_at, self._past)
         self._finish()
         self._runner, self._alone = None, False
 

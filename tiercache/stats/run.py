@@ -13,6 +13,7 @@ from tiercache.stats.drafting import DraftStats
 from tiercache.stats.neurons import NeuronStats
 
 SCHEMA = "tiercache.stats/1"
+_NEWEST = 64  # passes whose seconds are kept
 
 
 @dataclass
@@ -60,6 +61,10 @@ class Stats:
         cpu_passes: how many passes did.
         first_pass_s: seconds of the newest prefill, which is the time to the first token.
         decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
+        token_passes_s: seconds of the newest exact passes of one token of one sequence, which no tree was verified in.
+        token_past: tokens in the KV cache before the newest of them.
+        actual_pass_s, predicted_pass_s: their median, and what the cost model says of them; None where they were few,
+            or where this machine was not probed.
         draft_passes, draft_tokens: resident passes, which are no part of the numbers above, and the tokens they
             carried; their time is part of the step that they come after.
         resident_bytes: what they read of the planes that stay; no tier counts it, for nothing moved.
@@ -86,6 +91,10 @@ class Stats:
     first_pass_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    token_passes_s: list[float] = field(default_factory=list)
+    token_past: int = 0
+    actual_pass_s: float | None = None
+    predicted_pass_s: float | None = None
     draft_passes: int = 0
     draft_tokens: int = 0
     resident_bytes: int = 0
@@ -103,9 +112,17 @@ class Stats:
         """Decoding speed; 0 before two single-token steps were made."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
+    def add_token_pass(self, seconds: float, past: int) -> None:
+        """An exact pass of one token."""
+        self.token_past = past
+        self.token_passes_s.append(seconds)
+        if len(self.token_passes_s) > 2 * _NEWEST:
+            del self.token_passes_s[:_NEWEST]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""
         plain = asdict(self)
+        del plain["token_passes_s"], plain["token_past"]
         for name, tier in self.tiers.items():
             plain["tiers"][name] |= {"needed_bytes": tier.needed_bytes, "stall_s": dict(tier.stall_s)}
         if self.neurons is not None:

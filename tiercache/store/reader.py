@@ -67,6 +67,22 @@ class Reader:
         """What the pool's own buffers take for reading such pieces; nothing when all of them are aligned."""
         return 0 if all(piece.aligned for piece in pieces) else threads * _STAGING_BYTES
 
+    @staticmethod
+    def request_bytes(pieces: Iterable[Piece], chunk_bytes: int = DEFAULT.read_bytes) -> tuple[int, ...]:
+        """The bytes of the reads that `read` makes of such pieces, where I/O is direct."""
+        found: list[int] = []
+        for piece in pieces:
+            head = piece.offset % BLOCK_BYTES
+            if piece.aligned:
+                span = align(head + piece.stored_bytes)
+                found += [min(chunk_bytes, span - low) for low in range(0, span, chunk_bytes)]
+            elif piece.compressed:
+                found.append(align(head + piece.stored_bytes))
+            else:
+                left = range(0, piece.nbytes, FRAME_BYTES)
+                found += [align(head + min(FRAME_BYTES, piece.nbytes - low)) for low in left]
+        return tuple(found)
+
     def read(self, pieces: Iterable[Piece], slot: Buffer) -> Ticket:
         """Queue the reading of `pieces` into `slot`.
 
