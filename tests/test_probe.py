@@ -141,9 +141,11 @@ def test_three_parts_of_a_layer_are_told_apart() -> None:
 
 
 def test_what_others_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy, results = iter([0.0, 1e9, 0.0, 1e9, 0.0, 0.0, 0.0]), iter("abcd")
+    busy, results = iter([0.0, 0.0, 0.0, 1e9, 0.0, 1e9, 0.0, 0.0]), iter("abcd")
     monkeypatch.setattr(undisturbed, "_busy_s", lambda: next(busy))
     monkeypatch.setattr(undisturbed, "handover", lambda: 1.0)
+    monkeypatch.setattr(undisturbed, "pace", lambda: 1.0)
+    monkeypatch.setattr(undisturbed, "_look", lambda: (1.0, 1.0))
     monkeypatch.setattr(undisturbed, "_PAUSE_S", 0.0)
     watch = undisturbed.Watch(1.0)
     assert watch.undisturbed(lambda: next(results)) == "c"
@@ -153,6 +155,20 @@ def test_what_others_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch
     impatient = undisturbed.Watch(1.0, patience_s=0.0)
     assert impatient.undisturbed(lambda: next(results)) == "d"
     assert impatient.disturbed == 1, "told, where the cores lie apart and nobody waits"
+
+
+@pytest.mark.parametrize("slow", ["handover", "pace"])
+def test_what_is_not_as_usual_is_waited_for(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    seconds = {"handover": iter([1.0] * 99), "pace": iter([1.0] * 99)} | {slow: iter([3.0, 3.0, *[1.0] * 99])}
+    monkeypatch.setattr(undisturbed, "handover", lambda: next(seconds["handover"]))
+    monkeypatch.setattr(undisturbed, "pace", lambda: next(seconds["pace"]))
+    monkeypatch.setattr(undisturbed, "_look", lambda: (1.0, 1.0))
+    monkeypatch.setattr(undisturbed, "_busy_s", lambda: 0.0)
+    waits: list[float] = []
+    monkeypatch.setattr(undisturbed.time, "sleep", waits.append)
+    watch = undisturbed.Watch()
+    assert watch.undisturbed(lambda: "done") == "done"
+    assert (len(waits), watch.disturbed) == (2, 0)
 
 
 def _pairs(count: int, **times: float) -> list[Pair]:
@@ -221,6 +237,20 @@ def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not told, "tried twice"
 
 
+def test_a_machine_that_is_never_quiet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"REPEATS": 1, "_DRAM_BYTES": 1 << 20, "_DISK_BYTES": 8 << 20, "_GEMM": 64}.items():
+        monkeypatch.setattr(machine_probe, name, value)
+    monkeypatch.setattr(machine_probe, "KINDS", ("int4",))
+    monkeypatch.setattr(machine_probe, "_TYPICAL", 0)
+    monkeypatch.setattr(machine_probe, "TOO_NOISY", 100.0)
+    monkeypatch.setattr(layer_probe, "SIZED", {True: (layer_probe._shape(3, 4), layer_probe._shape(4, 4))})
+    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 1, 16: 1})
+    monkeypatch.setattr(machine_probe, "Watch", lambda: undisturbed.Watch(1e-9, patience_s=0.0))
+    with pytest.raises(EnvironmentUnsupportedError, match=r"100% of the measurements .* probe again"):
+        machine_probe.probe_machine(tmp_path, show_progress=False)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = CliRunner().invoke(profile, ["probe", "--folder", str(tmp_path / "file")])
@@ -237,6 +267,8 @@ def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(layer_probe, "SIZED", {True: sized, False: sized})
     monkeypatch.setattr(layer_probe, "ROUNDS", {1: 3, 16: 3})
     monkeypatch.setattr(undisturbed, "ALLOWED", 100.0)
+    monkeypatch.setattr(undisturbed, "FAR", 1e9)
+    monkeypatch.setattr(undisturbed, "SLOW", 1e9)
     disk = tmp_path / "disk"
     disk.mkdir()
     told = run("probe", "--folder", str(disk))

@@ -7,7 +7,6 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +26,7 @@ from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.progress import bar
 
 REPEATS = 7
+TOO_DISTURBED = 0.5  # of the measurements, above which no figure means anything
 TOO_NOISY = 0.3  # spread of the memory's rate above which no figure means anything
 _DRAM_BYTES, _DISK_BYTES = 512 << 20, 256 << 20
 _LOADER = (DEFAULT.read_threads, DEFAULT.read_bytes)
@@ -64,6 +64,11 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
             for kind in KINDS:
                 rates.append(layers.rates(kind))
                 advance(1)
+    if watch.share_disturbed > TOO_DISTURBED:
+        raise EnvironmentUnsupportedError(
+            f"{watch.share_disturbed:.0%} of the measurements were disturbed, {TOO_DISTURBED:.0%} are allowed: other "
+            "programs, or other guests of this machine's host, use the processor; probe again when they are done"
+        )
     return Hardware(
         gpu=None,
         dram=Memory(host_memory().free_bytes, dram),
@@ -133,11 +138,13 @@ def _overlap(file: Path) -> Figure:
         compute()
         thread.join()
 
-    shares = []
+    alone, together = [], []
     for _ in range(REPEATS):
-        alone = [seconds_of(compute), seconds_of(read)]
-        shares.append((sum(alone) - seconds_of(both)) / min(alone))
-    return Figure(min(max(median(shares), 0.0), 1.0), "measured", "direct reads beside products of the CPU")
+        alone.append((seconds_of(compute), seconds_of(read)))
+        together.append(seconds_of(both))
+    computed, taken = (min(each) for each in zip(*alone, strict=True))  # the least: what disturbs one of three is no w
+    share = (computed + taken - min(together)) / min(computed, taken)
+    return Figure(min(max(share, 0.0), 1.0), "measured", "direct reads beside products of the CPU")
 
 
 def _attention() -> Figure:

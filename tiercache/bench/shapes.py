@@ -160,12 +160,8 @@ def _random(pool: torch.Tensor, size: torch.Size, place: int) -> torch.Tensor:
     if len(size) == 1:
         return torch.ones(size, dtype=pool.dtype)
     start = -place * 1_000_003 % pool.numel()
-    repeats = 1 + -(-count // pool.numel())
-    return (
-        pool.repeat(repeats)[start : start + count].reshape(size)
-        if start + count > pool.numel()
-        else (pool[start : start + count].reshape(size))
-    )
+    repeats = -(-(start + count) // pool.numel())
+    return (pool if repeats == 1 else pool.repeat(repeats))[start : start + count].reshape(size).clone()
 
 
 def _stamp_file(folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """Measures again where the machine was not as usual meanwhile: what is measured then is not this program's alone.
 
-Two things are looked at. Other programs may take the processor. And the host of a virtual machine may put its cores
-beside one another, with one cache, or apart; products of many tokens then take 1.3 times as long, on one machine. Knows
-the system's own counters; nothing of what is measured.
+Other programs may take the processor, which the system's counters tell, or other guests of a virtual machine's host,
+which they may not. And that host may put the cores beside one another, with one cache, or apart: passes of many tokens
+then take 1.3 times as long, on one machine. Knows nothing of what is measured.
 """
 
 import os
@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 ALLOWED = 0.05  # of all cores, that others may use
 FAR = 1.5  # times what the cores usually take to hand data to one another: they lie apart
-_TRIES, _PAUSE_S = 4, 0.5
+SLOW = 1.15  # times what a loop takes at best: somebody else is on the core, of whom a guest's counters may not know
+_TRIES, _PAUSE_S, _LOOK_S = 4, 0.5, 1.0
+_LOOP, _LOOPS = 20000, 7
 _STAT = Path("/proc/stat")
 _SHAPE = (256, 512)
 _HANDOVERS = 21
@@ -28,7 +30,7 @@ class Watch:
     """Looks at the machine while something is measured.
 
     Args:
-        handover_s: what `handover_s()` usually is; None finds the least within a second.
+        handover_s: what `handover()` usually is; None finds the least within a second.
         patience_s: how long to wait, all measurements together, for the machine to be as usual.
 
     Attributes:
@@ -37,22 +39,28 @@ class Watch:
     """
 
     def __init__(self, handover_s: float | None = None, patience_s: float = 15.0) -> None:
-        self._patience_s, self.disturbed = patience_s, 0
-        if handover_s is None:
-            handover_s, begin = handover(), time.perf_counter()
-            while time.perf_counter() - begin < 1.0:
-                handover_s = min(handover_s, handover())
-        self.handover_s = handover_s
+        self._patience_s, self.disturbed, self._measured = patience_s, 0, 0
+        while True:
+            (least_s, self._pace_s), others = _with_others(_look)
+            if others <= ALLOWED or self._patience_s <= 0:
+                break
+            self._patience_s -= _LOOK_S
+        self.handover_s = least_s if handover_s is None else handover_s
+
+    @property
+    def share_disturbed(self) -> float:
+        """What of all measurements was kept though the machine was not as usual."""
+        return self.disturbed / max(1, self._measured)
 
     def undisturbed(self, work: Callable[[], T]) -> T:
         """Do something, and again where it was disturbed; the least disturbed of a few results."""
         found: list[tuple[bool, float, T]] = []
+        self._measured += 1
         for _ in range(_TRIES):
             self._wait()
-            busy, own, begin = _busy_s(), time.process_time(), time.perf_counter()
-            what = work()
-            took = (time.perf_counter() - begin) * (os.cpu_count() or 1)
-            others = max(0.0, (_busy_s() - busy) - (time.process_time() - own)) / took
+            begin = time.perf_counter()
+            what, others = _with_others(work)
+            took = time.perf_counter() - begin
             found.append((not self._as_usual(), others, what))
             if found[-1][0] is False and others <= ALLOWED:
                 return what
@@ -68,7 +76,31 @@ class Watch:
             self._patience_s -= _PAUSE_S
 
     def _as_usual(self) -> bool:
-        return self.handover_s / FAR <= handover() <= self.handover_s * FAR
+        near = self.handover_s / FAR <= handover() <= self.handover_s * FAR
+        return near and pace() <= self._pace_s * SLOW
+
+
+def _look() -> tuple[float, float]:
+    """The least hand-over, and the least pace, of a second."""
+    end = time.perf_counter() + _LOOK_S
+    found = [(handover(), pace())]
+    while time.perf_counter() < end:
+        found.append((handover(), pace()))
+    handovers, paces = zip(*found, strict=True)
+    return min(handovers), min(paces)
+
+
+def _with_others(work: Callable[[], T]) -> tuple[T, float]:
+    """What it gives, and the share of all cores that other programs used meanwhile."""
+    busy, own, begin = _busy_s(), time.process_time(), time.perf_counter()
+    what = work()
+    took = (time.perf_counter() - begin) * (os.cpu_count() or 1)
+    return what, max(0.0, (_busy_s() - busy) - (time.process_time() - own)) / took
+
+
+def pace() -> float:
+    """Seconds of a loop that needs neither memory nor other cores."""
+    return median(seconds_of(lambda: sum(number * number % 7 for number in range(_LOOP))) for _ in range(_LOOPS))
 
 
 def handover() -> float:
