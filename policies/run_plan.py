@@ -6,7 +6,7 @@ Knows numbers and names; makes no decision and opens no model.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from policies.plan import Plan
@@ -66,7 +66,8 @@ class RunPlan:
     @property
     def hash(self) -> str:
         """Of what the run does, sixteen hex digits; reasons and predictions do not count."""
-        done = {name: self.to_dict()[name] for name in ("model", "options", "settings", "placement")}
+        plain = self.to_dict()
+        done = {name: plain[name] for name in ("model", "options", "settings", "placement")}
         return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
 
     def places_as(self, plan: Plan) -> bool:
@@ -90,14 +91,12 @@ class RunPlan:
         if missing := sorted(set(_PARTS) - set(found)):
             raise PlanError(f"it has no {missing[0]!r}")
         try:
+            if any(isinstance(value, bool) or not isinstance(value, int) for value in found["settings"].values()):
+                raise ValueError("not all of them are whole numbers")
             settings = Settings(**found["settings"])
             decisions = tuple(Decision(**each) for each in found["decisions"])
-        except TypeError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"its settings or decisions have another form ({error})") from error
-        for item in fields(settings):
-            value = getattr(settings, item.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"its {item.name} is {value!r}, no whole number above 0")
         for name in ("machine", "model", "options", "placement"):
             if not isinstance(found[name], dict):
                 raise PlanError(f"its {name!r} is no object")

@@ -118,7 +118,8 @@ def pass_time(
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
     overhead = _overhead_s(workload, plan, hardware, tokens) * fitted.get("overhead", 1.0)
     roofs = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
-    bound = max(roofs, busy["link"], ssd_bytes / (hardware.ssd_gbps.value * _GIGA), busy["dram"])
+    ssd_gbps = max(hardware.ssd_gbps.value, *(rate.gbps.value for rate in hardware.reads), 0.0)
+    bound = max(roofs, busy["link"], ssd_bytes / (ssd_gbps * _GIGA), busy["dram"])
     return PassTime(busy, overhead, max(combined_s(busy, overhead, hardware.overlap.value), bound), bound)
 
 
@@ -155,6 +156,7 @@ def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
             dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(times)),
             cpu_gflops=hardware.cpu_gflops.scaled(times),
             matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(times) for rates in hardware.matmuls),
+            attention_gflops=None if hardware.attention_gflops is None else hardware.attention_gflops.scaled(times),
         ),
         "ssd": replace(
             hardware,
@@ -230,7 +232,7 @@ def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int)
 def _ssd_s(workload: Workload, plan: Plan, hardware: Hardware) -> float:
     """Seconds of reads, by their sizes where these were measured."""
     sizes = [nbytes for key in plan.streamed for nbytes in workload.reads.get(key, ())]
-    taken = read_rates.seconds(hardware.reads, workload.readers, sizes) if sizes else None
+    taken = read_rates.seconds(hardware.reads, workload.readers, sizes) if workload.reads else None
     nbytes = sum(workload.payload[key] for key in plan.streamed)
     return nbytes / (hardware.ssd_gbps.value * _GIGA) if taken is None else taken
 

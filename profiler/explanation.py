@@ -47,6 +47,7 @@ def busy_by_kind(
             workload,
             matmuls=tuple(matmul for matmul in workload.matmuls if kinds[matmul.units[0]] != kind),
             payload={key: 0 if kinds[key] == kind else nbytes for key, nbytes in workload.payload.items()},
+            reads={key: () if kinds[key] == kind else reads for key, reads in workload.reads.items()},
         )
         found[kind] = _less(whole, busy(rest))
     found[KV_CACHE] = _less(whole, busy(replace(workload, kv_bytes=0, attention_width=0)))

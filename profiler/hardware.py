@@ -199,8 +199,8 @@ class Catalogue:
 
     def gpu_of_driver(self, name: str) -> Gpu | None:
         """The card whose key is in a driver's name, such as "NVIDIA H100 80GB HBM3"; None where there is none."""
-        told = _plain(name)
-        found = [key for key in self.entries["gpu"] if re.search(re.escape(_plain(key)) + r"(?!\d)", told)]
+        told = name.lower()
+        found = [key for key in self.entries["gpu"] if re.search(rf"(?<![a-z0-9]){_spaced(key)}(?![a-z0-9])", told)]
         return self.gpu(max(found, key=len)) if found else None
 
     def machine(
@@ -261,6 +261,11 @@ def _embodied(entry: Mapping[str, Any]) -> Figure | None:
 
 def _source(entry: Mapping[str, Any]) -> str:
     return str(entry.get("source", "given"))
+
+
+def _spaced(key: str) -> str:
+    """A pattern of a card's key as drivers write it: "3090ti" as "3090 Ti"."""
+    return re.sub(r"(?<=\d)(?=[a-z])|(?=super$)", r"\\s*", key)
 
 
 def _plain(name: str) -> str:

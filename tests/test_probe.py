@@ -1,10 +1,12 @@
 """What a probe measures of this machine, where it is kept, and how predictions from it are held against runs."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from profiler import read_rates
 from profiler.cost_model import pass_time, upgrades
 from profiler.figure import Figure, measured
 from profiler.fitting import LEAST_PAIRS, Pair, fitted
-from profiler.hardware import Hardware, Memory
+from profiler.hardware import Hardware, Memory, catalogue
 from profiler.matmul_rates import MatmulRates, nearest
 from profiler.read_rates import ReadRate
 from profiler.workload import Matmul, Workload
@@ -339,3 +341,55 @@ def run(*arguments: str) -> Any:
 def test_the_entry_point_has_every_command() -> None:
     result = CliRunner().invoke(profile, ["--help"])
     assert {"probe", "predict", "sweep", "hardware", "validate"} <= set(result.output.split())
+
+
+@pytest.mark.parametrize("kept", [b"{", b"[]", b"{}", b"3"])
+def test_what_was_kept_and_cannot_be_read_is_said_and_stops_no_run(kept: bytes) -> None:
+    path = probe_cache.keep(machine())
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as entries:
+        entries.put(probe_cache.fingerprint().encode(), kept)
+    with pytest.raises(StoreError, match="probe again"):
+        probe_cache.this_machine()
+    assert probe_cache.measured_machine() is None
+    path.unlink()
+
+
+def test_a_file_that_was_cut_short_is_told_before_it_ends_the_process() -> None:
+    path = probe_cache.keep(machine())
+    with path.open("r+b") as file:
+        file.truncate(2 * 4096)
+    with pytest.raises(StoreError):
+        probe_cache.this_machine()
+    assert probe_cache.measured_machine() is None
+    path.unlink()
+
+
+def test_threads_share_the_file() -> None:
+    path = probe_cache.keep(machine())
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: probe_cache.measured_machine(), range(16))) == [machine()] * 16
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("told", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA GeForce RTX 3090", "3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "3090ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "4070tisuper"),
+        ("Tesla P40", "p40"),
+        ("Tesla M40 24GB", "m40"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L40S", None),
+        ("AMD Radeon", None),
+    ],
+)
+def test_a_card_is_known_by_what_its_driver_calls_it(told: str, key: str | None) -> None:
+    found = catalogue().gpu_of_driver(told)
+    assert found == (None if key is None else catalogue().gpu(key))

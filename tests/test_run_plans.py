@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resident_planes import Least
@@ -240,11 +241,11 @@ def run(*arguments: str) -> Any:
 
 def test_the_command_plans_here_and_offload_takes_its_file(plane_store: Folders, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    given = ["--context", "64", "--logits", "8", "--dram", "64MiB", "--precision", "int8,int4"]
+    given = ["--context", "64", "--logits", "8", "--dram", "64MiB", "--precision", "int4,int8"]
     result = run(str(plane_store("llama")), *given, "--out", str(out), "--json")
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
-    assert plan["options"]["precision"] == "int4", "it reads less"
+    assert plan["options"]["precision"] == "int4", "the first of two that tie, as a toy's do"
     assert plan["decisions"][0]["alternative"] == "int8"
     with tiercache.offload(plane_store("llama"), plan=out, device="cpu", show_progress=False) as model:
         assert model.tiercache.run_plan.hash == plan["hash"]
@@ -271,7 +272,7 @@ def test_the_command_plans_for_machines_elsewhere_and_names_the_second_best(tmp_
     by_what = {each["what"]: each for each in plan["decisions"]}
     assert by_what["weights beyond the card"]["choice"].startswith("multiplied by the CPU")
     assert by_what["precision"]["gain"] > 0.5
-    with pytest.raises(UsageError, match="another machine"), tiercache.offload(PICO, plan=tmp_path / "plan"):
+    with pytest.raises(UsageError, match="was not there"), tiercache.offload(PICO, plan=tmp_path / "plan"):
         pytest.fail("opened")
 
 
@@ -320,3 +321,44 @@ def test_settling_takes_the_faster_and_keeps_the_first_within_noise(
     monkeypatch.setattr(settling, "TOKENS", 2)
     found = settling.settle(pico_store, config, plan, show_progress=False)  # runs both
     assert "measured, 3 texts of 2 tokens each in turn" in found.decisions[-1].reason
+
+
+def test_a_given_models_own_plan_is_taken_again(plane_store: Folders, checkpoint: Folders) -> None:
+    own = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    with opened(own, precision="source", dram="16MiB") as model:
+        plan = model.tiercache.run_plan
+    with tiercache.offload(own, plan=plan, device="cpu", show_progress=False) as model:
+        assert model.tiercache.run_plan.hash == plan.hash
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": {"draft": {}}},
+        {"options": {"draft": {"drafter": "ngram", "x": 1}}},
+        {"options": {"drafts": "foo"}},
+        {"options": {"bytes_per_token": {"fraction": "x"}}},
+        {"options": {"link_gbps": 0}},
+        {"settings": {"prefetch_bytes": 10**400}},
+        {"settings": {"read_bytes": 1000}},
+        {"settings": {"read_threads": 10**6}},
+    ],
+)
+def test_a_plan_that_asks_for_what_cannot_be_is_refused(
+    changed: dict[str, Any], plane_store: Folders, tmp_path: Path
+) -> None:
+    with opened(plane_store("llama")) as model:
+        plain = json.loads(json.dumps(model.tiercache.run_plan.to_dict()))
+    for part, values in changed.items():
+        plain[part] |= values
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plain))
+    with pytest.raises(UsageError), tiercache.offload(plane_store("llama"), plan=path, device="cpu"):
+        pytest.fail("opened")
+
+
+def test_a_plan_for_a_machine_that_was_not_there_is_for_reading(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert run("tinyllama-1.1b", "--gpu", "3090", "--quiet", "--out", str(out)).exit_code == 0
+    with pytest.raises(UsageError, match="was not there"), tiercache.offload(PICO, plan=out, force_plan=True):
+        pytest.fail("opened")

@@ -73,12 +73,15 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         dram_gbps, cpu_gflops: of main memory and of the processor, which no product outruns.
         attention_gflops: of attention, whose part in a pass is told apart by it.
         watch: looks for what disturbs.
+        folder: on the disk that stores lie on.
     """
 
-    def __init__(self, dram_gbps: float, cpu_gflops: float, attention_gflops: float, watch: Watch) -> None:
+    def __init__(
+        self, dram_gbps: float, cpu_gflops: float, attention_gflops: float, watch: Watch, folder: Path
+    ) -> None:
         self._watch = watch
         self._dram_gbps, self._cpu_gflops, self._attention_gflops = dram_gbps, cpu_gflops, attention_gflops
-        self._folder = Path(tempfile.mkdtemp(prefix="tiercache-probe-"))
+        self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".tiercache-probe-"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,7 +139,13 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         make = shapes.make_store if of_planes(precision) else shapes.make_checkpoint
         place = self._folder / f"{shape.hidden}-{shape.layers}-{'planes' if of_planes(precision) else 'bf16'}"
         make(shape, place, _SEED, show_progress=False)
-        options = {"dram": str(dram_bytes), "context": _CONTEXT, "logits": max(rounds), "show_progress": False}
+        options = {
+            "dram": str(dram_bytes),
+            "context": _CONTEXT,
+            "logits": max(rounds),
+            "show_progress": False,
+            "plan": "default",
+        }
         with offload(place, precision=precision, **options) as model, torch.inference_mode():  # type: ignore[arg-type]
             once = {
                 tokens: partial(model, input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)

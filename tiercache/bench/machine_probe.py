@@ -59,7 +59,7 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
         advance(2)
         dram, attention, gemm = (watch.undisturbed(measure) for measure in (_dram, _attention, _gemm))
         advance(1)
-        with LayerProbe(dram.value, gemm.value, attention.value, watch) as layers:
+        with LayerProbe(dram.value, gemm.value, attention.value, watch, folder) as layers:
             rates: list[MatmulRates] = []
             for kind in KINDS:
                 rates.append(layers.rates(kind))

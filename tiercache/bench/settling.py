@@ -19,7 +19,7 @@ from tiercache.config.options import OffloadConfig
 from tiercache.engine.drafting_choice import NGRAMS, NOBODY, OWN_PLANES
 from tiercache.engine.offload import open_offloaded
 from tiercache.engine.session import plan_model
-from tiercache.errors import UsageError
+from tiercache.errors import DoesNotFitError, UsageError
 from tiercache.progress import bar
 
 TOKENS, ROUNDS = 32, 3  # of a text; texts of each way, in turn
@@ -63,7 +63,7 @@ def settle(place: Path, config: OffloadConfig, plan: RunPlan, *, show_progress: 
     Raises:
         UsageError: there is no tokenizer to read a prompt with.
     """
-    ways = rivals(config, plan)
+    ways = [way for way in rivals(config, plan) if _fits(place, way[1])]
     if len(ways) < 2:
         reason = "there is no second way within the model's error"
         return replace(plan, decisions=(*plan.decisions, Decision("settled", "not run", None, None, reason)))
@@ -81,6 +81,14 @@ def settle(place: Path, config: OffloadConfig, plan: RunPlan, *, show_progress: 
     )
     decision = Decision("settled", taken.name, other.name, other.middle_s / taken.middle_s - 1, reason)
     return replace(chosen, decisions=(*plan.decisions, decision))
+
+
+def _fits(place: Path, config: OffloadConfig) -> bool:
+    try:
+        plan_model(place, config, show_progress=False)
+    except DoesNotFitError:
+        return False
+    return True
 
 
 def rivals(config: OffloadConfig, plan: RunPlan) -> list[tuple[str, OffloadConfig]]:

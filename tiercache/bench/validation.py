@@ -129,7 +129,13 @@ class _Setting:
         for share in (1.0, SHARE):
             dram = "auto" if workload is None else str(starved_bytes(workload))
             name = f"{_named(self.place, self.model)} {self.precision}, {share:.0%} in memory"
-            given: dict[str, Any] = {"precision": self.precision, "dram": dram, "show_progress": False, **sizes}
+            given: dict[str, Any] = {
+                "precision": self.precision,
+                "dram": dram,
+                "show_progress": False,
+                "plan": "default",
+                **sizes,
+            }
             with tiercache.offload(self.place, **given) as model:
                 opened: Any = model
                 workload = imagined_workload(opened.config, options, gpu=False)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from policies.run_plan import Decision, RunPlan
 from profiler.cost_model import Drafting
+from profiler.planner import TIE
 from tiercache.commands.base import Json, Quiet, console, progress, tell
 from tiercache.commands.machine_options import (
     DRAM_KIND,
@@ -75,7 +76,7 @@ def plan_command(
 
     wanted = precisions.split(",")
     if gpu is None:
-        if (dram_kind, ssd, lanes, draft_nodes, file) != (DRAM_KIND, SSD, None, 0, None):
+        if (dram_kind, ssd, lanes, draft_nodes, tokens_per_pass, file) != (DRAM_KIND, SSD, None, 0, 1.0, None):
             raise UsageError(
                 "--dram-kind, --ssd, --lanes, --draft-nodes and --hardware are for another machine: add --gpu"
             )
@@ -119,7 +120,9 @@ def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle:
         raise min(errors.values(), key=lambda error: error.missing_bytes)
     speeds = {name: each.predicted["tokens_per_s"] if each.predicted else 0.0 for name, each in plans.items()}
     ranked = sorted(speeds, key=lambda name: -speeds[name])
-    best, plan = ranked[0], plans[ranked[0]]
+    liked = next(name for name in plans if speeds[name] * (1 + TIE) >= speeds[ranked[0]])  # the order of the option
+    ranked = [liked, *(name for name in ranked if name != liked)]
+    best, plan = liked, plans[liked]
     if len(precisions) > 1:
         other = ranked[1] if len(ranked) > 1 else next(iter(errors))
         gain = speeds[best] / speeds[other] - 1 if other in plans else None

@@ -195,6 +195,8 @@ class OffloadConfig:
         for name, value in (("link_gbps", self.link_gbps), ("max_loss", self.max_loss)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UsageError(f"{name}={value!r} must be a number above zero, or None")
+        if self.link_gbps is not None and not 0 < self.link_gbps < float("inf"):
+            raise UsageError(f"link_gbps={self.link_gbps} must be a number above zero, or None")
         if self.max_fetches is not None and (
             isinstance(self.max_fetches, bool) or not isinstance(self.max_fetches, int) or self.max_fetches < 0
         ):

@@ -33,6 +33,7 @@ class Actuals:
         self._placed, self._stats, self._show = placed, stats, show
         self._machine: Hardware | None = None
         self._made: PassTime | None = None
+        self._looked = False
 
     def tell(self) -> None:
         """Put predicted and actual seconds into the statistics, where there are enough passes."""
@@ -43,14 +44,15 @@ class Actuals:
 
     def _compare(self) -> None:
         stats = self._stats
-        if len(stats.token_passes_s) < LEAST_PASSES or stats.lossy or self._placed.plan.has_hbm:
+        placed, fast = self._placed, stats.kernels not in ("decode", "reference")
+        if len(stats.token_passes_s) < LEAST_PASSES or stats.lossy or placed.plan.has_hbm or not fast:
             return
         stats.actual_pass_s = statistics.median(stats.token_passes_s)
-        if self._made is None:
-            self._machine = measured_machine()
-            if self._machine is None:
-                return
-            self._made = self._predicted(self._machine)
+        if not self._looked:
+            self._looked, self._machine = True, measured_machine()
+        if self._machine is None:
+            return
+        self._made = self._predicted(self._machine)
         stats.predicted_pass_s = self._made.total_s
 
     def close(self) -> None:

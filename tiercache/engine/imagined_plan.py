@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from policies.run_plan import RunPlan
+from policies.settings import DEFAULT
 from profiler import planner
 from profiler.hardware import Hardware
 from profiler.planner import Refused, Way
@@ -16,7 +17,7 @@ from profiler.workload import Workload
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.budgets import fill_tiers, fitted
-from tiercache.engine.planning import model_identity, options_of, told
+from tiercache.engine.planning import IMAGINED, model_identity, options_of, told
 from tiercache.engine.prediction import PredictedDrafting
 from tiercache.errors import DoesNotFitError
 
@@ -53,7 +54,7 @@ def imagined_plan(
     precision = best.choices["precision"]
     chosen = replace(config, precision=precision, settings=best.settings)  # type: ignore[arg-type]
     return RunPlan(
-        machine=identity,
+        machine={**identity, IMAGINED: True},
         model=model_identity(best.workload.needs, precision),
         options=options_of(chosen, best.plan) | {"cpu_tokens": best.cpu_tokens or None},
         settings=best.settings,
@@ -102,7 +103,8 @@ def _ways(
     drafting = None if drafts is None else drafts.on(machine)
     tokens = 1 if drafting is None else 1 + drafting.nodes
     found: list[Way] = []
-    for settings in planner.settings_to_try(machine):
+    tries = planner.settings_to_try(machine)
+    for settings in [each for each in tries if each.in_flight_bytes == DEFAULT.in_flight_bytes]:  # one workload's reads
         fill = partial(fill_tiers, workload.needs, hbm_bytes=hbm, dram_bytes=dram)
         plan = fitted(partial(fill, prefetch_bytes=settings.prefetch_bytes))
         if isinstance(plan, DoesNotFitError):

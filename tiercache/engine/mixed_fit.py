@@ -125,7 +125,7 @@ class _Fitting:
 
     def _placed(self, plan: MixedPlan, opened: Opened, asked: MemoryRequirements) -> MixedPlacement | DoesNotFitError:
         """The placement of one plan."""
-        made = fitted(partial(self.budgets.divide, opened, asked))
+        made = fitted(partial(self.budgets.divide, opened, asked, self.config.settings.prefetch_bytes))
         if isinstance(made, DoesNotFitError):
             return made
         return MixedPlacement(

@@ -17,14 +17,27 @@ from policies.run_plan import RunPlan
 from profiler.cost_model import Prediction
 from profiler.planner import Ranked
 from tiercache.config.drafting import DraftConfig
-from tiercache.config.options import OffloadConfig
+from tiercache.config.options import STORE_PRECISION, OffloadConfig
 from tiercache.config.sizes import Budget
+from tiercache.engine.drafting_choice import NGRAMS, NOBODY, OWN_PLANES
 from tiercache.engine.placement import ExactPlacement, Placement
 from tiercache.engine.probe_cache import identity
 from tiercache.errors import UsageError
 
 PlanLike = RunPlan | Path | str
-_PLAIN = ("precision", "context", "logits", "cpu_tokens", "mode", "max_loss", "policy", "max_fetches", "link_gbps")
+_PLAIN = (
+    "precision",
+    "kernels",
+    "context",
+    "logits",
+    "cpu_tokens",
+    "mode",
+    "max_loss",
+    "policy",
+    "max_fetches",
+    "link_gbps",
+)
+IMAGINED = "imagined"  # in a plan's machine: it was not there
 _UNSET = OffloadConfig(hbm=Budget(), dram=Budget())
 
 
@@ -70,13 +83,20 @@ def with_plan(config: OffloadConfig, plan: RunPlan) -> OffloadConfig:
         UsageError: the caller gave something else than the plan has, or the plan has something that cannot be meant.
     """
     try:
-        planned = _options_of(plan.options)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UsageError(f"the plan's options have another form ({error}); make the plan again") from error
+        return _with_plan(config, plan)
+    except UsageError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"the plan's options have another form ({error!r}); make the plan again") from error
+
+
+def _with_plan(config: OffloadConfig, plan: RunPlan) -> OffloadConfig:
+    planned = _options_of(plan.options)
     draft = planned.pop("draft")
     for name, value in planned.items():
         given = getattr(config, name)
-        if given not in (getattr(_UNSET, name), value):
+        unset = {STORE_PRECISION, _UNSET.precision} if name == "precision" else (getattr(_UNSET, name),)
+        if given != value and given not in unset:
             raise UsageError(f"{name}={_shown(given)} is not what the plan has, {_shown(value)}; leave {name}= out")
     if draft is not None and draft["drafter"] is None and config.draft is None:
         raise UsageError("the plan's drafter was an object of the caller's; give drafter= with such a one")
@@ -92,7 +112,11 @@ def refuse_another_machine(config: OffloadConfig, device: torch.device) -> None:
     Raises:
         UsageError: what differs.
     """
-    if not isinstance(config.plan, RunPlan) or config.force_plan:
+    if not isinstance(config.plan, RunPlan):
+        return
+    if config.plan.machine.get(IMAGINED):
+        raise UsageError("the plan is for a machine that was not there when it was made; make one on that machine")
+    if config.force_plan:
         return
     here, there = identity(device), config.plan.machine
     for name, value in here.items():
@@ -119,10 +143,12 @@ def refuse_another_placement(config: OffloadConfig, placed: Placement) -> None:
         )
 
 
-def plan_of(placed: Placement, cpu_tokens: int = 0) -> RunPlan:
-    """The plan of a placement; `cpu_tokens` as they were measured."""
+def plan_of(placed: Placement) -> RunPlan:
+    """The plan of a placement."""
     config, ranked = placed.config, placed.ranked
-    options = options_of(config, placed.plan) | {"cpu_tokens": cpu_tokens or config.cpu_tokens}
+    options = options_of(config, placed.plan)
+    if placed.opened.memory is not None:  # the caller's own weights lie beside the budget
+        options["dram"] -= sum(placed.asked.needs.sizes[key] for key in placed.asked.needs.order)
     if isinstance(placed, ExactPlacement) and placed.drafter_spec is not None:
         options |= {"draft": _draft_of(placed.drafter_spec.config), "drafts": placed.drafts}
     return RunPlan(
@@ -177,11 +203,17 @@ def _options_of(found: Mapping[str, Any]) -> dict[str, Any]:
     options["hbm"] = None if found["hbm"] is None else _bytes(found["hbm"])
     options["dram"] = _bytes(found["dram"])
     share, draft = found["bytes_per_token"], found["draft"]
-    options["bytes_per_token"] = None if share is None else Budget(**share)
-    options["drafts"] = str(found["drafts"])
+    options["bytes_per_token"] = None if share is None else _share(share)
+    if found["drafts"] not in ("", OWN_PLANES, NGRAMS, NOBODY):
+        raise ValueError(f"drafts is {found['drafts']!r}")
+    options["drafts"] = found["drafts"]
     if draft is not None and not isinstance(draft, dict):
         raise ValueError(f"draft is {draft!r}")
     return {**options, "draft": draft}
+
+
+def _share(found: Mapping[str, Any]) -> Budget:
+    return _bytes(found["size_bytes"]) if found["fraction"] is None else Budget.parse(float(found["fraction"]))
 
 
 def _bytes(value: object) -> Budget:

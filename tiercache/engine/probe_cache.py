@@ -5,6 +5,7 @@ Another machine's entry is not found. Knows nothing of how anything was measured
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,12 +23,14 @@ from profiler.matmul_rates import MatmulRates
 from profiler.processor import processor_name
 from profiler.read_rates import ReadRate
 from tiercache.config.options import home_folder
-from tiercache.errors import TiercacheError, UsageError, permissions_named
+from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
 from tiercache.kernels.select import select, will_compile
 from tiercache.store.catalog import errors_translated
 from tiercache.tiers.device import device_of
 
 _FILE = "probe.mdb"
+_WAY_OUT = "remove it and probe again"
+_ALONE = threading.Lock()
 _MAP_BYTES = 16 << 20
 _MEANING = 3  # raised where a figure comes to mean something else, or kernels change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
@@ -86,7 +89,10 @@ def this_machine() -> Hardware:
             "nothing was measured of this machine, or not with these versions and thread settings; run "
             "'tiercache-profile probe'"
         )
-    return from_dict(found)
+    try:
+        return from_dict(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{home_folder() / _FILE} holds no figures ({error!r}); {_WAY_OUT}") from error
 
 
 def measured_machine() -> Hardware | None:
@@ -98,7 +104,7 @@ def measured_machine() -> Hardware | None:
         return None
     try:
         return this_machine()
-    except TiercacheError:
+    except TiercacheError:  # nothing was measured, or the file is damaged
         return None
 
 
@@ -169,21 +175,36 @@ def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:
 
 
 @contextmanager
-def _open() -> Iterator[lmdb.Environment]:
+def _open(*, readonly: bool = False) -> Iterator[lmdb.Environment]:
+    """The file; only one thread of a process may have it open.
+
+    Raises:
+        EnvironmentUnsupportedError: it may not be read or written.
+        StoreError: it is damaged.
+    """
     path = home_folder() / _FILE
-    with permissions_named(path), errors_translated(path, "remove it and probe again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600) as env:
-            yield env
+    try:
+        with _ALONE, errors_translated(path, _WAY_OUT):
+            if not readonly:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600, readonly=readonly) as env:
+                if (env.info()["last_pgno"] + 1) * env.stat()["psize"] > path.stat().st_size:
+                    raise StoreError(f"{path} was cut short; {_WAY_OUT}")  # to read on would end the process
+                yield env
+    except OSError as error:
+        raise EnvironmentUnsupportedError(f"{path} cannot be used: {error.strerror}; see to the folder") from error
 
 
 def _entry(key: bytes) -> Any:
     """What is kept under a key; None where there is nothing."""
     if not (home_folder() / _FILE).is_file():
         return None
-    with _open() as env, env.begin() as entries:
+    with _open(readonly=True) as env, env.begin() as entries:
         found = entries.get(key)
+    try:
         return None if found is None else json.loads(bytes(found))
+    except ValueError as error:
+        raise StoreError(f"{home_folder() / _FILE} holds no figures ({error}); {_WAY_OUT}") from error
 
 
 def _key() -> bytes:

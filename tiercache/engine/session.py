@@ -149,7 +149,7 @@ def _attach(
         finish=attachment.end_pass,
     )
     stack.callback(hooks.close)
-    run_plan = planning.plan_of(placed, run.cpu_tokens)
+    run_plan = planning.plan_of(placed)
     stats.plan = run_plan.hash
     refresh = _refresher(reader, table, machine, actuals)
     handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, refresh, run)

@@ -28,6 +28,7 @@ from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
 from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
+from tiercache.tiers.device import on_host
 from tiercache.tiers.tier import Supply
 
 _NOTHING = object()  # where a module had no value of its own
@@ -200,7 +201,7 @@ def folding(head: nn.Module) -> Callable[..., torch.Tensor]:
     forward = head.forward
 
     def folded(x: torch.Tensor) -> torch.Tensor:
-        one = x.dim() == 3 and len(x) == 1
+        one = x.dim() == 3 and len(x) == 1 and on_host(x.device)  # on a card nobody has held the bits against it
         return cast("torch.Tensor", forward(x.reshape(-1, x.shape[-1]).view(x.shape) if one else x))
 
     return folded

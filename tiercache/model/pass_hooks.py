@@ -123,7 +123,8 @@ class PassHooks:
         if self._decoding_since is None and not self._resident and not self._verifies:
             device_of(torch.device(self._stats.device)).synchronize()
             self._stats.first_pass_s = time.perf_counter() - self._began_at
-        if self._past is not None and not self._resident and not self._verifies:
+        done = output is not None  # nothing came of a pass that raised
+        if done and self._past is not None and not self._resident and not self._verifies:
             self._stats.add_token_pass(time.perf_counter() - self._began_at, self._past)
         self._finish()
         self._runner, self._alone = None, False
