@@ -43,11 +43,12 @@ _HEADS, _HEAD_DIM, _ATTENDED = 16, 64, 512
 _GEMM = 2048  # rows, columns and tokens of a product that operations bind, not bytes
 
 
-def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardware:
+def probe_machine(folder: Path, *, noisy: bool = False, show_progress: bool | None = None) -> Hardware:
     """Measure for about a minute.
 
     Args:
         folder: on the disk that stores lie on; a file is written there and removed again.
+        noisy: keep the figures of a machine that is never quiet; their spread tells how far they may be off.
         show_progress: draw a bar; None means where standard error is a terminal.
 
     Raises:
@@ -64,10 +65,11 @@ def probe_machine(folder: Path, *, show_progress: bool | None = None) -> Hardwar
             for kind in KINDS:
                 rates.append(layers.rates(kind))
                 advance(1)
-    if watch.share_disturbed > TOO_DISTURBED:
+    if watch.share_disturbed > TOO_DISTURBED and not noisy:
         raise EnvironmentUnsupportedError(
             f"{watch.share_disturbed:.0%} of the measurements were disturbed, {TOO_DISTURBED:.0%} are allowed: other "
-            "programs, or other guests of this machine's host, use the processor; probe again when they are done"
+            "programs, or other guests of this machine's host, use the processor; probe again when they are "
+            "done, or keep what was measured all the same with --noisy"
         )
     return Hardware(
         gpu=None,

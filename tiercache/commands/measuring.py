@@ -14,15 +14,16 @@ from tiercache.config.sizes import human
 from tiercache.errors import UsageError
 
 _Folder = Annotated[Path, typer.Option(help="On the disk that stores lie on.")]
+_Noisy = Annotated[bool, typer.Option("--noisy", help="Keep figures of a machine that other programs use.")]
 
 
 @profile.command("probe")
-def probe_command(folder: _Folder = Path(), as_json: Json = False, quiet: Quiet = False) -> None:
+def probe_command(folder: _Folder = Path(), noisy: _Noisy = False, as_json: Json = False, quiet: Quiet = False) -> None:
     """Measure this machine, for predict --gpu this. Takes under a minute; leaves one file in the cache."""
     from tiercache.bench.machine_probe import probe_machine
     from tiercache.engine import probe_cache
 
-    machine = probe_machine(folder.expanduser(), show_progress=progress(as_json, quiet))
+    machine = probe_machine(folder.expanduser(), noisy=noisy, show_progress=progress(as_json, quiet))
     path = probe_cache.keep(machine)
     if not quiet and not as_json:
         console().print(_figures(machine))
