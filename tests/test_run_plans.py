@@ -30,6 +30,8 @@ from tiercache.cli import app
 from tiercache.commands import profiler
 from tiercache.engine import this_hardware
 from tiercache.errors import UsageError
+from tiercache.tiers import stack
+from tiercache.tiers.slab import Slab
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GIB, MIB = 1 << 30, 1 << 20
@@ -145,6 +147,25 @@ def test_a_plan_file_places_everything_again_without_the_options_that_made_it(
             assert torch.equal(model(IDS).logits, logits)
         with tiercache.offload(store, plan=before, device="cpu", show_progress=False) as model:
             assert model.tiercache.run_plan.hash == before.hash
+
+
+def test_tiers_allocate_what_the_plan_says_to_the_byte(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, made = plane_store("llama"), list[int]()
+
+    class Counted(Slab):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            made.append(self.bytes.nbytes)
+
+    given = budgets(store)
+    monkeypatch.setattr(stack, "Slab", Counted)
+    for sizes in given:
+        made.clear()
+        with opened(store, **sizes) as model:
+            plan = model.tiercache.plan
+            assert sorted(made) == sorted(tier.slab_bytes for tier in (plan.hbm, plan.dram) if tier)
+            for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)):
+                assert tier is None or model.tiercache.stats().tiers[name].peak_bytes <= tier.allocated_bytes
 
 
 def test_what_a_plan_does_not_say_or_says_otherwise_is_refused(
