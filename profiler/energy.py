@@ -114,16 +114,9 @@ def energy_of_token(card_s: float, cpu_s: float, total_s: float, inputs: EnergyI
         "dram": inputs.dram_w.value * total_s,
         "ssd": inputs.ssd_w.value * total_s,
     }
-    return carbon_of_token(joules, total_s, inputs)
-
-
-def carbon_of_token(
-    joules: Mapping[str, float], total_s: float, inputs: EnergyInputs, how: How = "estimated"
-) -> Energy:
-    """Carbon of a token that takes `total_s` and so many joules."""
     operational = sum(joules.values()) / _J_PER_KWH * inputs.g_per_kwh.value
     share = total_s / (inputs.lifetime_years.value * _YEAR_S)
-    return Energy(joules, operational, share * inputs.embodied_kg.value * 1e3, how)
+    return Energy(joules, operational, share * inputs.embodied_kg.value * 1e3)
 
 
 def _effective_s(busy_s: float, total_s: float, idle_share: float) -> float:

@@ -15,7 +15,7 @@ from profiler.hardware import Hardware
 from profiler.read_rates import ReadRate
 from profiler.workload import Workload
 
-# Ways that differ by less are the same: runs of one way differ by more (docs/measured.md). The one named first wins.
+# Predictions that differ by less are the same, and the way that was named first wins.
 TIE = 0.02
 # Rings to try, in bytes in flight: with one every read begins before the last has ended; more ride out uneven layers.
 _RINGS = (1, 2)
@@ -64,17 +64,18 @@ class Ranked:
     prediction: Prediction
 
 
-def rank(ways: Sequence[Way], hardware: Hardware, *, past: int = 0) -> list[Ranked]:
+def rank(ways: Sequence[Way], hardware: Hardware, *, past: int = 0, tie: float = TIE) -> list[Ranked]:
     """The fastest first; of those that tie with it the one that was named first.
 
     Args:
         ways: at least one, the one of the rules of thumb first.
         hardware: the machine.
         past: tokens in the KV cache.
+        tie: share by which another must be faster to be taken before the first.
     """
     found = [Ranked(way, _predicted(way, hardware, past)) for way in ways]
     best = max(each.prediction.tokens_per_s for each in found)
-    first = next(each for each in found if each.prediction.tokens_per_s * (1 + TIE) >= best)
+    first = next(each for each in found if each.prediction.tokens_per_s * (1 + tie) >= best)
     others = [each for each in found if each is not first]
     return [first, *sorted(others, key=lambda each: -each.prediction.tokens_per_s)]
 
@@ -109,11 +110,6 @@ def decisions(ranked: Sequence[Ranked], refused: Sequence[Refused] = ()) -> tupl
     return tuple(found)
 
 
-def within_error(ranked: Sequence[Ranked]) -> bool:
-    """Whether the second best might be the best: the bands of the two overlap."""
-    return len(ranked) > 1 and ranked[1].prediction.high >= ranked[0].prediction.low
-
-
 def _predicted(way: Way, hardware: Hardware, past: int) -> Prediction:
     return predict(way.workload, way.plan, hardware, past=past, cpu_tokens=way.cpu_tokens, drafting=way.drafting)
 
@@ -129,6 +125,6 @@ def _reason(best: Ranked, other: Ranked) -> str:
     saved["overhead"] = theirs.overhead_s - ours.overhead_s
     most = max(saved, key=lambda name: saved[name])
     if saved[most] <= 0:
-        return f"the rule of thumb; the other is not faster by {TIE:.0%}, less than which runs differ anyway"
+        return "it was named first, and the other is not predicted to be faster by more than predictions can tell"
     names = {"compute": "the products", "cpu": "products in main memory", "link": "the link", "ssd": "the SSD"}
     return f"a pass takes {saved[most] * 1e3:.1f} ms less of {names.get(most, most)}"

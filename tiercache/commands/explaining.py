@@ -11,6 +11,7 @@ from profiler.energy import G_PER_KWH, LIFETIME_YEARS
 from profiler.figure import ERROR
 from tiercache.commands.base import Json, Quiet, console, tell
 from tiercache.commands.machine_options import (
+    DRAFT_DEPTH,
     DRAM_KIND,
     SSD,
     CarbonIntensity,
@@ -68,7 +69,7 @@ def explain_command(
     tokens_per_pass: TokensPerPass = 1.0,
     draft_s: DraftS = 0.0,
     drafter: Drafter = None,
-    draft_depth: DraftDepth = 8,
+    draft_depth: DraftDepth = DRAFT_DEPTH,
     carbon_intensity: CarbonIntensity = G_PER_KWH,
     embodied_kg: EmbodiedKg = None,
     lifetime_years: LifetimeYears = LIFETIME_YEARS,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch, which --help should not cost
 
 NO_GPU, THIS_MACHINE = "none", "this"
 DRAM, DRAM_KIND, SSD = "64GiB", "ddr4-3200", "pcie-3"
+DRAFT_DEPTH = 8  # passes of a small model for a tree
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*GB/s", re.IGNORECASE)
 
 Model = Annotated[str, typer.Argument(help="A named shape, a config.json, or a folder with one.")]

@@ -8,10 +8,10 @@ import typer
 from rich.table import Table
 
 from policies.run_plan import Decision, RunPlan
-from profiler.cost_model import Drafting
 from profiler.planner import TIE
 from tiercache.commands.base import Json, Quiet, console, progress, tell
 from tiercache.commands.machine_options import (
+    DRAFT_DEPTH,
     DRAM_KIND,
     SSD,
     Context,
@@ -21,11 +21,9 @@ from tiercache.commands.machine_options import (
     Lanes,
     Model,
     Past,
+    Question,
     Ssd,
-    known_hardware,
-    machine_of,
     ways_out,
-    workload_of_name,
 )
 from tiercache.commands.predicting import profile
 from tiercache.config.options import OffloadConfig, read_options
@@ -51,6 +49,7 @@ _PerPass = Annotated[float, typer.Option(min=1, help="Elsewhere: tokens that a d
 
 @profile.command("plan")
 def plan_command(
+    ctx: typer.Context,
     model: Model,
     gpu: _Gpu = None,
     hbm: _Hbm = "auto",
@@ -85,11 +84,8 @@ def plan_command(
     else:
         if settle or hbm != "auto":
             raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
-        machine = machine_of(known_hardware(file), gpu, dram, dram_kind, ssd, lanes)
-        identity = {"gpu": gpu, "dram": dram or human(machine.dram.capacity_bytes), "dram_kind": dram_kind, "ssd": ssd}
-        plan = _plan_elsewhere(
-            model, machine, identity, wanted, (context, past), (drafter, draft_nodes, tokens_per_pass)
-        )
+        given = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
+        plan = _plan_elsewhere(Question.of({**ctx.params, **given, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
     if not quiet and not as_json:
@@ -132,34 +128,21 @@ def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle:
     return settled(folder, replace(config, precision=chosen), plan, show_progress=show) if settle else plan
 
 
-def _plan_elsewhere(
-    model: str,
-    machine: Any,
-    identity: dict[str, Any],
-    precisions: list[str],
-    lengths: tuple[int, int],
-    drafting: tuple[str, int, float],
-) -> RunPlan:
+def _plan_elsewhere(question: Question, precisions: list[str]) -> RunPlan:
     from tiercache.engine.imagined_plan import imagined_plan
-    from tiercache.engine.prediction import PredictedDrafting
 
-    context, past = lengths
-    drafter, nodes, tokens_per_pass = drafting
-    if (drafter != "none" or tokens_per_pass > 1) and not nodes:
-        raise UsageError("what drafting brings depends on the tree; give --draft-nodes, such as 64")
-    drafts = None
-    if nodes:
-        small = None if drafter == "none" else workload_of_name(drafter, machine, "source", context, past)
-        drafts = PredictedDrafting(Drafting(nodes, tokens_per_pass, 0.0), small, 8)
+    machine = question.machine
+    memory = question.dram or human(machine.dram.capacity_bytes)
+    identity = {"gpu": question.gpu, "dram": memory, "dram_kind": question.dram_kind, "ssd": question.ssd}
     with ways_out(machine):
         return imagined_plan(
-            lambda precision: workload_of_name(model, machine, precision, context, past),
+            lambda precision: replace(question, precision=precision).workload(machine),
             precisions,
             machine,
             identity,
-            OffloadConfig(hbm=Budget(), dram=Budget(), context=context),
-            past=past,
-            drafts=drafts,
+            OffloadConfig(hbm=Budget(), dram=Budget(), context=question.context),
+            past=question.past,
+            drafts=question.drafts(machine),
         )
 
 

@@ -16,6 +16,7 @@ from tiercache import pictures
 from tiercache.commands import charts, text_charts
 from tiercache.commands.base import Json, Quiet, console, say, tell
 from tiercache.commands.machine_options import (
+    DRAFT_DEPTH,
     DRAM_KIND,
     SSD,
     Context,
@@ -72,7 +73,7 @@ def plot_command(
     tokens_per_pass: TokensPerPass = 1.0,
     draft_s: DraftS = 0.0,
     drafter: Drafter = None,
-    draft_depth: DraftDepth = 8,
+    draft_depth: DraftDepth = DRAFT_DEPTH,
     file: HardwareFile = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -13,6 +13,7 @@ from profiler.figure import ERROR
 from profiler.hardware import Catalogue
 from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
 from tiercache.commands.machine_options import (
+    DRAFT_DEPTH,
     DRAM_KIND,
     SSD,
     CarbonIntensity,
@@ -67,7 +68,7 @@ def predict_command(
     tokens_per_pass: TokensPerPass = 1.0,
     draft_s: DraftS = 0.0,
     drafter: Drafter = None,
-    draft_depth: DraftDepth = 8,
+    draft_depth: DraftDepth = DRAFT_DEPTH,
     carbon_intensity: CarbonIntensity = G_PER_KWH,
     embodied_kg: EmbodiedKg = None,
     lifetime_years: LifetimeYears = LIFETIME_YEARS,

@@ -13,7 +13,6 @@ from profiler.fitting import Pair
 from profiler.hardware import Hardware
 from tiercache.engine.placement import Placement
 from tiercache.engine.probe_cache import add_pairs, measured_machine
-from tiercache.engine.workload import workload_of
 from tiercache.progress import note
 from tiercache.stats.run import Stats
 
@@ -81,6 +80,4 @@ class Actuals:
             )
 
     def _predicted(self, machine: Hardware) -> PassTime:
-        placed = self._placed
-        workload = workload_of(placed.opened, placed.asked, placed.config)
-        return pass_time(workload, placed.plan, machine, past=self._stats.token_past)
+        return pass_time(self._placed.workload, self._placed.plan, machine, past=self._stats.token_past)

@@ -9,16 +9,14 @@ from functools import partial
 from typing import Any
 
 from policies.run_plan import RunPlan
-from policies.settings import DEFAULT
 from profiler import planner
 from profiler.hardware import Hardware
 from profiler.planner import Refused, Way
 from profiler.workload import Workload
 from tiercache.config.options import OffloadConfig
-from tiercache.config.sizes import Budget, human
-from tiercache.engine.budgets import fill_tiers, fitted
+from tiercache.engine.budgets import fitted
 from tiercache.engine.planning import IMAGINED, model_identity, options_of, told
-from tiercache.engine.prediction import PredictedDrafting
+from tiercache.engine.prediction import Case, PredictedDrafting
 from tiercache.errors import DoesNotFitError
 
 _STREAMED, _ON_CPU = "copied up", "multiplied by the CPU (cpu_tokens=)"
@@ -52,7 +50,7 @@ def imagined_plan(
     ranked = planner.rank(ways, machine, past=past)
     best = ranked[0].way
     precision = best.choices["precision"]
-    chosen = replace(config, precision=precision, settings=best.settings)  # type: ignore[arg-type]
+    chosen = replace(config, precision=precision)  # type: ignore[arg-type]
     return RunPlan(
         machine={**identity, IMAGINED: True},
         model=model_identity(best.workload.needs, precision),
@@ -95,28 +93,19 @@ def _ways(
     precision: str, workload: Workload, machine: Hardware, drafts: PredictedDrafting | None
 ) -> list[Way] | DoesNotFitError:
     """The ways at one precision, drafting or not; why there is none."""
-    if drafts is not None:
-        workload = drafts.beside(workload)
-    share, card = Budget(), machine.gpu
-    hbm = None if card is None else share.resolve(total_bytes=0, free_bytes=card.memory.capacity_bytes)
-    dram = share.resolve(total_bytes=0, free_bytes=machine.dram.capacity_bytes)
+    case = fitted(partial(Case.of, workload, machine, 0, drafts))
+    if isinstance(case, DoesNotFitError):
+        return case
     drafting = None if drafts is None else drafts.on(machine)
     tokens = 1 if drafting is None else 1 + drafting.nodes
-    found: list[Way] = []
-    tries = planner.settings_to_try(machine)
-    for settings in [each for each in tries if each.in_flight_bytes == DEFAULT.in_flight_bytes]:  # one workload's reads
-        fill = partial(fill_tiers, workload.needs, hbm_bytes=hbm, dram_bytes=dram)
-        plan = fitted(partial(fill, prefetch_bytes=settings.prefetch_bytes))
-        if isinstance(plan, DoesNotFitError):
-            return plan
-        for cpu_tokens in (0, tokens) if plan.copied else (0,):
-            choices = {
-                "precision": precision,
-                "drafting": _named(drafts),
-                "weights beyond the card": _ON_CPU if cpu_tokens else _STREAMED,
-                "prefetch": human(settings.prefetch_bytes),
-            }
-            found.append(Way(choices, workload, plan, settings, cpu_tokens, drafting))
+    found = []
+    for cpu_tokens in (0, tokens) if case.plan.copied else (0,):
+        choices = {
+            "precision": precision,
+            "drafting": _named(drafts),
+            "weights beyond the card": _ON_CPU if cpu_tokens else _STREAMED,
+        }
+        found.append(Way(choices, case.workload, case.plan, cpu_tokens=cpu_tokens, drafting=drafting))
     return found
 
 

@@ -49,6 +49,11 @@ class Placement:
     decisions: tuple[Decision, ...] = ()
     ranked: Sequence[Ranked] = ()
 
+    @cached_property
+    def workload(self) -> Workload:
+        """The model as the cost model sees it."""
+        return workload_of(self.opened, self.asked, widened(self.config))
+
     def measure_cpu_tokens(self, precision: str) -> int:
         """Up to how many tokens a pass lets the CPU multiply by planes of a precision; call it before tiers fill."""
         machine = self.machine
@@ -70,11 +75,6 @@ class ExactPlacement(Placement):
     drafter_spec: DrafterSpec | None = None
     drafts: str = ""
     room_price: float | None = None
-
-    @cached_property
-    def workload(self) -> Workload:
-        """The model as the cost model sees it."""
-        return workload_of(self.opened, self.asked, widened(self.config))
 
     def start(self, tiers: TierStack, stack: ExitStack, *, show_progress: bool | None) -> ExactRun:
         """Fill the tiers, and say how passes go."""

@@ -6,7 +6,7 @@ Knows options, placements and the JSON of plans; places nothing itself.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +226,7 @@ def _draft_of(draft: DraftConfig) -> dict[str, Any]:
     """Options of drafting as plain data; without a drafter where that is an object."""
     named = str(draft.drafter) if isinstance(draft.drafter, str | Path) else None
     learned = None if draft.learned is None else str(draft.learned)
-    own = {name: getattr(draft, name) for name in draft.__dataclass_fields__}
+    own = {item.name: getattr(draft, item.name) for item in fields(draft)}
     return {**own, "drafter": named, "learned": learned}
 
 

@@ -78,7 +78,6 @@ def plan_model(
     """
     with ExitStack() as stack:
         placed = _placement(model_or_path, config, stack, show_progress=show_progress, calibration=None)
-        stack.callback(placed.opened.closed)
         return planning.plan_of(placed)
 
 
