@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from policies.plan import Plan, PlanInputs, fill_tiers
 from profiler.cost_model import Drafting, pass_time, upgrades
 from profiler.explanation import KV_CACHE, busy_by_kind, exposed_s, kind_of
+from profiler.figure import Figure
 from profiler.hardware import Hardware, catalogue
+from profiler.read_rates import ReadRate
 from profiler.workload import Matmul, Workload
 from tiercache.cli import main as tiercache_main
 from tiercache.commands.profiler import profile
@@ -64,6 +66,16 @@ def test_kinds_and_parts_sum_to_the_pass(gpu: str | None, hbm: float | None, dra
     assert sum(adds.values()) == pytest.approx(time.total_s)
     assert all(seconds >= 0 for seconds in adds.values())
     assert adds["dram"] == pytest.approx(0, abs=1e-9), "its traffic lies within that of others"
+
+
+def test_reads_that_were_measured_are_of_the_kinds_that_are_read() -> None:
+    rate = ReadRate(4, UNIT, Figure(2.0, "measured"))
+    on, plan = replace(machine(None), reads=(rate,)), placed(None, 3.1)
+    read = replace(workload(), reads=dict.fromkeys(range(len(NAMES)), (UNIT,)), readers=4)
+    found = {kind: each["ssd"] for kind, each in busy_by_kind(read, plan, on).items() if each["ssd"]}
+    assert found
+    assert sum(found.values()) == pytest.approx(pass_time(read, plan, on).busy_s["ssd"])
+    assert {kind_of(NAMES[key]) for key in plan.streamed} == set(found)
 
 
 def test_what_binds_adds_all_of_its_seconds_and_the_rest_what_does_not_overlap() -> None:

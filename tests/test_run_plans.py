@@ -383,3 +383,15 @@ def test_a_plan_for_a_machine_that_was_not_there_is_for_reading(tmp_path: Path) 
     assert run("tinyllama-1.1b", "--gpu", "3090", "--quiet", "--out", str(out)).exit_code == 0
     with pytest.raises(UsageError, match="was not there"), tiercache.offload(PICO, plan=out, force_plan=True):
         pytest.fail("opened")
+
+
+def test_settling_leaves_out_what_does_not_fit(pico_store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    given = ["--precision", "int8", "--context", "128", "--logits", "65", "--drafter", "auto", "--dram"]
+    told = run(str(pico_store), *given, "1MiB", "--json")
+    assert told.exit_code == 3
+    tight = (1 << 20) + json.loads(told.stdout)["missing_bytes"]  # enough for plain decoding and for nothing else
+    result = run(str(pico_store), *given, str(tight), "--settle", "--json", "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    decisions = {each["what"]: each["choice"] for each in json.loads(result.stdout)["decisions"]}
+    assert decisions == {"drafting": "nobody", "settled": "not run"}
