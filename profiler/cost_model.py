@@ -109,14 +109,14 @@ def pass_time(
     cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)
     fitted = {name: figure.value for name, figure in hardware.fitted.items()}
     busy = {
-        "compute": _device_s(workload, on_device, hardware, tokens, past, hardware.matmuls)
-        * fitted.get("compute", 1.0),
+        "compute": _computed_s(workload, on_device, hardware, tokens, past) * fitted.get("compute", 1.0),
         "cpu": sum(_matmul_s(workload, m, tokens, hardware.dram.gbps.value, hardware.cpu_gflops.value) for m in on_cpu),
         "link": _link_s(hardware, up_bytes, 0 if beside else len(moved)),
         "ssd": _ssd_s(workload, plan, hardware) * fitted.get("ssd", 1.0),
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
-    overhead = _overhead_s(workload, plan, hardware, tokens) * fitted.get("overhead", 1.0)
+    brought = len(plan.streamed) + (0 if beside else len(moved))
+    overhead = _overhead_s(workload, plan, hardware, tokens, brought) * hardware.pace * fitted.get("overhead", 1.0)
     roofs = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
     ssd_gbps = max(hardware.ssd_gbps.value, *(rate.gbps.value for rate in hardware.reads), 0.0)
     bound = max(roofs, busy["link"], ssd_bytes / (ssd_gbps * _GIGA), busy["dram"])
@@ -179,6 +179,16 @@ def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
     return found
 
 
+def _computed_s(workload: Workload, matmuls: list[Matmul], hardware: Hardware, tokens: int, past: int) -> float:
+    """Seconds of products and attention as they are now; without a card at the pace of the CPU."""
+    found = _device_s(workload, matmuls, hardware, tokens, past, hardware.matmuls)
+    if hardware.gpu is not None:
+        return found
+    nbytes = sum(workload.payload[key] for matmul in matmuls for key in matmul.units)
+    read_s = min(found, nbytes / (hardware.dram.gbps.value * _GIGA))
+    return read_s + (found - read_s) * hardware.pace
+
+
 def _device_s(
     workload: Workload,
     matmuls: list[Matmul],
@@ -214,15 +224,15 @@ def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflo
     return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
 
 
-def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int) -> float:
-    """Seconds of layers, units from the SSD and rows of the token embedding, beside bytes and operations."""
+def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int, brought: int) -> float:
+    """Seconds of layers, of units that are brought and of rows of the token embedding, beside bytes and operations."""
     found, unit_s = workload.layers * hardware.layer_s.value + hardware.pass_s.value, hardware.unit_s.value
     if hardware.matmuls:
         measured = hardware.matmuls[nearest(hardware.matmuls, workload.bytes_per_weight)]
         beside_s = measured.beside_s(workload.layers, tokens)
         found = found if beside_s is None else beside_s
         unit_s = unit_s if measured.unit_s is None else measured.unit_s.value
-    found += len(plan.streamed) * unit_s
+    found += brought * unit_s
     held = {key for tier in (plan.hbm, plan.dram) if tier is not None for key in tier.placement.pinned}
     if workload.table is not None and workload.table not in held:  # one after the other, before the first layer
         found += read_rates.seconds(hardware.reads, 1, [_ROW_BYTES] * tokens) or 0.0

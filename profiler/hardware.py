@@ -77,17 +77,20 @@ class Hardware:
         overlap: which share of copies, reads and products that could run at once does.
         layer_s: what a decoder layer costs beside its bytes and operations: Python, launches, synchronisation.
         pass_s: what a pass costs so beside its layers.
-        unit_s: what each unit that is read from the SSD costs so beside its bytes.
+        unit_s: what each unit that is read from the SSD or copied to the card costs so beside its bytes.
         link_latency_s: what each copy over the link costs beside its bytes.
         matmuls: what layers of each kind of weights were measured to take where the model computes; empty where nobody
             measured, and roofs, `layer_s` and `unit_s` stand in.
         reads: direct reads by their size and number at a time; empty where only `ssd_gbps` is known.
         attention_gflops: 1e9 operations a second of attention; None where nobody measured, and the CPU's or the card's
             rate stands in.
-        handover_s: what the cores took meanwhile to hand a small matrix to one another; the host of a virtual machine
-            may put them further apart later, and passes then take longer.
+        loop_s, handover_s: of a short loop of plain Python, and of a small matrix that the cores hand to one another:
+            the pace at which everything was measured; None where nobody did. Clocks change, and so does what other
+            guests leave of a virtual machine.
+        pace: how many times as long as then whatever the CPU does takes now, but for what memory takes to be read.
         fitted: by what the seconds of a part ("compute", "overhead", "ssd") are to be multiplied, as passes that were
             run have shown; empty where too few were.
+        copies: 1e9 bytes a second over the link, by what is copied and how, as measured; for people.
         throttle_gbps: of copies to a region of main memory that stands in for a card; None where nothing slows them.
     """
 
@@ -103,8 +106,11 @@ class Hardware:
     matmuls: tuple[MatmulRates, ...] = ()
     reads: tuple[ReadRate, ...] = ()
     attention_gflops: Figure | None = None
+    loop_s: Figure | None = None
     handover_s: Figure | None = None
+    pace: float = 1.0
     fitted: Mapping[str, Figure] = field(default_factory=dict)
+    copies: Mapping[str, Figure] = field(default_factory=dict)
     throttle_gbps: Figure | None = None
 
     @property
@@ -125,6 +131,7 @@ class Hardware:
             found |= rates.figures
         for rate in self.reads:
             found[f"reads of {rate.block_bytes >> 10} KiB, {rate.threads} at a time"] = rate.gbps
+        found |= {f"copies, {name}": figure for name, figure in self.copies.items()}
         return found | {f"fitted, {name}": figure for name, figure in self.fitted.items()}
 
     @property

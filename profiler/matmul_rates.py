@@ -23,7 +23,8 @@ class MatmulRates:
         activation_ns: 1e-9 seconds of a token for each row and column of a matrix.
         layer_s: seconds of a layer beside these two; empty where nobody measured.
         pass_s: seconds of a pass beside its layers; empty where nobody measured.
-        unit_s: seconds for each unit that is read from the SSD, beside its reads; None where nobody measured.
+        unit_s: seconds for each unit that is read from the SSD or copied to a card, beside these; None where nobody
+            measured.
     """
 
     bytes_per_weight: float

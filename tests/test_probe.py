@@ -22,17 +22,19 @@ from profiler.hardware import Hardware, Memory, catalogue
 from profiler.matmul_rates import MatmulRates, nearest
 from profiler.read_rates import ReadRate
 from profiler.workload import Matmul, Workload
-from tiercache.bench import layer_probe, machine_probe, undisturbed
+from tiercache.bench import card_probe, layer_probe, machine_probe, undisturbed
 from tiercache.commands import profiler
 from tiercache.commands.predicting import profile
 from tiercache.engine import actuals, probe_cache
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.store.format import Piece
 from tiercache.store.reader import Reader, aligned_buffer
+from tiercache.tiers.device import CpuDevice
 
 GIB = 1 << 30
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
 FIGURE = Figure(2.0, "measured", "a test", 0.1)
+CPU = torch.device("cpu")
 
 
 def rates(bytes_per_weight: float = 1.0) -> MatmulRates:
@@ -142,35 +144,108 @@ def test_three_parts_of_a_layer_are_told_apart() -> None:
     assert odd == (0, 0, 0, 0), "nothing takes less than no time"
 
 
-def test_what_others_disturbed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy, results = iter([0.0, 0.0, 0.0, 1e9, 0.0, 1e9, 0.0, 0.0]), iter("abcd")
-    monkeypatch.setattr(undisturbed, "_busy_s", lambda: next(busy))
-    monkeypatch.setattr(undisturbed, "handover", lambda: 1.0)
-    monkeypatch.setattr(undisturbed, "pace", lambda: 1.0)
-    monkeypatch.setattr(undisturbed, "_look", lambda: (1.0, 1.0))
+def _watch(monkeypatch: pytest.MonkeyPatch, loops: list[float], **options: Any) -> undisturbed.Watch:
+    """A watch whose machine has these paces, one after the other, and usually 1."""
+    paces = iter([*loops, *[1.0] * 99])
     monkeypatch.setattr(undisturbed, "_PAUSE_S", 0.0)
-    watch = undisturbed.Watch(1.0)
-    assert watch.undisturbed(lambda: next(results)) == "c"
-    assert watch.disturbed == 0
-    monkeypatch.setattr(undisturbed, "_busy_s", lambda: 0.0)
-    monkeypatch.setattr(undisturbed, "handover", lambda: 3.0)
-    impatient = undisturbed.Watch(1.0, patience_s=0.0)
-    assert impatient.undisturbed(lambda: next(results)) == "d"
-    assert impatient.disturbed == 1, "told, where the cores lie apart and nobody waits"
+    monkeypatch.setattr(undisturbed.Pace, "now", lambda: undisturbed.Pace(next(paces), 1.0))
+    return undisturbed.Watch(usual=undisturbed.Pace(1.0, 1.0), **options)
 
 
-@pytest.mark.parametrize("slow", ["handover", "pace"])
-def test_what_is_not_as_usual_is_waited_for(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
-    seconds = {"handover": iter([1.0] * 99), "pace": iter([1.0] * 99)} | {slow: iter([3.0, 3.0, *[1.0] * 99])}
-    monkeypatch.setattr(undisturbed, "handover", lambda: next(seconds["handover"]))
-    monkeypatch.setattr(undisturbed, "pace", lambda: next(seconds["pace"]))
-    monkeypatch.setattr(undisturbed, "_look", lambda: (1.0, 1.0))
-    monkeypatch.setattr(undisturbed, "_busy_s", lambda: 0.0)
-    waits: list[float] = []
-    monkeypatch.setattr(undisturbed.time, "sleep", waits.append)
+def test_samples_that_others_disturbed_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = _watch(monkeypatch, [3.0, 3.0, 1.0, 2.0, 1.0, 1.1, 1.1])  # waits twice, then the first sample is disturbed
+    assert watch.by_turns({"": iter("abc").__next__}, {"": 2})[""] == [
+        undisturbed.Sample("b", pytest.approx(1.1), pytest.approx(1.05)),
+        undisturbed.Sample("c", pytest.approx(1.1), pytest.approx(1.1)),
+    ]
+    assert watch.share_disturbed == 0
+
+
+def test_without_patience_the_most_usual_samples_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = _watch(monkeypatch, [3.0, 3.0, 3.0, 2.0, 2.0], patience_s=0.0)
+    assert watch.sample(iter("abcd").__next__, 3) == ["c", "a", "b"]
+    assert watch.share_disturbed == 1, "told"
+
+
+def test_seconds_are_those_of_the_usual_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = _watch(monkeypatch, [1.2, 1.2])
+    monkeypatch.setattr(undisturbed, "seconds_of", lambda work: 6.0)
+    assert watch.timed({"": lambda: None}, {"": 1}) == {"": [pytest.approx(5.0)]}
+
+
+def test_a_machine_that_becomes_faster_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces = iter([*[2.0] * 9, 1.0, *[1.0] * 999])
+    monkeypatch.setattr(undisturbed, "_LOOK_S", 0.0)
+    monkeypatch.setattr(undisturbed.Pace, "now", lambda: undisturbed.Pace(next(paces), 1.0))
     watch = undisturbed.Watch()
-    assert watch.undisturbed(lambda: "done") == "done"
-    assert (len(waits), watch.disturbed) == (2, 0)
+    with pytest.raises(undisturbed.FasterError) as told:
+        watch.sample(lambda: None, 99)
+    assert (watch.usual.loop_s, told.value.pace.loop_s) == (2.0, 1.0)
+    tries = iter([undisturbed.FasterError(told.value.pace), machine()])
+
+    def once(*_: Any) -> Hardware:
+        found = next(tries)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(machine_probe, "_measured", once)
+    assert machine_probe.probe_machine(tmp_path, CPU, show_progress=False) == machine()
+
+
+def test_a_slower_pace_slows_the_processor_s_part() -> None:
+    workload = _model()
+    plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=2 * GIB)
+    slower = pass_time(workload, plan, replace(machine(), pace=1.5))
+    usual = pass_time(workload, plan, machine())
+    read_s = workload.pass_bytes / 20e9
+    assert 0 < read_s < usual.busy_s["compute"]
+    assert slower.busy_s["compute"] - read_s == pytest.approx(1.5 * (usual.busy_s["compute"] - read_s))
+    assert slower.overhead_s == pytest.approx(1.5 * usual.overhead_s)
+    assert slower.busy_s["ssd"] == usual.busy_s["ssd"]
+
+
+class StandIn(CpuDevice):
+    """The processor in a card's place."""
+
+    on_host = False
+    name = "Tesla M40 24GB"
+
+
+def test_a_card_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BYTES": 4 << 20, "BLOCKS": (64 << 10, 1 << 20), "GEMM": 64, "_ATTENDED": 32}.items():
+        monkeypatch.setattr(card_probe, name, value)
+    found = card_probe.CardProbe(StandIn(CPU), _watch(monkeypatch, [])).measure()
+    assert (found.gpu.name, found.gpu.compute_type, found.gpu.power_w) == ("Tesla M40 24GB", "fp32", 250)
+    figures = found.beside(machine()).figures
+    assert {figures[name].basis for name in ("gpu memory", "gpu", "link", "attention_gflops")} == {"measured"}
+    assert figures["link"] == figures["copies, pinned, up"]
+    assert {name for name in figures if name.startswith("copies")} == {
+        f"copies, {kind}"
+        for kind in (
+            "pinned, up",
+            "pinned, down",
+            "pinned, each way at once",
+            "pageable, up",
+            "pinned, up, 64 KiB",
+            "pinned, up, 1024 KiB",
+        )
+    }
+    assert found.roofs.gflops == pytest.approx(found.gpu.tflops.value * 1e3)
+    kept = probe_cache.from_dict(json.loads(json.dumps(probe_cache.to_dict(found.beside(machine())))))
+    assert kept == found.beside(machine())
+
+
+def test_layers_beside_an_hbm_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
+    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 2, 9: 2})
+    roofs = layer_probe.Roofs(100.0, 1000.0, 100.0)
+    with layer_probe.LayerProbe(roofs, _watch(monkeypatch, []), tmp_path, CpuDevice(CPU), hbm=True) as layers:
+        rates = layers.rates("int8")
+    assert list(rates.gbps) == [1, 9]
+    assert rates.unit_s is not None
+    assert "copied up" in rates.unit_s.source
+    assert not [*tmp_path.iterdir()]
 
 
 def _pairs(count: int, **times: float) -> list[Pair]:
@@ -232,10 +307,19 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = [1.0, 10.0] * machine_probe.REPEATS
+    watch = _watch(monkeypatch, [], patience_s=0.0)
+    monkeypatch.setattr(
+        watch,
+        "by_turns",
+        lambda works, counts: {
+            key: [undisturbed.Sample(work(), 1.0, 1.0) for _ in range(counts[key])] for key, work in works.items()
+        },
+    )
+    monkeypatch.setattr(machine_probe, "Watch", lambda: watch)
     monkeypatch.setattr(machine_probe, "_DISK_BYTES", 8 << 20)
     monkeypatch.setattr("profiler.probe.dram_read", lambda **_: told.pop())
     with pytest.raises(EnvironmentUnsupportedError, match=r"vary by .* probe again"):
-        machine_probe.probe_machine(tmp_path, show_progress=False)
+        machine_probe.probe_machine(tmp_path, CPU, show_progress=False)
     assert not told, "tried twice"
 
 
@@ -245,11 +329,12 @@ def test_a_machine_that_is_never_quiet_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(machine_probe, "KINDS", ("int4",))
     monkeypatch.setattr(machine_probe, "_TYPICAL", 0)
     monkeypatch.setattr(machine_probe, "TOO_NOISY", 100.0)
-    monkeypatch.setattr(layer_probe, "SIZED", {True: (layer_probe._shape(3, 4), layer_probe._shape(4, 4))})
-    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 1, 16: 1})
-    monkeypatch.setattr(machine_probe, "Watch", lambda: undisturbed.Watch(1e-9, patience_s=0.0))
+    monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
+    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 1, 9: 1})
+    never = undisturbed.Pace(1e-9, 1e-9)
+    monkeypatch.setattr(machine_probe, "Watch", lambda: undisturbed.Watch(0.0, never))
     with pytest.raises(EnvironmentUnsupportedError, match=r"100% of the measurements .* probe again"):
-        machine_probe.probe_machine(tmp_path, show_progress=False)
+        machine_probe.probe_machine(tmp_path, CPU, show_progress=False)
     assert not [*tmp_path.iterdir()]
 
 
@@ -265,12 +350,10 @@ def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     smaller = {"REPEATS": 3, "_DRAM_BYTES": 64 << 20, "_DISK_BYTES": 16 << 20, "_GEMM": 256, "TOO_NOISY": 100.0}
     for name, value in smaller.items():
         monkeypatch.setattr(machine_probe, name, value)
-    sized = (layer_probe._shape(3, 4), layer_probe._shape(4, 4))
-    monkeypatch.setattr(layer_probe, "SIZED", {True: sized, False: sized})
-    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 3, 16: 3})
-    monkeypatch.setattr(undisturbed, "ALLOWED", 100.0)
-    monkeypatch.setattr(undisturbed, "FAR", 1e9)
-    monkeypatch.setattr(undisturbed, "SLOW", 1e9)
+    monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
+    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 3, 9: 3})
+    monkeypatch.setattr(undisturbed, "AS_USUAL", 1e9)
+    monkeypatch.setattr(undisturbed, "_LOOK_S", 0.1)
     disk = tmp_path / "disk"
     disk.mkdir()
     told = run("probe", "--folder", str(disk))

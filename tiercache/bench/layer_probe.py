@@ -1,13 +1,13 @@
-"""Measures what layers take on this machine: passes of small models of three sizes, opened as any other model is.
+"""Measures what layers take on this machine: passes of small models of several sizes, opened as any other model is.
 
 A layer takes a part that is there whatever its size, one that grows with its width, and one that grows with its
-weights; three sizes tell these apart. So whatever happens in a pass is in one of them: Python, hooks, threads that wake
-up, norms, transforms, products. Only machines whose CPU computes.
+weights; sizes from the smallest to those of 1.1B tell these apart. So whatever happens in a pass is in one of them:
+Python, hooks, launches, threads that wake up, norms, transforms, products.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,17 +26,18 @@ from profiler.matmul_rates import MatmulRates
 from profiler.workload import Workload
 from tiercache.bench import shapes
 from tiercache.bench.shapes import GROUP, Shape
-from tiercache.bench.undisturbed import Watch, seconds_of
+from tiercache.bench.undisturbed import Watch
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.config.sizes import Budget
 from tiercache.engine.offload import offload
 from tiercache.engine.workload import imagined_workload
+from tiercache.tiers.device import Device
 
 KINDS = ("int3", "int4", "int8", "source")
-# Tokens of a pass, and how often it is run. The kernels go another way above 8 tokens.
-ROUNDS = {1: 9, 8: 7, 16: 7, 64: 5, 256: 3}
+# Tokens of a pass, and how often it is run. The kernels of planes go another way above 8 tokens: there is a step.
+ROUNDS = {1: 7, 8: 5, 9: 5, 64: 3, 512: 2}
 SHARE = 0.6  # of the weights, that main memory holds where the SSD is read
-_UNIT_TOKENS = 16  # so many that no pass waits for the SSD, and what each unit costs beside its bytes is left
+_UNIT_TOKENS = 9  # so many that no pass waits for the SSD, and what each unit costs beside its bytes is left
 _CONTEXT = 512
 _SEED = 0
 _MEMORY_BYTES = 2 << 30
@@ -48,9 +49,9 @@ def _shape(heads: int, layers: int) -> Shape:
     return Shape(heads * GROUP, 11 * heads // 4 * GROUP, layers, heads, heads, 4 * GROUP)
 
 
-TINY = (_shape(2, 2), _shape(2, 10))  # no bytes to speak of
-# Weights of each are more than a cache holds, those of int3 in the first of them about as much.
-SIZED = {True: (_shape(8, 24), _shape(24, 4)), False: (_shape(8, 12), _shape(24, 4))}
+# The first two have no bytes to speak of, and tell a pass from its layers.
+SHAPES = (_shape(2, 2), _shape(2, 10), _shape(6, 12), _shape(12, 8), _shape(24, 4), _shape(32, 2))
+_READ = 2  # of these, the one that is also read from the SSD: many units, and next to no bytes
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,31 @@ class Sample:
     seconds: Mapping[int, list[float]]
 
 
+@dataclass(frozen=True)
+class Roofs:
+    """Of what multiplies: the bytes of its memory, 1e9 a second, and operations of products and of attention, too.
+
+    No product outruns the first two; what attention takes of a pass is told apart by the third.
+    """
+
+    gbps: float
+    gflops: float
+    attention_gflops: float
+
+
 class LayerProbe(AbstractContextManager["LayerProbe"]):
     """Makes models in a folder for as long as it is open.
 
     Args:
-        dram_gbps, cpu_gflops: of main memory and of the processor, which no product outruns.
-        attention_gflops: of attention, whose part in a pass is told apart by it.
+        roofs: of the device.
         watch: looks for what disturbs.
         folder: on the disk that stores lie on.
+        device: that computes.
+        hbm: it has an HBM tier above main memory: the card's own memory, or a region of main memory that stands in.
     """
 
-    def __init__(
-        self, dram_gbps: float, cpu_gflops: float, attention_gflops: float, watch: Watch, folder: Path
-    ) -> None:
-        self._watch = watch
-        self._dram_gbps, self._cpu_gflops, self._attention_gflops = dram_gbps, cpu_gflops, attention_gflops
+    def __init__(self, roofs: Roofs, watch: Watch, folder: Path, device: Device, *, hbm: bool) -> None:
+        self._roofs, self._watch, self._device, self._hbm = roofs, watch, device, hbm
         self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".tiercache-probe-"))
 
     def __exit__(
@@ -90,7 +101,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
 
     def rates(self, precision: str) -> MatmulRates:
         """What layers with weights of a precision take."""
-        samples = [self._sample(shape, precision) for shape in (*TINY, *SIZED[of_planes(precision)])]
+        samples = [self._sample(shape, precision) for shape in SHAPES]
         source = f"passes of models of {len(samples)} sizes, {precision}"
         passes, layers, activations, gbps = {}, {}, {}, {}
         for tokens in ROUNDS:
@@ -101,18 +112,18 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
             passes[tokens], layers[tokens] = whole, fixed
             activations[tokens] = by_width.scaled(1e9 / tokens)
             gbps[tokens] = replace(by_byte, value=1e-9 / by_byte.value)
-        unit_s = self._unit_s(precision, samples[-2])
+        unit_s = self._unit_s(precision, samples[_READ])
         return MatmulRates(samples[-1].workload.bytes_per_weight, gbps, activations, layers, passes, unit_s)
 
     def _parts(self, samples: list[Sample], tokens: int) -> tuple[float, ...]:
         """Seconds of a pass, of a layer, of each row or column, and of each byte; none is below what it can be."""
         per_byte = 2 * tokens / samples[-1].workload.bytes_per_weight  # operations
-        roof_s = max(1 / self._dram_gbps, per_byte / self._cpu_gflops) / 1e9
+        roof_s = max(1 / self._roofs.gbps, per_byte / self._roofs.gflops) / 1e9
         rows, taken, least = [], [], []
         for sample in samples:
             work = sample.workload
             nbytes = sum(work.payload[key] for matmul in work.matmuls for key in matmul.units)
-            attention = 4 * work.attention_width * tokens * (tokens + 1) / 2 / self._attention_gflops / 1e9
+            attention = 4 * work.attention_width * tokens * (tokens + 1) / 2 / self._roofs.attention_gflops / 1e9
             least.append(attention + nbytes * roof_s)
             rows.append([1, work.layers, sum(matmul.width for matmul in work.matmuls), nbytes])
             taken.append(median(sample.seconds[tokens]))
@@ -121,56 +132,64 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         return (*found[:-1], found[-1] + roof_s)
 
     def _unit_s(self, precision: str, resident: Sample) -> Figure:
-        """What each unit that is read costs beside its bytes: bookkeeping, and a reading thread's share of the CPU."""
-        shape, needs = SIZED[of_planes(precision)][0], resident.workload.needs
-        dram_bytes = starved_bytes(resident.workload)
-        streamed = len(fill_tiers(needs, hbm_bytes=None, dram_bytes=dram_bytes).streamed)
-        read = self._run(shape, precision, {_UNIT_TOKENS: ROUNDS[_UNIT_TOKENS]}, dram_bytes)[_UNIT_TOKENS]
+        """What each unit that is brought costs beside its bytes: bookkeeping, and a thread's share of the CPU.
+
+        Brought to the fastest tier: read from the SSD or, with an HBM tier, copied up.
+        """
+        shape, needs = SHAPES[_READ], resident.workload.needs
+        nbytes = starved_bytes(resident.workload, hbm=self._hbm)
+        tiers = (nbytes, _MEMORY_BYTES) if self._hbm else (None, nbytes)
+        plan = fill_tiers(needs, hbm_bytes=tiers[0], dram_bytes=tiers[1])
+        streamed = len(plan.fastest.passing)
+        read = self._run(shape, precision, {_UNIT_TOKENS: ROUNDS[_UNIT_TOKENS]}, nbytes)[_UNIT_TOKENS]
         # In order of length: the same place in both is a pass that was disturbed as little in the one as in the other.
         beyond = [b - a for a, b in zip(resident.seconds[_UNIT_TOKENS], read, strict=True)]
-        source = f"a model of {shape.layers} layers, {precision}, {streamed} units from the SSD"
+        where = "copied up" if self._hbm else "from the SSD"
+        source = f"a model of {shape.layers} layers, {precision}, {streamed} units {where}"
         return measured([max(each, 0.0) / streamed for each in beyond], source)
 
     def _sample(self, shape: Shape, precision: str) -> Sample:
-        return Sample(_workload(shape, precision), self._run(shape, precision, ROUNDS))
+        return Sample(self._workload(shape, precision), self._run(shape, precision, ROUNDS))
 
-    def _run(self, shape: Shape, precision: Any, rounds: Mapping[int, int], dram_bytes: int = _MEMORY_BYTES) -> Seconds:
-        """Seconds of passes by their tokens, in order of length; token counts by turns."""
+    def _workload(self, shape: Shape, precision: Any) -> Workload:
+        options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=max(ROUNDS))
+        return imagined_workload(shape.config(), options, gpu=not self._device.on_host)
+
+    def _run(self, shape: Shape, precision: Any, rounds: Mapping[int, int], nbytes: int = _MEMORY_BYTES) -> Seconds:
+        """Seconds of passes by their tokens, in order of length; token counts by turns; so much in the fastest tier."""
         make = shapes.make_store if of_planes(precision) else shapes.make_checkpoint
         place = self._folder / f"{shape.hidden}-{shape.layers}-{'planes' if of_planes(precision) else 'bf16'}"
         make(shape, place, _SEED, show_progress=False)
         options = {
-            "dram": str(dram_bytes),
+            "device": str(self._device.at),
+            "hbm": str(nbytes) if self._hbm else "auto",
+            "dram": str(_MEMORY_BYTES if self._hbm else nbytes),
             "context": _CONTEXT,
             "logits": max(rounds),
             "show_progress": False,
             "plan": "default",
         }
         with offload(place, precision=precision, **options) as model, torch.inference_mode():  # type: ignore[arg-type]
-            once = {
-                tokens: partial(model, input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True)
-                for tokens in rounds
-            }
+            once = {tokens: partial(self._pass, model, tokens) for tokens in rounds}
             for tokens in rounds:
                 once[tokens]()
-            return self._watch.undisturbed(partial(by_turns, once, rounds))
+            return self._watch.timed(once, rounds)
+
+    def _pass(self, model: Any, tokens: int) -> None:
+        model(input_ids=torch.ones(1, tokens, dtype=torch.long, device=self._device.at), use_cache=True)
+        self._device.synchronize()
 
 
-def by_turns(once: Mapping[int, Callable[[], object]], rounds: Mapping[int, int]) -> Seconds:
-    """Seconds by tokens, in order of length."""
-    found: Seconds = {tokens: [] for tokens in rounds}
-    for number in range(max(rounds.values())):
-        for tokens in rounds:
-            if number < rounds[tokens]:
-                found[tokens].append(seconds_of(once[tokens]))
-    return {tokens: sorted(each) for tokens, each in found.items()}
+def starved_bytes(workload: Workload, *, hbm: bool = False) -> int:
+    """A budget of the fastest tier that holds what is reserved and a share of the weights, so that the rest comes up.
 
-
-def starved_bytes(workload: Workload) -> int:
-    """A budget of main memory that holds what is reserved and a share of the weights, so that the rest is read."""
+    Args:
+        workload: the model's.
+        hbm: the fastest tier is not main memory, where some is reserved as well.
+    """
     needs = workload.needs
-    weights = sum(needs.sizes.values())
-    return sum(needs.compute.values()) + sum(needs.dram.values()) + int(SHARE * weights)
+    reserved = sum(needs.compute.values()) + (0 if hbm else sum(needs.dram.values()))
+    return reserved + int(SHARE * sum(needs.sizes.values()))
 
 
 def not_negative(
@@ -194,8 +213,3 @@ def not_negative(
                 by_column = dict(zip(columns, found, strict=True))
                 best, least = tuple(float(by_column.get(n, 0.0)) for n in range(rows.shape[1])), off
     return best
-
-
-def _workload(shape: Shape, precision: Any) -> Workload:
-    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=max(ROUNDS))
-    return imagined_workload(shape.config(), options, gpu=False)

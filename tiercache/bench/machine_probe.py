@@ -1,6 +1,6 @@
-"""Measures this machine as the cost model wants it: its memory, its disk, its attention, and its layers.
+"""Measures this machine as the cost model wants it: its memory, its disk, its card if it has one, and its layers.
 
-Only machines whose CPU computes; a card's figures are `make gpu`'s. Every figure is a median with its spread.
+Every figure is a median with its spread.
 """
 
 import threading
@@ -19,13 +19,15 @@ from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
-from tiercache.bench.layer_probe import KINDS, LayerProbe
-from tiercache.bench.undisturbed import Watch, seconds_of
+from tiercache.bench.card_probe import CardProbe
+from tiercache.bench.layer_probe import KINDS, LayerProbe, Roofs
+from tiercache.bench.undisturbed import FasterError, Watch
 from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
-from tiercache.progress import bar
+from tiercache.progress import bar, note
+from tiercache.tiers.device import Device, device_of
 
-REPEATS = 7
+REPEATS = 5
 TOO_DISTURBED = 0.5  # of the measurements, above which no figure means anything
 TOO_NOISY = 0.3  # spread of the memory's rate above which no figure means anything
 _DRAM_BYTES, _DISK_BYTES = 512 << 20, 256 << 20
@@ -43,24 +45,37 @@ _HEADS, _HEAD_DIM, _ATTENDED = 16, 64, 512
 _GEMM = 2048  # rows, columns and tokens of a product that operations bind, not bytes
 
 
-def probe_machine(folder: Path, *, noisy: bool = False, show_progress: bool | None = None) -> Hardware:
-    """Measure for about a minute.
+def probe_machine(
+    folder: Path, device: torch.device, *, noisy: bool = False, show_progress: bool | None = None
+) -> Hardware:
+    """Measure for a minute or two.
 
     Args:
         folder: on the disk that stores lie on; a file is written there and removed again.
+        device: that computes.
         noisy: keep the figures of a machine that is never quiet; their spread tells how far they may be off.
         show_progress: draw a bar; None means where standard error is a terminal.
 
     Raises:
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
+    while True:  # each time at a pace a quarter faster than before
+        try:
+            return _measured(folder, device_of(device), noisy, show_progress)
+        except FasterError:
+            note("the machine has become faster; measuring again", show=show_progress)
+
+
+def _measured(folder: Path, device: Device, noisy: bool, show_progress: bool | None) -> Hardware:
     with bar("measuring this machine", 3 + len(KINDS), show=show_progress) as advance:
         watch = Watch()
         reads, overlap = _disk(folder, watch)
         advance(2)
-        dram, attention, gemm = (watch.undisturbed(measure) for measure in (_dram, _attention, _gemm))
+        dram, attention, gemm = _dram(watch, noisy), _attention(watch), _gemm(watch)
         advance(1)
-        with LayerProbe(dram.value, gemm.value, attention.value, watch, folder) as layers:
+        card = None if device.on_host else CardProbe(device, watch).measure()
+        roofs = Roofs(dram.value, gemm.value, attention.value) if card is None else card.roofs
+        with LayerProbe(roofs, watch, folder, device, hbm=card is not None) as layers:
             rates: list[MatmulRates] = []
             for kind in KINDS:
                 rates.append(layers.rates(kind))
@@ -71,7 +86,7 @@ def probe_machine(folder: Path, *, noisy: bool = False, show_progress: bool | No
             "programs, or other guests of this machine's host, use the processor; probe again when they are "
             "done, or keep what was measured all the same with --noisy"
         )
-    return Hardware(
+    found = Hardware(
         gpu=None,
         dram=Memory(host_memory().free_bytes, dram),
         cpu_gflops=gemm,
@@ -83,18 +98,20 @@ def probe_machine(folder: Path, *, noisy: bool = False, show_progress: bool | No
         matmuls=tuple(rates),
         reads=reads,
         attention_gflops=attention,
-        handover_s=Figure(watch.handover_s, "measured", "a small matrix, turned on its side"),
+        loop_s=Figure(watch.usual.loop_s, "measured", "a loop of plain Python"),
+        handover_s=Figure(watch.usual.handover_s, "measured", "a small matrix, turned on its side"),
     )
+    return found if card is None else card.beside(found)
 
 
-def _dram() -> Figure:
+def _dram(watch: Watch, noisy: bool) -> Figure:
     """Once more where other programs were in the way."""
     memory = map_huge_pages(_DRAM_BYTES)
     torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
     for _ in range(2):
-        rates = [probe.dram_read(repeats=1, memory=memory) for _ in range(REPEATS)]
+        rates = watch.sample(partial(probe.dram_read, repeats=1, memory=memory), REPEATS)
         found = measured(rates, "vector reads on all cores")
-        if found.spread <= TOO_NOISY:
+        if found.spread <= TOO_NOISY or noisy:
             return found
     raise EnvironmentUnsupportedError(
         f"reads of main memory vary by {found.spread:.0%} around {found.value:.1f} GB/s, {TOO_NOISY:.0%} are allowed: "
@@ -106,24 +123,24 @@ def _disk(folder: Path, watch: Watch) -> tuple[tuple[ReadRate, ...], Figure]:
     """The rates of direct reads, and what of them overlaps with products."""
     try:
         with probe.sample_file(folder, _DISK_BYTES) as file:
-            reads = [watch.undisturbed(partial(_reads, file, *setting)) for setting in _READS]
-            return tuple(reads), watch.undisturbed(partial(_overlap, file))
+            reads = [_reads(watch, file, *setting) for setting in _READS]
+            return tuple(reads), _overlap(watch, file)
     except OSError as error:
         raise EnvironmentUnsupportedError(
             f"{folder} takes no file of {human(_DISK_BYTES)} to read ({error.strerror}); name another with --folder"
         ) from error
 
 
-def _reads(file: Path, threads: int, block_bytes: int) -> ReadRate:
+def _reads(watch: Watch, file: Path, threads: int, block_bytes: int) -> ReadRate:
     limit = min(_DISK_BYTES, max(_LEAST_READS * block_bytes, _DISK_BYTES // 8))
     if block_bytes < _DISK_BYTES // 4096:
         limit = _LEAST_READS * block_bytes
     once = partial(probe.disk_read, file, settings=((threads, block_bytes),), limit_bytes=limit)
     source = f"direct reads, {threads} threads, {block_bytes >> 10} KiB each"
-    return ReadRate(threads, block_bytes, measured([once().gbps for _ in range(REPEATS)], source))
+    return ReadRate(threads, block_bytes, measured(watch.sample(lambda: once().gbps, REPEATS), source))
 
 
-def _overlap(file: Path) -> Figure:
+def _overlap(watch: Watch, file: Path) -> Figure:
     """w of: reading and computing at once take w max + (1 - w) sum of what each takes alone."""
     left, right = (torch.randn(768, 768) for _ in range(2))
 
@@ -140,28 +157,27 @@ def _overlap(file: Path) -> Figure:
         compute()
         thread.join()
 
-    alone, together = [], []
-    for _ in range(REPEATS):
-        alone.append((seconds_of(compute), seconds_of(read)))
-        together.append(seconds_of(both))
-    computed, taken = (min(each) for each in zip(*alone, strict=True))  # the least: what disturbs one of three is no w
-    share = (computed + taken - min(together)) / min(computed, taken)
+    works = {work: work for work in (compute, read, both)}
+    # The least of each: what disturbs one of three is no w.
+    computed, taken, together = (each[0] for each in watch.timed(works, dict.fromkeys(works, REPEATS)).values())
+    share = (computed + taken - together) / min(computed, taken)
     return Figure(min(max(share, 0.0), 1.0), "measured", "direct reads beside products of the CPU")
 
 
-def _attention() -> Figure:
+def _attention(watch: Watch) -> Figure:
     """1e9 operations a second of attention over a prompt, each token to those before it."""
     query, key, value = torch.randn(3, 1, _HEADS, _ATTENDED, _HEAD_DIM).bfloat16()
     once = partial(scaled_dot_product_attention, query, key, value, is_causal=True)
     operations = 4 * _HEADS * _HEAD_DIM * _ATTENDED * (_ATTENDED + 1) / 2
     once()
-    return measured([operations / seconds_of(once) / 1e9 for _ in range(2 * REPEATS)], "torch, bf16, causal")
+    seconds = watch.timed({"": once}, {"": 2 * REPEATS})[""]
+    return measured([operations / each / 1e9 for each in seconds], "torch, bf16, causal")
 
 
-def _gemm() -> Figure:
+def _gemm(watch: Watch) -> Figure:
     """1e9 operations a second of a product that operations bind: the fastest, for it is to bound others."""
     left, right = torch.randn(2, _GEMM, _GEMM).bfloat16()
     once = partial(torch.mm, left, right)
     once()
-    rates = [2 * _GEMM**3 / seconds_of(once) / 1e9 for _ in range(REPEATS)]
+    rates = [2 * _GEMM**3 / each / 1e9 for each in watch.timed({"": once}, {"": REPEATS})[""]]
     return replace(measured(rates, "torch, bf16"), value=max(rates))

@@ -1,112 +1,178 @@
-"""Measures again where the machine was not as usual meanwhile: what is measured then is not this program's alone.
+"""Keeps what was measured while the machine was as usual, and tells how fast it was.
 
-Other programs may take the processor, which the system's counters tell, or other guests of a virtual machine's host,
-which they may not. And that host may put the cores beside one another, with one cache, or apart: passes of many tokens
-then take 1.3 times as long, on one machine. Knows nothing of what is measured.
+The host of a virtual machine lets other guests use the cores beside this one's, of which no counter tells: everything
+then takes 1.3 to 1.7 times as long, for a second or for minutes. And its clocks follow what all guests do: the fastest
+loop of one minute takes 1.2 times that of another. So a short loop and a hand-over of data between the cores are timed
+before and after each sample: it counts where both were as usual, and the loop tells the pace at which it was taken.
+Knows nothing of what is measured.
 """
 
-import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+K = TypeVar("K")
 T = TypeVar("T")
 
-ALLOWED = 0.05  # of all cores, that others may use
-FAR = 1.5  # times what the cores usually take to hand data to one another: they lie apart
-SLOW = 1.15  # times what a loop takes at best: somebody else is on the core, of whom a guest's counters may not know
-_TRIES, _PAUSE_S, _LOOK_S = 4, 0.5, 1.0
-_LOOP, _LOOPS = 20000, 7
-_STAT = Path("/proc/stat")
-_SHAPE = (256, 512)
-_HANDOVERS = 21
+AS_USUAL = 1.25  # times the usual: clocks vary by 1.2 from minute to minute, and 1.35 is another program on a core
+_PAUSE_S = 0.05
+_LOOK_S, _LOOK_ON_S = 3.0, 15.0  # for the fastest pace; the second where it was seen but now and then
+_LOOP, _LOOPS = 10000, 5
+_SHAPE, _HANDOVERS = (256, 512), 11
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the machine is just now.
+
+    Attributes:
+        loop_s: of a loop that needs neither memory nor other cores.
+        handover_s: in which all cores read what others of them have just written.
+    """
+
+    loop_s: float
+    handover_s: float
+
+    @classmethod
+    def now(cls) -> "Pace":
+        """As it is."""
+        return cls(_loop(), _handover())
+
+    def off(self, usual: "Pace") -> float:
+        """By which factor it is not the usual: another pace, or cores that lie otherwise."""
+        loop, handover = self.loop_s / usual.loop_s, self.handover_s / usual.handover_s
+        return max(loop, 1 / loop, handover, 1 / handover)
+
+
+@dataclass(frozen=True)
+class Sample(Generic[T]):
+    """What a call gave.
+
+    Attributes:
+        what: that.
+        off: by which factor the machine was not as usual, before or after, whichever is more.
+        loop_s: see `Pace`; the mean of before and after.
+    """
+
+    what: T
+    off: float
+    loop_s: float
+
+
+class FasterError(Exception):
+    """The machine is faster than what was taken for usual; what was measured before does not go with what comes.
+
+    Attributes:
+        pace: that it has now.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__(pace)
+        self.pace = pace
 
 
 class Watch:
-    """Looks at the machine while something is measured.
+    """Takes samples, and those again in which the machine was not as usual.
 
     Args:
-        handover_s: what `handover()` usually is; None finds the least within a second.
-        patience_s: how long to wait, all measurements together, for the machine to be as usual.
+        patience_s: how much longer each measurement may take for it.
+        usual: the pace, as a probe found it; None takes the fastest of a few seconds.
 
     Attributes:
-        handover_s: what it usually is.
-        disturbed: measurements that were kept though the machine was not as usual.
+        usual: the pace that counts as usual.
     """
 
-    def __init__(self, handover_s: float | None = None, patience_s: float = 15.0) -> None:
-        self._patience_s, self.disturbed, self._measured = patience_s, 0, 0
-        while True:
-            (least_s, self._pace_s), others = _with_others(_look)
-            if others <= ALLOWED or self._patience_s <= 0:
-                break
-            self._patience_s -= _LOOK_S
-        self.handover_s = least_s if handover_s is None else handover_s
+    def __init__(self, patience_s: float = 4.0, usual: Pace | None = None) -> None:
+        self.usual, self._looked = (fastest_pace(), True) if usual is None else (usual, False)
+        self._patience_s = patience_s
+        self._samples = self._disturbed = 0
 
     @property
     def share_disturbed(self) -> float:
-        """What of all measurements was kept though the machine was not as usual."""
-        return self.disturbed / max(1, self._measured)
+        """What of all samples counts though the machine was not as usual, for patience had run out."""
+        return self._disturbed / max(1, self._samples)
 
-    def undisturbed(self, work: Callable[[], T]) -> T:
-        """Do something, and again where it was disturbed; the least disturbed of a few results."""
-        found: list[tuple[bool, float, T]] = []
-        self._measured += 1
-        for _ in range(_TRIES):
-            self._wait()
-            begin = time.perf_counter()
-            what, others = _with_others(work)
-            took = time.perf_counter() - begin
-            found.append((not self._as_usual(), others, what))
-            if found[-1][0] is False and others <= ALLOWED:
-                return what
-            if self._patience_s <= 0:
-                break
-            self._patience_s -= took
-        self.disturbed += 1
-        return min(found, key=lambda each: each[:2])[2]
+    def sample(self, work: Callable[[], T], count: int) -> list[T]:
+        """What so many calls give, as it is."""
+        return [sample.what for sample in self.by_turns({"": work}, {"": count})[""]]
 
-    def _wait(self) -> None:
-        while not self._as_usual() and self._patience_s > 0:
+    def by_turns(self, works: Mapping[K, Callable[[], T]], counts: Mapping[K, int]) -> dict[K, list[Sample[T]]]:
+        """What so many calls of each give, taken in turn; the most usual ones of all that were made.
+
+        Raises:
+            FasterError: the usual pace was looked for, and is not the fastest.
+        """
+        found: dict[K, list[Sample[T]]] = {key: [] for key in works}
+        end = time.perf_counter() + self._patience_s
+        lacking = [key for key in works for _ in range(counts[key])]
+        begin = self._wait(end)
+        while lacking:
+            for key in dict.fromkeys(lacking):
+                before = begin
+                what = works[key]()
+                after = self._now()
+                off = max(before.off(self.usual), after.off(self.usual))
+                found[key].append(Sample(what, off, (before.loop_s + after.loop_s) / 2))
+                if off <= AS_USUAL:
+                    lacking.remove(key)
+                elif len(found[key]) >= counts[key] and time.perf_counter() > end:
+                    lacking = [each for each in lacking if each != key]
+                begin = after if after.off(self.usual) <= AS_USUAL else self._wait(end)
+        return {key: self._best(each, counts[key]) for key, each in found.items()}
+
+    def timed(self, works: Mapping[K, Callable[[], object]], counts: Mapping[K, int]) -> dict[K, list[float]]:
+        """Seconds of calls as they would be at the usual pace, in order of length."""
+        samples = self.by_turns({key: _clocked(work) for key, work in works.items()}, counts)
+        usual_s = self.usual.loop_s
+        return {key: sorted(each.what * usual_s / each.loop_s for each in found) for key, found in samples.items()}
+
+    def _best(self, found: list[Sample[T]], count: int) -> list[Sample[T]]:
+        best = sorted(found, key=lambda each: each.off)[:count]
+        self._samples += count
+        self._disturbed += sum(each.off > AS_USUAL for each in best)
+        return best
+
+    def _wait(self, end: float) -> Pace:
+        """Until the machine is as usual, or that time has come; gives the pace then."""
+        while (pace := self._now()).off(self.usual) > AS_USUAL and time.perf_counter() < end:
             time.sleep(_PAUSE_S)
-            self._patience_s -= _PAUSE_S
+        return pace
 
-    def _as_usual(self) -> bool:
-        near = self.handover_s / FAR <= handover() <= self.handover_s * FAR
-        return near and pace() <= self._pace_s * SLOW
-
-
-def _look() -> tuple[float, float]:
-    """The least hand-over, and the least pace, of a second."""
-    end = time.perf_counter() + _LOOK_S
-    found = [(handover(), pace())]
-    while time.perf_counter() < end:
-        found.append((handover(), pace()))
-    handovers, paces = zip(*found, strict=True)
-    return min(handovers), min(paces)
+    def _now(self) -> Pace:
+        pace = Pace.now()
+        if self._looked and pace.loop_s < self.usual.loop_s / AS_USUAL:
+            raise FasterError(pace)
+        return pace
 
 
-def _with_others(work: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and the share of all cores that other programs used meanwhile."""
-    busy, own, begin = _busy_s(), time.process_time(), time.perf_counter()
-    what = work()
-    took = (time.perf_counter() - begin) * (os.cpu_count() or 1)
-    return what, max(0.0, (_busy_s() - busy) - (time.process_time() - own)) / took
+def fastest_pace() -> Pace:
+    """Of a few seconds; of more where the machine changes."""
+    begin, found = time.perf_counter(), [Pace.now()]
+    while True:
+        fastest = Pace(min(pace.loop_s for pace in found), min(pace.handover_s for pace in found))
+        took = time.perf_counter() - begin
+        mostly = median(pace.off(fastest) for pace in found) <= AS_USUAL
+        if took > _LOOK_ON_S or (took > _LOOK_S and mostly):
+            return fastest
+        found.append(Pace.now())
 
 
-def pace() -> float:
-    """Seconds of a loop that needs neither memory nor other cores."""
+def _loop() -> float:
     return median(seconds_of(lambda: sum(number * number % 7 for number in range(_LOOP))) for _ in range(_LOOPS))
 
 
-def handover() -> float:
-    """Seconds in which all cores read what others of them have just written: a small matrix turned on its side."""
+def _handover() -> float:
+    """A small matrix, turned on its side."""
     matrix = torch.zeros(_SHAPE)
     return median(seconds_of(lambda: matrix.copy_(matrix.t().reshape(_SHAPE))) for _ in range(_HANDOVERS))
+
+
+def _clocked(work: Callable[[], object]) -> Callable[[], float]:
+    return lambda: seconds_of(work)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -114,13 +180,3 @@ def seconds_of(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
-
-
-def _busy_s() -> float:
-    """Seconds that all cores worked since the start; always 0 where the system does not tell."""
-    try:
-        first = _STAT.read_text(encoding="ascii").split("\n", 1)[0].split()
-    except OSError:
-        return 0.0
-    user, nice, system, _, _, irq, softirq, *_ = map(int, first[1:])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")

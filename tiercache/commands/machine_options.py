@@ -187,11 +187,12 @@ def machine_of(
     if size is None:
         raise UsageError(f"--dram {dram} is no size of a machine's memory; give one such as 64GiB")
     if gpu == THIS_MACHINE:
+        from tiercache.engine.machine import resolve_device
         from tiercache.engine.probe_cache import this_machine
 
         if (kind, ssd, lanes) != (DRAM_KIND, SSD, None):
             raise UsageError(f"--gpu {THIS_MACHINE} is as it was measured; leave out --dram-kind, --ssd and --lanes")
-        measured = this_machine()
+        measured = this_machine(resolve_device("auto"))
         return measured if dram is None else replace(measured, dram=replace(measured.dram, capacity_bytes=size))
     rate = _RATE.fullmatch(ssd)
     try:

@@ -14,17 +14,26 @@ from tiercache.config.sizes import human
 from tiercache.errors import UsageError
 
 _Folder = Annotated[Path, typer.Option(help="On the disk that stores lie on.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto is the first card if there is one.")]
 _Noisy = Annotated[bool, typer.Option("--noisy", help="Keep figures of a machine that other programs use.")]
 
 
 @profile.command("probe")
-def probe_command(folder: _Folder = Path(), noisy: _Noisy = False, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Measure this machine, for predict --gpu this. Takes under a minute; leaves one file in the cache."""
+def probe_command(
+    folder: _Folder = Path(),
+    device: _Device = "auto",
+    noisy: _Noisy = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine, for predict --gpu this. Takes a minute or two; leaves one file in the cache."""
     from tiercache.bench.machine_probe import probe_machine
     from tiercache.engine import probe_cache
+    from tiercache.engine.machine import resolve_device
 
-    machine = probe_machine(folder.expanduser(), noisy=noisy, show_progress=progress(as_json, quiet))
-    path = probe_cache.keep(machine)
+    at = resolve_device(device)
+    machine = probe_machine(folder.expanduser(), at, noisy=noisy, show_progress=progress(as_json, quiet))
+    path = probe_cache.keep(machine, at)
     if not quiet and not as_json:
         console().print(_figures(machine))
     found = {"schema": "tiercache.probe/1", "cache": str(path), **probe_cache.to_dict(machine)}
@@ -37,6 +46,7 @@ def validate_command(
     precisions: Annotated[str, typer.Option(help="A list with commas.")] = "source,int8,int4",
     token_counts: Annotated[str, typer.Option(help="Tokens of a pass; a list with commas.")] = "1,16,64,512",
     folder: Annotated[Path, typer.Option(help="Where random models are made.")] = Path("tiercache-bench"),
+    device: _Device = "auto",
     drafted: Annotated[bool, typer.Option(help="Also rounds that verify a tree.")] = True,
     refit: Annotated[bool, typer.Option("--refit", help="Then fit a few terms to all passes that were kept.")] = False,
     as_json: Json = False,
@@ -45,15 +55,16 @@ def validate_command(
     """Predict passes by what the probe measured, run them, compare, and keep the pairs."""
     from tiercache.bench.validation import validate
     from tiercache.engine import probe_cache
+    from tiercache.engine.machine import resolve_device
 
-    counts = _numbers(token_counts)
-    machine = probe_cache.this_machine()
+    counts, at = _numbers(token_counts), resolve_device(device)
+    machine = probe_cache.this_machine(at)
     show = progress(as_json, quiet)
-    options: dict[str, Any] = {"folder": folder.expanduser(), "drafted": drafted, "show_progress": show}
+    options: dict[str, Any] = {"folder": folder.expanduser(), "device": at, "drafted": drafted, "show_progress": show}
     result, pairs = validate(models, precisions.split(","), counts, machine, **options)
-    probe_cache.add_pairs(pairs)
+    probe_cache.add_pairs(pairs, at)
     if refit:
-        result["fitted"] = {name: asdict(figure) for name, figure in probe_cache.refit().fitted.items()}
+        result["fitted"] = {name: asdict(figure) for name, figure in probe_cache.refit(at).fitted.items()}
     if not quiet and not as_json:
         console().print(_table(result))
     told = f"off by {result['median_error']:.0%} in the median, {result['worst_error']:.0%} at worst"
@@ -84,9 +95,16 @@ def _figures(machine: Hardware) -> Table:
 
 def _table(result: dict[str, Any]) -> Table:
     shown = Table(title="Predicted against measured", title_justify="left")
-    for heading in ("pass", "predicted ms", "measured ms", "spread", "off by", "bound by"):
+    for heading in ("pass", "predicted ms", "measured ms", "pace", "spread", "off by", "bound by"):
         shown.add_column(heading)
     for case in result["cases"]:
         times = [f"{1e3 * case[name]:.1f}" for name in ("predicted_s", "measured_s")]
-        shown.add_row(case["name"], *times, f"{case['spread']:.0%}", f"{case['error']:+.0%}", case["binding"])
+        shown.add_row(
+            case["name"],
+            *times,
+            f"{case['pace']:.2f}",
+            f"{case['spread']:.0%}",
+            f"{case['error']:+.0%}",
+            case["binding"],
+        )
     return shown

@@ -17,7 +17,7 @@ import torch
 
 from profiler.figure import Figure
 from profiler.fitting import Pair, fitted
-from profiler.hardware import Hardware, Memory
+from profiler.hardware import Gpu, Hardware, Memory
 from profiler.host_memory import host_memory
 from profiler.matmul_rates import MatmulRates
 from profiler.processor import processor_name
@@ -32,9 +32,10 @@ _FILE = "probe.mdb"
 _WAY_OUT = "remove it and probe again"
 _ALONE = threading.Lock()
 _MAP_BYTES = 16 << 20
-_MEANING = 3  # raised where a figure comes to mean something else, or kernels change their speed
+_MEANING = 4  # raised where a figure comes to mean something else, or kernels change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
 _PAIRS = 256  # the newest are kept
+_CPU = torch.device("cpu")
 
 
 def identity(device: torch.device) -> dict[str, Any]:
@@ -47,43 +48,45 @@ def identity(device: torch.device) -> dict[str, Any]:
     }
 
 
-def fingerprint() -> str:
-    """What figures depend on: the machine but for its card, kernels, versions, and how threads wait for work.
+def fingerprint(device: torch.device = _CPU) -> str:
+    """What figures depend on: the machine, what computes, kernels, versions, and how threads wait for work.
 
     Threads that sleep meanwhile (OMP_WAIT_POLICY=passive) take as long to wake up as a small layer takes to compute.
     """
     parts = {
-        **identity(torch.device("cpu")),
+        **identity(device),
         "threads": torch.get_num_threads(),
         "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower(),
-        "kernels": select(torch.device("cpu")).name,
+        "kernels": select(device).name,
         "torch": torch.__version__,
         "figures": _MEANING,
     }
     return json.dumps(parts, sort_keys=True)
 
 
-def keep(machine: Hardware) -> Path:
-    """Write a machine's figures, in place of those that were there and of the pairs kept beside them; gives the file.
+def keep(machine: Hardware, device: torch.device = _CPU) -> Path:
+    """Write a machine's figures where `device` computes, in place of those that were there; gives the file.
+
+    The pairs that were kept beside them go as well.
 
     Raises:
         EnvironmentUnsupportedError: the cache folder takes no file.
         StoreError: the file is damaged.
     """
     with _open() as env, env.begin(write=True) as entries:
-        entries.put(_key(), json.dumps(to_dict(machine)).encode())
-        entries.delete(_pairs_key())
+        entries.put(_key(device), json.dumps(to_dict(machine)).encode())
+        entries.delete(_pairs_key(device))
     return home_folder() / _FILE
 
 
-def this_machine() -> Hardware:
-    """What was measured of this machine, with the terms that were fitted to its runs.
+def this_machine(device: torch.device = _CPU) -> Hardware:
+    """What was measured of this machine where `device` computes, with the terms that were fitted to its runs.
 
     Raises:
         UsageError: nothing was.
         StoreError: the file is damaged.
     """
-    found = _entry(_key())
+    found = _entry(_key(device))
     if found is None:
         raise UsageError(
             "nothing was measured of this machine, or not with these versions and thread settings; run "
@@ -95,7 +98,7 @@ def this_machine() -> Hardware:
         raise StoreError(f"{home_folder() / _FILE} holds no figures ({error!r}); {_WAY_OUT}") from error
 
 
-def measured_machine() -> Hardware | None:
+def measured_machine(device: torch.device = _CPU) -> Hardware | None:
     """What was measured of this machine, with these versions; None where nothing was, or where it cannot be read.
 
     For runs, which a cache must not stop; where nothing was ever kept it costs a look for a file.
@@ -103,37 +106,37 @@ def measured_machine() -> Hardware | None:
     if not (home_folder() / _FILE).is_file() or will_compile():
         return None
     try:
-        return this_machine()
+        return this_machine(device)
     except TiercacheError:  # nothing was measured, or the file is damaged
         return None
 
 
-def pairs() -> list[Pair]:
+def pairs(device: torch.device = _CPU) -> list[Pair]:
     """What was predicted of runs on this machine and what they took, oldest first; errors as of `this_machine`."""
-    return [Pair.from_dict(each) for each in _entry(_pairs_key()) or []]
+    return [Pair.from_dict(each) for each in _entry(_pairs_key(device)) or []]
 
 
-def add_pairs(new: Sequence[Pair]) -> None:
+def add_pairs(new: Sequence[Pair], device: torch.device = _CPU) -> None:
     """Keep some more; the oldest go where there are many.
 
     Raises:
         EnvironmentUnsupportedError, StoreError: as `keep`.
     """
     with _open() as env, env.begin(write=True) as entries:
-        found = entries.get(_pairs_key())
+        found = entries.get(_pairs_key(device))
         kept = [*(json.loads(bytes(found)) if found else ()), *(asdict(pair) for pair in new)]
-        entries.put(_pairs_key(), json.dumps(kept[-_PAIRS:]).encode())
+        entries.put(_pairs_key(device), json.dumps(kept[-_PAIRS:]).encode())
 
 
-def refit() -> Hardware:
+def refit(device: torch.device = _CPU) -> Hardware:
     """Fit this machine's terms to the pairs that are kept, and keep them; none where pairs are few.
 
     Raises:
         UsageError, EnvironmentUnsupportedError, StoreError: as `this_machine` and `keep`.
     """
-    machine = replace(this_machine(), fitted=fitted(pairs()))
+    machine = replace(this_machine(device), fitted=fitted(pairs(device)))
     with _open() as env, env.begin(write=True) as entries:
-        entries.put(_key(), json.dumps(to_dict(machine)).encode())
+        entries.put(_key(device), json.dumps(to_dict(machine)).encode())
     return machine
 
 
@@ -154,20 +157,35 @@ def from_dict(found: Mapping[str, Any]) -> Hardware:
         for each in found["matmuls"]
     ]
     return Hardware(
-        gpu=None,
+        gpu=_gpu(found["gpu"]),
         dram=Memory(dram["capacity_bytes"], Figure(**dram["gbps"])),
         link_latency_s=found["link_latency_s"],
+        pace=found["pace"],
         matmuls=tuple(rates),
         reads=tuple(ReadRate(each["threads"], each["block_bytes"], Figure(**each["gbps"])) for each in found["reads"]),
         attention_gflops=_figure(found["attention_gflops"]),
+        loop_s=_figure(found["loop_s"]),
         handover_s=_figure(found["handover_s"]),
-        fitted={name: Figure(**figure) for name, figure in found["fitted"].items()},
+        fitted=_figures(found["fitted"]),
+        copies=_figures(found["copies"]),
         **{name: Figure(**found[name]) for name in _FIGURES},
     )
 
 
 def _figure(found: Mapping[str, Any] | None) -> Figure | None:
     return None if found is None else Figure(**found)
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, Figure]:
+    return {name: Figure(**figure) for name, figure in found.items()}
+
+
+def _gpu(found: Mapping[str, Any] | None) -> Gpu | None:
+    if found is None:
+        return None
+    memory = Memory(found["memory"]["capacity_bytes"], Figure(**found["memory"]["gbps"]))
+    figures = {name: _figure(found[name]) for name in ("tflops", "link_gbps", "embodied_kg")}
+    return Gpu(**{**found, **figures, "memory": memory})
 
 
 def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:
@@ -207,9 +225,9 @@ def _entry(key: bytes) -> Any:
         raise StoreError(f"{home_folder() / _FILE} holds no figures ({error}); {_WAY_OUT}") from error
 
 
-def _key() -> bytes:
-    return fingerprint().encode()
+def _key(device: torch.device) -> bytes:
+    return fingerprint(device).encode()
 
 
-def _pairs_key() -> bytes:
-    return _key() + b" pairs"
+def _pairs_key(device: torch.device) -> bytes:
+    return _key(device) + b" pairs"

@@ -28,6 +28,10 @@ def this_hardware(machine: Machine, config: OffloadConfig, *, cpu_multiplies: bo
     """
     free_bytes = host_memory().free_bytes
     if machine.is_gpu:
+        if (probed := measured_machine(machine.device)) is not None and probed.gpu is not None:
+            return replace(
+                probed, gpu=_throttled(probed.gpu, config), dram=replace(probed.dram, capacity_bytes=free_bytes)
+            )
         return replace(catalogue().machine(_LIKELY_GPU, dram_bytes=free_bytes), gpu=_gpu(machine, config))
     found = measured_machine() or catalogue().machine(None, dram_bytes=free_bytes)
     if config.link_gbps is None or cpu_multiplies:
@@ -39,4 +43,8 @@ def _gpu(machine: Machine, config: OffloadConfig) -> Gpu:
     known = catalogue()
     name = device_of(machine.device).name
     card = known.gpu_of_driver(name) or replace(known.gpu(_LIKELY_GPU), name=f"{name}, taken for a {_LIKELY_GPU}")
+    return _throttled(card, config)
+
+
+def _throttled(card: Gpu, config: OffloadConfig) -> Gpu:
     return card if config.link_gbps is None else replace(card, link_gbps=Figure(config.link_gbps, "spec", "throttled"))
