@@ -38,8 +38,8 @@ _PROBE = (
 PARTS = (
     Part("tests", ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark", "tests"), 120),
     Part("offload", ("-m", "benchmarks.gpu_offload"), 150),
-    Part("roofs", ("-m", "benchmarks.gpu_roofs"), 30),
-    Part("probe", ("-c", _PROBE), 120),
+    Part("roofs", ("-m", "benchmarks.gpu_roofs"), 60),
+    Part("probe", ("-c", _PROBE), 180),
     Part("kernels", ("-m", "benchmarks.gpu_kernels"), 80),
     Part("1b-int4-resident", _shape("tinyllama-1.1b", "--precision", "int4", "--hbm", "4GiB"), 60),
     Part("launches", ("-m", "benchmarks.gpu_launches", f"{MODELS}/tinyllama-1.1b-planes-0"), 60),

@@ -108,16 +108,17 @@ def pass_time(
     ssd_bytes = sum(workload.payload[key] for key in plan.streamed)
     cpu_bytes = sum(workload.payload[key] for matmul in on_cpu for key in matmul.units)
     fitted = {name: figure.value for name, figure in hardware.fitted.items()}
+    now = replace(hardware, cpu_gflops=hardware.cpu_gflops.scaled(1 / hardware.pace))
     busy = {
         "compute": _computed_s(workload, on_device, hardware, tokens, past) * fitted.get("compute", 1.0),
-        "cpu": sum(_matmul_s(workload, m, tokens, hardware.dram.gbps.value, hardware.cpu_gflops.value) for m in on_cpu),
+        "cpu": sum(_matmul_s(workload, m, tokens, now.dram.gbps.value, now.cpu_gflops.value) for m in on_cpu),
         "link": _link_s(hardware, up_bytes, 0 if beside else len(moved)),
         "ssd": _ssd_s(workload, plan, hardware) * fitted.get("ssd", 1.0),
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
     brought = len(plan.streamed) + (0 if beside else len(moved))
     overhead = _overhead_s(workload, plan, hardware, tokens, brought) * hardware.pace * fitted.get("overhead", 1.0)
-    roofs = _device_s(workload, on_device, hardware, tokens, past) + busy["cpu"]
+    roofs = _device_s(workload, on_device, now, tokens, past) + busy["cpu"]
     ssd_gbps = max(hardware.ssd_gbps.value, *(rate.gbps.value for rate in hardware.reads), 0.0)
     bound = max(roofs, busy["link"], ssd_bytes / (ssd_gbps * _GIGA), busy["dram"])
     return PassTime(busy, overhead, max(combined_s(busy, overhead, hardware.overlap.value), bound), bound)
@@ -150,13 +151,14 @@ def predict(
 
 def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
     """The machine with one thing made so many times as fast, each in turn, by its name."""
+    attention = None if hardware.attention_gflops is None else hardware.attention_gflops.scaled(times)
     found = {
         "cpu and main memory": replace(
             hardware,
             dram=replace(hardware.dram, gbps=hardware.dram.gbps.scaled(times)),
             cpu_gflops=hardware.cpu_gflops.scaled(times),
             matmuls=hardware.matmuls if hardware.gpu else tuple(rates.scaled(times) for rates in hardware.matmuls),
-            attention_gflops=None if hardware.attention_gflops is None else hardware.attention_gflops.scaled(times),
+            attention_gflops=attention if hardware.gpu is None else hardware.attention_gflops,
         ),
         "ssd": replace(
             hardware,
@@ -174,7 +176,10 @@ def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
         found["link"] = replace(hardware, gpu=replace(card, link_gbps=card.link_gbps.scaled(times)))
         faster = tuple(rates.scaled(times) for rates in hardware.matmuls)
         found["gpu"] = replace(
-            hardware, gpu=replace(card, memory=memory, tflops=card.tflops.scaled(times)), matmuls=faster
+            hardware,
+            gpu=replace(card, memory=memory, tflops=card.tflops.scaled(times)),
+            matmuls=faster,
+            attention_gflops=attention,
         )
     return found
 

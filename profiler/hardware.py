@@ -27,6 +27,7 @@ _CUDA_LAYER_S, _CPU_LAYER_S = 3e-3, 0.9e-3
 _NOTHING = Figure(0.0, "spec", "assumed")
 _LINK_LATENCY_S = 10e-6
 _FULL_LANES = 16
+_LIKELY = "3090"
 _TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
 
 
@@ -209,6 +210,10 @@ class Catalogue:
         told = name.lower()
         found = [key for key in self.entries["gpu"] if re.search(rf"(?<![a-z0-9]){_spaced(key)}(?![a-z0-9])", told)]
         return self.gpu(max(found, key=len)) if found else None
+
+    def gpu_or_likely(self, name: str) -> Gpu:
+        """The same; a card that no table knows is taken for one that this library is for, and its name says so."""
+        return self.gpu_of_driver(name) or replace(self.gpu(_LIKELY), name=f"{name}, taken for a {_LIKELY}")
 
     def machine(
         self,

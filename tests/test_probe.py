@@ -25,11 +25,14 @@ from profiler.workload import Matmul, Workload
 from tiercache.bench import card_probe, layer_probe, machine_probe, undisturbed
 from tiercache.commands import profiler
 from tiercache.commands.predicting import profile
-from tiercache.engine import actuals, probe_cache
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
+from tiercache.engine import actuals, probe_cache, this_hardware
+from tiercache.engine.machine import Machine
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.store.format import Piece
 from tiercache.store.reader import Reader, aligned_buffer
-from tiercache.tiers.device import CpuDevice
+from tiercache.tiers.device import CpuDevice, Device
 
 GIB = 1 << 30
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
@@ -152,6 +155,11 @@ def _watch(monkeypatch: pytest.MonkeyPatch, loops: list[float], **options: Any) 
     return undisturbed.Watch(usual=undisturbed.Pace(1.0, 1.0), **options)
 
 
+def _usual(works: Any, counts: Any) -> Any:
+    """Samples of a machine that is as usual."""
+    return {key: [undisturbed.Sample(work(), 1.0, 1.0) for _ in range(counts[key])] for key, work in works.items()}
+
+
 def test_samples_that_others_disturbed_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = _watch(monkeypatch, [3.0, 3.0, 1.0, 2.0, 1.0, 1.1, 1.1])  # waits twice, then the first sample is disturbed
     assert watch.by_turns({"": iter("abc").__next__}, {"": 2})[""] == [
@@ -171,31 +179,43 @@ def test_seconds_are_those_of_the_usual_pace(monkeypatch: pytest.MonkeyPatch) ->
     watch = _watch(monkeypatch, [1.2, 1.2])
     monkeypatch.setattr(undisturbed, "seconds_of", lambda work: 6.0)
     assert watch.timed({"": lambda: None}, {"": 1}) == {"": [pytest.approx(5.0)]}
+    watch = _watch(monkeypatch, [1.2, 1.2])
+    assert watch.timed({"": lambda: None}, {"": 1}, unpaced_s=3.0) == {"": [pytest.approx(5.5)]}, "half of it memory's"
+
+
+def test_patience_is_what_waiting_and_trying_again_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 10))  # each look at it ten seconds later
+    monkeypatch.setattr(undisturbed.time, "perf_counter", lambda: next(clock))
+    watch = _watch(monkeypatch, [1.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0], patience_s=15.0)
+    # The first try took all patience: the second counts as it is, and the third is undisturbed.
+    assert watch.sample(iter("abcd").__next__, 2) == ["c", "a"]
+    assert watch.share_disturbed == 0.5
 
 
 def test_a_machine_that_becomes_faster_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paces = iter([*[2.0] * 9, 1.0, *[1.0] * 999])
     monkeypatch.setattr(undisturbed, "_LOOK_S", 0.0)
     monkeypatch.setattr(undisturbed.Pace, "now", lambda: undisturbed.Pace(next(paces), 1.0))
-    watch = undisturbed.Watch()
-    with pytest.raises(undisturbed.FasterError) as told:
-        watch.sample(lambda: None, 99)
-    assert (watch.usual.loop_s, told.value.pace.loop_s) == (2.0, 1.0)
-    tries = iter([undisturbed.FasterError(told.value.pace), machine()])
+    usual = []
 
-    def once(*_: Any) -> Hardware:
-        found = next(tries)
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def once(folder: Path, device: Device, watch: undisturbed.Watch, *_: Any) -> Hardware:
+        usual.append(watch.usual.loop_s)
+        watch.sample(lambda: None, 99)
+        return machine()
 
     monkeypatch.setattr(machine_probe, "_measured", once)
     assert machine_probe.probe_machine(tmp_path, CPU, show_progress=False) == machine()
+    assert usual == [2.0, 1.0]
+    watch = undisturbed.Watch(0.0, undisturbed.Pace(2.0, 1.0))
+    watch.sample(lambda: None, 3)
+    assert watch.share_disturbed == 1, "faster than a pace that is given is not as usual either"
 
 
 def test_a_slower_pace_slows_the_processor_s_part() -> None:
     workload = _model()
     plan = fill_tiers(workload.needs, hbm_bytes=None, dram_bytes=2 * GIB)
+    faster = pass_time(workload, plan, replace(machine(), pace=0.01), tokens=512)
+    assert faster.total_s >= faster.bound_s > 0
     slower = pass_time(workload, plan, replace(machine(), pace=1.5))
     usual = pass_time(workload, plan, machine())
     read_s = workload.pass_bytes / 20e9
@@ -212,10 +232,44 @@ class StandIn(CpuDevice):
     name = "Tesla M40 24GB"
 
 
+class OnCard(CpuDevice):
+    """The processor, whose layers are timed as a card's."""
+
+    _asked = iter([False])  # by the probe, what rounds it runs; models are as ever
+
+    @property
+    def on_host(self) -> bool:  # type: ignore[override]
+        return next(self._asked, True)
+
+
+def test_a_probed_card_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = replace(catalogue().gpu("m40"), link_gbps=FIGURE.scaled(6))
+    probed = replace(machine(), gpu=card)
+    monkeypatch.setattr(this_hardware, "measured_machine", lambda device: probed)
+    on = Machine(torch.device("cuda", 0), {})
+    found = this_hardware.this_hardware(on, OffloadConfig(hbm=None, dram=Budget()), cpu_multiplies=False)
+    assert found == replace(probed, dram=replace(probed.dram, capacity_bytes=found.dram.capacity_bytes))
+    slow = OffloadConfig(hbm=None, dram=Budget(), link_gbps=1.5)
+    assert this_hardware.this_hardware(on, slow, cpu_multiplies=False).copy_gbps == 1.5
+
+
+def test_attention_is_the_card_s_where_a_card_computes() -> None:
+    with_card = replace(machine(), gpu=catalogue().gpu("m40"), attention_gflops=FIGURE)
+    attention = {name: on.attention_gflops for name, on in upgrades(with_card).items()}
+    assert attention == {**dict.fromkeys(attention, FIGURE), "gpu": FIGURE.scaled(2)}
+
+
 def test_a_card_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BYTES": 4 << 20, "BLOCKS": (64 << 10, 1 << 20), "GEMM": 64, "_ATTENDED": 32}.items():
+    for name, value in {
+        "BYTES": 4 << 20,
+        "BLOCKS": (64 << 10, 1 << 20),
+        "GEMM": 64,
+        "_ATTENDED": 32,
+        "_QUEUED": 2,
+    }.items():
         monkeypatch.setattr(card_probe, name, value)
     found = card_probe.CardProbe(StandIn(CPU), _watch(monkeypatch, [])).measure()
+    assert 0 <= found.overlap.value <= 1
     assert (found.gpu.name, found.gpu.compute_type, found.gpu.power_w) == ("Tesla M40 24GB", "fp32", 250)
     figures = found.beside(machine()).figures
     assert {figures[name].basis for name in ("gpu memory", "gpu", "link", "attention_gflops")} == {"measured"}
@@ -238,9 +292,9 @@ def test_a_card_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_beside_an_hbm_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
-    monkeypatch.setattr(layer_probe, "ROUNDS", {1: 2, 9: 2})
+    monkeypatch.setattr(layer_probe, "CARD_ROUNDS", {1: 2, 9: 2})
     roofs = layer_probe.Roofs(100.0, 1000.0, 100.0)
-    with layer_probe.LayerProbe(roofs, _watch(monkeypatch, []), tmp_path, CpuDevice(CPU), hbm=True) as layers:
+    with layer_probe.LayerProbe(roofs, _watch(monkeypatch, []), tmp_path, OnCard(CPU), hbm=True) as layers:
         rates = layers.rates("int8")
     assert list(rates.gbps) == [1, 9]
     assert rates.unit_s is not None
@@ -308,14 +362,8 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = [1.0, 10.0] * machine_probe.REPEATS
     watch = _watch(monkeypatch, [], patience_s=0.0)
-    monkeypatch.setattr(
-        watch,
-        "by_turns",
-        lambda works, counts: {
-            key: [undisturbed.Sample(work(), 1.0, 1.0) for _ in range(counts[key])] for key, work in works.items()
-        },
-    )
-    monkeypatch.setattr(machine_probe, "Watch", lambda: watch)
+    monkeypatch.setattr(watch, "by_turns", _usual)
+    monkeypatch.setattr(machine_probe, "Watch", lambda **_: watch)
     monkeypatch.setattr(machine_probe, "_DISK_BYTES", 8 << 20)
     monkeypatch.setattr("profiler.probe.dram_read", lambda **_: told.pop())
     with pytest.raises(EnvironmentUnsupportedError, match=r"vary by .* probe again"):
@@ -332,7 +380,7 @@ def test_a_machine_that_is_never_quiet_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
     monkeypatch.setattr(layer_probe, "ROUNDS", {1: 1, 9: 1})
     never = undisturbed.Pace(1e-9, 1e-9)
-    monkeypatch.setattr(machine_probe, "Watch", lambda: undisturbed.Watch(0.0, never))
+    monkeypatch.setattr(machine_probe, "Watch", lambda **_: undisturbed.Watch(0.0, never))
     with pytest.raises(EnvironmentUnsupportedError, match=r"100% of the measurements .* probe again"):
         machine_probe.probe_machine(tmp_path, CPU, show_progress=False)
     assert not [*tmp_path.iterdir()]
@@ -376,6 +424,12 @@ def test_probe_predict_and_validate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     errors = [abs(case["predicted_s"] / case["measured_s"] - 1) for case in found["cases"]]
     assert found["worst_error"] == pytest.approx(max(errors))
     assert "60% in memory, drafted" in found["cases"][-1]["name"]
+
+
+@pytest.mark.parametrize(("device", "code"), [("gpu", 2), ("meta", 2), ("cuda:7", 5)])
+def test_devices_that_cannot_be_probed(device: str, code: int, tmp_path: Path) -> None:
+    result = CliRunner().invoke(profile, ["probe", "--folder", str(tmp_path), "--device", device])
+    assert result.exit_code == code
 
 
 @pytest.mark.parametrize("counts", ["", "x", "0"])

@@ -5,6 +5,7 @@ Everything goes through `Device`, so the processor can stand in for a card. Know
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,14 +16,15 @@ from profiler.figure import Figure, measured
 from profiler.hardware import Gpu, Hardware, Memory, catalogue
 from tiercache.bench.layer_probe import Roofs
 from tiercache.bench.undisturbed import Watch, seconds_of
-from tiercache.tiers.device import CpuDevice, Device, pin, unpin
+from tiercache.tiers.device import Copies, Device
+from tiercache.tiers.slab import Slab
 
 REPEATS = 7
 BYTES = 256 << 20  # more than any card's cache
 BLOCKS = (64 << 10, 1 << 20, 16 << 20)
 GEMM = 4096  # rows, columns and tokens of a product that operations bind
+_QUEUED = 16  # calls before the card is waited for, so that launches and waiting do not show in roofs
 _HEADS, _HEAD_DIM, _ATTENDED = 32, 128, 1024
-_LIKELY = "3090"  # whose power and data type a card has that no table knows
 _TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,13 +35,13 @@ class CardFigures:
     Attributes:
         gpu: the card, its memory and its link.
         copies: 1e9 bytes a second of copies, by what is copied and how.
-        latency_s: what a copy takes beside its bytes.
+        overlap: what of copies up overlaps with products.
         attention_gflops: 1e9 operations a second of attention over a prompt.
     """
 
     gpu: Gpu
     copies: dict[str, Figure]
-    latency_s: float
+    overlap: Figure
     attention_gflops: Figure
 
     @property
@@ -48,18 +50,19 @@ class CardFigures:
         return Roofs(self.gpu.memory.gbps.value, self.gpu.tflops.value * 1e3, self.attention_gflops.value)
 
     def beside(self, machine: Hardware) -> Hardware:
-        """The machine with its card."""
+        """The machine with its card. What a copy costs beside its bytes is in what each unit costs that is copied."""
         return replace(
             machine,
             gpu=self.gpu,
             copies=self.copies,
-            link_latency_s=self.latency_s,
+            link_latency_s=0.0,
+            overlap=self.overlap,
             attention_gflops=self.attention_gflops,
         )
 
 
 class CardProbe:
-    """Measures one card; takes 512 MiB of it and of main memory meanwhile.
+    """Measures one card; takes 512 MiB of it meanwhile, and 768 MiB of main memory.
 
     Args:
         device: the card.
@@ -70,89 +73,111 @@ class CardProbe:
         self._device, self._watch = device, watch
 
     def measure(self) -> CardFigures:
-        """All of it, in some seconds."""
-        name = self._device.name
-        known = catalogue().gpu_of_driver(name) or replace(catalogue().gpu(_LIKELY), name=name)
+        """All of it, in some seconds.
+
+        Raises:
+            EnvironmentUnsupportedError: the memory is not to be had.
+        """
+        known = catalogue().gpu_or_likely(self._device.name)
         dtype = _TYPES[known.compute_type]
         free = self._device.free_bytes()
         capacity = known.memory.capacity_bytes if free is None else free[1]
-        copies, latency_s = self._copies()
+        copies, overlap = self._copies(dtype)
+        memory, products, attention = self._memory(), self._products(dtype), self._attention(dtype)
         gpu = replace(
             known,
-            memory=Memory(capacity, self._memory()),
-            tflops=self._products(dtype).scaled(1e-3),
+            memory=Memory(capacity, memory),
+            tflops=products.scaled(1e-3),
             link_gbps=copies["pinned, up"],
         )
         self._device.release_cache()
-        return CardFigures(gpu, copies, latency_s, self._attention(dtype))
+        return CardFigures(gpu, copies, overlap, attention)
 
-    def _copies(self) -> tuple[dict[str, Figure], float]:
-        """Of large blocks in both directions, from pinned and from pageable memory, and of small blocks up."""
-        there, other = self._device.allocate(BYTES), self._device.allocate(BYTES)
-        host = CpuDevice(torch.device("cpu"))
-        pinned, landing, pageable = host.allocate(BYTES), host.allocate(BYTES), host.allocate(BYTES)
-        for memory in (pinned, landing, pageable):
-            memory.fill_(1)
-        locked = [pin(memory) for memory in (pinned, landing)] if self._device.wants_pinned else []
-        up, down = partial(self._copy, there, pinned), partial(self._copy, landing, other)
-        try:
+    def _copies(self, dtype: torch.dtype) -> tuple[dict[str, Figure], Figure]:
+        """Of large blocks in both directions, from pinned and pageable memory, and of small ones; and what overlaps."""
+        host, pinned = torch.device("cpu"), self._device.wants_pinned
+        with ExitStack() as open_slabs:
+
+            def slab(at: torch.device, *, pinned: bool = False) -> torch.Tensor:
+                made = Slab(BYTES, at, pinned=pinned)
+                open_slabs.callback(made.close)
+                return made.bytes.fill_(1)
+
+            there, other = slab(self._device.at), slab(self._device.at)
+            fast, landing, pageable = slab(host, pinned=pinned), slab(host, pinned=pinned), slab(host)
+            rising, falling = self._device.copies(), self._device.copies()
+            up, down = partial(_copy, rising, there, fast), partial(_copy, falling, landing, other)
             found = {
                 "pinned, up": self._gbps(up, BYTES),
                 "pinned, down": self._gbps(down, BYTES),
                 "pinned, each way at once": self._gbps(partial(_together, up, down), BYTES),
-                "pageable, up": self._gbps(partial(self._copy, there, pageable), BYTES),
+                "pageable, up": self._gbps(partial(_copy, rising, there, pageable), BYTES),
             }
             for block in BLOCKS:
-                found[f"pinned, up, {block >> 10} KiB"] = self._gbps(
-                    partial(self._copy, there[:block], pinned[:block]), block
-                )
-        finally:
-            for address in locked:
-                unpin(address)
-        smallest, gbps = BLOCKS[0], found["pinned, up"].value
-        taken_s = smallest / (found[f"pinned, up, {smallest >> 10} KiB"].value * 1e9)
-        return found, max(0.0, taken_s - smallest / (gbps * 1e9))
+                once = partial(_copy, rising, there[:block], fast[:block])
+                found[f"pinned, up, {block >> 10} KiB"] = self._gbps(once, block)
+            beside = "copies up beside products of the card"
+            return found, overlap_of(self._watch, self._queued(self._product(dtype)), up, beside)
 
     def _memory(self) -> Figure:
-        """The card's own: a copy reads and writes every byte."""
-        source, target = self._device.allocate(BYTES), self._device.allocate(BYTES)
-        source.fill_(1)
-        found = self._gbps(partial(self._done, partial(target.copy_, source)), 2 * BYTES)
-        return replace(found, source="copies within it, read and written bytes")
+        """The card's own, as a sum reads it."""
+        memory = torch.ones(BYTES // 4, device=self._device.at)
+        found = self._rates(memory.sum, BYTES)
+        return measured(found, "sums")
 
     def _products(self, dtype: torch.dtype) -> Figure:
         """1e9 operations a second; the fastest, for it is to bound others."""
-        left, right = torch.randn(2, GEMM, GEMM, device=self._device.at).to(dtype)
-        once = partial(self._done, partial(torch.mm, left, right))
-        once()
-        rates = [2 * GEMM**3 / each / 1e9 for each in self._watch.timed({"": once}, {"": REPEATS})[""]]
+        rates = self._rates(self._product(dtype), 2 * GEMM**3)
         return replace(measured(rates, f"torch, {dtype}"), value=max(rates))
+
+    def _product(self, dtype: torch.dtype) -> Callable[[], object]:
+        left, right = torch.randn(2, GEMM, GEMM, device=self._device.at).to(dtype)
+        return partial(torch.mm, left, right)
 
     def _attention(self, dtype: torch.dtype) -> Figure:
         """1e9 operations a second of attention over a prompt, each token to those before it."""
         query, key, value = torch.randn(3, 1, _HEADS, _ATTENDED, _HEAD_DIM, device=self._device.at).to(dtype)
         attend = partial(scaled_dot_product_attention, query, key, value, is_causal=True)
-        operations = 4 * _HEADS * _HEAD_DIM * _ATTENDED * (_ATTENDED + 1) / 2
-        once = partial(self._done, attend)
+        operations = 4 * _HEADS * _HEAD_DIM * _ATTENDED * (_ATTENDED + 1) // 2
+        return measured(self._rates(attend, operations), f"torch, {dtype}, causal")
+
+    def _rates(self, work: Callable[[], object], amount: int) -> list[float]:
+        """1e9 of what a call reads or computes, a second."""
+        once = self._queued(work)
         once()
-        seconds = self._watch.timed({"": once}, {"": REPEATS})[""]
-        return measured([operations / each / 1e9 for each in seconds], f"torch, {dtype}, causal")
+        return self._watch.sample(lambda: _QUEUED * amount / seconds_of(once) / 1e9, REPEATS)
+
+    def _queued(self, work: Callable[[], object]) -> Callable[[], None]:
+        def once() -> None:
+            for _ in range(_QUEUED):
+                work()
+            self._device.synchronize_stream()
+
+        return once
 
     def _gbps(self, once: Callable[[], object], nbytes: int) -> Figure:
         once()
         rates = self._watch.sample(lambda: nbytes / seconds_of(once) / 1e9, REPEATS)
         return measured(rates, f"copies of {nbytes >> 10} KiB")
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with self._device.copies().after(None):
-            target.copy_(source, non_blocking=True)
 
-    def _done(self, work: Callable[[], object]) -> None:
-        work()
-        self._device.synchronize()
+def overlap_of(watch: Watch, compute: Callable[[], object], bring: Callable[[], object], source: str) -> Figure:
+    """w of: bringing and computing at once take w max + (1 - w) sum of what each takes alone."""
+    works = {name: partial(seconds_of, work) for name, work in (("a", compute), ("b", bring))}
+    works["both"] = partial(seconds_of, partial(_together, compute, bring))
+    found = watch.by_turns(works, dict.fromkeys(works, REPEATS))
+    # The least of each: what disturbs one of three is no w.
+    computed, brought, both = (min(sample.what for sample in found[name]) for name in works)
+    share = (computed + brought - both) / min(computed, brought)
+    return Figure(min(max(share, 0.0), 1.0), "measured", source)
 
 
-def _together(first: Callable[[], None], second: Callable[[], None]) -> None:
+def _copy(copies: Copies, target: torch.Tensor, source: torch.Tensor) -> None:
+    with copies.after(None):
+        target.copy_(source, non_blocking=True)
+
+
+def _together(first: Callable[[], object], second: Callable[[], object]) -> None:
     beside = threading.Thread(target=second)
     beside.start()
     first()

@@ -34,10 +34,10 @@ from tiercache.engine.workload import imagined_workload
 from tiercache.tiers.device import Device
 
 KINDS = ("int3", "int4", "int8", "source")
-# Tokens of a pass, and how often it is run. The kernels of planes go another way above 8 tokens: there is a step.
+# Tokens of a pass, and how often it is run. Above 8 tokens kernels of planes go another way; on a card above 32.
 ROUNDS = {1: 7, 8: 5, 9: 5, 64: 3, 512: 2}
+CARD_ROUNDS = {1: 7, 8: 5, 32: 5, 33: 5, 64: 3, 512: 2}
 SHARE = 0.6  # of the weights, that main memory holds where the SSD is read
-_UNIT_TOKENS = 9  # so many that no pass waits for the SSD, and what each unit costs beside its bytes is left
 _CONTEXT = 512
 _SEED = 0
 _MEMORY_BYTES = 2 << 30
@@ -92,6 +92,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
 
     def __init__(self, roofs: Roofs, watch: Watch, folder: Path, device: Device, *, hbm: bool) -> None:
         self._roofs, self._watch, self._device, self._hbm = roofs, watch, device, hbm
+        self._rounds = ROUNDS if device.on_host else CARD_ROUNDS
         self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".tiercache-probe-"))
 
     def __exit__(
@@ -104,7 +105,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         samples = [self._sample(shape, precision) for shape in SHAPES]
         source = f"passes of models of {len(samples)} sizes, {precision}"
         passes, layers, activations, gbps = {}, {}, {}, {}
-        for tokens in ROUNDS:
+        for tokens in self._rounds:
             spread = max(measured(sample.seconds[tokens], "").spread for sample in samples)
             whole, fixed, by_width, by_byte = (
                 Figure(each, "measured", source, spread) for each in self._parts(samples, tokens)
@@ -134,6 +135,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
     def _unit_s(self, precision: str, resident: Sample) -> Figure:
         """What each unit that is brought costs beside its bytes: bookkeeping, and a thread's share of the CPU.
 
+        Found with so many tokens that the units are there before they are wanted.
         Brought to the fastest tier: read from the SSD or, with an HBM tier, copied up.
         """
         shape, needs = SHAPES[_READ], resident.workload.needs
@@ -141,21 +143,37 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         tiers = (nbytes, _MEMORY_BYTES) if self._hbm else (None, nbytes)
         plan = fill_tiers(needs, hbm_bytes=tiers[0], dram_bytes=tiers[1])
         streamed = len(plan.fastest.passing)
-        read = self._run(shape, precision, {_UNIT_TOKENS: ROUNDS[_UNIT_TOKENS]}, nbytes)[_UNIT_TOKENS]
+        tokens = next(count for count in self._rounds if count > 1)
+        rounds, unpaced_s = {tokens: self._rounds[tokens]}, self._unpaced_s(resident.workload)
+        read = self._run(shape, precision, rounds, nbytes, unpaced_s)[tokens]
         # In order of length: the same place in both is a pass that was disturbed as little in the one as in the other.
-        beyond = [b - a for a, b in zip(resident.seconds[_UNIT_TOKENS], read, strict=True)]
+        beyond = [b - a for a, b in zip(resident.seconds[tokens], read, strict=True)]
         where = "copied up" if self._hbm else "from the SSD"
         source = f"a model of {shape.layers} layers, {precision}, {streamed} units {where}"
         return measured([max(each, 0.0) / streamed for each in beyond], source)
 
     def _sample(self, shape: Shape, precision: str) -> Sample:
-        return Sample(self._workload(shape, precision), self._run(shape, precision, ROUNDS))
+        workload = self._workload(shape, precision)
+        return Sample(workload, self._run(shape, precision, self._rounds, unpaced_s=self._unpaced_s(workload)))
+
+    def _unpaced_s(self, workload: Workload) -> float:
+        """What no pace of the CPU changes: bytes on their way from memory; all of it where a card computes."""
+        return workload.pass_bytes / self._roofs.gbps / 1e9 if self._device.on_host else float("inf")
 
     def _workload(self, shape: Shape, precision: Any) -> Workload:
-        options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=max(ROUNDS))
+        options = OffloadConfig(
+            hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=max(self._rounds)
+        )
         return imagined_workload(shape.config(), options, gpu=not self._device.on_host)
 
-    def _run(self, shape: Shape, precision: Any, rounds: Mapping[int, int], nbytes: int = _MEMORY_BYTES) -> Seconds:
+    def _run(
+        self,
+        shape: Shape,
+        precision: Any,
+        rounds: Mapping[int, int],
+        nbytes: int = _MEMORY_BYTES,
+        unpaced_s: float = 0.0,
+    ) -> Seconds:
         """Seconds of passes by their tokens, in order of length; token counts by turns; so much in the fastest tier."""
         make = shapes.make_store if of_planes(precision) else shapes.make_checkpoint
         place = self._folder / f"{shape.hidden}-{shape.layers}-{'planes' if of_planes(precision) else 'bf16'}"
@@ -173,7 +191,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
             once = {tokens: partial(self._pass, model, tokens) for tokens in rounds}
             for tokens in rounds:
                 once[tokens]()
-            return self._watch.timed(once, rounds)
+            return self._watch.timed(once, rounds, unpaced_s)
 
     def _pass(self, model: Any, tokens: int) -> None:
         model(input_ids=torch.ones(1, tokens, dtype=torch.long, device=self._device.at), use_cache=True)

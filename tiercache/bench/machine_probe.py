@@ -3,7 +3,6 @@
 Every figure is a median with its spread.
 """
 
-import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
-from tiercache.bench.card_probe import CardProbe
+from tiercache.bench.card_probe import CardProbe, overlap_of
 from tiercache.bench.layer_probe import KINDS, LayerProbe, Roofs
-from tiercache.bench.undisturbed import FasterError, Watch
+from tiercache.bench.undisturbed import FasterError, Pace, Watch
 from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.progress import bar, note
@@ -59,16 +58,18 @@ def probe_machine(
     Raises:
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
-    while True:  # each time at a pace a quarter faster than before
+    usual: Pace | None = None
+    while True:  # it ends: each time the usual pace is a quarter faster than before
+        watch = Watch(usual=usual, may_restart=True)
         try:
-            return _measured(folder, device_of(device), noisy, show_progress)
-        except FasterError:
+            return _measured(folder, device_of(device), watch, noisy, show_progress)
+        except FasterError as error:
+            usual = error.pace
             note("the machine has become faster; measuring again", show=show_progress)
 
 
-def _measured(folder: Path, device: Device, noisy: bool, show_progress: bool | None) -> Hardware:
+def _measured(folder: Path, device: Device, watch: Watch, noisy: bool, show_progress: bool | None) -> Hardware:
     with bar("measuring this machine", 3 + len(KINDS), show=show_progress) as advance:
-        watch = Watch()
         reads, overlap = _disk(folder, watch)
         advance(2)
         dram, attention, gemm = _dram(watch, noisy), _attention(watch), _gemm(watch)
@@ -141,27 +142,15 @@ def _reads(watch: Watch, file: Path, threads: int, block_bytes: int) -> ReadRate
 
 
 def _overlap(watch: Watch, file: Path) -> Figure:
-    """w of: reading and computing at once take w max + (1 - w) sum of what each takes alone."""
+    """What of reads overlaps with products of the CPU."""
     left, right = (torch.randn(768, 768) for _ in range(2))
 
     def compute() -> None:
         for _ in range(24):
             left @ right
 
-    def read() -> None:
-        probe.disk_read(file, settings=(_LOADER,))
-
-    def both() -> None:
-        thread = threading.Thread(target=read)
-        thread.start()
-        compute()
-        thread.join()
-
-    works = {work: work for work in (compute, read, both)}
-    # The least of each: what disturbs one of three is no w.
-    computed, taken, together = (each[0] for each in watch.timed(works, dict.fromkeys(works, REPEATS)).values())
-    share = (computed + taken - together) / min(computed, taken)
-    return Figure(min(max(share, 0.0), 1.0), "measured", "direct reads beside products of the CPU")
+    read = partial(probe.disk_read, file, settings=(_LOADER,))
+    return overlap_of(watch, compute, read, "direct reads beside products of the CPU")
 
 
 def _attention(watch: Watch) -> Figure:

@@ -5,8 +5,9 @@ Knows the public way to open a model; predicts nothing.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from policies.run_plan import Decision, RunPlan
 from policies.settings import Settings
 from tiercache.bench.drafting_prompts import Prompts
+from tiercache.bench.undisturbed import Watch, fastest_pace
 from tiercache.config.options import OffloadConfig
 from tiercache.engine.drafting_choice import NGRAMS, NOBODY, OWN_PLANES
 from tiercache.engine.offload import open_offloaded
@@ -115,30 +117,33 @@ def in_turn(
 ) -> list[Measured]:
     """Seconds of a token of each way, opened anew for each of `rounds` texts, the ways one after the other.
 
+    A text that others disturbed is written again, while patience lasts (see `undisturbed`).
+
     Raises:
         UsageError: the folder has no tokenizer.
     """
     prompts = Prompts.read(place, None, rounds, _PROMPT_TOKENS).ids
     seconds: dict[str, list[float]] = {name: [] for name, _ in ways}
+    watch = Watch(usual=fastest_pace())
     with bar("running the likeliest", rounds * len(ways), show=show_progress) as advance:
         for prompt in prompts:
             for name, config in ways:
-                with open_offloaded(place, config, show_progress=False) as model:
-                    seconds[name].append(_token_s(model, prompt))
+                seconds[name] += watch.sample(partial(_token_s, place, config, prompt), 1)
                 advance(1)
     return [Measured(name, config, tuple(seconds[name])) for name, config in ways]
 
 
-def _token_s(model: Any, prompt: tuple[int, ...]) -> float:
+def _token_s(place: Path, config: OffloadConfig, prompt: tuple[int, ...]) -> float:
     """Seconds of a token of a greedy text behind a prompt, which is counted in: it is the same for all ways."""
-    ids = torch.tensor([prompt], device=model.tiercache.stats().device)
-    write: Callable[..., Any] = model.generate
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    write(ids, max_new_tokens=_WARM_TOKENS, **options)
-    begin = time.perf_counter()
-    text = write(ids, max_new_tokens=TOKENS, **options)[0].tolist()
-    new = len(text) - len(prompt)
-    if new < 1:
-        raise UsageError("the model ends its text at once, so nothing can be timed; leave --settle out")
-    return (time.perf_counter() - begin) / new
+    with open_offloaded(place, config, show_progress=False) as opened:  # anew: a drafter learns what it has seen
+        model: Any = opened
+        ids = torch.tensor([prompt], device=model.tiercache.stats().device)
+        options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+        model.generate(ids, max_new_tokens=_WARM_TOKENS, **options)
+        begin = time.perf_counter()
+        text: torch.Tensor = model.generate(ids, max_new_tokens=TOKENS, **options)
+        took_s, new = time.perf_counter() - begin, text.shape[1] - len(prompt)
+        if new < 1:
+            raise UsageError("the model ends its text at once, so nothing can be timed; leave --settle out")
+        return took_s / new

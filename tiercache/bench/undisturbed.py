@@ -42,6 +42,11 @@ class Pace:
         """As it is."""
         return cls(_loop(), _handover())
 
+    @property
+    def slowness(self) -> float:
+        """One number of both, to compare paces by."""
+        return self.loop_s * self.handover_s
+
     def off(self, usual: "Pace") -> float:
         """By which factor it is not the usual: another pace, or cores that lie otherwise."""
         loop, handover = self.loop_s / usual.loop_s, self.handover_s / usual.handover_s
@@ -80,15 +85,16 @@ class Watch:
 
     Args:
         patience_s: how much longer each measurement may take for it.
-        usual: the pace, as a probe found it; None takes the fastest of a few seconds.
+        usual: the pace that counts as usual; None takes the fastest of a few seconds.
+        may_restart: raise where the machine turns out to be faster than that; otherwise it is not as usual then.
 
     Attributes:
         usual: the pace that counts as usual.
     """
 
-    def __init__(self, patience_s: float = 4.0, usual: Pace | None = None) -> None:
-        self.usual, self._looked = (fastest_pace(), True) if usual is None else (usual, False)
-        self._patience_s = patience_s
+    def __init__(self, patience_s: float = 4.0, usual: Pace | None = None, *, may_restart: bool = False) -> None:
+        self.usual = usual or fastest_pace()
+        self._patience_s, self._may_restart = patience_s, may_restart
         self._samples = self._disturbed = 0
 
     @property
@@ -97,38 +103,51 @@ class Watch:
         return self._disturbed / max(1, self._samples)
 
     def sample(self, work: Callable[[], T], count: int) -> list[T]:
-        """What so many calls give, as it is."""
+        """What so many calls give, as it is; raises as `by_turns`."""
         return [sample.what for sample in self.by_turns({"": work}, {"": count})[""]]
 
     def by_turns(self, works: Mapping[K, Callable[[], T]], counts: Mapping[K, int]) -> dict[K, list[Sample[T]]]:
         """What so many calls of each give, taken in turn; the most usual ones of all that were made.
 
         Raises:
-            FasterError: the usual pace was looked for, and is not the fastest.
+            FasterError: the machine is faster than usual, and may restart.
         """
         found: dict[K, list[Sample[T]]] = {key: [] for key in works}
-        end = time.perf_counter() + self._patience_s
         lacking = [key for key in works for _ in range(counts[key])]
-        begin = self._wait(end)
+        left_s = self._patience_s
+        begin, left_s = self._wait(left_s)
         while lacking:
             for key in dict.fromkeys(lacking):
-                before = begin
+                at = time.perf_counter()
                 what = works[key]()
-                after = self._now()
+                took_s = time.perf_counter() - at
+                before, after = begin, self._now()
                 off = max(before.off(self.usual), after.off(self.usual))
                 found[key].append(Sample(what, off, (before.loop_s + after.loop_s) / 2))
-                if off <= AS_USUAL:
+                if off <= AS_USUAL or left_s <= 0:
                     lacking.remove(key)
-                elif len(found[key]) >= counts[key] and time.perf_counter() > end:
-                    lacking = [each for each in lacking if each != key]
-                begin = after if after.off(self.usual) <= AS_USUAL else self._wait(end)
+                else:
+                    left_s -= took_s
+                begin, left_s = (after, left_s) if after.off(self.usual) <= AS_USUAL else self._wait(left_s)
         return {key: self._best(each, counts[key]) for key, each in found.items()}
 
-    def timed(self, works: Mapping[K, Callable[[], object]], counts: Mapping[K, int]) -> dict[K, list[float]]:
-        """Seconds of calls as they would be at the usual pace, in order of length."""
+    def timed(
+        self, works: Mapping[K, Callable[[], object]], counts: Mapping[K, int], unpaced_s: float = 0.0
+    ) -> dict[K, list[float]]:
+        """Seconds of calls as they would be at the usual pace, in order of length.
+
+        Args:
+            works: the calls.
+            counts: of each.
+            unpaced_s: of each call, what takes its time whatever the pace, such as bytes on their way from memory.
+        """
         samples = self.by_turns({key: _clocked(work) for key, work in works.items()}, counts)
-        usual_s = self.usual.loop_s
-        return {key: sorted(each.what * usual_s / each.loop_s for each in found) for key, found in samples.items()}
+
+        def paced(sample: Sample[float]) -> float:
+            aside = min(unpaced_s, sample.what)
+            return aside + (sample.what - aside) * self.usual.loop_s / sample.loop_s
+
+        return {key: sorted(map(paced, found)) for key, found in samples.items()}
 
     def _best(self, found: list[Sample[T]], count: int) -> list[Sample[T]]:
         best = sorted(found, key=lambda each: each.off)[:count]
@@ -136,27 +155,29 @@ class Watch:
         self._disturbed += sum(each.off > AS_USUAL for each in best)
         return best
 
-    def _wait(self, end: float) -> Pace:
-        """Until the machine is as usual, or that time has come; gives the pace then."""
-        while (pace := self._now()).off(self.usual) > AS_USUAL and time.perf_counter() < end:
+    def _wait(self, left_s: float) -> tuple[Pace, float]:
+        """Until the machine is as usual or patience ends; gives the pace then, and what is left of patience."""
+        while (pace := self._now()).off(self.usual) > AS_USUAL and left_s > 0:
+            at = time.perf_counter()
             time.sleep(_PAUSE_S)
-        return pace
+            left_s -= time.perf_counter() - at
+        return pace, left_s
 
     def _now(self) -> Pace:
         pace = Pace.now()
-        if self._looked and pace.loop_s < self.usual.loop_s / AS_USUAL:
+        if self._may_restart and pace.slowness < self.usual.slowness / AS_USUAL:
             raise FasterError(pace)
         return pace
 
 
 def fastest_pace() -> Pace:
-    """Of a few seconds; of more where the machine changes."""
+    """The fastest that was seen in a few seconds; in more where the machine changes."""
     begin, found = time.perf_counter(), [Pace.now()]
     while True:
-        fastest = Pace(min(pace.loop_s for pace in found), min(pace.handover_s for pace in found))
-        took = time.perf_counter() - begin
+        fastest = min(found, key=lambda pace: pace.slowness)
+        took_s = time.perf_counter() - begin
         mostly = median(pace.off(fastest) for pace in found) <= AS_USUAL
-        if took > _LOOK_ON_S or (took > _LOOK_S and mostly):
+        if took_s > _LOOK_ON_S or (took_s > _LOOK_S and mostly):
             return fastest
         found.append(Pace.now())
 

@@ -26,7 +26,7 @@ def probe_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine, for predict --gpu this. Takes a minute or two; leaves one file in the cache."""
+    """Measure this machine, for predict --gpu this. Takes one to three minutes; leaves one file in the cache."""
     from tiercache.bench.machine_probe import probe_machine
     from tiercache.engine import probe_cache
     from tiercache.engine.machine import resolve_device

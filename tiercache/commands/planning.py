@@ -44,6 +44,7 @@ _Drafter = Annotated[str, typer.Option(help="Here: auto, resident, ngram, ..., o
 _Out = Annotated[Path | None, typer.Option(help="Where to write the plan; offload(plan=FILE) takes it.")]
 _Settle = Annotated[bool, typer.Option("--settle", help="Here: run ways that the model cannot tell apart.")]
 _Nodes = Annotated[int, typer.Option(min=0, help="Elsewhere: nodes of a tree of drafts; 0 for none.")]
+_PAST = 512
 _PerPass = Annotated[float, typer.Option(min=1, help="Elsewhere: tokens that a drafted pass emits.")]
 
 
@@ -60,7 +61,7 @@ def plan_command(
     precisions: _Precisions = "int4",
     context: Context = 4096,
     logits: _Logits = 512,
-    past: Past = 512,
+    past: Past = _PAST,
     drafter: _Drafter = "none",
     draft_nodes: _Nodes = 0,
     tokens_per_pass: _PerPass = 1.0,
@@ -75,17 +76,18 @@ def plan_command(
 
     wanted = precisions.split(",")
     if gpu is None:
-        if (dram_kind, ssd, lanes, draft_nodes, tokens_per_pass, file) != (DRAM_KIND, SSD, None, 0, 1.0, None):
+        given = (dram_kind, ssd, lanes, draft_nodes, tokens_per_pass, file, past)
+        if given != (DRAM_KIND, SSD, None, 0, 1.0, None, _PAST):
             raise UsageError(
-                "--dram-kind, --ssd, --lanes, --draft-nodes and --hardware are for another machine: add --gpu"
+                "--dram-kind, --ssd, --lanes, --draft-nodes, --past and --hardware are for another machine: add --gpu"
             )
         config = _config(wanted[0], hbm, dram or "auto", drafter, context=context, logits=logits)
         plan = _plan_here(model, config, wanted, settle, progress(as_json, quiet))
     else:
         if settle or hbm != "auto":
             raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
-        given = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
-        plan = _plan_elsewhere(Question.of({**ctx.params, **given, "precision": wanted[0]}), wanted)
+        drafts = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
+        plan = _plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
     if not quiet and not as_json:

@@ -155,8 +155,7 @@ class OffloadConfig:
         for name, value in (("context", self.context), ("logits", self.logits)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
-        if not isinstance(self.device, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
-            raise UsageError(f"unknown device {self.device!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        refuse_unknown_device(self.device)
 
     def _check_resident(self) -> None:
         """Refuse resident passes where a matrix has no lower planes to do with."""
@@ -233,3 +232,9 @@ def home_folder() -> Path:
     home = os.environ.get("TIERCACHE_HOME")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     return Path(home).expanduser() if home else cache / "tiercache"
+
+
+def refuse_unknown_device(name: object) -> None:
+    """Raise `UsageError` for what is no name of a device; it may name one that is not there."""
+    if not isinstance(name, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise UsageError(f"unknown device {name!r}; choose 'auto', 'cpu', 'cuda' or 'cuda:N'")

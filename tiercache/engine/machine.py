@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiercache.config.options import OffloadConfig, of_planes
+from tiercache.config.options import OffloadConfig, of_planes, refuse_unknown_device
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
@@ -56,8 +56,10 @@ def resolve_device(name: str) -> torch.device:
     """The device that was asked for; "auto" is the first GPU if torch can use one.
 
     Raises:
+        UsageError: it is no name of a device.
         EnvironmentUnsupportedError: it is not there.
     """
+    refuse_unknown_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -32,7 +32,7 @@ _FILE = "probe.mdb"
 _WAY_OUT = "remove it and probe again"
 _ALONE = threading.Lock()
 _MAP_BYTES = 16 << 20
-_MEANING = 4  # raised where a figure comes to mean something else, or kernels change their speed
+_MEANING = 5  # raised where a figure comes to mean something else, or kernels change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
 _PAIRS = 256  # the newest are kept
 _CPU = torch.device("cpu")
@@ -55,6 +55,7 @@ def fingerprint(device: torch.device = _CPU) -> str:
     """
     parts = {
         **identity(device),
+        "device": str(device),  # of two like cards each has a slot of its own
         "threads": torch.get_num_threads(),
         "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower(),
         "kernels": select(device).name,
@@ -89,8 +90,8 @@ def this_machine(device: torch.device = _CPU) -> Hardware:
     found = _entry(_key(device))
     if found is None:
         raise UsageError(
-            "nothing was measured of this machine, or not with these versions and thread settings; run "
-            "'tiercache-profile probe'"
+            f"nothing was measured of this machine where {device} computes, or not with these versions and thread "
+            f"settings; run 'tiercache-profile probe --device {device}'"
         )
     try:
         return from_dict(found)

@@ -13,8 +13,7 @@ from tiercache.engine.machine import Machine
 from tiercache.engine.probe_cache import measured_machine
 from tiercache.tiers.device import device_of
 
-# A card that is not in the table is taken for one of those that this is for: only proportions matter to a choice.
-_LIKELY_GPU = "3090"
+_LIKELY_GPU = "3090"  # of whose machine the rest is assumed: only proportions matter to a choice
 
 
 def this_hardware(machine: Machine, config: OffloadConfig, *, cpu_multiplies: bool) -> Hardware:
@@ -40,10 +39,7 @@ def this_hardware(machine: Machine, config: OffloadConfig, *, cpu_multiplies: bo
 
 
 def _gpu(machine: Machine, config: OffloadConfig) -> Gpu:
-    known = catalogue()
-    name = device_of(machine.device).name
-    card = known.gpu_of_driver(name) or replace(known.gpu(_LIKELY_GPU), name=f"{name}, taken for a {_LIKELY_GPU}")
-    return _throttled(card, config)
+    return _throttled(catalogue().gpu_or_likely(device_of(machine.device).name), config)
 
 
 def _throttled(card: Gpu, config: OffloadConfig) -> Gpu:
