@@ -26,8 +26,8 @@ MIB = 1 << 20
 SHARES = (0.45, 0.65, 0.85)  # of the weights, that main memory holds
 RINGS = (8 * MIB, 16 * MIB, 32 * MIB)
 READS = ((4, 2 * MIB), (8, MIB))
-ROUNDS, PAIRS = 2, 5  # texts of each way in the sweep; then of two in pairs
-_CONTEXT, _NODES = 256, 16
+ROUNDS, PAIRS = 1, 5  # texts of each way in the sweep; then of two in pairs
+_CONTEXT, _NODES, _TOKENS = 256, 16, 12
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _case(name: str, place: Path, config: OffloadConfig) -> Case:
         ways[_named(settings, who)] = own
     planned = _named(plan.settings, str(plan.options["drafts"]))
     ways[planned] = replace(config, plan="default", settings=plan.settings, drafts=str(plan.options["drafts"]))
-    found = in_turn(place, list(ways.items()), rounds=ROUNDS, show_progress=False)
+    found = in_turn(place, list(ways.items()), rounds=ROUNDS, tokens=_TOKENS, show_progress=False)
     best = min(found, key=lambda each: each.middle_s)
     rules = ("rules of thumb", replace(config, plan="default"))
     chosen = (planned, ways[planned])
@@ -120,7 +120,8 @@ def _case(name: str, place: Path, config: OffloadConfig) -> Case:
 
 def _paired(place: Path, first: tuple[str, Any], second: tuple[str, Any]) -> tuple[float, float]:
     """By which share the first is slower than the second, the median of pairs; and the first's own spread."""
-    one, other = in_turn(place, [("first", first[1]), ("second", second[1])], rounds=PAIRS, show_progress=False)
+    ways = [("first", first[1]), ("second", second[1])]
+    one, other = in_turn(place, ways, rounds=PAIRS, tokens=_TOKENS, show_progress=False)
     ratios = [mine / theirs - 1 for mine, theirs in zip(one.token_s, other.token_s, strict=True)]
     return statistics.median(ratios), one.spread
 

@@ -3,7 +3,6 @@
 Knows numbers and names; makes no decision and opens no model.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -68,6 +67,8 @@ class RunPlan:
         """Of what the run does, sixteen hex digits; reasons and predictions do not count."""
         plain = self.to_dict()
         done = {name: plain[name] for name in ("model", "options", "settings", "placement")}
+        import hashlib  # who only reads plans need not wait for it
+
         return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
 
     def places_as(self, plan: Plan) -> bool:
@@ -80,7 +81,7 @@ class RunPlan:
 
     @classmethod
     def from_dict(cls, found: object) -> "RunPlan":
-        """A plan from `to_dict`'s data.
+        """A plan from `to_dict`'s data; its hash is held against it where that is given as well.
 
         Raises:
             PlanError: it is something else.
@@ -101,7 +102,13 @@ class RunPlan:
             if not isinstance(found[name], dict):
                 raise PlanError(f"its {name!r} is no object")
         kept = {name: found[name] for name in ("machine", "model", "options", "placement", "predicted", "runner_up")}
-        return cls(settings=settings, decisions=decisions, **kept)
+        plan = cls(settings=settings, decisions=decisions, **kept)
+        if found.get("hash", plan.hash) != plan.hash:
+            raise PlanError(
+                f"it was changed: its hash is {found['hash']!r}, and what it says has {plan.hash!r}; take the hash out "
+                "if that was meant"
+            )
+        return plan
 
 
 def _plain(value: Any) -> Any:

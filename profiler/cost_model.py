@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from policies.plan import Plan
 from profiler import read_rates
-from profiler.figure import ERROR
+from profiler.figure import ERROR, Basis
 from profiler.hardware import Hardware
 from profiler.matmul_rates import MatmulRates, nearest
 from profiler.workload import Matmul, Workload
@@ -61,6 +61,7 @@ class Prediction:
         low, high: the band; never above the bound.
         bound: tokens a second that nothing beats on this machine with this plan.
         pass_time: of one pass.
+        basis: what the machine's figures rest on.
     """
 
     tokens_per_s: float
@@ -68,6 +69,7 @@ class Prediction:
     high: float
     bound: float
     pass_time: PassTime
+    basis: Basis
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def predict(
     emitted, draft_s = (1.0, 0.0) if drafting is None else (drafting.tokens_per_pass, drafting.draft_s)
     speed, bound = emitted / (made.total_s + draft_s), emitted / (made.bound_s + draft_s)
     error = ERROR[hardware.basis]
-    return Prediction(speed, speed / (1 + error), min(bound, speed * (1 + error)), bound, made)
+    return Prediction(speed, speed / (1 + error), min(bound, speed * (1 + error)), bound, made, hardware.basis)
 
 
 def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:

@@ -11,12 +11,16 @@ from policies.plan import Plan
 from policies.run_plan import Decision
 from policies.settings import DEFAULT, Settings
 from profiler.cost_model import Drafting, Prediction, predict
+from profiler.figure import ERROR, Figure
 from profiler.hardware import Hardware
 from profiler.read_rates import ReadRate
 from profiler.workload import Workload
 
 # Predictions that differ by less are the same, and the way that was named first wins.
 TIE = 0.02
+# Ways of one model on one machine that differ in bytes alone: what a prediction gets wrong of one it gets wrong of the
+# other. Their gain is known better than their seconds, but pairs of runs tell no less than this.
+BYTES_TIE = 0.05
 # Rings to try, in bytes in flight: with one every read begins before the last has ended; more ride out uneven layers.
 _RINGS = (1, 2)
 
@@ -89,17 +93,27 @@ def settings_to_try(hardware: Hardware) -> list[Settings]:
         return [DEFAULT]
     best, fastest = DEFAULT, max(hardware.reads, key=lambda each: each.gbps.value)
     default = next((each for each in hardware.reads if _is(each, DEFAULT)), None)
-    if default is None or fastest.gbps.value > default.gbps.value * (1 + default.gbps.spread):
+    if default is None or fastest.gbps.value > default.gbps.value * (1 + _sure(default.gbps)):
         best = replace(DEFAULT, read_threads=fastest.threads, read_bytes=fastest.block_bytes)
     rings = [replace(best, prefetch_bytes=int(count * best.in_flight_bytes)) for count in _RINGS]
     return list(dict.fromkeys([DEFAULT, best, *rings]))
 
 
+def _sure(rate: Figure) -> float:
+    """By which share another must be faster that it is no matter of chance."""
+    return max(rate.spread, ERROR[rate.basis])
+
+
 def decisions(ranked: Sequence[Ranked], refused: Sequence[Refused] = ()) -> tuple[Decision, ...]:
-    """What was decided: each thing in which the ways differ, with the best of the other choices."""
+    """What was decided: each thing in which the ways differ, with the best of the other choices.
+
+    That is the best way that differs in this alone, where there is one.
+    """
     best, found = ranked[0], []
     for what, choice in best.way.choices.items():
-        other = next((each for each in ranked if each.way.choices[what] != choice), None)
+        others = [each for each in ranked if each.way.choices[what] != choice]
+        alone = (each for each in others if {**each.way.choices, what: choice} == dict(best.way.choices))
+        other = next(alone, others[0] if others else None)
         without = next((each for each in refused if each.choices.get(what, choice) != choice), None)
         if other is not None:
             gain = best.prediction.tokens_per_s / other.prediction.tokens_per_s - 1

@@ -6,7 +6,6 @@ the two cannot differ.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median_low
 
 from policies.plan import PlanInputs
 from policies.types import Key
@@ -61,7 +60,8 @@ class Workload:
     @property
     def bytes_per_weight(self) -> float:
         """Of most matrices: the head may be of another precision."""
-        return median_low(sum(self.payload[key] for key in each.units) / each.weights for each in self.matmuls)
+        each = sorted(sum(self.payload[key] for key in one.units) / one.weights for one in self.matmuls)
+        return each[(len(each) - 1) // 2]  # the lower median; `statistics` takes as long to import as this package
 
     @property
     def pass_bytes(self) -> int:

@@ -226,7 +226,8 @@ def test_plans_survive_json_and_hostile_files_are_told_apart(plane_store: Folder
         "[" * 100_000,
         *(json.dumps({**plain, "options": {**plain["options"], **o}}) for o in options),
     ]
-    for text in [*texts, json.dumps({**plain, "options": {}})]:
+    edited = {**plain, "hash": RunPlan.from_dict(plain).hash, "settings": {**plain["settings"], "prefetch_bytes": MIB}}
+    for text in [*texts, json.dumps({**plain, "options": {}}), json.dumps(edited)]:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(UsageError), tiercache.offload(plane_store("llama"), plan=path, device="cpu"):
             pytest.fail("opened")

@@ -69,7 +69,7 @@ def settle(place: Path, config: OffloadConfig, plan: RunPlan, *, show_progress: 
     if len(ways) < 2:
         reason = "there is no second way within the model's error"
         return replace(plan, decisions=(*plan.decisions, Decision("settled", "not run", None, None, reason)))
-    found = in_turn(place, ways, show_progress=show_progress)
+    found = in_turn(place, ways, tokens=TOKENS, show_progress=show_progress)
     first, best = found[0], min(found, key=lambda each: each.middle_s)
     noise = max(first.spread, best.spread)
     gain = first.middle_s / best.middle_s - 1
@@ -113,9 +113,10 @@ def in_turn(
     ways: Sequence[tuple[str, OffloadConfig]],
     *,
     rounds: int = ROUNDS,
+    tokens: int = TOKENS,
     show_progress: bool | None = None,
 ) -> list[Measured]:
-    """Seconds of a token of each way, opened anew for each of `rounds` texts, the ways one after the other.
+    """Seconds of a token of each way, opened anew for each of `rounds` texts of `tokens`, one way after the other.
 
     A text that others disturbed is written again, while patience lasts (see `undisturbed`).
 
@@ -128,12 +129,12 @@ def in_turn(
     with bar("running the likeliest", rounds * len(ways), show=show_progress) as advance:
         for prompt in prompts:
             for name, config in ways:
-                seconds[name] += watch.sample(partial(_token_s, place, config, prompt), 1)
+                seconds[name] += watch.sample(partial(_token_s, place, config, prompt, tokens), 1)
                 advance(1)
     return [Measured(name, config, tuple(seconds[name])) for name, config in ways]
 
 
-def _token_s(place: Path, config: OffloadConfig, prompt: tuple[int, ...]) -> float:
+def _token_s(place: Path, config: OffloadConfig, prompt: tuple[int, ...], tokens: int) -> float:
     """Seconds of a token of a greedy text behind a prompt, which is counted in: it is the same for all ways."""
     with open_offloaded(place, config, show_progress=False) as opened:  # anew: a drafter learns what it has seen
         model: Any = opened
@@ -142,7 +143,7 @@ def _token_s(place: Path, config: OffloadConfig, prompt: tuple[int, ...]) -> flo
         options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
         model.generate(ids, max_new_tokens=_WARM_TOKENS, **options)
         begin = time.perf_counter()
-        text: torch.Tensor = model.generate(ids, max_new_tokens=TOKENS, **options)
+        text: torch.Tensor = model.generate(ids, max_new_tokens=tokens, **options)
         took_s, new = time.perf_counter() - begin, text.shape[1] - len(prompt)
         if new < 1:
             raise UsageError("the model ends its text at once, so nothing can be timed; leave --settle out")

@@ -23,6 +23,7 @@ from tiercache.errors import DoesNotFitError, TiercacheError
 # option should not cost.
 
 _UNEXPECTED, ENVIRONMENT, _INTERRUPTED = 1, 5, 130
+_FILE_WIDTH = 140  # columns of tables in a file
 # typer's own complaints about arguments; its name for the class has moved between versions.
 _ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
 
@@ -96,8 +97,8 @@ def options_of_all(
 
 
 def console() -> Console:
-    """Where people read."""
-    return Console(stderr=True, highlight=False)
+    """Where people read; in a file or a pipe, where nobody knows how wide it is, tables are cut off less."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
 
 
 def progress(as_json: bool, quiet: bool) -> bool | None:

@@ -45,6 +45,7 @@ _Out = Annotated[Path | None, typer.Option(help="Where to write the plan; offloa
 _Settle = Annotated[bool, typer.Option("--settle", help="Here: run ways that the model cannot tell apart.")]
 _Nodes = Annotated[int, typer.Option(min=0, help="Elsewhere: nodes of a tree of drafts; 0 for none.")]
 _PAST = 512
+_UNPROBED = "; nobody measured this machine, 'tiercache-profile probe' does"
 _PerPass = Annotated[float, typer.Option(min=1, help="Elsewhere: tokens that a drafted pass emits.")]
 
 
@@ -90,9 +91,9 @@ def plan_command(
         plan = _plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
-    if not quiet and not as_json:
+    if plan.decisions and not quiet and not as_json:
         console().print(_table(plan))
-    tell(_summary(plan, out), plan.to_dict() | {"hash": plan.hash}, as_json, quiet)
+    tell(_summary(plan, out, here=gpu is None), plan.to_dict() | {"hash": plan.hash}, as_json, quiet)
 
 
 def _config(precision: Any, hbm: str, dram: str, drafter: str, **sizes: Any) -> OffloadConfig:
@@ -124,7 +125,9 @@ def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle:
     if len(precisions) > 1:
         other = ranked[1] if len(ranked) > 1 else next(iter(errors))
         gain = speeds[best] / speeds[other] - 1 if other in plans else None
-        reason = "fewer bytes a pass" if other in plans else f"the other lacks {errors[other].missing_bytes} bytes"
+        reason = "it is predicted to be faster" if (gain or 0) > 0 else "it is liked better, and as fast within the tie"
+        if other not in plans:
+            reason = f"the other lacks {errors[other].missing_bytes} bytes"
         plan = replace(plan, decisions=(Decision("precision", best, other, gain, reason), *plan.decisions))
     chosen: Any = best
     return settled(folder, replace(config, precision=chosen), plan, show_progress=show) if settle else plan
@@ -158,13 +161,16 @@ def _table(plan: RunPlan) -> Table:
     return shown
 
 
-def _summary(plan: RunPlan, out: Path | None) -> str:
+def _summary(plan: RunPlan, out: Path | None, *, here: bool) -> str:
     lines = [f"plan {plan.hash}" + ("" if out is None else f", written to {out}")]
     if (made := plan.predicted) is not None:
         lines.append(
             f"{made['tokens_per_s']:.2f} tokens/s, between {made['low']:.2f} and {made['high']:.2f}; bound by "
             f"{made['binding_tier']}"
         )
+        lines.append(f"basis: {made['basis']}" + (_UNPROBED if here and made["basis"] == "spec" else ""))
+    if not plan.decisions:
+        lines.append("nothing was left to decide: the rules of thumb hold")
     if (second := plan.runner_up) is not None:
         named = ", ".join(f"{what} {choice}" for what, choice in second["choices"].items())
         lines.append(f"second best, {second['tokens_per_s']:.2f} tokens/s: {named}")

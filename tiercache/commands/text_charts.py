@@ -58,11 +58,19 @@ def _roofline(chart: dict[str, Any]) -> list[str | Text | Table]:
     for place, roof in enumerate(roofs):
         name = f"{'ABCD'[place]}  {roof['name']}"
         roof_table.add_row(name, f"{roof['gbps']:.3g}", f"{roof['peak_gflops'] / 1e3:.3g}", roof["processor"])
-    names = {resource: roof["name"] for resource, roof in chart["roofs"].items()} | {"all": "with overhead"}
+
+    def limit(done: dict[str, Any]) -> str:
+        """What binds: bytes left of a roof's ridge, operations right of it."""
+        if done["resource"] == "all":
+            return "with overhead"
+        roof = chart["roofs"][done["resource"]]
+        by_bytes = done["intensity"] < roof["peak_gflops"] / roof["gbps"]
+        return str(roof["name"] if by_bytes else f"{roof['processor']} operations")
+
     numbers = ("op/byte", "1e12 op/s")
     table = Table("operation", "layers", "bound by", *(Column(name, justify="right") for name in numbers))
     for place, each in enumerate(done):
-        where = (f"{_sign(place)}  {each['phase']}", each["kind"], names[each["resource"]])
+        where = (f"{_sign(place)}  {each['phase']}", each["kind"], limit(each))
         table.add_row(*where, _number(each["intensity"]), _number(each["gflops"] / 1e3))
     axis = (
         f"{_number(low)} to {_number(high)} operations a byte, {bottom:.2g}e9 to {_number(top)}e9 operations a second"

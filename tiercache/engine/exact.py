@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from profiler import planner
-from profiler.figure import ERROR
 from profiler.hardware import Hardware
 from profiler.planner import Way
 from tiercache.config.options import OffloadConfig
@@ -71,8 +70,7 @@ def _searched(found: ExactPlacement, budgets: Budgets, hardware: Hardware) -> Ex
         if not isinstance(plan, DoesNotFitError):
             config = replace(found.config, settings=settings)
             placements[settings] = replace(found, config=config, asked=asked, plan=plan)
-    # The rules of thumb stay unless another way gains more than the model's own error; `plan --settle` runs both.
-    ranked = planner.rank([_way(each) for each in placements.values()], hardware, tie=ERROR[hardware.basis])
+    ranked = planner.rank([_way(each) for each in placements.values()], hardware, tie=planner.BYTES_TIE)
     best = placements[ranked[0].way.settings]
     return replace(best, decisions=(*best.decisions, *planner.decisions(ranked)), ranked=ranked)
 

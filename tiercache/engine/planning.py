@@ -71,7 +71,7 @@ def write_plan(plan: RunPlan, path: Path) -> None:
         UsageError: the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(plan.to_dict()) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(plan.to_dict() | {"hash": plan.hash}) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
@@ -184,6 +184,7 @@ def told(ranked: Ranked) -> dict[str, Any]:
         "choices": dict(ranked.way.choices),
         "settings": asdict(ranked.way.settings),
         **numbers,
+        "basis": made.basis,
         "binding_tier": made.pass_time.binding,
         "pass_s": made.pass_time.total_s,
         "busy_s": dict(made.pass_time.busy_s),
