@@ -196,13 +196,15 @@ def folding(head: nn.Module) -> Callable[..., torch.Tensor]:
 
     It gets a slice there, the last tokens, whose strides torch does not fold into rows (`should_fold` of ATen's
     LinearAlgebra.cpp): it copies a weight of 16 bits once for each sequence, and multiplies sequence by sequence.
-    Several sequences are left to that, for all rows at once give other bits.
+    Several sequences are left to that, for all rows at once give other bits. So is a single row in fp16, which
+    processors with AVX512-FP16 sum in another order when it is folded.
     """
     forward = head.forward
 
     def folded(x: torch.Tensor) -> torch.Tensor:
         one = x.dim() == 3 and len(x) == 1 and on_host(x.device)  # on a card nobody has held the bits against it
-        return cast("torch.Tensor", forward(x.reshape(-1, x.shape[-1]).view(x.shape) if one else x))
+        same = one and (x.dtype is not torch.float16 or x.shape[1] > 1)
+        return cast("torch.Tensor", forward(x.reshape(-1, x.shape[-1]).view(x.shape) if same else x))
 
     return folded
 
