@@ -143,15 +143,15 @@ def test_the_harness_by_hand(tasks: Path) -> None:
 
 
 def test_tasks_of_each_mode(tasks: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"tokens": 64, "window": 64, "decode": 0, "tasks": tasks, "limit": 3, "length": LENGTH}
+    options: dict[str, Any] = {"tokens": 64, "window": 64, "decode": 0, "tasks": tasks, "limit": 8, "length": LENGTH}
     found = quality(
         PICO, Path(__file__), modes=["int3"], store=tmp_path / "store", scratch=tmp_path, show_progress=False, **options
     )
     assert [set(row["tasks"]) for row in found["rows"]] == [{"choice", "rolling", "writing"}] * 2
     eight, two = (row["tasks"]["rolling"]["bits_per_byte"] for row in found["rows"])
     assert eight != two
-    assert found["harness"]["items"]["choice"] == found["harness"]["limit"] == 3
-    assert "choice (3 items): acc" in report(found)
+    assert found["harness"]["items"]["choice"] == found["harness"]["limit"] == 8
+    assert "choice (8 items): acc" in report(found)
     assert json.loads(json.dumps(found)) == found
 
 
