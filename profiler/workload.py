@@ -60,8 +60,8 @@ class Workload:
     @property
     def bytes_per_weight(self) -> float:
         """Of most matrices: the head may be of another precision."""
-        each = sorted(sum(self.payload[key] for key in one.units) / one.weights for one in self.matmuls)
-        return each[(len(each) - 1) // 2]  # the lower median; `statistics` takes as long to import as this package
+        found = sorted(sum(self.payload[key] for key in each.units) / each.weights for each in self.matmuls)
+        return found[(len(found) - 1) // 2]  # the lower median; `statistics` takes as long to import as this package
 
     @property
     def pass_bytes(self) -> int:

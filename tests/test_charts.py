@@ -108,6 +108,7 @@ def test_charts_as_text_and_as_data() -> None:
     roofline = run("plot", "tiny", "--gpu", "p40")
     assert "card memory" in roofline.stderr
     assert "prefill of 512" in roofline.stderr
+    assert "fp32 operations" in roofline.stderr, "a prefill is right of the ridge"
     assert not roofline.stdout
     data = json.loads(run("plot", "tiny", "--kind", "time", "--gpu", "p40", "--gpu", "none", *DRAFTED, "--json").stdout)
     assert data["schema"] == "tiercache.plot/1"

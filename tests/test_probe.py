@@ -232,16 +232,6 @@ class StandIn(CpuDevice):
     name = "Tesla M40 24GB"
 
 
-class OnCard(CpuDevice):
-    """The processor, whose layers are timed as a card's."""
-
-    _asked = iter([False])  # by the probe, what rounds it runs; models are as ever
-
-    @property
-    def on_host(self) -> bool:  # type: ignore[override]
-        return next(self._asked, True)
-
-
 def test_a_probed_card_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     card = replace(catalogue().gpu("m40"), link_gbps=FIGURE.scaled(6))
     probed = replace(machine(), gpu=card)
@@ -294,7 +284,7 @@ def test_layers_beside_an_hbm_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
     monkeypatch.setattr(layer_probe, "CARD_ROUNDS", {1: 2, 9: 2})
     roofs = layer_probe.Roofs(100.0, 1000.0, 100.0)
-    with layer_probe.LayerProbe(roofs, _watch(monkeypatch, []), tmp_path, OnCard(CPU), hbm=True) as layers:
+    with layer_probe.LayerProbe(roofs, _watch(monkeypatch, []), tmp_path, CpuDevice(CPU), hbm=True) as layers:
         rates = layers.rates("int8")
     assert list(rates.gbps) == [1, 9]
     assert rates.unit_s is not None

@@ -20,7 +20,7 @@ from policies.plan import PlanInputs, fill_tiers
 from policies.run_plan import PlanError, RunPlan
 from policies.settings import DEFAULT, Settings
 from profiler import planner
-from profiler.cost_model import pass_time
+from profiler.cost_model import Prediction, pass_time
 from profiler.figure import Figure
 from profiler.hardware import Hardware, Memory, ReadRate
 from profiler.planner import Refused, Way
@@ -97,12 +97,28 @@ def test_a_decision_names_the_best_alternative_its_gain_and_the_seconds_that_it_
     assert (refused.gain, refused.reason) == (None, "the other lacks 77 bytes of dram")
 
 
+def test_a_decision_is_held_against_the_way_that_differs_in_it_alone() -> None:
+    def ranked(who: str, how: str, speed: float) -> planner.Ranked:
+        made = pass_time(model, plan, machine())
+        way = Way({"drafting": who, "weights": how}, model, plan)
+        return planner.Ranked(way, Prediction(speed, speed, speed, speed, made, "spec"))
+
+    model = workload(4)
+    plan = fill_tiers(model.needs, hbm_bytes=None, dram_bytes=8 * GIB)
+    four = [ranked("a tree", "copied", 4.0), ranked("nobody", "cpu", 3.0), ranked("nobody", "copied", 2.0)]
+    found = planner.decisions([*four, ranked("a tree", "cpu", 1.0)])
+    assert {each.what: each.gain for each in found} == {"drafting": 1.0, "weights": 3.0}
+    assert [each.gain for each in planner.decisions(four[:2])] == [pytest.approx(1 / 3)] * 2, "for want of such a way"
+
+
 def test_reads_are_changed_only_where_the_probe_found_others_faster_than_its_noise() -> None:
     def rate(threads: int, block: int, gbps: float) -> ReadRate:
         return ReadRate(threads, block, Figure(gbps, "measured", "a test", 0.1))
 
     ours, others = rate(DEFAULT.read_threads, DEFAULT.read_bytes, 1.0), rate(8, MIB, 1.05)
     assert {each.read_threads for each in planner.settings_to_try(machine(reads=(ours, others)))} == {4}
+    a_little = machine(reads=(ours, rate(8, MIB, 1.15)))  # more than the noise, less than a prediction's error
+    assert {each.read_threads for each in planner.settings_to_try(a_little)} == {4}
     faster = machine(reads=(ours, rate(8, MIB, 1.5)))
     tries = planner.settings_to_try(faster)
     assert tries[0] == DEFAULT
@@ -269,6 +285,13 @@ def test_the_command_plans_here_and_offload_takes_its_file(plane_store: Folders,
     plan = json.loads(result.stdout)
     assert plan["options"]["precision"] == "int4", "the first of two that tie, as a toy's do"
     assert plan["decisions"][0]["alternative"] == "int8"
+    other = json.loads(run(str(plane_store("llama")), *given[:-1], "int8,int4", "--json").stdout)["decisions"][0]
+    assert (other["choice"], "liked better" in other["reason"]) == ("int8", True)
+    assert (other["gain"] <= 0, plan["decisions"][0]["gain"] >= 0) == (True, True)
+    assert plan["predicted"]["basis"] == "spec"
+    assert "basis: spec; nobody measured this machine" in run(str(plane_store("llama")), *given).stderr
+    assert json.loads(out.read_text())["hash"] == plan["hash"]
+    assert run(str(plane_store("llama")), *given, "--past", "9").exit_code == 2
     with tiercache.offload(plane_store("llama"), plan=out, device="cpu", show_progress=False) as model:
         assert model.tiercache.run_plan.hash == plan["hash"]
 

@@ -3,7 +3,6 @@
 Everything goes through `Device`, so the processor can stand in for a card. Knows no models.
 """
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from profiler.figure import Figure, measured
 from profiler.hardware import Gpu, Hardware, Memory, catalogue
 from tiercache.bench.layer_probe import Roofs
+from tiercache.bench.overlap import overlap_of, together
 from tiercache.bench.undisturbed import Watch, seconds_of
 from tiercache.tiers.device import Copies, Device
 from tiercache.tiers.slab import Slab
@@ -110,7 +110,7 @@ class CardProbe:
             found = {
                 "pinned, up": self._gbps(up, BYTES),
                 "pinned, down": self._gbps(down, BYTES),
-                "pinned, each way at once": self._gbps(partial(_together, up, down), BYTES),
+                "pinned, each way at once": self._gbps(partial(together, up, down), BYTES),
                 "pageable, up": self._gbps(partial(_copy, rising, there, pageable), BYTES),
             }
             for block in BLOCKS:
@@ -161,24 +161,6 @@ class CardProbe:
         return measured(rates, f"copies of {nbytes >> 10} KiB")
 
 
-def overlap_of(watch: Watch, compute: Callable[[], object], bring: Callable[[], object], source: str) -> Figure:
-    """w of: bringing and computing at once take w max + (1 - w) sum of what each takes alone."""
-    works = {name: partial(seconds_of, work) for name, work in (("a", compute), ("b", bring))}
-    works["both"] = partial(seconds_of, partial(_together, compute, bring))
-    found = watch.by_turns(works, dict.fromkeys(works, REPEATS))
-    # The least of each: what disturbs one of three is no w.
-    computed, brought, both = (min(sample.what for sample in found[name]) for name in works)
-    share = (computed + brought - both) / min(computed, brought)
-    return Figure(min(max(share, 0.0), 1.0), "measured", source)
-
-
 def _copy(copies: Copies, target: torch.Tensor, source: torch.Tensor) -> None:
     with copies.after(None):
         target.copy_(source, non_blocking=True)
-
-
-def _together(first: Callable[[], object], second: Callable[[], object]) -> None:
-    beside = threading.Thread(target=second)
-    beside.start()
-    first()
-    beside.join()

@@ -55,7 +55,7 @@ _READ = 2  # of these, the one that is also read from the SSD: many units, and n
 
 
 @dataclass(frozen=True)
-class Sample:
+class ModelPasses:
     """Passes of one model.
 
     Attributes:
@@ -92,7 +92,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
 
     def __init__(self, roofs: Roofs, watch: Watch, folder: Path, device: Device, *, hbm: bool) -> None:
         self._roofs, self._watch, self._device, self._hbm = roofs, watch, device, hbm
-        self._rounds = ROUNDS if device.on_host else CARD_ROUNDS
+        self._rounds = CARD_ROUNDS if hbm else ROUNDS
         self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".tiercache-probe-"))
 
     def __exit__(
@@ -116,7 +116,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         unit_s = self._unit_s(precision, samples[_READ])
         return MatmulRates(samples[-1].workload.bytes_per_weight, gbps, activations, layers, passes, unit_s)
 
-    def _parts(self, samples: list[Sample], tokens: int) -> tuple[float, ...]:
+    def _parts(self, samples: list[ModelPasses], tokens: int) -> tuple[float, ...]:
         """Seconds of a pass, of a layer, of each row or column, and of each byte; none is below what it can be."""
         per_byte = 2 * tokens / samples[-1].workload.bytes_per_weight  # operations
         roof_s = max(1 / self._roofs.gbps, per_byte / self._roofs.gflops) / 1e9
@@ -132,7 +132,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         found = not_negative(np.array(rows, float), seconds - np.array(least), 1 / seconds)
         return (*found[:-1], found[-1] + roof_s)
 
-    def _unit_s(self, precision: str, resident: Sample) -> Figure:
+    def _unit_s(self, precision: str, resident: ModelPasses) -> Figure:
         """What each unit that is brought costs beside its bytes: bookkeeping, and a thread's share of the CPU.
 
         Found with so many tokens that the units are there before they are wanted.
@@ -152,9 +152,9 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         source = f"a model of {shape.layers} layers, {precision}, {streamed} units {where}"
         return measured([max(each, 0.0) / streamed for each in beyond], source)
 
-    def _sample(self, shape: Shape, precision: str) -> Sample:
+    def _sample(self, shape: Shape, precision: str) -> ModelPasses:
         workload = self._workload(shape, precision)
-        return Sample(workload, self._run(shape, precision, self._rounds, unpaced_s=self._unpaced_s(workload)))
+        return ModelPasses(workload, self._run(shape, precision, self._rounds, unpaced_s=self._unpaced_s(workload)))
 
     def _unpaced_s(self, workload: Workload) -> float:
         """What no pace of the CPU changes: bytes on their way from memory; all of it where a card computes."""

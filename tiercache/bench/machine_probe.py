@@ -18,8 +18,9 @@ from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
-from tiercache.bench.card_probe import CardProbe, overlap_of
+from tiercache.bench.card_probe import CardProbe
 from tiercache.bench.layer_probe import KINDS, LayerProbe, Roofs
+from tiercache.bench.overlap import overlap_of
 from tiercache.bench.undisturbed import FasterError, Pace, Watch
 from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
@@ -47,7 +48,7 @@ _GEMM = 2048  # rows, columns and tokens of a product that operations bind, not 
 def probe_machine(
     folder: Path, device: torch.device, *, noisy: bool = False, show_progress: bool | None = None
 ) -> Hardware:
-    """Measure for a minute or two.
+    """Measure for one to three minutes.
 
     Args:
         folder: on the disk that stores lie on; a file is written there and removed again.

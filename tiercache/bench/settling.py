@@ -16,7 +16,7 @@ import torch
 from policies.run_plan import Decision, RunPlan
 from policies.settings import Settings
 from tiercache.bench.drafting_prompts import Prompts
-from tiercache.bench.undisturbed import Watch, fastest_pace
+from tiercache.bench.undisturbed import Watch
 from tiercache.config.options import OffloadConfig
 from tiercache.engine.drafting_choice import NGRAMS, NOBODY, OWN_PLANES
 from tiercache.engine.offload import open_offloaded
@@ -125,7 +125,7 @@ def in_turn(
     """
     prompts = Prompts.read(place, None, rounds, _PROMPT_TOKENS).ids
     seconds: dict[str, list[float]] = {name: [] for name, _ in ways}
-    watch = Watch(usual=fastest_pace())
+    watch = Watch()
     with bar("running the likeliest", rounds * len(ways), show=show_progress) as advance:
         for prompt in prompts:
             for name, config in ways:

@@ -93,7 +93,7 @@ class Watch:
     """
 
     def __init__(self, patience_s: float = 4.0, usual: Pace | None = None, *, may_restart: bool = False) -> None:
-        self.usual = usual or fastest_pace()
+        self.usual = usual or _fastest_pace()
         self._patience_s, self._may_restart = patience_s, may_restart
         self._samples = self._disturbed = 0
 
@@ -115,20 +115,22 @@ class Watch:
         found: dict[K, list[Sample[T]]] = {key: [] for key in works}
         lacking = [key for key in works for _ in range(counts[key])]
         left_s = self._patience_s
-        begin, left_s = self._wait(left_s)
+        before, left_s = self._wait(left_s)
         while lacking:
             for key in dict.fromkeys(lacking):
                 at = time.perf_counter()
                 what = works[key]()
                 took_s = time.perf_counter() - at
-                before, after = begin, self._now()
+                after = self._now()
                 off = max(before.off(self.usual), after.off(self.usual))
                 found[key].append(Sample(what, off, (before.loop_s + after.loop_s) / 2))
                 if off <= AS_USUAL or left_s <= 0:
                     lacking.remove(key)
                 else:
                     left_s -= took_s
-                begin, left_s = (after, left_s) if after.off(self.usual) <= AS_USUAL else self._wait(left_s)
+                before = after
+                if after.off(self.usual) > AS_USUAL:
+                    before, left_s = self._wait(left_s)
         return {key: self._best(each, counts[key]) for key, each in found.items()}
 
     def timed(
@@ -170,7 +172,7 @@ class Watch:
         return pace
 
 
-def fastest_pace() -> Pace:
+def _fastest_pace() -> Pace:
     """The fastest that was seen in a few seconds; in more where the machine changes."""
     begin, found = time.perf_counter(), [Pace.now()]
     while True:

@@ -21,7 +21,7 @@ from profiler.hardware import Hardware
 from profiler.workload import Workload
 from tiercache.bench import shapes
 from tiercache.bench.layer_probe import SHARE, starved_bytes
-from tiercache.bench.undisturbed import Pace, Sample, Watch, fastest_pace, seconds_of
+from tiercache.bench.undisturbed import Pace, Sample, Watch, seconds_of
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.config.sizes import Budget
 from tiercache.engine.workload import imagined_workload
@@ -94,9 +94,8 @@ def validate(
     Returns:
         The result, and the pairs of predicted and actual passes that later fits are made of.
     """
-    paces = (machine.loop_s, machine.handover_s)
-    known = [figure.value for figure in paces if figure is not None]
-    watch = Watch(_PATIENCE_S, Pace(*known) if len(known) == len(paces) else fastest_pace())
+    loop, handover = machine.loop_s, machine.handover_s
+    watch = Watch(_PATIENCE_S, None if loop is None or handover is None else Pace(loop.value, handover.value))
     total = len(models) * len(precisions) * 2
     with bar("predicting and running", total, show=show_progress) as advance:
         cases: list[Case] = []

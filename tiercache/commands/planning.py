@@ -124,10 +124,11 @@ def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle:
     best, plan = liked, plans[liked]
     if len(precisions) > 1:
         other = ranked[1] if len(ranked) > 1 else next(iter(errors))
-        gain = speeds[best] / speeds[other] - 1 if other in plans else None
-        reason = "it is predicted to be faster" if (gain or 0) > 0 else "it is liked better, and as fast within the tie"
-        if other not in plans:
+        gain, reason = None, "it is predicted to be faster"
+        if other in errors:
             reason = f"the other lacks {errors[other].missing_bytes} bytes"
+        elif (gain := speeds[best] / speeds[other] - 1) <= 0:
+            reason = f"it is liked better, and within {TIE:.0%} as fast"
         plan = replace(plan, decisions=(Decision("precision", best, other, gain, reason), *plan.decisions))
     chosen: Any = best
     return settled(folder, replace(config, precision=chosen), plan, show_progress=show) if settle else plan

@@ -70,7 +70,7 @@ def _searched(found: ExactPlacement, budgets: Budgets, hardware: Hardware) -> Ex
         if not isinstance(plan, DoesNotFitError):
             config = replace(found.config, settings=settings)
             placements[settings] = replace(found, config=config, asked=asked, plan=plan)
-    ranked = planner.rank([_way(each) for each in placements.values()], hardware, tie=planner.BYTES_TIE)
+    ranked = planner.rank([_way(each) for each in placements.values()], hardware, tie=planner.RING_TIE)
     best = placements[ranked[0].way.settings]
     return replace(best, decisions=(*best.decisions, *planner.decisions(ranked)), ranked=ranked)
 
