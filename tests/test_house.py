@@ -52,7 +52,7 @@ LADDER = (
     *("model.trace", "model.linear", "model.importance", "model.choosing", "model.block_planes"),
     *("model.slotted_planes", "model.block_matmuls", "model.block_passes", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),
-    *("kv", "draft", "decode"),
+    *("kv", "draft", "decode", "generation"),
     *(
         "engine.machine",
         "engine.source",

@@ -22,7 +22,7 @@ from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.decode.verify import Rule
 from tiercache.draft.noise import GumbelNoise
 from tiercache.errors import UsageError
-from tiercache.kv.cache import support
+from tiercache.kv.cache import TreeCache, support
 from tiercache.kv.tree_pass import TreeRun
 from tiercache.progress import note
 
@@ -34,9 +34,9 @@ _OURS = (
     "tokenizer",  # of stop strings, which are among the criteria already
 )
 
-# Whether the call of `generate` under way was given a KV cache: `_sample` gets one either way, and only newer
+# The KV cache that the call of `generate` under way was given: `_sample` gets one either way, and only newer
 # transformers note whose it is.
-_given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
+_given_cache: ContextVar[Any] = ContextVar("given_cache", default=None)
 
 # Makes the rule of one request from its noise, which is None in greedy decoding.
 RuleMaker = Callable[[GumbelNoise | None], Rule]
@@ -116,7 +116,8 @@ class DraftingGenerate:
         def generate(self: Any, *arguments: Any, **named: Any) -> Any:
             if named.get("custom_generate") is not None:  # a decoding loop of the caller's, which asks none of ours
                 drafting.do_without("custom_generate=")
-            token = _given_cache.set(any(named.get(name) is not None for name in compat.CACHE_NAMES))
+            given = [named[name] for name in compat.CACHE_NAMES if named.get(name) is not None]
+            token = _given_cache.set(given[0] if given else None)
             try:
                 return drafting.transformers_class.generate(self, *arguments, **named)
             finally:
@@ -148,7 +149,7 @@ class DraftingGenerate:
             return "use_cache=False"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions and output_hidden_states"
-        if _given_cache.get():
+        if _given_cache.get() is not None and not self._goes_on_from(_given_cache.get(), model_kwargs):
             return "a KV cache of the caller's own"
         if config.cache_implementation not in (None, "dynamic"):
             return f"cache_implementation={config.cache_implementation!r}"
@@ -161,6 +162,12 @@ class DraftingGenerate:
         if mask is not None and kept is not None and kept < input_ids.shape[1] and not bool(mask.all()):
             return "a padded prompt with speckv="
         return self._reason or None
+
+    def _goes_on_from(self, cache: object, model_kwargs: dict[str, Any]) -> bool:
+        """Whether trees can be run behind what a KV cache holds: an unpadded beginning of the prompt, all of it."""
+        mask = model_kwargs.get("attention_mask")
+        whole = self._limits.kept_prompt is None and (mask is None or bool(mask.all()))
+        return isinstance(cache, TreeCache) and whole and not self._support.recurrent
 
     def do_without(self, reason: str) -> None:
         """Count a call that cannot be drafted for, and say so once for each reason.
@@ -225,7 +232,7 @@ class DraftingGenerate:
         vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
         noise = self._noise(input_ids) if config.do_sample else None
         slots = limit - 1 + self._limits.tree_slots  # the last token needs no slot
-        run = TreeRun(self._model, None if mask is None else mask[0], slots)
+        run = TreeRun(self._model, None if mask is None else mask[0], slots, _given_cache.get())
         kept = self._limits.kept_prompt
         loop = DecodeLoop(run, request, self._scheduler, self._rule(noise), noise, vocabulary, kept)
         loop.write(config.prefill_chunk_size)

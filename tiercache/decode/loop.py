@@ -23,7 +23,7 @@ class DecodeLoop:
     """Writes one request's text to its end.
 
     Args:
-        run: the target; nothing is committed yet.
+        run: the target; what it has committed is the beginning of the prompt.
         request: the call.
         scheduler: chooses the drafter and the size of each tree.
         rule: the verification rule; it decides which part of a tree is accepted.
@@ -49,7 +49,7 @@ class DecodeLoop:
         self._context = Context(tokens, vocabulary, noise, processors, request.limit - request.length, run)
 
     def write(self, piece: int | None) -> None:
-        """Prefill the prompt, `piece` tokens at a time if given, and decode until the request ends."""
+        """Prefill what is left of the prompt, `piece` tokens at a time if given, and decode until the request ends."""
         ended = self._prefill(piece)
         while not ended:
             ended = self._round()
@@ -58,7 +58,7 @@ class DecodeLoop:
     def _prefill(self, piece: int | None) -> bool:
         """The prompt; returns whether the text has ended with the first token."""
         self._refuse_beyond()
-        prompt = self._request.text[0]
+        prompt = self._request.text[0, self._run.length :]
         rows = torch.empty(0)
         for part in prompt.split(piece or len(prompt)):
             rows = self._run.prefill(part)

@@ -5,6 +5,7 @@ Knows plans, requirements, statistics and the run; opens and closes nothing.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import get_args
 
 from policies.plan import Plan
@@ -22,6 +23,22 @@ from tiercache.stats.run import Stats
 Run = ExactRun | MixedRun
 
 
+@dataclass(frozen=True)
+class TextLimits:
+    """What was reserved for a text.
+
+    Attributes:
+        context: tokens that the KV cache may hold.
+        logits: rows of logits that one pass may return.
+        tree_slots: slots of a KV cache that trees of drafts can be run behind; None where `generate` takes
+            transformers' own cache alone.
+    """
+
+    context: int
+    logits: int
+    tree_slots: int | None = None
+
+
 class OffloadHandle:
     """What `model.tiercache` is.
 
@@ -30,6 +47,7 @@ class OffloadHandle:
         plan: what lies where.
         mixed: in mixed mode, how neurons are run.
         run: how passes go.
+        limits: of a text.
     """
 
     def __init__(
@@ -40,7 +58,9 @@ class OffloadHandle:
         stats: Stats,
         refresh: Callable[[Stats], None],
         run: Run,
+        limits: TextLimits,
     ) -> None:
+        self.limits = limits
         self.run_plan, self.plan, self.run = run_plan, made, run
         self.mixed = run if isinstance(run, MixedRun) else None
         self._asked, self._stats, self._refresh = asked, stats, refresh

@@ -18,12 +18,13 @@ from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit, planning
 from tiercache.engine.actuals import Actuals
 from tiercache.engine.attach_drafters import attach_drafters
-from tiercache.engine.handle import OffloadHandle, Run
+from tiercache.engine.handle import OffloadHandle, Run, TextLimits
 from tiercache.engine.machine import Machine
 from tiercache.engine.mixed_fit import MixedPlacement
 from tiercache.engine.placement import ExactPlacement, Placement
 from tiercache.engine.source import Opened, open_model
 from tiercache.errors import UsageError
+from tiercache.kv.cache import support
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Bindings, Use
 from tiercache.model.embedding import EmbeddingRows, FileRows
@@ -151,9 +152,18 @@ def _attach(
     run_plan = planning.plan_of(placed)
     stats.plan = run_plan.hash
     refresh = _refresher(reader, table, machine, actuals)
-    handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, refresh, run)
+    handle = OffloadHandle(run_plan, placed.plan, placed.asked, stats, refresh, run, _limits(placed))
     setattr(model, "tiercache", handle)  # noqa: B010 - no parameter
     stack.callback(_detach, opened)
+
+
+def _limits(placed: Placement) -> TextLimits:
+    """Of a text; a KV cache that is gone on from can be drafted behind unless a part of it is evicted."""
+    config = placed.config
+    spec = placed.drafter_spec if isinstance(placed, ExactPlacement) else None
+    if spec is None or spec.reason or spec.config.speckv is not None or support(placed.opened.model).recurrent:
+        return TextLimits(config.context, config.logits)
+    return TextLimits(config.context, config.logits, drafting.widened(config).context)
 
 
 def _stats(placed: Placement, tiers: TierStack, reader: Reader, run: Run) -> Stats:

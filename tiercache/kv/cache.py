@@ -213,6 +213,23 @@ def cache_of(model: transformers.PreTrainedModel, capacity: int) -> transformers
     return None if takes.takes == "nothing" or takes.recurrent else TreeCache(capacity)
 
 
+def cut(cache: transformers.Cache, length: int) -> bool:
+    """Forget all but the first `length` tokens; whether that could be done. A window or a state cannot be cut.
+
+    transformers' own `crop` means other things in other releases.
+    """
+    if isinstance(cache, TreeCache):
+        cache.truncate(length)
+        return True
+    layers: list[Any] = cache.layers
+    if all(type(layer) is DynamicLayer for layer in layers):
+        for layer in layers:
+            if layer.is_initialized:  # one that uses another's keys never is
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        return True
+    return int(cache.get_seq_length()) == length
+
+
 def _is_special(layer: Any) -> bool:
     """Whether a layer of transformers' own cache holds more than keys and values."""
     kinds = (CacheLayerMixin, LinearAttentionCacheLayerMixin)

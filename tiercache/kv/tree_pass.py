@@ -35,6 +35,7 @@ class TreeRun:
         model: on transformers' own forward; it may be offloaded.
         padding: attention mask of the prompt [prompt] or [1, prompt], zeros where it is padded; None for no padding.
         capacity: slots of the KV cache, for the sequence and the largest tree; None to grow it as needed.
+        cache: a KV cache to go on from, whose tokens count as committed; None for an empty one of `capacity` slots.
 
     Attributes:
         length: committed tokens, padding included; but for those that `evict` dropped.
@@ -45,7 +46,11 @@ class TreeRun:
     """
 
     def __init__(
-        self, model: transformers.PreTrainedModel, padding: Tensor | None = None, capacity: int | None = None
+        self,
+        model: transformers.PreTrainedModel,
+        padding: Tensor | None = None,
+        capacity: int | None = None,
+        cache: TreeCache | None = None,
     ) -> None:
         self._support = support(model)
         if self._support.takes == "nothing":
@@ -56,9 +61,11 @@ class TreeRun:
         accepts = inspect.signature(model.forward).parameters
         self._model = model
         self._with_positions = "position_ids" in accepts
-        self._cache: Any = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
+        self._cache: Any = cache
+        if cache is None:
+            self._cache = DynamicCache(config=config) if self._support.recurrent else TreeCache(capacity)
         self._masks = TreeMasks(config, model.dtype, model.device, padding)
-        self.length = 0
+        self.length = 0 if cache is None else int(cache.get_seq_length())
         self._dropped = 0  # committed tokens that have no slot any more
         self._tokens: list[int] = []  # of the open nodes, which are neither committed nor dropped
         self._parents: list[int] = []

@@ -1,0 +1,56 @@
+"""The KV cache of the last text, for a prompt that goes on from it. Knows tokens and caches; no passes."""
+
+from collections.abc import Callable, Sequence
+
+import transformers
+
+from tiercache.compat import DynamicCache
+from tiercache.kv.cache import TreeCache, cut
+
+
+class KeptCache:
+    """Hands out the KV cache of a prompt: that of the text before, where the prompt is the next turn of the same chat.
+
+    That is so if the prompt begins as the text before did, and goes on into its answer. The same prompt again, or
+    another chat with the same beginning, gets an empty cache: a prompt that is prefilled in two parts may differ in the
+    last bits from one that is prefilled at once, and what is asked twice should be answered alike.
+
+    Args:
+        make: an empty cache.
+    """
+
+    def __init__(self, make: Callable[[], transformers.Cache]) -> None:
+        self._make = make
+        self._cache: transformers.Cache | None = None
+        self._tokens: list[int] = []  # whose keys and values it holds
+        self._prompt = 0  # how many of them were the prompt
+
+    def take(self, ids: Sequence[int]) -> tuple[transformers.Cache, int]:
+        """A cache that holds the first tokens of a prompt, and how many; until `keep` it is not kept any more.
+
+        The last token of the prompt is never among them, for its pass predicts the answer.
+        """
+        same = next((n for n, (kept, new) in enumerate(zip(self._tokens, ids, strict=False)) if kept != new), None)
+        shared = min(len(self._tokens), len(ids)) if same is None else same
+        cache, goes_on = self._cache, self._prompt < shared
+        self.forget()
+        shared = min(shared, len(ids) - 1)
+        if cache is not None and goes_on and cut(cache, shared):
+            return cache, shared
+        return self._make(), 0
+
+    def keep(self, cache: transformers.Cache, tokens: Sequence[int], prompt: int) -> None:
+        """Keep a cache that holds `tokens`, the first `prompt` of which were the prompt, and may hold more."""
+        if tokens and cut(cache, len(tokens)):
+            self._cache, self._tokens, self._prompt = cache, list(tokens), prompt
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._cache, self._tokens, self._prompt = None, [], 0
+
+
+def empty_cache(model: transformers.PreTrainedModel, tree_slots: int | None) -> transformers.Cache:
+    """One that `model.generate` goes on from: transformers' own, or with `tree_slots` one for trees of drafts."""
+    if tree_slots is not None:
+        return TreeCache(tree_slots)
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
