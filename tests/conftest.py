@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ CACHE = "TIERCACHE_TESTS_CACHE"  # the user's own cache folder, which keeps the 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Cards are for `pytest -m gpu` alone: everything else is about the CPU, and `device="auto"` would take a card."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
     kernels = Path(os.environ.setdefault(CACHE, str(home_folder()))) / "kernels"
