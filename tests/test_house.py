@@ -80,7 +80,7 @@ LADDER = (
         "engine.offload",
     ),
     "tiercache",
-    *("doctor", "bench", "quality", "calibrate", "commands", "cli"),
+    *("doctor", "bench", "quality", "calibrate", "serve", "commands", "cli"),
     "__main__",
 )
 

@@ -1,0 +1,134 @@
+"""What Prometheus reads. A registry of its own, so several servers in one process count apart."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from tiercache.serve.queue import GenerationQueue
+from tiercache.serve.worker import Outcome
+
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
+
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
+# (name, what it says, the statistic of a tier)
+_OF_TIERS = (
+    ("hits", "Requests for a unit that stayed in the tier.", "hits"),
+    ("misses", "Requests for a unit that had to be brought.", "misses"),
+    ("hit_bytes", "Bytes of what stayed in the tier.", "hit_bytes"),
+    ("miss_bytes", "Bytes of what had to be brought.", "miss_bytes"),
+    ("loaded_bytes", "Bytes brought, the first filling included.", "loaded_bytes"),
+    ("dropped_bytes", "Bytes brought that no pass used.", "dropped_bytes"),
+)
+_COUNTED = (
+    ("ssd_bytes", "Bytes that the SSD delivered."),
+    ("passes", "Forward passes."),
+    ("tokens", "Tokens that passes carried."),
+    ("decode_tokens", "Tokens of passes of one token."),
+    ("decode_s", "Seconds of passes of one token."),
+    ("cpu_passes", "Passes with multiplications on the CPU, in main memory."),
+)
+_MEASURED = (
+    ("tokens_per_s", "Decoding speed since the start."),
+    ("actual_pass_s", "Median seconds of the newest passes of one token."),
+    ("predicted_pass_s", "What the cost model says of them."),
+    ("first_pass_s", "Seconds of the newest prefill."),
+    ("peak_rss_bytes", "The process's peak."),
+    ("peak_device_bytes", "The GPU allocator's peak."),
+)
+_DRAFTED = (
+    ("rounds", "Passes that verified, or had no tree."),
+    ("tokens", "Tokens that they emitted."),
+    ("nodes", "Drafted tokens that were verified."),
+    ("accepted", "Drafted tokens that were accepted."),
+)
+
+
+class Metrics:
+    """Counts requests and answers, and shows the model's newest statistics.
+
+    Args:
+        queue: the line of requests.
+        statistics: the model's, at the start.
+
+    Attributes:
+        statistics: the newest, as `stats().to_dict()` has them.
+    """
+
+    def __init__(self, queue: GenerationQueue, statistics: dict[str, Any]) -> None:
+        self.statistics = statistics
+        self._registry = CollectorRegistry()
+        named = {"registry": self._registry}
+        self._requests = Counter("tiercache_requests", "Answers by path and status.", ["path", "status"], **named)
+        self._prompt = Counter("tiercache_prompt_tokens", "Tokens of prompts.", **named)
+        self._reused = Counter("tiercache_reused_tokens", "Prompt tokens whose KV cache was kept.", **named)
+        self._new = Counter("tiercache_generated_tokens", "New tokens.", **named)
+        self._answers = Counter("tiercache_answers", "Answers by why they ended.", ["finish_reason"], **named)
+        seconds = {**named, "buckets": _SECONDS}
+        self._first = Histogram("tiercache_first_token_seconds", "Until the first new token.", **seconds)
+        self._whole = Histogram("tiercache_answer_seconds", "Of an answer, without the queue.", **seconds)
+        self._queued = Histogram("tiercache_queue_seconds", "Until a request's turn came.", **seconds)
+        self._registry.register(_Snapshot(self, queue))
+
+    def publish(self, statistics: dict[str, Any]) -> None:
+        """Newer statistics; from the generating thread."""
+        self.statistics = statistics
+
+    def count_request(self, path: str, status: int) -> None:
+        """An answer of the server; `path` is one of its own, or "other"."""
+        self._requests.labels(path, str(status)).inc()
+
+    def count_answers(self, outcome: Outcome) -> None:
+        """The model's answers to a request."""
+        self._queued.observe(outcome.queue_s)
+        for answer in outcome.answers:
+            self._prompt.inc(answer.prompt_tokens)
+            self._reused.inc(answer.reused_tokens)
+            self._new.inc(len(answer.tokens))
+            self._answers.labels(answer.finish_reason).inc()
+            self._whole.observe(answer.seconds)
+            if answer.first_token_s is not None:
+                self._first.observe(answer.first_token_s)
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class _Snapshot(Collector):
+    """The newest statistics and the queue, at the moment they are read."""
+
+    def __init__(self, metrics: Metrics, queue: GenerationQueue) -> None:
+        self._metrics, self._queue = metrics, queue
+
+    def collect(self) -> Iterator[Metric]:
+        """Counters of the tiers, the passes and the drafts, and the queue."""
+        found = self._metrics.statistics
+        yield GaugeMetricFamily("tiercache_running_requests", "Requests that are answered.", self._queue.running)
+        yield GaugeMetricFamily("tiercache_waiting_requests", "Requests that wait.", self._queue.waiting)
+        yield from _tiers(found["tiers"])
+        for name, about in _COUNTED:
+            yield CounterMetricFamily(f"tiercache_{name}", about, found[name])
+        for name, about in _MEASURED:
+            if found[name] is not None:
+                yield GaugeMetricFamily(f"tiercache_{name}", about, found[name])
+        for name, about in _DRAFTED if found["drafting"] is not None else ():
+            yield CounterMetricFamily(f"tiercache_draft_{name}", about, found["drafting"][name])
+
+
+def _tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    for name, about, statistic in _OF_TIERS:
+        counter = CounterMetricFamily(f"tiercache_tier_{name}", about, labels=["tier"])
+        for tier, found in tiers.items():
+            counter.add_metric([tier], found[statistic])
+        yield counter
+    stalls = CounterMetricFamily("tiercache_tier_stall_seconds", "Waits by cause.", labels=["tier", "cause"])
+    capacity = GaugeMetricFamily("tiercache_tier_capacity_bytes", "The tier's budget.", labels=["tier"])
+    for tier, found in tiers.items():
+        capacity.add_metric([tier], found["capacity_bytes"])
+        for cause, seconds in found["stall_s"].items():
+            stalls.add_metric([tier, cause], seconds)
+    yield from (stalls, capacity)
