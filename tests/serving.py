@@ -21,8 +21,8 @@ NAME = "fake"
 class Running:
     """A server that runs."""
 
-    def __init__(self, url: str, server: Server, generator: FakeGenerator, lines: list[tuple[Any, ...]]) -> None:
-        self.url, self.server, self.generator, self.lines = url, server, generator, lines
+    def __init__(self, front: Front, server: Server, generator: FakeGenerator, lines: list[tuple[Any, ...]]) -> None:
+        self.front, self.url, self.server, self.generator, self.lines = front, front.url, server, generator, lines
 
 
 def byte_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
@@ -59,7 +59,7 @@ def running(
 
     with in_thread(front, server, max_body, ready.set, log):
         assert ready.wait(30)
-        yield Running(front.url, server, generator, lines)
+        yield Running(front, server, generator, lines)
 
 
 @contextmanager

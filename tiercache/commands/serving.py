@@ -53,7 +53,6 @@ def serve_command(
 
     With --json one object tells where it listens. SIGTERM ends it with exit code 0, Ctrl-C with 130.
     """
-    limits = {"waiting": waiting, "max_tokens": max_tokens, "max_body": max_body}
     try:
         from tiercache.serve.front import Front, Limits
     except ImportError as error:
@@ -82,7 +81,7 @@ def serve_command(
 
     with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
         say(summary.outlook(opened), quiet)
-        front.serve(opened, tokenizer, called, Limits(**limits), ready=ready, log=log)
+        front.serve(opened, tokenizer, called, Limits(waiting, max_tokens, max_body), ready=ready, log=log)
 
 
 def _name(model: str, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """The server's paths, by OpenAI's API: what is asked goes into the queue, what comes of it goes out."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from tiercache.serve.schema import ChatRequest, CompletionRequest, Sampling
 from tiercache.serve.served import Served
 from tiercache.serve.worker import Outcome, Worker
 
+_LOG = logging.getLogger(__name__)
 HEARTBEAT_S = 2.0  # without a chunk, until a comment keeps the stream alive
 _GONE = 499  # nobody reads this answer; the number is nginx's
 
@@ -146,9 +148,10 @@ class Server:
                 yield sse.event(chunk)
             yield sse.DONE
         except Exception as error:  # the status is sent already; clients read an error out of the stream
-            yield sse.event(refusal_of(error).body())
-            if refusal_of(error).status == 500:
-                raise
+            refusal = refusal_of(error)
+            if refusal.status == 500:
+                _LOG.exception("an answer failed")
+            yield sse.event(refusal.body())
         finally:
             watching.cancel()
             self.queue.cancel(job)

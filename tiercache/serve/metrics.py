@@ -60,17 +60,20 @@ class Metrics:
 
     def __init__(self, queue: GenerationQueue, statistics: dict[str, Any]) -> None:
         self.statistics = statistics
-        self._registry = CollectorRegistry()
-        named = {"registry": self._registry}
-        self._requests = Counter("tiercache_requests", "Answers by path and status.", ["path", "status"], **named)
-        self._prompt = Counter("tiercache_prompt_tokens", "Tokens of prompts.", **named)
-        self._reused = Counter("tiercache_reused_tokens", "Prompt tokens whose KV cache was kept.", **named)
-        self._new = Counter("tiercache_generated_tokens", "New tokens.", **named)
-        self._answers = Counter("tiercache_answers", "Answers by why they ended.", ["finish_reason"], **named)
-        seconds = {**named, "buckets": _SECONDS}
-        self._first = Histogram("tiercache_first_token_seconds", "Until the first new token.", **seconds)
-        self._whole = Histogram("tiercache_answer_seconds", "Of an answer, without the queue.", **seconds)
-        self._queued = Histogram("tiercache_queue_seconds", "Until a request's turn came.", **seconds)
+        self._registry = to = CollectorRegistry()
+        self._requests = Counter("tiercache_requests", "Answers by path and status.", ["path", "status"], registry=to)
+        self._prompt = Counter("tiercache_prompt_tokens", "Tokens of prompts.", registry=to)
+        self._reused = Counter("tiercache_reused_tokens", "Prompt tokens whose KV cache was kept.", registry=to)
+        self._new = Counter("tiercache_generated_tokens", "New tokens.", registry=to)
+        self._answers = Counter("tiercache_answers", "Answers by why they ended.", ["finish_reason"], registry=to)
+        self._first, self._whole, self._queued = (
+            Histogram(f"tiercache_{name}_seconds", about, buckets=_SECONDS, registry=to)
+            for name, about in (
+                ("first_token", "Until the first new token."),
+                ("answer", "Of an answer, without the queue."),
+                ("queue", "Until a request's turn came."),
+            )
+        )
         self._registry.register(_Snapshot(self, queue))
 
     def publish(self, statistics: dict[str, Any]) -> None:
@@ -111,12 +114,20 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("tiercache_waiting_requests", "Requests that wait.", self._queue.waiting)
         yield from _tiers(found["tiers"])
         for name, about in _COUNTED:
-            yield CounterMetricFamily(f"tiercache_{name}", about, found[name])
+            yield CounterMetricFamily(_named(name), about, found[name])
         for name, about in _MEASURED:
             if found[name] is not None:
-                yield GaugeMetricFamily(f"tiercache_{name}", about, found[name])
+                yield GaugeMetricFamily(_named(name), about, found[name])
         for name, about in _DRAFTED if found["drafting"] is not None else ():
             yield CounterMetricFamily(f"tiercache_draft_{name}", about, found["drafting"][name])
+
+
+def _named(statistic: str) -> str:
+    """With its unit written out, as Prometheus has it."""
+    for ending, written in (("_per_s", "_per_second"), ("_s", "_seconds")):
+        if statistic.endswith(ending):
+            return f"tiercache_{statistic.removesuffix(ending)}{written}"
+    return f"tiercache_{statistic}"
 
 
 def _tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Metric]:

@@ -100,7 +100,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:  # uvicorn's own raises a signal again, which would end the process
-        before: dict[int, Any] = {}
+        before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():  # which alone may listen to them
             yield
             return

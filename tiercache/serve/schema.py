@@ -6,7 +6,7 @@ would change an answer. What changes none is listed as harmless.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 64  # of one request for completions
@@ -80,6 +80,16 @@ class Strict(BaseModel):
         return {name: value for name, value in given.items() if name not in cls.neutral and name not in cls.harmless}
 
 
+def _letters(text: str) -> str:
+    """JSON can carry halves of letters, which no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PydanticCustomError("text", "half of a surrogate pair is no Unicode; send whole letters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_letters)]
+
+
 def _texts(given: Any) -> Any:
     """One text, or several parts of text, as one."""
     if not isinstance(given, list):
@@ -102,7 +112,7 @@ _PARTS = {
         "additionalProperties": False,
     },
 }
-Content = Annotated[str, BeforeValidator(_texts), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
+Content = Annotated[Text, BeforeValidator(_texts), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
 
 
 class Message(Strict):
@@ -120,7 +130,7 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 class Sampling(Strict):
@@ -206,7 +216,7 @@ _PROMPT_SCHEMA = {
         {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
-Prompts = Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+Prompts = Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
 
 
 class CompletionRequest(Sampling):
