@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from fake_generator import FakeGenerator
 from test_cli import save_tokenizer
 
 from tiercache.serve.app import Server
-from tiercache.serve.front import Front
+from tiercache.serve.front import Front, Limits
 from tiercache.serve.served import Defaults, Served
 
 NAME = "fake"
+_LIMITS = Limits()
 
 
 class Running:
@@ -57,15 +59,24 @@ def running(
     def log(*line: Any) -> None:
         lines.append(line)
 
-    with in_thread(front, server, max_body, ready.set, log):
+    with _in_thread(front, partial(front.run, server, max_body, ready=ready.set, log=log)):
         assert ready.wait(30)
         yield Running(front, server, generator, lines)
 
 
 @contextmanager
-def in_thread(front: Front, server: Server, max_body: int, ready: Any, log: Any) -> Iterator[None]:
+def serving(model: Any, tokenizer: Any, limits: Limits = _LIMITS) -> Iterator[str]:
+    """The address of a server before an offloaded model."""
+    front, ready = Front("127.0.0.1", 0), threading.Event()
+    with _in_thread(front, partial(front.serve, model, tokenizer, NAME, limits, ready=ready.set, log=print)):
+        assert ready.wait(30)
+        yield front.url
+
+
+@contextmanager
+def _in_thread(front: Front, run: Callable[[], None]) -> Iterator[None]:
     """Runs it in a thread, and ends it as a signal would."""
-    thread = threading.Thread(target=front.run, args=(server, max_body), kwargs={"ready": ready, "log": log})
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield

@@ -13,8 +13,9 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -73,15 +74,22 @@ class Harness:
 
     def run(self, model: Any, *, mixed: bool, show: bool | None = None) -> dict[str, dict[str, float]]:
         """Each task's metrics with an attached model, or any of transformers; `mixed`: neurons are chosen by token."""
-        lm_eval = _import()
-        every_token = model.tiercache.every_token() if mixed else nullcontext()
+        client = partial(
+            _import().models.huggingface.HFLM,
+            pretrained=model,
+            tokenizer=self._tokenizer,
+            batch_size=1,
+            max_length=self._length,
+        )
+        with model.tiercache.every_token() if mixed else nullcontext():
+            return self.scores(client, show=show)
+
+    def scores(self, client: Callable[[], Any], *, show: bool | None = None) -> dict[str, dict[str, float]]:
+        """Each task's metrics with what `client` makes: any of the harness's models, such as one behind a server."""
         visible = sys.stderr.isatty() if show is None else show
-        with _quietly(self._cache, show=visible), every_token:
-            client = lm_eval.models.huggingface.HFLM(
-                pretrained=model, tokenizer=self._tokenizer, batch_size=1, max_length=self._length
-            )
-            found = lm_eval.simple_evaluate(
-                model=client,
+        with _quietly(self._cache, show=visible):
+            found = _import().simple_evaluate(
+                model=client(),
                 tasks=list(self._tasks.values()),
                 task_manager=_manager(self._folder),
                 limit=self._limit,

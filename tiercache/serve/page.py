@@ -25,8 +25,8 @@ def policy(text: str) -> str:
     """The Content-Security-Policy of a page: its own script and style by their hashes, this server alone to talk to."""
     script, style = (_hashes(text, tag) for tag in ("script", "style"))
     return (
-        f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
