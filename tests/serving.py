@@ -83,4 +83,5 @@ def _in_thread(front: Front, run: Callable[[], None]) -> Iterator[None]:
     finally:
         front.stop()
         thread.join(30)
+        front.close()
         assert not thread.is_alive()

@@ -9,7 +9,6 @@ import openai
 import pytest
 import torch
 import transformers
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from serving import NAME, serving
 from test_quality_harness import LENGTH, tasks, tied  # noqa: F401 - fixtures
@@ -94,11 +93,6 @@ def through(url: str, folder: Path, length: int) -> Callable[[], Any]:
     )
 
 
-def here(model: Any, tokenizer: Any, length: int) -> Callable[[], Any]:
-    """The harness's client of a model in memory. It takes logarithms in the logits' own bf16 unless told not to."""
-    return partial(HFLM, model, tokenizer=tokenizer, batch_size=1, max_length=length, softmax_dtype="float32")
-
-
 def scores_three_ways(folder: Path, where: Path, limit: int | None, length: int) -> list[dict[str, dict[str, float]]]:
     """Through the server, through the attached model, through the resident one."""
     tokenizer = load_tokenizer(folder)
@@ -107,8 +101,8 @@ def scores_three_ways(folder: Path, where: Path, limit: int | None, length: int)
         with tiercache.offload(folder, context=harness.tokens + 1, logits=harness.tokens, show_progress=False) as model:
             with serving(model, tokenizer) as url:
                 served = harness.scores(through(url, folder, length), show=False)
-            attached = harness.scores(here(model, tokenizer, length), show=False)
-        return [served, attached, harness.scores(here(resident, tokenizer, length), show=False)]
+            attached = harness.run(model, mixed=False, show=False)
+        return [served, attached, harness.run(resident, mixed=False, show=False)]
 
 
 def agree(ways: list[dict[str, dict[str, float]]]) -> None:
@@ -120,7 +114,7 @@ def agree(ways: list[dict[str, dict[str, float]]]) -> None:
 
 
 def test_the_harness_scores_alike_three_ways(tasks: Path) -> None:  # noqa: F811
-    ways = scores_three_ways(PICO, tasks, None, LENGTH)
+    ways = scores_three_ways(PICO, tasks, 8, LENGTH)
     agree(ways)
     assert set(ways[0]) == {"choice", "rolling", "writing"}
     assert 0 < ways[0]["choice"]["acc"] < 1
@@ -128,4 +122,4 @@ def test_the_harness_scores_alike_three_ways(tasks: Path) -> None:  # noqa: F811
 
 @pytest.mark.real
 def test_the_real_model_scores_alike_three_ways(tasks: Path, real_model: RealModel) -> None:  # noqa: F811
-    agree(scores_three_ways(real_model.checkpoint, tasks, 4, LENGTH))
+    agree(scores_three_ways(real_model.checkpoint, tasks, 3, LENGTH))

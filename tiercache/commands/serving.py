@@ -1,5 +1,6 @@
 """`serve`: a model behind OpenAI's API."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -64,7 +65,6 @@ def serve_command(
     from tiercache.store.checkpoint import resolve
     from tiercache.text import load_tokenizer
 
-    front = Front(host, port, tuple(allow_host or ()))
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     options = {option: ctx.params[option] for option in running._OF_OFFLOAD}
@@ -72,16 +72,18 @@ def serve_command(
     options |= {option: ctx.params[option] for option in ("context", "logits") if ctx.params[option] is not None}
     called = name or _name(model, folder)
 
-    def ready() -> None:
-        plain = {"schema": "tiercache.serve/1", "url": front.url, "model": called}
-        tell(f"{called} is served at {front.url} (Ctrl-C ends it)", plain, as_json, quiet)
-
     def log(method: str, path: str, status: int, seconds: float) -> None:
         say(f"{method} {quote(path)[:80]} {status} {seconds:.2f} s", quiet)
 
-    with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
-        say(summary.outlook(opened), quiet)
-        front.serve(opened, tokenizer, called, Limits(waiting, max_tokens, max_body), ready=ready, log=log)
+    with closing(Front(host, port, tuple(allow_host or ()))) as front:
+
+        def ready() -> None:
+            plain = {"schema": "tiercache.serve/1", "url": front.url, "model": called}
+            tell(f"{called} is served at {front.url} (Ctrl-C ends it)", plain, as_json, quiet)
+
+        with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
+            say(summary.outlook(opened), quiet)
+            front.serve(opened, tokenizer, called, Limits(waiting, max_tokens, max_body), ready=ready, log=log)
 
 
 def _name(model: str, folder: Path) -> str:

@@ -80,6 +80,7 @@ class Harness:
             tokenizer=self._tokenizer,
             batch_size=1,
             max_length=self._length,
+            softmax_dtype="float32",  # or logarithms are taken in the logits' own bf16, some 0.03 off a token
         )
         with model.tiercache.every_token() if mixed else nullcontext():
             return self.scores(client, show=show)

@@ -92,6 +92,10 @@ class Front:
         self._runner = Runner(gate, self._socket, server.queue, ready)
         self._runner.run()
 
+    def close(self) -> None:
+        """Give the address back; a server that has run has done so."""
+        self._socket.close()
+
     def stop(self) -> None:
         """End a server that runs, as SIGTERM does; from any thread."""
         if self._runner is not None:
