@@ -30,16 +30,9 @@ LEAVES = (
     | st.text(max_size=20)
     | st.sampled_from((NAME, "user", "system", "text", "", "\ud800", 2**64, -(2**63), 1e-300, "x" * 700))
 )
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(("role", "content", "type", "text", "include_usage", "\x00")), inner, max_size=3
-        )
-    ),
-    max_leaves=6,
-)
+NAMES = st.sampled_from(("role", "content", "type", "text", "include_usage", "\x00"))
+OBJECTS = st.dictionaries(NAMES, LEAVES, max_size=3)
+VALUES = LEAVES | OBJECTS | st.lists(LEAVES | OBJECTS | st.lists(LEAVES, max_size=3), max_size=4)
 few = {"suppress_health_check": list(HealthCheck)}
 
 
