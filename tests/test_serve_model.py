@@ -50,6 +50,16 @@ def test_the_answer_is_the_models_own(pico: tuple[Any, Any, Any]) -> None:
     assert sampled[0].choices == sampled[1].choices != whole.choices
 
 
+def test_a_text_that_goes_on_prefills_what_is_new(pico: tuple[Any, Any, Any]) -> None:
+    client = pico[0]
+    first = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=6, temperature=0)
+    more = PROMPT + first.choices[0].text + "\n\ndef write("
+    second = client.completions.create(model=NAME, prompt=more, max_tokens=6, temperature=0)
+    assert first.usage.prompt_tokens < second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
+    client.completions.create(model=NAME, prompt="import os", max_tokens=1)
+    assert client.completions.create(model=NAME, prompt=more, max_tokens=6, temperature=0).choices == second.choices
+
+
 def test_echo_has_the_models_log_probabilities(tied: Path) -> None:  # noqa: F811
     """In fp32, where several passes of a text's parts have the logits of one."""
     tokenizer, resident = load_tokenizer(tied), transformers.AutoModelForCausalLM.from_pretrained(tied)
