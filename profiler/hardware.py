@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from profiler.figure import Basis, Figure, weakest
+from policies.tables import Shown, Table
+from profiler.figure import Basis, Figure, table_of, weakest
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
 
@@ -67,7 +68,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(Shown):
     """A machine.
 
     Attributes:
@@ -140,6 +141,11 @@ class Hardware:
         """What the figure that is trusted least rests on; "fitted" where measured ones are corrected by runs."""
         found = weakest(list(self.figures.values()))
         return "fitted" if self.fitted and found == "measured" else found
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every figure, with what it rests on."""
+        who = "no card: the CPU computes" if self.gpu is None else self.gpu.name
+        return (table_of(f"{who}; {self.basis} figures", self.figures),)
 
 
 @dataclass(frozen=True)

@@ -56,20 +56,20 @@ class Question:
     """What a command that predicts is asked, as people give it; fields are named as the command's options."""
 
     model: str
-    gpu: str
-    dram: str | None
-    dram_kind: str
-    ssd: str
-    lanes: int | None
-    precision: str
-    context: int
-    past: int
-    draft_nodes: int
-    tokens_per_pass: float
-    draft_s: float
-    drafter: str | None
-    draft_depth: int
-    file: Path | None
+    gpu: str = "3090"
+    dram: str | None = None
+    dram_kind: str = DRAM_KIND
+    ssd: str = SSD
+    lanes: int | None = None
+    precision: str = "int4"
+    context: int = 4096
+    past: int = 512
+    draft_nodes: int = 0
+    tokens_per_pass: float = 1.0
+    draft_s: float = 0.0
+    drafter: str | None = None
+    draft_depth: int = DRAFT_DEPTH
+    file: Path | None = None
     carbon_intensity: float = G_PER_KWH
     embodied_kg: float | None = None
     lifetime_years: float = LIFETIME_YEARS
