@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Greys that are seen on white and on black; text keeps the page's own colour.
 _LINE = "border-bottom: 1px solid rgba(128, 128, 128, 0.4)"
@@ -62,6 +63,9 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return "".join(table.html for table in self.tables())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": str(self)}  # where there is no HTML; a data class's own repr lists every unit
 
     def __str__(self) -> str:
         return "\n\n".join(table.text for table in self.tables())

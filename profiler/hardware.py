@@ -29,6 +29,7 @@ _NOTHING = Figure(0.0, "spec", "assumed")
 _LINK_LATENCY_S = 10e-6
 _FULL_LANES = 16
 _LIKELY = "3090"
+_UNITS = {"dram": "dram_gbps", "gpu memory": "gpu memory_gbps", "gpu": "gpu_tflops", "link": "link_gbps"}
 _TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
 
 
@@ -145,7 +146,8 @@ class Hardware(Shown):
     def tables(self) -> tuple[Table, ...]:
         """Every figure, with what it rests on."""
         who = "no card: the CPU computes" if self.gpu is None else self.gpu.name
-        return (table_of(f"{who}; {self.basis} figures", self.figures),)
+        named = {_UNITS.get(name, name): figure for name, figure in self.figures.items()}
+        return (table_of(f"{who}; {self.basis} figures", named),)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,24 +209,35 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
         UsageError: no such model or precision, or `past` leaves no room in `context`.
     """
     from tiercache.bench.shapes import SHAPES
-    from tiercache.config.options import OffloadConfig
-    from tiercache.engine.workload import imagined_workload
     from tiercache.model import meta_model
 
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
-    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
     if model in SHAPES:
-        config: Any = SHAPES[model].config()
-    else:
-        path = Path(model).expanduser()
-        folder = path.parent if path.name == "config.json" else path
-        if not folder.is_dir():
-            raise UsageError(
-                f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
-            )
-        config = meta_model.read_config(folder)
-    return imagined_workload(config, options, gpu=machine.gpu is not None)
+        return _of_shape(model, precision, context, machine.gpu is not None)
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
+    if not folder.is_dir():
+        raise UsageError(
+            f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
+        )
+    return _imagined(meta_model.read_config(folder), precision, context, machine.gpu is not None)
+
+
+@cache
+def _of_shape(name: str, precision: str, context: int, on_card: bool) -> Workload:
+    """A 70B takes seconds, and who compares machines asks for it again and again."""
+    from tiercache.bench.shapes import SHAPES
+
+    return _imagined(SHAPES[name].config(), precision, context, on_card)
+
+
+def _imagined(config: Any, precision: str, context: int, on_card: bool) -> Workload:
+    from tiercache.config.options import OffloadConfig
+    from tiercache.engine.workload import imagined_workload
+
+    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
+    return imagined_workload(config, options, gpu=on_card)
 
 
 def _unless(value: float, default: float) -> float | None:
