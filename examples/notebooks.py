@@ -26,7 +26,11 @@ def main() -> None:
 
 
 def run(notebook: Path, **options: Any) -> None:
-    """Run a notebook top to bottom, in its own folder, and keep in it what its cells gave; `options` as of `subprocess.run`.
+    """Run a notebook top to bottom, in its own folder, and keep in it what its cells gave.
+
+    Args:
+        notebook: the file.
+        options: as of `subprocess.run`.
 
     Raises:
         CalledProcessError: a cell failed; its output says which.

@@ -45,9 +45,11 @@ def setting() -> Setting:
     """The setting, from the environment."""
     smol, readme = home_folder() / "real" / SMOL / "checkpoint", HERE.parent / "README.md"
     if named := os.environ.get("MODEL"):
-        found = Setting(named, _store(named), "auto", "auto", 2048, None, "The three states of water are", readme)
+        found = Setting(
+            named, _store(named), "auto", "auto", 2048, None, "Once upon a time, in a village by the sea,", readme
+        )
     elif smol.is_dir():
-        prompt = "The three states of water are"
+        prompt = "Once upon a time, in a village by the sea,"
         found = Setting(str(smol), _store(SMOL), "150MB", "100MB", 128, 0.4, prompt, readme)
     else:
         code = Path(asyncio.locks.__file__)  # pico writes Python; this module is among those that it was not shown
