@@ -44,13 +44,11 @@ class Setting(NamedTuple):
 def setting() -> Setting:
     """The setting, from the environment."""
     smol, readme = home_folder() / "real" / SMOL / "checkpoint", HERE.parent / "README.md"
+    story = "Once upon a time, in a village by the sea,"
     if named := os.environ.get("MODEL"):
-        found = Setting(
-            named, _store(named), "auto", "auto", 2048, None, "Once upon a time, in a village by the sea,", readme
-        )
+        found = Setting(named, _store(named), "auto", "auto", 2048, None, story, readme)
     elif smol.is_dir():
-        prompt = "Once upon a time, in a village by the sea,"
-        found = Setting(str(smol), _store(SMOL), "150MB", "100MB", 128, 0.4, prompt, readme)
+        found = Setting(str(smol), _store(SMOL), "150MB", "100MB", 128, 0.1, story, readme)
     else:
         code = Path(asyncio.locks.__file__)  # pico writes Python; this module is among those that it was not shown
         pico = HERE / "pico" / "checkpoint"
