@@ -10,6 +10,7 @@ from typing import Any
 
 from policies import pinned
 from policies.settings import DEFAULT
+from policies.tables import Shown, Table, human
 from policies.types import Key, UnitPlacement
 
 
@@ -85,7 +86,7 @@ class TierPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """The shares of all tiers; `hbm` is None when the CPU computes straight from DRAM."""
 
     hbm: TierPlan | None
@@ -128,6 +129,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {"hbm": asdict(self.hbm) if self.hbm else None, "dram": asdict(self.dram)}
+
+    def tables(self) -> tuple[Table, ...]:
+        """What each tier's bytes are for."""
+        return (table_of(self.to_dict()),)
 
 
 @dataclass
@@ -174,6 +179,32 @@ def fill_tiers(
     dram = _tier("dram", dram_bytes, inputs.dram, staying, rest, table, prefetch_bytes, largest)
     spare = dram_bytes - sum(inputs.dram.values())
     return Plan(hbm, replace(dram, transit_bytes=min(spare, 2 * largest + prefetch_bytes, sum(passing))))
+
+
+def table_of(placement: Mapping[str, Any]) -> Table:
+    """What each tier's bytes are for, of a plan as plain data."""
+    tiers = {name: tier for name in ("hbm", "dram") if (tier := placement[name]) is not None}
+    columns = {name: _uses(tier) for name, tier in tiers.items()}
+    purposes = dict.fromkeys(purpose for uses in columns.values() for purpose in uses)
+    rows = [(purpose, *(uses.get(purpose, "") for uses in columns.values())) for purpose in purposes]
+    return Table("What lies where", ("", *tiers), tuple(rows))
+
+
+def _uses(tier: Mapping[str, Any]) -> dict[str, str]:
+    placed, reserved = tier["placement"], tier["reserved_bytes"]
+    staying = len(placed["pinned"])
+    slab = max(placed["pinned_bytes"] + placed["ring_bytes"], tier["transit_bytes"])
+    taken = slab + tier["neuron_bytes"] + sum(reserved.values())
+    return {
+        "budget": human(tier["capacity_bytes"]),
+        "weights that stay": human(placed["pinned_bytes"]),
+        "ring for those that pass through": human(slab - placed["pinned_bytes"]),
+        "slots of single neurons": human(tier["neuron_bytes"]),
+        **{purpose: human(nbytes) for purpose, nbytes in reserved.items()},
+        "free": human(tier["capacity_bytes"] - taken),
+        "units that stay": str(staying),
+        "units that pass through": str(len(tier["order"]) - staying),
+    }
 
 
 def _tier(

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from policies.plan import Plan
+from policies.plan import Plan, table_of
 from policies.settings import Settings
+from policies.tables import Shown, Table
 
 SCHEMA = "tiercache.plan/2"
 _PARTS = ("schema", "machine", "model", "options", "settings", "placement", "decisions", "predicted", "runner_up")
@@ -39,7 +40,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunPlan(Shown):
     """See the module.
 
     Attributes:
@@ -75,6 +76,20 @@ class RunPlan:
         """Whether a placement is this plan's."""
         return bool(_plain(self.placement) == _plain(plan.to_dict()))
 
+    def tables(self) -> tuple[Table, ...]:
+        """What was decided and why, what lies where, and what is predicted."""
+        rows = [
+            (each.what, each.choice, each.alternative or "", _percent(each.gain), each.reason)
+            for each in self.decisions
+        ] or [("nothing", "the rules of thumb", "", "", "there was one way only, or nobody measured this machine")]
+        decided = Table(f"Plan {self.hash}", ("what", "choice", "instead of", "faster by", "why"), tuple(rows))
+        found = (decided, table_of(self.placement))
+        if not (made := self.predicted):
+            return found
+        band = f"{made['low']:.2f} to {made['high']:.2f}"
+        row = (f"{made['tokens_per_s']:.2f}", band, made["binding_tier"], made["basis"])
+        return (*found, Table("Predicted", ("tokens/s", "between", "bound by", "basis"), (row,)))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON holds it."""
         return {"schema": SCHEMA, **_plain(asdict(self))}
@@ -109,6 +124,10 @@ class RunPlan:
                 "if that was meant"
             )
         return plan
+
+
+def _percent(gain: float | None) -> str:
+    return "" if gain is None else f"{gain:+.0%}"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from policies.plan import Plan
+from policies.tables import Shown, Table
 from profiler import read_rates
 from profiler.figure import ERROR, Basis
 from profiler.hardware import Hardware
@@ -21,7 +22,7 @@ _ROW_BYTES = 4096  # a row of the token embedding is read in whole blocks, most 
 
 
 @dataclass(frozen=True)
-class PassTime:
+class PassTime(Shown):
     """Where the seconds of a pass go.
 
     Attributes:
@@ -51,9 +52,15 @@ class PassTime:
         longest = max(self.busy_s, key=lambda name: (round(self.busy_s[name], 9), name == "dram"))
         return "overhead" if self.overhead_s > self.busy_s[longest] else longest
 
+    def tables(self) -> tuple[Table, ...]:
+        """For how long each resource is busy."""
+        busy = {**self.busy_s, "overhead": self.overhead_s, "the pass": self.total_s, "at least": self.bound_s}
+        rows = tuple((name, f"{1e3 * seconds:.1f}") for name, seconds in busy.items() if seconds)
+        return (Table(f"A pass, bound by {self.binding}", ("busy", "ms"), rows),)
+
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Shown):
     """Tokens a second, with their band.
 
     Attributes:
@@ -70,6 +77,11 @@ class Prediction:
     bound: float
     pass_time: PassTime
     basis: Basis
+
+    def tables(self) -> tuple[Table, ...]:
+        """The speed with its band, and where the time of a pass goes."""
+        row = (f"{self.tokens_per_s:.2f}", f"{self.low:.2f} to {self.high:.2f}", f"{self.bound:.2f}", self.basis)
+        return (Table("Predicted", ("tokens/s", "between", "at most", "basis"), (row,)), *self.pass_time.tables())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """A number about hardware, with what it rests on: a data sheet, a measurement, or a fit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from policies.tables import Table
 
 Basis = Literal["spec", "measured", "fitted"]
 
@@ -42,3 +45,12 @@ def measured(values: list[float], source: str) -> Figure:
 def weakest(figures: list[Figure]) -> Basis:
     """The basis that is trusted least among some figures."""
     return max((figure.basis for figure in figures), key=lambda basis: ERROR[basis], default="spec")
+
+
+def table_of(title: str, figures: Mapping[str, Figure]) -> Table:
+    """Figures by their names, with what they rest on."""
+    rows = [
+        (name, f"{each.value:.4g}", f"{each.spread:.0%}" if each.spread else "", each.basis, each.source)
+        for name, each in figures.items()
+    ]
+    return Table(title, ("figure", "value", "spread", "basis", "source"), tuple(rows))

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from profiler.figure import Basis, Figure, weakest
+from policies.tables import Shown, Table
+from profiler.figure import Basis, Figure, table_of, weakest
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
 
@@ -28,6 +29,7 @@ _NOTHING = Figure(0.0, "spec", "assumed")
 _LINK_LATENCY_S = 10e-6
 _FULL_LANES = 16
 _LIKELY = "3090"
+_UNITS = {"dram": "dram_gbps", "gpu memory": "gpu memory_gbps", "gpu": "gpu_tflops", "link": "link_gbps"}
 _TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
 
 
@@ -67,7 +69,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(Shown):
     """A machine.
 
     Attributes:
@@ -140,6 +142,12 @@ class Hardware:
         """What the figure that is trusted least rests on; "fitted" where measured ones are corrected by runs."""
         found = weakest(list(self.figures.values()))
         return "fitted" if self.fitted and found == "measured" else found
+
+    def tables(self) -> tuple[Table, ...]:
+        """Every figure, with what it rests on."""
+        who = "no card: the CPU computes" if self.gpu is None else self.gpu.name
+        named = {_UNITS.get(name, name): figure for name, figure in self.figures.items()}
+        return (table_of(f"{who}; {self.basis} figures", named),)
 
 
 @dataclass(frozen=True)

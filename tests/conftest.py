@@ -30,7 +30,10 @@ from tiercache.store import estimate
 from tiercache.store.convert import convert
 
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
-LONG = ("test_convert_crash", "test_calibrate_crash", "test_drafter_limits", "test_mixed_limits", "test_tune")
+LONG = (
+    *("test_notebooks", "test_convert_crash", "test_calibrate_crash", "test_drafter_limits", "test_mixed_limits"),
+    "test_tune",
+)
 CACHE = "TIERCACHE_TESTS_CACHE"  # the user's own cache folder, which keeps the real model; workers inherit it
 
 

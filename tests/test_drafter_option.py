@@ -732,3 +732,21 @@ def test_a_drafter_of_one_s_own(plane_store: Folders, texts: Texts) -> None:
     refused = pytest.raises(DraftError, match="proposed a list, not a DraftTree")
     with opened(plane_store("llama"), drafter=Wrong(), draft_fixed=True) as model, refused:
         generate(model, None, NEW)
+
+
+def test_one_may_watch_the_drafts(plane_store: Folders, texts: Texts) -> None:
+    with opened(plane_store("llama"), drafter="resident", draft_fixed=True) as model:
+        with model.tiercache.drafts() as rounds:
+            written = generate(model, None, NEW)
+        nodes, told = model.tiercache.stats().drafting.nodes, model.tiercache.explain()
+        generate(model, None, NEW)  # nobody watches any longer
+    assert written == texts("llama")[None]
+    assert told["tokens_per_pass"] == NEW / (1 + len(rounds)) > 1
+    assert [token for each in rounds for token in each.emitted] == written[1 - NEW :]
+    assert sum(len(each.tree) for each in rounds) == nodes > 0
+    assert all(
+        [each.tree.tokens[node] for node in each.path] == list(each.emitted[: len(each.path)]) for each in rounds
+    )
+    assert all(each.logits is None and each.topk is None for each in rounds)
+    with opened(plane_store("llama")) as model, pytest.raises(UsageError, match="nobody drafts"):
+        model.tiercache.drafts()

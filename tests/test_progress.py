@@ -1,8 +1,12 @@
 """Long work tells of itself: a bar on a terminal, lines in a log, nothing where it was asked to be quiet."""
 
-import pytest
+import sys
+from types import SimpleNamespace
 
-from tiercache import progress
+import pytest
+from tqdm import auto
+
+from tiercache import notebook, progress
 
 
 @pytest.mark.parametrize(("show", "wanted"), [(None, 3), (False, 0)])
@@ -25,3 +29,22 @@ def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.bar("converting", 100) as advance:
         advance(100)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("show", [None, True, False])
+def test_a_notebook_gets_tqdm(show: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[auto.tqdm] = []
+
+    class Watched(auto.tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)
+            drawn.append(self)
+
+    monkeypatch.setattr(auto, "tqdm", Watched)
+    assert not notebook.here()
+    for config in ({}, {"IPKernelApp": {}}):  # IPython at a terminal, and a notebook's kernel
+        shell = SimpleNamespace(config=config)
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        with progress.bar("converting", 100, done_bytes=20, show=show) as advance:
+            advance(30)
+    assert [(each.desc, each.n, each.total) for each in drawn] == ([] if show is False else [("converting", 50, 100)])

@@ -18,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from tiercache import notebook
+
 Advance = Callable[[int], None]
 _LINE_EVERY_S = 10.0
 
@@ -36,8 +38,13 @@ def bar(title: str, total_bytes: int, *, done_bytes: int = 0, show: bool | None 
         title: what is being done.
         total_bytes: the whole of it.
         done_bytes: what an earlier run has done already.
-        show: draw it; None means where standard error is a terminal, and elsewhere, in a log, a line now and then.
+        show: draw it; None means where standard error is a terminal or a notebook, and elsewhere, in a log, a line now
+            and then.
     """
+    if show is not False and notebook.here():
+        with notebook.bar(title, total_bytes, done_bytes) as advance:
+            yield advance
+        return
     visible = sys.stderr.isatty() if show is None else show
     if show is None and not visible:
         yield _lines(title, total_bytes, done_bytes)

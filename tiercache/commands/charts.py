@@ -43,13 +43,18 @@ def draw(chart: dict[str, Any], file: Path) -> None:
         UsageError: the file cannot be written.
         EnvironmentUnsupportedError: there is no matplotlib.
     """
+    pictures.save(figure(chart), file, OPTION)
+
+
+def figure(chart: dict[str, Any]) -> Any:
+    """One of the charts as matplotlib's figure; raises EnvironmentUnsupportedError where there is no matplotlib."""
     make: dict[str, Callable[[dict[str, Any]], Any]] = {
         "roofline": _roofline,
         "time": _time,
         "budgets": _budgets,
         "sweep": _heat_maps,
     }
-    pictures.save(make[chart["kind"]](chart), file, OPTION)
+    return make[chart["kind"]](chart)
 
 
 def _roofline(chart: dict[str, Any]) -> Any:

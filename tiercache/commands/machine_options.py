@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,20 +56,20 @@ class Question:
     """What a command that predicts is asked, as people give it; fields are named as the command's options."""
 
     model: str
-    gpu: str
-    dram: str | None
-    dram_kind: str
-    ssd: str
-    lanes: int | None
-    precision: str
-    context: int
-    past: int
-    draft_nodes: int
-    tokens_per_pass: float
-    draft_s: float
-    drafter: str | None
-    draft_depth: int
-    file: Path | None
+    gpu: str = "3090"
+    dram: str | None = None
+    dram_kind: str = DRAM_KIND
+    ssd: str = SSD
+    lanes: int | None = None
+    precision: str = "int4"
+    context: int = 4096
+    past: int = 512
+    draft_nodes: int = 0
+    tokens_per_pass: float = 1.0
+    draft_s: float = 0.0
+    drafter: str | None = None
+    draft_depth: int = DRAFT_DEPTH
+    file: Path | None = None
     carbon_intensity: float = G_PER_KWH
     embodied_kg: float | None = None
     lifetime_years: float = LIFETIME_YEARS
@@ -209,24 +209,35 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
         UsageError: no such model or precision, or `past` leaves no room in `context`.
     """
     from tiercache.bench.shapes import SHAPES
-    from tiercache.config.options import OffloadConfig
-    from tiercache.engine.workload import imagined_workload
     from tiercache.model import meta_model
 
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
-    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
     if model in SHAPES:
-        config: Any = SHAPES[model].config()
-    else:
-        path = Path(model).expanduser()
-        folder = path.parent if path.name == "config.json" else path
-        if not folder.is_dir():
-            raise UsageError(
-                f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
-            )
-        config = meta_model.read_config(folder)
-    return imagined_workload(config, options, gpu=machine.gpu is not None)
+        return _of_shape(model, precision, context, machine.gpu is not None)
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
+    if not folder.is_dir():
+        raise UsageError(
+            f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
+        )
+    return _imagined(meta_model.read_config(folder), precision, context, machine.gpu is not None)
+
+
+@cache
+def _of_shape(name: str, precision: str, context: int, on_card: bool) -> Workload:
+    """A 70B takes seconds, and who compares machines asks for it again and again."""
+    from tiercache.bench.shapes import SHAPES
+
+    return _imagined(SHAPES[name].config(), precision, context, on_card)
+
+
+def _imagined(config: Any, precision: str, context: int, on_card: bool) -> Workload:
+    from tiercache.config.options import OffloadConfig
+    from tiercache.engine.workload import imagined_workload
+
+    options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
+    return imagined_workload(config, options, gpu=on_card)
 
 
 def _unless(value: float, default: float) -> float | None:

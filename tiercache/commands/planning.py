@@ -88,7 +88,7 @@ def plan_command(
         if settle or hbm != "auto":
             raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
         drafts = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
-        plan = _plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
+        plan = plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
     if plan.decisions and not quiet and not as_json:
@@ -134,7 +134,12 @@ def _plan_here(model: str, config: OffloadConfig, precisions: list[str], settle:
     return settled(folder, replace(config, precision=chosen), plan, show_progress=show) if settle else plan
 
 
-def _plan_elsewhere(question: Question, precisions: list[str]) -> RunPlan:
+def plan_elsewhere(question: Question, precisions: list[str]) -> RunPlan:
+    """How to run a model on a machine that need not be here, at one of some precisions, the one liked best first.
+
+    Raises:
+        UsageError, DoesNotFitError: of the question.
+    """
     from tiercache.engine.imagined_plan import imagined_plan
 
     machine = question.machine

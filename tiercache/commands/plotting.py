@@ -83,14 +83,27 @@ def plot_command(
         pictures.check(out, charts.OPTION)
     if kind == "roofline" and len(gpus) > 1:
         raise UsageError(f"a roofline is of one machine, not of {len(gpus)}; give one --gpu, or --kind time")
-    cases = list(_cases([Question.of({**ctx.params, "gpu": gpu}) for gpu in gpus]))
+    show(chart_of(kind, [Question.of({**ctx.params, "gpu": gpu}) for gpu in gpus]), out, as_json, quiet)
+
+
+def chart_of(kind: str, questions: Sequence[Question]) -> dict[str, Any]:
+    """A "roofline", "time" or "budgets" as plain data, which `charts.figure` draws.
+
+    Args:
+        kind: of chart; a roofline is of the first question's machine.
+        questions: of one model at one precision, each on a machine of its own.
+
+    Raises:
+        UsageError, DoesNotFitError: of a question.
+    """
+    cases = list(_cases(questions))
     make = {"roofline": _roofline, "time": _time, "budgets": _budgets}[kind]
-    machine = cases[0].case.machine
+    machine, asked = cases[0].case.machine, questions[0]
     basis, size = machine.basis, human(machine.dram.capacity_bytes)
     where = f"{size}, {machine.dram.gbps.value:.3g} GB/s; SSD {machine.ssd_gbps.value:.3g} GB/s"
-    title = f"{model} at {precision}; main memory {where}; {basis} figures, +-{ERROR[basis]:.0%}"
-    chart = {"schema": "tiercache.plot/1", "kind": kind, "model": model, "title": title, "basis": basis, **make(cases)}
-    show(chart, out, as_json, quiet)
+    title = f"{asked.model} at {asked.precision}; main memory {where}; {basis} figures, +-{ERROR[basis]:.0%}"
+    made = {"schema": "tiercache.plot/1", "kind": kind, "model": asked.model, "title": title, "basis": basis}
+    return made | make(cases)
 
 
 def show(chart: dict[str, Any], out: Path | None, as_json: bool, quiet: bool) -> None:

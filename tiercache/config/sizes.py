@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from policies.tables import human as human
 from tiercache.errors import UsageError
 
 SizeLike = int | float | str
@@ -79,12 +80,3 @@ class Budget:
         if self.fraction is not None:
             return int(self.fraction * total_bytes)
         return int(AUTO_FRACTION * free_bytes)
-
-
-def human(size_bytes: float) -> str:
-    """Bytes as a person reads them: `human(1536) == '1.5 KiB'`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size_bytes) < 1024:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"

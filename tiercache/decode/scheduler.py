@@ -6,8 +6,8 @@ the target it knows feedback alone.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -52,6 +52,7 @@ class DrafterScheduler:
         self._branches = True
         self._plain: list[torch.Tensor] = []  # logits of passes without a tree, of which the drafters were not told yet
         self._late_s = 0.0  # of this round, telling of rounds before it
+        self._watched: list[Feedback] | None = None
         self._tokens: list[int] = []  # of the text
         self.requirements = joint_requirements(drafters)
 
@@ -63,6 +64,15 @@ class DrafterScheduler:
             self._budgeter.renew()
         for drafter in self._drafters:
             drafter.begin(context)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Feedback]]:
+        """The rounds within, as they come; a round without a tree has an empty one. Logits are left out."""
+        before, self._watched = self._watched, []
+        try:
+            yield self._watched
+        finally:
+            self._watched = before
 
     def propose(self, room: int, ahead: int | None = None) -> tuple[DraftTree, RoundPlan, int]:
         """A tree, the plan that it was drafted under, and the passes that took; empty where plain is faster.
@@ -95,6 +105,8 @@ class DrafterScheduler:
             verify_s: seconds of the target's pass and its verification.
             began_s: the clock at the start of the round.
         """
+        if self._watched is not None:
+            self._watched.append(replace(feedback, topk=None, logits=None))
         if plan.drafter is None and not self.requirements.logits:
             assert feedback.logits is not None
             self._plain.append(feedback.logits)

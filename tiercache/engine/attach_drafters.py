@@ -50,7 +50,7 @@ def attach_drafters(
     drafters = _drafters(spec, lambda: attached.passes("resident"), config.context, device)
     scheduler = _scheduler(spec.config, drafters, config.context, config.logits)
     stack.callback(scheduler.close)
-    stats.drafting = scheduler.stats
+    stats.drafting, attached.scheduler = scheduler.stats, scheduler
     stats.drafting.room_price = room_price
     stats.lossy = stats.lossy or bool(scheduler.stats.lossy)
     if spec.reason:

@@ -24,7 +24,7 @@ def explanation(found: Mapping[str, Any]) -> dict[str, Any]:
     if schema not in (_PREDICTION, _RUN):
         raise UsageError(f"this is {schema or 'no JSON of tiercache'}; give {WANTED}")
     try:
-        return _of_prediction(found) if schema == _PREDICTION else _of_run(found["stats"])
+        return _of_prediction(found) if schema == _PREDICTION else explanation_of_run(found["stats"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"this {schema} lacks {error}; it is another version's: make it again") from error
 
@@ -55,8 +55,12 @@ def _of_prediction(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of all passes, the prompt's with them, since waiting is counted over all of them."""
+def explanation_of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's statistics as plain data: all passes, the prompt's with them, since waiting is counted over all.
+
+    Raises:
+        UsageError: no pass was made.
+    """
     drafting, tokens = stats["drafting"], 1 + stats["decode_tokens"]
     total_s, draft_s = stats["first_pass_s"] + stats["decode_s"], 0.0
     if drafting is not None and drafting["rounds"]:

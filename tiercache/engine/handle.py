@@ -6,13 +6,16 @@ Knows plans, requirements, statistics and the run; opens and closes nothing.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from policies.plan import Plan
 from policies.run_plan import RunPlan
 from policies.types import Key
 from profiler.replay import PolicyRow
 from profiler.trace import Trace
+from tiercache.decode.scheduler import DrafterScheduler
+from tiercache.draft.base import Feedback
+from tiercache.engine.explanation import explanation_of_run
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.run import ExactRun
@@ -48,7 +51,10 @@ class OffloadHandle:
         mixed: in mixed mode, how neurons are run.
         run: how passes go.
         limits: of a text.
+        scheduler: who schedules drafters; None where nobody drafts.
     """
+
+    scheduler: DrafterScheduler | None = None
 
     def __init__(
         self,
@@ -74,6 +80,24 @@ class OffloadHandle:
         """The statistics so far."""
         self._refresh(self._stats)
         return self._stats
+
+    def explain(self) -> dict[str, Any]:
+        """Where the milliseconds of a token went, what bound, and what would bind next: `tiercache.explanation/1`.
+
+        Raises:
+            UsageError: no pass was made yet.
+        """
+        return explanation_of_run(self.stats().to_dict())
+
+    def drafts(self) -> AbstractContextManager[list[Feedback]]:
+        """The rounds of drafting within, as they come: each tree, the nodes that were accepted, the tokens emitted.
+
+        Raises:
+            UsageError: nobody drafts.
+        """
+        if self.scheduler is None:
+            raise UsageError("nobody drafts for this model; open it with drafter='auto', or another drafter")
+        return self.scheduler.watching()
 
     def pass_bytes(self) -> dict[str, int]:
         """Bytes of one whole pass of one token: the weights it reads, and what of them comes from the SSD.

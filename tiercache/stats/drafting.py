@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from policies.tables import Shown, Table
+
 _NEWEST = 64  # plain passes whose seconds are kept
 
 
 @dataclass
-class DraftStats:
+class DraftStats(Shown):
     """The statistics of drafting.
 
     Attributes:
@@ -112,6 +114,19 @@ class DraftStats:
         """Over plain decoding, in the placement that this would have had without a drafter's room."""
         plain, own = self.plain_tokens_per_s, self.tokens_per_s
         return own / (plain * (self.room_price or 1.0)) if own and plain else None
+
+    def tables(self) -> tuple[Table, ...]:
+        """What drafting brought."""
+        rates = {"tokens a pass": self.tokens_per_pass, "tokens/s": self.tokens_per_s, "x plain passes": self.speed_up}
+        rows = [
+            ("who", " or ".join(self.drafters) or "nobody"),
+            ("passes of the target", f"{self.rounds}, {self.plain_rounds} of them without a tree"),
+            *((name, f"{value:.2f}") for name, value in rates.items() if value is not None),
+            ("nodes accepted", f"{self.accepted} of {self.nodes}"),
+            ("accepted by depth", " ".join(f"{rate:.2f}" for rate in self.acceptance_by_depth)),
+            ("drafting, verifying", f"{self.draft_s:.3f} s, {self.verify_s:.3f} s"),
+        ]
+        return (Table("Drafting", ("what", "value"), tuple(rows)),)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

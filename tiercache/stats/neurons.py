@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from policies.rates import rate
+from policies.tables import Shown, Table, human
 
 
 @dataclass
-class NeuronStats:
+class NeuronStats(Shown):
     """The statistics of neurons that are given planes one by one.
 
     Attributes:
@@ -64,6 +65,20 @@ class NeuronStats:
     def belady(self) -> float | None:
         """The hit rate that nobody can beat, on the recorded trace."""
         return rate(self.belady_hits, self.belady_requests)
+
+    def tables(self) -> tuple[Table, ...]:
+        """What tokens read of the neurons, and how slots served them."""
+        rates = {"hit rate": self.hit_rate, "by chance": self.chance, "Belady's bound": self.belady}
+        rows = [
+            ("tokens that chose", str(self.tokens)),
+            ("read a token", human(self.read_bytes / max(1, self.tokens))),
+            ("brought up a token", human(self.moved_bytes / max(1, self.tokens))),
+            ("policy of the slots", self.policy),
+            *((name, f"{value:.3f}") for name, value in rates.items() if value is not None),
+        ]
+        if self.calibrated_kl is not None:
+            rows.append(("loss that calibration measured", f"{self.calibrated_kl:.4f} nats a token"))
+        return (Table("Neurons", ("what", "value"), tuple(rows)),)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the rates."""

@@ -5,10 +5,12 @@ Knows nothing of who counts; the counting is done where the bytes move.
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policies.tables import Shown, Table, human
 from tiercache.stats.drafting import DraftStats
 from tiercache.stats.neurons import NeuronStats
 
@@ -17,7 +19,7 @@ _NEWEST = 64  # passes whose seconds are kept
 
 
 @dataclass
-class TierStats:
+class TierStats(Shown):
     """Counters of one tier.
 
     `needed_bytes = hit_bytes + miss_bytes`, and what a tier misses is what the tier below it was asked for; loaded
@@ -48,9 +50,13 @@ class TierStats:
         """What was asked of this tier."""
         return self.hit_bytes + self.miss_bytes
 
+    def tables(self) -> tuple[Table, ...]:
+        """Its bytes and waits."""
+        return (_tiers_table("A tier", {"": self}),)
+
 
 @dataclass
-class Stats:
+class Stats(Shown):
     """The statistics of one attached model.
 
     Attributes:
@@ -119,6 +125,25 @@ class Stats:
         if len(self.token_passes_s) > 2 * _NEWEST:
             del self.token_passes_s[:_NEWEST]
 
+    def tables(self) -> tuple[Table, ...]:
+        """The passes, the tiers, and what neurons and drafting did."""
+        predicted = self.predicted_pass_s and f"{1e3 * self.predicted_pass_s:.1f} ms predicted"
+        rows = {
+            "run": f"{self.precision} on {self.device}, kernels {self.kernels}{', lossy' if self.lossy else ''}",
+            "passes, tokens": f"{self.passes}, {self.tokens}",
+            "first token after": f"{self.first_pass_s:.3f} s",
+            "decoding": f"{self.tokens_per_s:.2f} tokens/s" if self.decode_tokens else "",
+            "a pass of one token": f"{1e3 * self.actual_pass_s:.1f} ms" if self.actual_pass_s else "",
+            "as predicted": predicted or "",
+            "read from the SSD": human(self.ssd_bytes),
+            "peak of the process": human(self.peak_rss_bytes),
+            "peak of the GPU": human(self.peak_device_bytes) if self.peak_device_bytes else "",
+            "link": "" if self.link == "measured" else self.link,
+        }
+        whole = Table("What the run did", ("what", "value"), tuple((name, cell) for name, cell in rows.items() if cell))
+        parts = [part for part in (self.neurons, self.drafting) if part is not None]
+        return (whole, _tiers_table("Tiers", self.tiers), *(table for part in parts for table in part.tables()))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""
         plain = asdict(self)
@@ -134,6 +159,25 @@ class Stats:
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(self.to_dict())
+
+
+def _tiers_table(title: str, tiers: Mapping[str, TierStats]) -> Table:
+    """A column for each tier."""
+
+    def column(tier: TierStats) -> dict[str, str]:
+        return {
+            "budget": human(tier.capacity_bytes),
+            "peak": human(tier.peak_bytes),
+            "asked for": human(tier.needed_bytes),
+            "found here": human(tier.hit_bytes),
+            "brought here": human(tier.loaded_bytes),
+            **{f"waited for {cause}": f"{seconds:.3f} s" for cause, seconds in tier.stall_s.items()},
+        }
+
+    columns = [column(tier) for tier in tiers.values()]
+    names = dict.fromkeys(name for each in columns for name in each)
+    rows = tuple((name, *(each.get(name, "") for each in columns)) for name in names)
+    return Table(title, ("bytes and waits", *tiers), rows)
 
 
 def peak_rss_bytes() -> int:
