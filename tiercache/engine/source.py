@@ -18,6 +18,7 @@ from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
+from tiercache.progress import note
 from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
@@ -137,6 +138,8 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if of_planes(config.precision):
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
+    _tell_loss(source, show_progress)
+    source = source.in_place(show_progress=show_progress)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
 
@@ -151,6 +154,8 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
     folder = config.store or default_store(source)
     if not (folder / CATALOG_FILE).is_file():
         convert(source.folder, folder, show_progress=show_progress)
+    else:
+        _tell_loss(source, show_progress)
     store = PlaneStore.open(folder)
     if store.contents.meta["identity"] != source.identity():
         raise StoreError(f"{folder} is the store of another checkpoint than {source.folder}; name another store")
@@ -159,6 +164,12 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
         if name in DECIDING and not (file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest):
             raise StoreError(f"{file} has changed since {folder} was made; name another store, or remove that one")
     return store
+
+
+def _tell_loss(source: Checkpoint, show: bool | None) -> None:
+    """Say it where weights were quantised before; converting says it too."""
+    if source.loss:
+        note(source.loss, show=show)
 
 
 def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:

@@ -56,7 +56,8 @@ def convert(
     """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped.
 
     Args:
-        checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded).
+        checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded), or one that is
+            quantised already (`tiercache.formats`): a GGUF file, or a folder of GPTQ, AWQ or compressed-tensors.
         store: folder to make.
         group: weights that share a scale: 32, 64 or 128.
         compress: zstd "on", "off", or "auto" where it saves more time than it costs on the store's disk.
@@ -217,7 +218,9 @@ def _finish(plan: ConversionPlan, records: list[UnitRecord], compression: dict[s
 
 
 def _announce(plan: ConversionPlan, expected: ConversionReport, *, show: bool | None) -> None:
-    """Say what calibrating will take, before it begins."""
+    """Say what was lost before, and what calibrating will take, before it begins."""
+    if plan.checkpoint.loss:
+        note(plan.checkpoint.loss, show=show)
     if plan.corpus is not None:
         minutes = max(1, round(expected.calibrating_s / 60))
         steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
