@@ -1,4 +1,4 @@
-"""Tiny GGUF files of random models, written as llama.cpp's converter writes them: names, order of rows, norms, settings."""
+"""Tiny GGUF files of random models, written as llama.cpp's converter writes them: names, rows, norms, settings."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,9 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen3": lambda: tf.Qwen3Config(**_SIZES, head_dim=24, tie_word_embeddings=True),
     "gemma2": lambda: tf.Gemma2Config(**_SIZES, **_HEADS, final_logit_softcapping=9.0),
     # seven layers: the sixth of Gemma 3 has no window
-    "gemma3": lambda: tf.Gemma3TextConfig(**(_SIZES | {"num_hidden_layers": 7}), **_HEADS, rope_parameters=_GEMMA3_ROPES),
+    "gemma3": lambda: tf.Gemma3TextConfig(
+        **(_SIZES | {"num_hidden_layers": 7}), **_HEADS, rope_parameters=_GEMMA3_ROPES
+    ),
     "phi3": lambda: tf.Phi3Config(**_SIZES, sliding_window=5),
 }
 
@@ -72,7 +74,7 @@ def encoded(kind: str) -> Encode:
 
 
 def write(model: tf.PreTrainedModel, path: Path, encode: Encode = plain, **settings: Any) -> Path:
-    """Write `model` as a GGUF file; `settings` are further ones of its architecture, by the last words of their keys."""
+    """Write `model` as a GGUF file; `settings` are further ones of its architecture, by the end of their keys."""
     config = model.config
     kind = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, kind)
@@ -95,6 +97,9 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def _add_settings(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

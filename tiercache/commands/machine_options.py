@@ -212,6 +212,7 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
     from tiercache.config.options import OffloadConfig
     from tiercache.engine.workload import imagined_workload
     from tiercache.model import meta_model
+    from tiercache.store.checkpoint import resolve
 
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
@@ -221,11 +222,12 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
     else:
         path = Path(model).expanduser()
         folder = path.parent if path.name == "config.json" else path
-        if not folder.is_dir():
+        if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".gguf"):
             raise UsageError(
-                f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
+                f"{model!r} is no folder, no GGUF file, no file called config.json and none of {', '.join(SHAPES)}; "
+                "name one of these"
             )
-        config = meta_model.read_config(folder)
+        config = meta_model.read_config(resolve(folder))
     return imagined_workload(config, options, gpu=machine.gpu is not None)
 
 

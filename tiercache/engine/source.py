@@ -135,10 +135,11 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
     source = Checkpoint.open(folder)
+    if source.loss:
+        note(source.loss, show=show_progress)
     if of_planes(config.precision):
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
-    _tell_loss(source, show_progress)
     source = source.in_place(show_progress=show_progress)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
@@ -154,8 +155,6 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
     folder = config.store or default_store(source)
     if not (folder / CATALOG_FILE).is_file():
         convert(source.folder, folder, show_progress=show_progress)
-    else:
-        _tell_loss(source, show_progress)
     store = PlaneStore.open(folder)
     if store.contents.meta["identity"] != source.identity():
         raise StoreError(f"{folder} is the store of another checkpoint than {source.folder}; name another store")
@@ -164,12 +163,6 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
         if name in DECIDING and not (file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest):
             raise StoreError(f"{file} has changed since {folder} was made; name another store, or remove that one")
     return store
-
-
-def _tell_loss(source: Checkpoint, show: bool | None) -> None:
-    """Say it where weights were quantised before; converting says it too."""
-    if source.loss:
-        note(source.loss, show=show)
 
 
 def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:

@@ -106,8 +106,9 @@ def tensor(where: str, stored: dict[str, TensorRef], settings: Mapping[str, Any]
         return stored["weight"]
     holder = "weight" if "weight_packed" not in stored else "weight_packed"
     check_matrices(where, stored, (holder,))
-    if not {"weight_scale", *(("weight_shape",) if holder == "weight_packed" else ())} <= stored.keys():
-        raise StoreError(f"{where} lacks its scales or its shape; download it again")
+    needed = {"weight_scale", *(("weight_shape",) if holder == "weight_packed" else ()), *_promised(settings)}
+    if missing := needed - stored.keys():
+        raise StoreError(f"{where} lacks {min(missing)}; download it again")
     if holder == "weight":
         bits, shape = 0, stored["weight"].shape
         wanted = {"weight": ("I8", shape)}
@@ -130,6 +131,17 @@ def tensor(where: str, stored: dict[str, TensorRef], settings: Mapping[str, Any]
     check_shapes(where, stored, wanted)
     group_size(shape[1], groups, where)
     return CompressedTensor(dtype, shape, stored, bits)
+
+
+def _promised(settings: Mapping[str, Any]) -> set[str]:
+    """Parts that every matrix has, as the settings say, beside those without which there is none."""
+    schemes = [scheme.get("weights") or {} for scheme in (settings.get("config_groups") or {}).values()]
+    promised = set()
+    if schemes and not any(scheme.get("symmetric", True) for scheme in schemes):
+        promised.add("weight_zero_point")
+    if schemes and all(scheme.get("actorder") in ("group", "dynamic", True) for scheme in schemes):
+        promised.add("weight_g_idx")
+    return promised
 
 
 def _check_scale(where: str, scale: TensorRef, shape: tuple[int, ...]) -> int:

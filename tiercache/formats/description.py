@@ -8,12 +8,13 @@ unpacked into it (`tiercache.formats.unpacked`), and it is a plain checkpoint th
 import json
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from tiercache.config.options import home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.formats.gguf import GgufSource
-from tiercache.formats.gguf_header import title
+from tiercache.formats.gguf_header import shards, title
 from tiercache.formats.packed import PackedSource
 from tiercache.formats.quantized import QuantizedFolder, settings_of
 from tiercache.store.folders import clear_io_errors
@@ -74,7 +75,7 @@ def source_of(folder: Path) -> PackedSource | None:
 
 def _source(path: Path) -> PackedSource | None:
     if path.is_file():
-        return GgufSource(path) if path.suffix == ".gguf" else None
+        return _gguf(path) if path.suffix == ".gguf" else None
     settings = settings_of(path)
     if settings is not None:
         return QuantizedFolder(path, settings)
@@ -83,7 +84,21 @@ def _source(path: Path) -> PackedSource | None:
     files = sorted(path.glob("*.gguf"))
     if len({title(file) for file in files}) > 1:
         raise UsageError(f"{path} holds {len(files)} GGUF files; name one of them, such as {files[0]}")
-    return GgufSource(files[0]) if files else None
+    return _gguf(files[0]) if files else None
+
+
+def _gguf(path: Path) -> GgufSource:
+    """A file that is looked at several times in a run is read once: a large vocabulary takes a second."""
+    return _read_gguf(path, tuple((found.st_mtime_ns, found.st_size) for found in map(_stat, shards(path)) if found))
+
+
+@lru_cache(maxsize=2)
+def _read_gguf(path: Path, stamps: tuple[tuple[int, int], ...]) -> GgufSource:
+    return GgufSource(path)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    return path.stat() if path.is_file() else None
 
 
 def _origin(folder: Path) -> dict[str, str]:

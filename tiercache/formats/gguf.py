@@ -120,7 +120,10 @@ class GgufTensor(PackedTensor):
         """Rows of the stored matrix, fp32."""
         each = self.stored.nbytes // math.prod(self.shape[:-1])
         data = load_bytes(reader, FileRange(self.stored.path, self.stored.offset + low * each, (high - low) * each))
-        values: Array = gguf.dequantize(data.reshape(high - low, each), gguf.GGMLQuantizationType[self.stored.dtype])
+        with np.errstate(all="ignore"):  # what is not finite is found where it matters
+            values: Array = gguf.dequantize(
+                data.reshape(high - low, each), gguf.GGMLQuantizationType[self.stored.dtype]
+            )
         return values
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tiercache.errors import UnsupportedModelError
+from tiercache.errors import StoreError, UnsupportedModelError
 from tiercache.formats.integers import Codes, IntegerTensor, check_matrices, check_shapes, unpacked, words_for
 from tiercache.store.header import TensorRef
 from tiercache.store.reader import Reader, StoredTensor, load
@@ -77,6 +77,8 @@ def tensor(where: str, stored: dict[str, TensorRef], settings: Mapping[str, Any]
         StoreError: they contradict one another.
     """
     check_matrices(where, stored, ("qweight", "qzeros", "scales"))
+    if settings.get("desc_act") and "g_idx" not in stored:
+        raise StoreError(f"{where} lacks g_idx, the order of its inputs; download it again")
     bits: int = settings["bits"]
     outputs = stored["qweight"].shape[-1]
     inputs = stored["qweight"].shape[0] * 32 // bits

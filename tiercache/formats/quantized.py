@@ -39,7 +39,12 @@ class QuantizedFolder(PackedSource):
                 f"checkpoint, or one of GGUF, {', '.join(_METHODS)}"
             )
         self._format = _METHODS[method]
-        self._format.check(settings, str(folder))
+        try:
+            self._format.check(settings, str(folder))
+        except (AttributeError, TypeError) as error:
+            raise StoreError(
+                f"{folder / 'config.json'}: its quantization_config cannot be read ({error}); download it again"
+            ) from error
         self._files = read_checkpoint(folder)
 
     @cached_property

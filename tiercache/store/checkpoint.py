@@ -133,7 +133,7 @@ def _found(path_or_id: str | Path) -> Path:
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise UsageError(
-            f"{name!r} is neither a folder, nor a GGUF file, nor a Hub id such as 'org/model'; check the path"
+            f"{name!r} is neither a folder nor a Hub id such as 'org/model', and no GGUF file; check the path"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))

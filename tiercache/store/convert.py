@@ -218,9 +218,7 @@ def _finish(plan: ConversionPlan, records: list[UnitRecord], compression: dict[s
 
 
 def _announce(plan: ConversionPlan, expected: ConversionReport, *, show: bool | None) -> None:
-    """Say what was lost before, and what calibrating will take, before it begins."""
-    if plan.checkpoint.loss:
-        note(plan.checkpoint.loss, show=show)
+    """Say what calibrating will take, before it begins."""
     if plan.corpus is not None:
         minutes = max(1, round(expected.calibrating_s / 60))
         steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
