@@ -36,6 +36,8 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen2": lambda: tf.Qwen2Config(**_SIZES),
     "qwen3": lambda: tf.Qwen3Config(**_SIZES, head_dim=24, tie_word_embeddings=True),
     "gemma2": lambda: tf.Gemma2Config(**_SIZES, **_HEADS, final_logit_softcapping=9.0),
+    # as many layers as the 27B model, which scales attention in another way and is told by them alone
+    "gemma2-27b": lambda: tf.Gemma2Config(**(_SIZES | {"num_hidden_layers": 46}), **_HEADS, query_pre_attn_scalar=16),
     # seven layers: the sixth of Gemma 3 has no window
     "gemma3": lambda: tf.Gemma3TextConfig(
         **(_SIZES | {"num_hidden_layers": 7}), **_HEADS, rope_parameters=_GEMMA3_ROPES

@@ -79,6 +79,14 @@ def test_planes_are_those_of_the_unpacked_checkpoint(tmp_path: Path) -> None:
     )
 
 
+def test_a_small_file_drafts_for_another(tmp_path: Path) -> None:
+    path = gguf_toys.write(gguf_toys.build("llama"), tmp_path / "toy.gguf", gguf_toys.encoded("Q8_0"))
+    with tiercache.offload(path, context=64) as model:
+        wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    with tiercache.offload(path, context=64, drafter=path, draft_nodes=4) as model:
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), wanted)
+
+
 def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
     model = gguf_toys.build("llama")
     whole = gguf_toys.write(model, tmp_path / "whole.gguf")
@@ -236,9 +244,10 @@ def test_the_real_file_is_transformers_own_reading_of_it(real_model: real.RealMo
     configs = [tf.AutoConfig.from_pretrained(folder).to_dict() for folder in (described, real_model.checkpoint)]
     for name in configs[0].keys() - differs:
         assert configs[0][name] == configs[1][name], name
-    assert Checkpoint.open(real_model.gguf).loss.startswith(
-        "weights were quantized to Q4_1 and Q8_0 already (5.7 bits a weight)"
-    )
+    sizes = [convert(path, tmp_path / "store", dry_run=True) for path in (real_model.gguf, real_model.checkpoint)]
+    assert sizes[0].calibration == sizes[1].calibration
+    assert sizes[0].calibration is not None, "the file's tokenizer reads the calibration text"
+    assert sizes[0].loss.startswith("weights were quantized to Q4_1 and Q8_0 already (5.7 bits a weight)")
 
 
 CONVERT = """

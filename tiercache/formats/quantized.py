@@ -31,7 +31,7 @@ class QuantizedFolder(PackedSource):
     """A folder with `quantization_config` in its config.json, which is `settings`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.place, self.title, self._settings = folder, folder.name, settings
+        self.place, self.title, self._settings = folder, _title(folder), settings
         method = settings.get("quant_method")
         if method not in _METHODS:
             raise UnsupportedModelError(
@@ -59,7 +59,7 @@ class QuantizedFolder(PackedSource):
             shutil.copyfile(path, folder / path.name)
         config = json.loads((self.place / "config.json").read_bytes())
         del config["quantization_config"]
-        if not config.keys() & {"dtype", "torch_dtype"}:
+        if not (config.get("dtype") or config.get("torch_dtype")):
             config["dtype"] = str(self._scale_dtype()).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -85,6 +85,11 @@ class QuantizedFolder(PackedSource):
     def _scale_dtype(self) -> torch.dtype:
         scales = (ref.dtype for name, ref in sorted(self._files.items()) if name.endswith(("scales", "weight_scale")))
         return next((DTYPES[dtype] for dtype in scales if dtype in DTYPES), torch.float16)
+
+
+def _title(folder: Path) -> str:
+    """The folder's name; of a Hub's snapshot, which is named by a hash, the model's."""
+    return folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
 def settings_of(folder: Path) -> Mapping[str, Any] | None:
