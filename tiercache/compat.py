@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache as once
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ __all__ = [
     "check_version",
     "generation_output",
     "get_model_conversion_mapping",
+    "gguf_config",
+    "gguf_names",
     "gguf_options",
     "is_stateful",
     "logits_process",
@@ -90,6 +93,41 @@ def gguf_options() -> dict[str, Any]:
     """What `from_pretrained(gguf_file=...)` needs to make plain weights; newer transformers keep the file's blocks."""
     kind = getattr(transformers, "GgufConfig", None)
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def gguf_config(architecture: str, metadata: Mapping[str, Any]) -> transformers.PretrainedConfig:
+    """The configuration that transformers makes of a GGUF file's metadata; raises whatever it finds wrong with them.
+
+    Its own `AutoConfig.from_pretrained(gguf_file=...)` reads every word of the vocabulary for that: seconds.
+    """
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING  # of no use without a GGUF file
+
+    made = {"model_type": {"gemma3": "gemma3_text"}.get(architecture, architecture)}
+    for prefix in (architecture, "tokenizer"):
+        mapping: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[prefix]  # type: ignore[assignment]
+        for name, ours in mapping.items():
+            if ours is not None and f"{prefix}.{name}" in metadata:
+                made[ours] = metadata[f"{prefix}.{name}"]
+    config: transformers.PretrainedConfig = transformers.AutoConfig.for_model(**made)
+    return config
+
+
+def gguf_names(
+    model: transformers.PreTrainedModel, architecture: str
+) -> tuple[dict[str, str], Callable[[str, Any], Any]]:
+    """The parameter that each name of a GGUF file stands for, and what undoes llama.cpp's changes to a tensor.
+
+    The second takes GGUF's name and an array, and returns the array as the checkpoint had it.
+    """
+    # Importing it takes a second, and only a GGUF file needs it.
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    # transformers asks each module again for what its parent has answered: minutes for a large model. Whole names do.
+    asked = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    names: dict[str, str] = get_gguf_hf_weights_map(asked, processor)
+    return names, lambda name, values: processor.process(weights=values, name=name).weights
 
 
 def check_version(version: str = transformers.__version__) -> None:

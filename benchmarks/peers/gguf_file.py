@@ -12,16 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
 
 from tiercache.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    import gguf
 
 FileType = Literal["f16", "bf16", "q4_0"]
 
@@ -45,8 +43,6 @@ def write_gguf(checkpoint: Path, out_file: Path, file_type: FileType) -> None:
 
     Norms stay in 32 bits, as llama.cpp computes them; with q4_0 every matrix is q4_0, head and embedding too.
     """
-    import gguf  # an optional dependency: only this peer needs it
-
     config = _read_config(checkpoint)
     writer = gguf.GGUFWriter(out_file, "llama")
     _add_metadata(writer, config, gguf.LlamaFileType[f"MOSTLY_{file_type.upper()}"])
@@ -68,8 +64,6 @@ def write_random_q4_0(config: dict[str, Any], out_file: Path, seed: int) -> None
 
     Blocks repeat one seeded pool: right about bytes and arithmetic, and written at the disk's speed.
     """
-    import gguf  # an optional dependency: only this peer needs it
-
     kinds = gguf.GGMLQuantizationType
     block, block_bytes = gguf.GGML_QUANT_SIZES[kinds.Q4_0]
     pool = np.random.default_rng(seed).integers(0, 256, (1 << 18, block_bytes), np.uint8)
@@ -167,8 +161,6 @@ def _files_of_tensors(checkpoint: Path) -> dict[str, Path]:
 
 def _encode(tensor: torch.Tensor, encoding: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
     """The bytes of a tensor, as an array."""
-    import gguf  # an optional dependency: only this peer needs it
-
     kinds = gguf.GGMLQuantizationType
     if encoding == kinds.BF16:  # numpy has no such type: its bits
         return tensor.to(torch.bfloat16).view(torch.int16).numpy()

@@ -210,6 +210,7 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
     """
     from tiercache.bench.shapes import SHAPES
     from tiercache.model import meta_model
+    from tiercache.store.checkpoint import resolve
 
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
@@ -217,11 +218,12 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
         return _of_shape(model, precision, context, machine.gpu is not None)
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".gguf"):
         raise UsageError(
-            f"{model!r} is no folder, no file called config.json and none of {', '.join(SHAPES)}; name one of these"
+            f"{model!r} is no folder, no GGUF file, no file called config.json and none of {', '.join(SHAPES)}; "
+            "name one of these"
         )
-    return _imagined(meta_model.read_config(folder), precision, context, machine.gpu is not None)
+    return _imagined(meta_model.read_config(resolve(folder)), precision, context, machine.gpu is not None)
 
 
 @cache

@@ -14,7 +14,8 @@ def of_dry_run(report: dict[str, Any]) -> str:
     return (
         f"{human(report['source_bytes'])} of weights would make a store of {human(report['store_bytes'])} "
         f"({report['store_bytes']} bytes; less where zstd pays); {human(report['free_bytes'])} are free on its disk"
-        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}{_calibrating(report)}\n{_bits(report['bits'])}"
+        f"{f': {human(missing)} ARE MISSING' if missing > 0 else ''}{_calibrating(report)}\n"
+        f"{_bits(report['bits'])}{_lost(report)}"
     )
 
 
@@ -22,6 +23,11 @@ def _bits(bits: dict[str, float]) -> str:
     """Bits a weight, the highest precision first."""
     each = ", ".join(f"{precision} {bits[precision]:.2f}" for precision in sorted(bits, key=lambda name: -bits[name]))
     return f"bits a weight, scales and factors included: {each}"
+
+
+def _lost(report: dict[str, Any]) -> str:
+    """What quantising had cost the weights before; a line of its own."""
+    return f"\n{report['loss']}" if report["loss"] else ""
 
 
 def codes(calibration: dict[str, Any]) -> str:
@@ -53,7 +59,7 @@ def of_conversion(report: dict[str, Any]) -> str:
     return (
         f"{report['store']}: {human(report['store_bytes'])} from {human(report['source_bytes'])} in "
         f"{report['seconds']:.1f} s ({done / report['seconds'] / 1e6:.1f} MB/s; {human(report['resumed_bytes'])} done "
-        f"before; compressed: {', '.join(used) or 'nothing'}); {_bits(report['bits'])}"
+        f"before; compressed: {', '.join(used) or 'nothing'}); {_bits(report['bits'])}{_lost(report)}"
     )
 
 

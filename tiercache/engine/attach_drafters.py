@@ -27,6 +27,7 @@ from tiercache.draft.resident import ResidentDrafter
 from tiercache.engine.drafting import DrafterSpec
 from tiercache.stats.drafting import DraftStats
 from tiercache.stats.run import Stats
+from tiercache.store.checkpoint import Checkpoint
 
 _SURE = 1.0  # tokens: where n-grams expect as many to be accepted, no pass of a model is needed to draft
 # Acceptance rates by rank that are assumed before any were measured, taken from the project's own small model: of a
@@ -72,7 +73,8 @@ def _drafters(
     if spec.ngrams is not None:
         drafters.append(spec.ngrams())
     if spec.small is not None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(spec.small, dtype="auto")
+        small = Checkpoint.open(spec.small).in_place().folder
+        model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype="auto")
         nn.Module.to(model, device)
         drafters.append(
             LmDrafter(model, grower(config.grower), requirements=spec.requirements, capacity=context + config.slots)

@@ -18,6 +18,7 @@ from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
 from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
+from tiercache.progress import note
 from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
@@ -134,9 +135,12 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, show_progress)
     source = Checkpoint.open(folder)
+    if source.loss:
+        note(source.loss, show=show_progress)
     if of_planes(config.precision):
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
+    source = source.in_place(show_progress=show_progress)
     return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
 
 

@@ -1,15 +1,13 @@
 """The original checkpoint, in place: which file bytes hold which parameter of the transformers model.
 
 Resolves a folder or Hub id, builds the model without weights, and maps file names to parameter names with
-transformers' own conversion table (a key in a file need not be the parameter's name). Reads no weights.
+transformers' own conversion table (a key in a file need not be the parameter's name). Reads no weights. Where weights
+are packed (`tiercache.formats`), a parameter is what is computed from its bytes.
 """
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +17,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from tiercache.compat import WeightRenaming, get_model_conversion_mapping
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
+from tiercache.formats.description import described, source_of
+from tiercache.formats.packed import loss
+from tiercache.formats.unpacked import unpacked
 from tiercache.model import meta_model
 from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
+from tiercache.store.identity import fingerprint, of_files
+from tiercache.store.reader import PackedTensor, StoredTensor
 
-_SAMPLES, _SAMPLE_BYTES = 9, 64
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -33,18 +35,18 @@ class Checkpoint:
     Attributes:
         folder, config: where it lies, and its transformers configuration.
         dtype: what its parameters are run in, as `from_pretrained` would choose.
-        tensors: the file bytes of each parameter, by parameter name; tied parameters under the name transformers
-            keeps (the token embedding's).
+        tensors: the file bytes of each parameter, by parameter name, or what they are computed from; tied parameters
+            under the name transformers keeps (the token embedding's).
     """
 
     folder: Path
     config: transformers.PretrainedConfig
     dtype: torch.dtype
-    tensors: dict[str, TensorRef]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, path_or_id: str | Path) -> "Checkpoint":
-        """Read the headers of a folder's or Hub repository's checkpoint.
+        """Read the headers of a folder's or Hub repository's checkpoint, or of a GGUF file.
 
         Raises UsageError where there is no such folder or repository, StoreError where files or tensors are missing or
         cut short, UnsupportedModelError for what tiercache does not run.
@@ -52,12 +54,9 @@ class Checkpoint:
         folder = resolve(path_or_id)
         config = meta_model.read_config(folder)
         meta_model.refuse_experts(config)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UnsupportedModelError(
-                f"{folder} is already quantised; tiercache cuts its own planes: name the 16- or 32-bit checkpoint"
-            )
-        files = read_checkpoint(folder)
-        dtype = _run_dtype(config, files)
+        packed = source_of(folder)
+        plain = read_checkpoint(folder) if packed is None else {}
+        dtype = _run_dtype(config, plain)
         try:
             model = meta_model.build(config, dtype)
         except TiercacheError:
@@ -66,6 +65,7 @@ class Checkpoint:
             raise StoreError(
                 f"{folder / 'config.json'} describes no model that can be built ({error}); download it again"
             ) from error
+        files: Mapping[str, StoredTensor] = plain if packed is None else packed.tensors(model)
         return cls(folder, config, dtype, _by_parameter(model, files, folder))
 
     def model(self) -> transformers.PreTrainedModel:
@@ -77,28 +77,32 @@ class Checkpoint:
 
         It stays the same when the files are copied, sharded otherwise or downloaded again.
         """
-        with ExitStack() as stack:
-            files = {ref.path: stack.enter_context(ref.path.open("rb")) for ref in self.tensors.values()}
+        stored: dict[str, TensorRef] = {}
+        for name, ref in self.tensors.items():
+            parts = ref.parts() if isinstance(ref, PackedTensor) else {"": ref}
+            stored |= {f"{name} {part}".rstrip(): own for part, own in parts.items()}
+        return of_files(stored)
 
-            def read(name: str, offset: int, nbytes: int) -> bytes:
-                ref = self.tensors[name]
-                return os.pread(files[ref.path].fileno(), nbytes, ref.offset + offset)
+    @property
+    def loss(self) -> str:
+        """What quantising has cost the weights before, in words; empty for a checkpoint that nobody quantised."""
+        return loss(self.tensors.values())
 
-            described = {name: (ref.dtype, ref.shape, ref.nbytes) for name, ref in self.tensors.items()}
-            return fingerprint(described, read)
+    def in_place(self, *, show_progress: bool | None = None) -> "Checkpoint":
+        """The same with every tensor as it lies in a file; packed ones are unpacked into `folder` first, once.
 
+        Raises:
+            EnvironmentUnsupportedError: the disk lacks the room.
+            StoreError: what is packed is damaged.
+        """
+        if not any(isinstance(ref, PackedTensor) for ref in self.tensors.values()):
+            return self
+        refs = unpacked(self.folder, self.tensors, self.dtype, show_progress=show_progress)
+        return replace(self, tensors=dict(refs))
 
-def fingerprint(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], read: Callable[[str, int, int], bytes]) -> str:
-    """A hash of tensors' names, dtypes, shapes, and a sample of their bytes.
-
-    `tensors` has the header's dtype, the shape and the bytes of each; `read` takes a name, an offset and a length.
-    """
-    digest = hashlib.sha256()
-    for name, (dtype, shape, nbytes) in sorted(tensors.items()):
-        digest.update(f"{name} {dtype} {list(shape)}\n".encode())
-        for place in range(_SAMPLES):
-            digest.update(read(name, max(0, nbytes - _SAMPLE_BYTES) * place // (_SAMPLES - 1), _SAMPLE_BYTES))
-    return digest.hexdigest()
+    def refs(self) -> dict[str, TensorRef]:
+        """Where each parameter lies; of a checkpoint that is `in_place`."""
+        return {name: ref for name, ref in self.tensors.items() if isinstance(ref, TensorRef)}
 
 
 def identity_in_memory(model: transformers.PreTrainedModel) -> str:
@@ -113,13 +117,24 @@ def identity_in_memory(model: transformers.PreTrainedModel) -> str:
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder of a checkpoint; a Hub id is looked up in the local cache and downloaded if need be."""
+    """The folder of a checkpoint; a Hub id is looked up in the local cache and downloaded if need be.
+
+    Of a GGUF file, and of a checkpoint whose weights are quantised, it is the folder in the cache that describes it.
+    """
+    found = _found(path_or_id)
+    return described(found) or found
+
+
+def _found(path_or_id: str | Path) -> Path:
+    """The folder or GGUF file that was named."""
     name = str(path_or_id)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"{name!r} is neither a folder nor a Hub id such as 'org/model'; check the path")
+    path = Path(name).expanduser()
+    if name and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise UsageError(
+            f"{name!r} is neither a folder nor a Hub id such as 'org/model', and no GGUF file; check the path"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=list(_PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -129,7 +144,7 @@ def resolve(path_or_id: str | Path) -> Path:
         ) from error
 
 
-def _run_dtype(config: transformers.PretrainedConfig, files: dict[str, TensorRef]) -> torch.dtype:
+def _run_dtype(config: transformers.PretrainedConfig, files: Mapping[str, TensorRef]) -> torch.dtype:
     """The configured dtype, else that of the checkpoint's first floating-point tensor, as transformers chooses."""
     configured = getattr(config, "dtype", None)
     if isinstance(configured, torch.dtype):
@@ -138,12 +153,12 @@ def _run_dtype(config: transformers.PretrainedConfig, files: dict[str, TensorRef
 
 
 def _by_parameter(
-    model: transformers.PreTrainedModel, files: dict[str, TensorRef], folder: Path
-) -> dict[str, TensorRef]:
+    model: transformers.PreTrainedModel, files: Mapping[str, StoredTensor], folder: Path
+) -> dict[str, StoredTensor]:
     """Map the checkpoint's names to the parameters of `model`; each must be there, in its shape."""
     parameters = dict(model.named_parameters())  # tied ones once, under the first name
     aliases = _aliases(model)
-    found: dict[str, TensorRef] = {}
+    found: dict[str, StoredTensor] = {}
     for key, ref in files.items():
         name = _parameter_name(model, key, parameters.keys() | aliases.keys())
         name = aliases.get(name, name)

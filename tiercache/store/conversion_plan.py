@@ -36,6 +36,7 @@ class ConversionReport:
         bits: a weight, at each precision, with scales and factors.
         calibration: how codes were chosen, as in the catalogue.
         compression: by file: ratio, what zstd saves and costs in seconds per GB, and whether it is used.
+        loss: what quantising had cost the weights before, in words; empty where nobody had quantised them.
     """
 
     store: str
@@ -49,6 +50,7 @@ class ConversionReport:
     bits: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     compression: Compression | None = None
+    loss: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version."""
@@ -113,6 +115,7 @@ class ConversionPlan:
             **self._calibrating(),
             bits=layout.bits((unit.weights, unit.sizes) for unit in self.units),
             calibration=self.meta["calibration"],
+            loss=self.checkpoint.loss,
         )
 
     def resumed_bytes(self) -> int:

@@ -56,7 +56,8 @@ def convert(
     """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped.
 
     Args:
-        checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded).
+        checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded), or one that is
+            quantised already (`tiercache.formats`): a GGUF file, or a folder of GPTQ, AWQ or compressed-tensors.
         store: folder to make.
         group: weights that share a scale: 32, 64 or 128.
         compress: zstd "on", "off", or "auto" where it saves more time than it costs on the store's disk.

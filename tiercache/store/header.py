@@ -14,6 +14,11 @@ import torch
 from tiercache.errors import StoreError, permissions_named
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be computed in."""
+
+INTEGERS: dict[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""What packed weights are stored in (`tiercache.formats`)."""
+
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -98,8 +103,9 @@ def _tensor(path: Path, base: int, name: str, entry: dict[str, object]) -> Tenso
             raise ValueError("below zero")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: the header's entry for {name!r} cannot be read ({error!r})") from error
-    if dtype in DTYPES:
-        expected = DTYPES[dtype].itemsize * math.prod(dimensions)
+    known = (DTYPES | INTEGERS).get(dtype)
+    if known is not None:
+        expected = known.itemsize * math.prod(dimensions)
         if end - begin != expected:
             raise StoreError(
                 f"{path}: {name!r} should take {expected} bytes, the header gives it {end - begin}; download it again"

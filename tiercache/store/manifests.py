@@ -31,9 +31,10 @@ _ALIGNMENT = 64  # parameters keep their place within a cache line, so that kern
 
 def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
     """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
-    made = _manifest(checkpoint.model(), lambda key, name: plain_unit(key, name, checkpoint.tensors[name]))
+    refs = checkpoint.refs()
+    made = _manifest(checkpoint.model(), lambda key, name: plain_unit(key, name, refs[name]))
     names = {unit.name for unit in made.units}
-    return replace(made, dense={name: ref for name, ref in checkpoint.tensors.items() if name not in names})
+    return replace(made, dense={name: ref for name, ref in refs.items() if name not in names})
 
 
 def check_in_memory(model: transformers.PreTrainedModel) -> None:

@@ -6,11 +6,14 @@ Ordering: reads are queued in the order of the calls and started in that order; 
 buffer belongs to the reader from `read` until its ticket is done, or was cancelled; nobody else may touch it.
 """
 
+import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_all
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from policies.settings import DEFAULT
 from profiler.direct import open_direct
 from tiercache.errors import ClosedError, EnvironmentUnsupportedError, StoreError
 from tiercache.store.format import BLOCK_BYTES, FRAME_BYTES, FileRange, Piece, align, unit_of
-from tiercache.store.header import DTYPES, TensorRef
+from tiercache.store.header import DTYPES, INTEGERS, TensorRef
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -206,14 +209,61 @@ def aligned_buffer(nbytes: int) -> Buffer:
     return raw[start : start + nbytes]
 
 
-def load(reader: Reader, ref: TensorRef) -> torch.Tensor:
+@dataclass(frozen=True)
+class PackedTensor(ABC):
+    """A tensor that its file holds in another form, from which it is computed whenever it is read.
+
+    Attributes:
+        dtype, shape: of what comes out, as in `TensorRef`.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what comes out."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight of what comes out."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    @abstractmethod
+    def encoding(self) -> str:
+        """How it was quantised, for people; empty where it was not."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, TensorRef]:
+        """The stored tensors that it is computed from, each under a name of its own."""
+
+    @abstractmethod
+    def load(self, reader: Reader) -> torch.Tensor:
+        """The tensor, in fresh memory. Raises StoreError where what is stored cannot be meant."""
+
+
+StoredTensor = TensorRef | PackedTensor
+"""A tensor of a checkpoint: it lies in its file as it is, or is packed there."""
+
+
+def load(reader: Reader, ref: StoredTensor) -> torch.Tensor:
     """A tensor of a checkpoint, in fresh memory."""
-    dtype = DTYPES[ref.dtype]
-    unit = unit_of("", [FileRange(ref.path, ref.offset, ref.nbytes, dtype.itemsize)])
+    if isinstance(ref, PackedTensor):
+        return ref.load(reader)
+    dtype = (DTYPES | INTEGERS)[ref.dtype]
+    data = load_bytes(reader, FileRange(ref.path, ref.offset, ref.nbytes, dtype.itemsize))
+    return torch.from_numpy(data).view(dtype).view(ref.shape)
+
+
+def load_bytes(reader: Reader, part: FileRange) -> Buffer:
+    """Bytes of a file, in fresh memory."""
+    unit = unit_of("", [part])
     slot = aligned_buffer(unit.slot_bytes)
     reader.read(unit.pieces, slot).wait()
     at = unit.pieces[0].at
-    return torch.from_numpy(slot[at : at + ref.nbytes]).view(dtype).view(ref.shape)
+    return slot[at : at + part.nbytes]
 
 
 def open_for_reading(path: Path) -> tuple[int, bool]:

@@ -14,9 +14,8 @@ import zstandard
 from tiercache.errors import StoreError
 from tiercache.store.catalog import Extent, UnitRecord
 from tiercache.store.format import FILES, FRAME_BYTES, align
-from tiercache.store.header import TensorRef
 from tiercache.store.layout import UnitPlan
-from tiercache.store.reader import Buffer
+from tiercache.store.reader import Buffer, StoredTensor
 
 Compression = dict[str, dict[str, float | bool]]
 """By file name: what zstd saves and costs, and whether it is used."""
@@ -50,7 +49,7 @@ class Writer:
             os.close(descriptor)
 
     def write(
-        self, unit: UnitPlan, tensors: Mapping[str, TensorRef], blocks: Iterator[dict[str, Buffer]]
+        self, unit: UnitPlan, tensors: Mapping[str, StoredTensor], blocks: Iterator[dict[str, Buffer]]
     ) -> UnitRecord:
         """Append one unit; its record names where it lies."""
         writers = {
@@ -111,7 +110,7 @@ class _ExtentWriter:
             data = data[count:]
 
 
-def record_of(unit: UnitPlan, tensors: Mapping[str, TensorRef], extents: dict[str, Extent]) -> UnitRecord:
+def record_of(unit: UnitPlan, tensors: Mapping[str, StoredTensor], extents: dict[str, Extent]) -> UnitRecord:
     """What the catalogue says of a unit."""
     if unit.dense:
         ref = tensors[unit.parts[0].parameter]
