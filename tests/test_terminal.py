@@ -78,7 +78,7 @@ def test_a_pipe_for_both_gets_lines_and_whole_text(slow: tuple[object, ...]) -> 
     both = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=120).stdout
     shown = both.decode(errors="replace")
     assert shown.startswith("loading torch and transformers: ")
-    assert "\nrun: " in shown
+    assert "\nopening the model: " in shown
     assert "\nprefill: layer 4 of 6, 21 tokens\n" in shown
     assert data(call("run", *options, "--json"))["text"] in shown
 

@@ -186,7 +186,7 @@ class _Rows:
             steps = []
             for task in self._tasks():
                 if task.total is None:
-                    steps.append(Text(task.text(), no_wrap=True, overflow="ellipsis"))
+                    steps.append(Text(task.text()))
                 elif task not in self._ids:
                     self._ids[task] = self._bars.add_task(task.title, total=task.total, completed=task.done)
             for task, place in self._ids.items():

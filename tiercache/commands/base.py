@@ -103,13 +103,13 @@ def options_of_all(
     """Run language models much larger than the GPU they run on: exact, and within a memory budget."""
 
 
-def begin(command: str, as_json: bool, quiet: bool, *, library: bool = True) -> None:
+def begin(title: str, as_json: bool, quiet: bool, *, library: bool = True) -> None:
     """A command begins: something tells from now on that it goes on, until it has a result or has failed.
 
     `library`: it needs torch and transformers, which take seconds to load.
     """
     show = progress(as_json, quiet)
-    HEART.start(command, show=show)
+    HEART.start(title, show=show)
     if library and "transformers" not in sys.modules:
         with step("loading torch and transformers", show=show):
             import torch  # noqa: F401

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from tiercache.commands import run_options, summary
 from tiercache.commands.base import (
@@ -19,6 +20,7 @@ from tiercache.commands.base import (
     StoreFolder,
     app,
     begin,
+    console,
     progress,
     say,
 )
@@ -66,7 +68,7 @@ def chat_command(
 ) -> None:
     """Talk with a model. Answers stream to standard output; with --json each turn is one object there."""
     sampling = run_options.sampling(ctx.params)
-    begin("chat", as_json, quiet)
+    begin("opening the model", as_json, quiet)
     import tiercache
     from tiercache import text as texts
     from tiercache.commands.answering import Speaker
@@ -163,6 +165,8 @@ def _turn(text: str, turns: Any, as_json: bool, quiet: bool) -> None:
             raise
         say(str(error), quiet=False)
         return
-    say("\n".join([*remarks, summary.of_answer(turn)]), quiet or as_json)
+    if not quiet and not as_json:
+        aside = Text("\n".join([*remarks, summary.of_answer(turn)]), style="dim")
+        console().print(aside, soft_wrap=not sys.stderr.isatty())
     if as_json:
         print(json.dumps(turn), flush=True)

@@ -71,7 +71,7 @@ def run_command(
     if chat and raw:
         raise UsageError("--chat and --raw contradict each other; leave one of them out")
     sampling, text = run_options.sampling(ctx.params), _prompt(prompt, model)
-    begin("run", as_json, quiet)
+    begin("opening the model", as_json, quiet)
     import torch
 
     import tiercache
