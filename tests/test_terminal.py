@@ -136,14 +136,22 @@ def test_a_second_ctrl_c_does_not_wait_for_the_layer(slow: tuple[object, ...]) -
 
 
 def test_interrupts_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupts.stopped
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's are ignored
+    try:
+        with Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    seen: list[Any] = []
+            assert interrupts.stopped
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupts.stopped
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seen: list[bool] = []
     thread = threading.Thread(target=lambda: seen.append(Interrupts().__enter__().stopped))  # where no signal comes
     thread.start()
     thread.join()
