@@ -1,6 +1,7 @@
 """The command line as a user meets it: data on stdout, text on stderr, and the exit code of each kind of trouble."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,15 +23,15 @@ PROMPT = "def read_lines(path):\n"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
-def save_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
-    """One token per byte, 0 and 1 for the specials."""
+def save_tokenizer(folder: Path, *, chats: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, 0 and 1 for the specials; a chat template if it `chats`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: place for place, token in enumerate(["<pad>", "<eos>", *alphabet])}
     core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE if chats else None
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -57,6 +58,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "checkpoint"
     save_model(folder)
     save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatting(checkpoint: Path) -> Path:
+    """The same model, with a chat template."""
+    folder = shutil.copytree(checkpoint, checkpoint.parent / "chatting")
+    save_tokenizer(folder, chats=True)
     return folder
 
 
@@ -209,10 +218,31 @@ def test_sampling_follows_its_seed(checkpoint: Path) -> None:
     assert sample(1, "--top-k", 1) == resident(checkpoint, 4)[1]
 
 
-def test_chat_uses_the_template(checkpoint: Path) -> None:
-    _, tokens = resident(checkpoint, 4, "<user>hello<assistant>")
-    result = call("run", checkpoint, "--chat", "--prompt", "hello", "--max-new-tokens", 4, "--json")
+@pytest.mark.parametrize(
+    ("options", "seen", "says"),
+    [
+        ((), "<user>hello<assistant>", "in the chat template (--raw"),
+        (("--chat",), "<user>hello<assistant>", "in the chat template"),
+        (("--raw",), "hello", "prompt as it is"),
+    ],
+)
+def test_the_template_is_the_default(
+    chatting: Path, checkpoint: Path, options: tuple[str, ...], seen: str, says: str
+) -> None:
+    _, tokens = resident(checkpoint, 4, seen)
+    result = call("run", chatting, "--prompt", "hello", "--max-new-tokens", 4, "--json", *options)
     assert data(result)["tokens"] == tokens
+    assert says in result.stderr
+
+
+def test_templates_that_are_not_there_or_not_wanted(checkpoint: Path, chatting: Path) -> None:
+    plain = call("run", checkpoint, "--prompt", "hello", "--max-new-tokens", 2)
+    assert "the tokenizer has no chat template" in plain.stderr
+    without = call("run", checkpoint, "--chat", "--prompt", "hello", "--json")
+    assert "chat template" in refused(without, 2, "UsageError")
+    both = call("run", chatting, "--chat", "--raw", "--prompt", "hello", "--json")
+    assert "contradict" in refused(both, 2, "UsageError")
+    assert "tiercache run" in refused(call("chat", checkpoint, "--json", given="hello\n"), 2, "UsageError")
 
 
 def test_the_bundled_model_is_the_default(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +309,7 @@ def test_absent_gpu_is_an_environment_error(checkpoint: Path) -> None:
 
 
 def test_the_unexpected_is_one_line_unless_debugged(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(*_: object) -> None:
+    def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug\nwith details")
 
     monkeypatch.setattr(cli.running, "_encode", break_down)
@@ -318,15 +348,26 @@ def test_run_drafts(checkpoint: Path, store: Path) -> None:
     assert "nobody" in refused(nobody, 2, "UsageError")
 
 
-def test_interrupted_run(checkpoint: Path) -> None:
-    with start("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 2_000, "--json") as process:
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_an_interrupted_run_tells_what_it_has(checkpoint: Path, option: tuple[str, ...]) -> None:
+    expected, _ = resident(checkpoint, 200)
+    with start("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 20_000, *option) as process:
         assert process.stderr is not None
-        assert "each pass needs" in process.stderr.readline()
+        while "each pass needs" not in process.stderr.readline():
+            pass
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert json.loads(stdout)["exit_code"] == 130
-    assert "interrupted" in stderr
+    text = stdout.removesuffix("\n")
+    if option:
+        found = json.loads(stdout)
+        assert found["finish_reason"] == "cancelled"
+        text = found["text"]
+    assert len(text) > 10
+    assert expected.startswith(text[:100])
+    assert "interrupted: this is what was written until then" in stderr
+    assert "tokens/s; kernels" in stderr
     assert "Traceback" not in stderr
 
 

@@ -40,7 +40,7 @@ ONE_FILE_RULES = {
 LADDER = (
     *("errors", "compat", "config.sizes", "config.drafting", "config.options"),
     *("stats.neurons", "stats.drafting", "stats.run"),
-    *("notebook", "progress", "text", "pictures", "tiers.device"),
+    *("display", "notebook", "progress", "text", "pictures", "tiers.device"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),
     *("quant.gptq", "quant.tune", "quant.corpus"),

@@ -1,75 +1,76 @@
-"""How long work tells of itself: bytes done, rate and time left, to a terminal or to a caller's function.
+"""How long work tells of itself: bars, steps and notes, on standard error.
 
-Knows nothing of the work.
+`show` is the same everywhere: False says nothing, None and True show it, as rows where standard error is a terminal
+and elsewhere as a line every few seconds. In a notebook a bar is tqdm's. Knows nothing of the work.
 """
 
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from tiercache import notebook
+from tiercache.display import Display, Task
 
 Advance = Callable[[int], None]
-_LINE_EVERY_S = 10.0
+Tell = Callable[[str], None]
+DISPLAY = Display()  # one for the process, as standard error is
 
 
 def note(text: str, *, show: bool | None = None) -> None:
-    """A line on standard error about something that takes a while; `show` as for `bar`."""
-    if sys.stderr.isatty() if show is None else show:
-        print(text, file=sys.stderr, flush=True)
+    """A line on standard error about something that takes a while."""
+    DISPLAY.note(text, shown=show is not False)
+
+
+@contextmanager
+def step(title: str, *, show: bool | None = None) -> Iterator[Tell]:
+    """Work whose end nobody can tell; calls of what it yields say in words how far it is."""
+    with _under_way(Task(title, shown=show is not False)) as task:
+        yield task.tell
 
 
 @contextmanager
 def bar(title: str, total_bytes: int, *, done_bytes: int = 0, show: bool | None = None) -> Iterator[Advance]:
-    """A progress bar on standard error; calls of what it yields add bytes.
+    """A progress bar; calls of what it yields add bytes.
 
     Args:
         title: what is being done.
         total_bytes: the whole of it.
         done_bytes: what an earlier run has done already.
-        show: draw it; None means where standard error is a terminal or a notebook, and elsewhere, in a log, a line now
-            and then.
+        show: see above.
     """
     if show is not False and notebook.here():
         with notebook.bar(title, total_bytes, done_bytes) as advance:
             yield advance
         return
-    visible = sys.stderr.isatty() if show is None else show
-    if show is None and not visible:
-        yield _lines(title, total_bytes, done_bytes)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not visible
-    ) as progress:
-        task = progress.add_task(title, total=total_bytes, completed=done_bytes)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with _under_way(Task(title, total_bytes, done_bytes, shown=show is not False)) as task:
+        yield task.advance
 
 
-def _lines(title: str, total_bytes: int, done_bytes: int) -> Advance:
-    """Writes a line for a log every ten seconds, while there is something to tell."""
-    begin = told = time.monotonic()
-    done = done_bytes
+class Heart:
+    """The task of a whole command, which outlives no result."""
 
-    def advance(nbytes: int) -> None:
-        nonlocal done, told
-        done += nbytes
-        now = time.monotonic()
-        if now - told < _LINE_EVERY_S or not done > done_bytes:
-            return
-        told = now
-        left_s = (total_bytes - done) * (now - begin) / (done - done_bytes)
-        print(f"{title}: {done / max(1, total_bytes):.0%}, {left_s:.0f} s left", file=sys.stderr, flush=True)
+    def __init__(self) -> None:
+        self._task: Task | None = None
 
-    return advance
+    def start(self, title: str, *, show: bool | None = None) -> None:
+        """The command is under way."""
+        self.stop()
+        self._task = Task(title, shown=show is not False)
+        DISPLAY.begin(self._task)
+
+    def stop(self) -> None:
+        """It has told its result, or writes text from now on; harmless when done twice."""
+        if self._task is not None:
+            DISPLAY.end(self._task)
+            self._task = None
+
+
+HEART = Heart()
+
+
+@contextmanager
+def _under_way(task: Task) -> Iterator[Task]:
+    DISPLAY.begin(task)
+    try:
+        yield task
+    finally:
+        DISPLAY.end(task)

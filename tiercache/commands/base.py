@@ -7,6 +7,8 @@ Standard output carries data only: generated text, or one line of JSON. What wen
 import json
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,12 +19,13 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tiercache import __version__
-from tiercache.errors import DoesNotFitError, TiercacheError
+from tiercache.errors import DoesNotFitError, TiercacheError, UsageError
+from tiercache.progress import DISPLAY, HEART, note, step
 
 # The commands import the library when they run, since torch and transformers take seconds that `--help` and a mistyped
 # option should not cost.
 
-_UNEXPECTED, ENVIRONMENT, _INTERRUPTED = 1, 5, 130
+_UNEXPECTED, ENVIRONMENT, INTERRUPTED = 1, 5, 130
 _FILE_WIDTH = 140  # columns of tables in a file
 # typer's own complaints about arguments; its name for the class has moved between versions.
 _ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
@@ -53,20 +56,23 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with _log(ctx.params["log"]):
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except _ArgumentError as error:
             _print_error(error, str(error), 2, ctx.obj)
             raise  # typer shows it beside the command's usage
         except KeyboardInterrupt as error:
-            raise _failed(error, "interrupted", _INTERRUPTED, ctx.obj, False) from error
+            raise _failed(error, "interrupted", INTERRUPTED, ctx.obj, False) from error
         except TiercacheError as error:
             raise _failed(error, str(error), error.exit_code, ctx.obj, ctx.params["debug"]) from error
         except Exception as error:
             message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             message += "" if ctx.params["debug"] else "; for the traceback: tiercache --debug COMMAND ..."
             raise _failed(error, message, _UNEXPECTED, ctx.obj, ctx.params["debug"]) from error
+        finally:
+            HEART.stop()
 
 
 app = typer.Typer(
@@ -89,6 +95,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options_of_all(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Also tell of progress at the end of this file.")] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -96,8 +103,22 @@ def options_of_all(
     """Run language models much larger than the GPU they run on: exact, and within a memory budget."""
 
 
+def begin(title: str, as_json: bool, quiet: bool, *, library: bool = True) -> None:
+    """A command begins: something tells from now on that it goes on, until it has a result or has failed.
+
+    `library`: it needs torch and transformers, which take seconds to load.
+    """
+    show = progress(as_json, quiet)
+    HEART.start(title, show=show)
+    if library and "transformers" not in sys.modules:
+        with step("loading torch and transformers", show=show):
+            import torch  # noqa: F401
+            import transformers  # noqa: F401
+
+
 def console() -> Console:
     """Where people read; in a file or a pipe, where nobody knows how wide it is, tables are cut off less."""
+    HEART.stop()  # a table would be written into its row
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
 
 
@@ -108,15 +129,34 @@ def progress(as_json: bool, quiet: bool) -> bool | None:
 
 def say(text: str, quiet: bool) -> None:
     """A line for people."""
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
+    note(text, show=not quiet)
 
 
 def tell(text: str, plain: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """A result: for people, and for programs where it is wanted."""
-    say(text, quiet)
+    HEART.stop()
+    if text:
+        say(text, quiet)
     if as_json:
         print(json.dumps(plain), flush=True)
+
+
+@contextmanager
+def _log(file: Path | None) -> Iterator[None]:
+    """Tells of progress within in a file as well, and of what ended it."""
+    if file is None:
+        yield
+        return
+    try:
+        opened = Path(file).expanduser().open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}); name another file with --log") from error
+    with opened, DISPLAY.logging(opened):
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            note(f"ended by {type(error).__name__}: {error}", show=False)
+            raise
 
 
 def _failed(error: BaseException, message: str, exit_code: int, as_json: bool, debug: bool) -> typer.Exit:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.commands.base import Json, LinkGbps, Quiet, app, progress, tell
+from tiercache.commands.base import Json, LinkGbps, Quiet, app, begin, progress, tell
 from tiercache.commands.old_bench import OldSpelling
 from tiercache.commands.running import PICO
 from tiercache.config.options import STORE_PRECISION
@@ -49,6 +49,7 @@ def model_command(
     quiet: Quiet = False,
 ) -> None:
     """Time a model of random weights against the roofs of the disk and of main memory."""
+    begin("bench model", as_json, quiet)
     from tiercache.bench import model
 
     given = arguments({**ctx.params, "folder": folder})
@@ -68,6 +69,7 @@ def kernels_command(
     quiet: Quiet = False,
 ) -> None:
     """Time the products of planes against the memory's roof."""
+    begin("bench kernels", as_json, quiet)
     from tiercache.bench import kernels, kernels_report
 
     result = kernels.bench(kernels.Options(**arguments(ctx.params)))
@@ -100,6 +102,7 @@ def drafters_command(
     quiet: Quiet = False,
 ) -> None:
     """Time decoding with each drafter against plain decoding."""
+    begin("bench drafters", as_json, quiet)
     from tiercache.bench import drafters as benchmark
     from tiercache.bench import drafters_options, drafters_report
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, Store, app, progress, say, tell
+from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, Store, app, begin, progress, say, tell
 from tiercache.config.options import STORE_PRECISION
 
 
@@ -28,6 +28,7 @@ def calibrate_command(
     quiet: Quiet = False,
 ) -> None:
     """Learn from a text what a store's neurons are worth, for mixed mode; goes on where it was interrupted."""
+    begin("calibrate", as_json, quiet)
     from tiercache.calibrate.command import calibrate
     from tiercache.calibrate.report import report
 

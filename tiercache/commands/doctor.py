@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tiercache.commands.base import ENVIRONMENT, Json, Quiet, app, console, tell
+from tiercache.commands.base import ENVIRONMENT, Json, Quiet, app, begin, console, tell
 
 
 @app.command("doctor")
@@ -15,6 +15,7 @@ def doctor_command(
     quiet: Quiet = False,
 ) -> None:
     """Look at this machine; exit code 5 if something will not work."""
+    begin("doctor", as_json, quiet, library=False)  # which may not be here
     from tiercache.doctor import report
 
     checks = report.diagnose(store)

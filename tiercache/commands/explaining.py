@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from profiler.energy import G_PER_KWH, LIFETIME_YEARS
 from profiler.figure import ERROR
-from tiercache.commands.base import Json, Quiet, console, tell
+from tiercache.commands.base import Json, Quiet, begin, console, tell
 from tiercache.commands.machine_options import (
     DRAFT_DEPTH,
     DRAM_KIND,
@@ -78,6 +78,7 @@ def explain_command(
     quiet: Quiet = False,
 ) -> None:
     """Explain a prediction or a run: where each millisecond of a token goes, what binds, and what would bind next."""
+    begin("explain", as_json, quiet, library=False)  # a file needs none of it
     from tiercache.engine.explanation import explanation
 
     path = Path(model).expanduser()

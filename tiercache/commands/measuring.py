@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from profiler.hardware import Hardware
-from tiercache.commands.base import Json, Quiet, console, progress, tell
+from tiercache.commands.base import Json, Quiet, begin, console, progress, tell
 from tiercache.commands.predicting import profile
 from tiercache.config.sizes import human
 from tiercache.errors import UsageError
@@ -27,6 +27,7 @@ def probe_command(
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine, for predict --gpu this. Takes one to three minutes; leaves one file in the cache."""
+    begin("probe", as_json, quiet)
     from tiercache.bench.machine_probe import probe_machine
     from tiercache.engine import probe_cache
     from tiercache.engine.machine import resolve_device
@@ -53,6 +54,7 @@ def validate_command(
     quiet: Quiet = False,
 ) -> None:
     """Predict passes by what the probe measured, run them, compare, and keep the pairs."""
+    begin("validate", as_json, quiet)
     from tiercache.bench.validation import validate
     from tiercache.engine import probe_cache
     from tiercache.engine.machine import resolve_device

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from policies.run_plan import Decision, RunPlan
 from profiler.planner import TIE
-from tiercache.commands.base import Json, Quiet, console, progress, tell
+from tiercache.commands.base import Json, Quiet, begin, console, progress, tell
 from tiercache.commands.machine_options import (
     DRAFT_DEPTH,
     DRAM_KIND,
@@ -73,6 +73,7 @@ def plan_command(
     quiet: Quiet = False,
 ) -> None:
     """Choose how to run a model: precision, drafting, who multiplies, prefetch and reads; and say why."""
+    begin("plan", as_json, quiet)
     from tiercache.engine.planning import write_plan
 
     wanted = precisions.split(",")

@@ -14,7 +14,7 @@ from profiler.hardware import Hardware
 from profiler.workload import Workload
 from tiercache import pictures
 from tiercache.commands import charts, text_charts
-from tiercache.commands.base import Json, Quiet, console, say, tell
+from tiercache.commands.base import Json, Quiet, begin, console, say, tell
 from tiercache.commands.machine_options import (
     DRAFT_DEPTH,
     DRAM_KIND,
@@ -79,6 +79,7 @@ def plot_command(
     quiet: Quiet = False,
 ) -> None:
     """Draw a prediction: as a picture with --out, which needs matplotlib, or as text."""
+    begin("plot", as_json, quiet)
     if out is not None:
         pictures.check(out, charts.OPTION)
     if kind == "roofline" and len(gpus) > 1:

@@ -11,7 +11,7 @@ from rich.table import Table
 from profiler.energy import G_PER_KWH, LIFETIME_YEARS
 from profiler.figure import ERROR
 from profiler.hardware import Catalogue
-from tiercache.commands.base import Commands, Json, Quiet, console, options_of_all, tell
+from tiercache.commands.base import Commands, Json, Quiet, begin, console, options_of_all, tell
 from tiercache.commands.machine_options import (
     DRAFT_DEPTH,
     DRAM_KIND,
@@ -77,6 +77,7 @@ def predict_command(
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second of a model on a machine, from data sheets or from what probe measured here."""
+    begin("predict", as_json, quiet)
     result = Question.of(ctx.params).answer()
     tell(report(result), result, as_json, quiet)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, StoreFolder, app, progress, tell
+from tiercache.commands.base import Device, Dram, Hbm, Json, Quiet, StoreFolder, app, begin, progress, tell
 from tiercache.config.options import STORE_PRECISION
 
 
@@ -38,6 +38,7 @@ def quality_command(
     quiet: Quiet = False,
 ) -> None:
     """Measure what each mode loses against exact weights, and what it costs a token."""
+    begin("quality", as_json, quiet)
     from tiercache.quality.command import quality
     from tiercache.quality.report import report
 

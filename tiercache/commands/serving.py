@@ -7,8 +7,22 @@ from urllib.parse import quote
 
 import typer
 
-from tiercache.commands import running, summary
-from tiercache.commands.base import Device, Dram, Hbm, Json, LinkGbps, Quiet, StoreFolder, app, progress, say, tell
+from tiercache.commands import run_options, summary
+from tiercache.commands.base import (
+    Device,
+    Dram,
+    Hbm,
+    Json,
+    LinkGbps,
+    Quiet,
+    StoreFolder,
+    app,
+    begin,
+    memory_option,
+    progress,
+    say,
+    tell,
+)
 from tiercache.errors import EnvironmentUnsupportedError
 
 
@@ -27,26 +41,26 @@ def serve_command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="New tokens of an answer at most.")] = None,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request at most.")] = 4 << 20,
     allow_host: Annotated[list[str] | None, typer.Option(help="Further names that requests may use; several.")] = None,
-    logits: Annotated[int | None, typer.Option(min=1, help="Tokens that a pass scores for echo; 512.")] = None,
-    precision: running._Precision = None,
+    logits: Annotated[int | None, memory_option(min=1, help="Tokens that a pass scores for echo; 512.")] = None,
+    precision: run_options.Precision = None,
     hbm: Hbm = "auto",
     dram: Dram = "auto",
     link_gbps: LinkGbps = None,
-    cpu_tokens: running._CpuTokens = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer at most; 4096.")] = None,
-    mode: running._Mode = "exact",
-    bytes_per_token: running._BytesPerToken = None,
-    max_loss: running._MaxLoss = None,
-    policy: running._Policy = "auto",
-    max_fetches: running._MaxFetches = None,
-    plan: running._Plan = "auto",
-    force_plan: running._ForcePlan = False,
-    drafter: running._Drafter = "none",
-    draft_nodes: running._DraftNodes = None,
-    draft_depth: running._DraftDepth = None,
+    cpu_tokens: run_options.CpuTokens = None,
+    context: Annotated[int | None, memory_option(min=1, help="Tokens of prompt and answer at most; 4096.")] = None,
+    mode: run_options.Mode = "exact",
+    bytes_per_token: run_options.BytesPerToken = None,
+    max_loss: run_options.MaxLoss = None,
+    policy: run_options.Policy = "auto",
+    max_fetches: run_options.MaxFetches = None,
+    plan: run_options.Plan = "auto",
+    force_plan: run_options.ForcePlan = False,
+    drafter: run_options.Drafter = "none",
+    draft_nodes: run_options.DraftNodes = None,
+    draft_depth: run_options.DraftDepth = None,
     store: StoreFolder = None,
     device: Device = "auto",
-    checks: running._Checks = False,
+    checks: run_options.Checks = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,15 +75,13 @@ def serve_command(
             f"serving needs packages that are not installed ({error.name}); install them: pip install "
             "'tiercache[serve]'"
         ) from error
+    begin("opening the model", as_json, quiet)
     import tiercache
     from tiercache.store.checkpoint import resolve
-    from tiercache.text import load_tokenizer
 
     folder = resolve(model)
-    tokenizer = load_tokenizer(folder)
-    options = {option: ctx.params[option] for option in running._OF_OFFLOAD}
-    options |= running._drafting(drafter, draft_nodes, draft_depth) | {"precision": precision}
-    options |= {option: ctx.params[option] for option in ("context", "logits") if ctx.params[option] is not None}
+    tokenizer = run_options.tokenizer_of(folder)
+    options = run_options.offload_options(ctx.params, context, logits)
     called = name or _name(model, folder)
 
     def log(method: str, path: str, status: int, seconds: float) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tiercache.commands import summary
-from tiercache.commands.base import Json, Quiet, Store, app, progress, say, tell
+from tiercache.commands.base import Json, Quiet, Store, app, begin, progress, say, tell
 from tiercache.config.options import CALIBRATION_TOKENS
 from tiercache.config.sizes import human
 
@@ -34,6 +34,7 @@ def convert_command(
     quiet: Quiet = False,
 ) -> None:
     """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped."""
+    begin("convert", as_json, quiet)
     from tiercache.store.convert import convert
 
     partial = store.expanduser().with_name(store.name + ".partial")
@@ -51,6 +52,7 @@ def convert_command(
 @app.command("verify")
 def verify_command(store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
     """Check every byte of a plane store, and of its calibration, against their checksums."""
+    begin("verify", as_json, quiet)
     from tiercache.store import calibration
     from tiercache.store.planestore import PlaneStore
 
@@ -65,6 +67,7 @@ def verify_command(store: Store, as_json: Json = False, quiet: Quiet = False) ->
 @app.command("inspect")
 def inspect_command(store: Store, as_json: Json = False, quiet: Quiet = False) -> None:
     """Say what is in a plane store."""
+    begin("inspect", as_json, quiet)
     from tiercache.store.planestore import PlaneStore
 
     found = PlaneStore.open(store).describe()

@@ -6,6 +6,7 @@ from tiercache.config.options import of_planes
 from tiercache.config.sizes import human
 
 _DEPTHS = 8  # that acceptance is told of
+_TIER_NAMES = {"ssd": "SSD", "link": "link", "dram": "DRAM"}
 
 
 def of_dry_run(report: dict[str, Any]) -> str:
@@ -121,6 +122,27 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
     if stats["lossy"]:
         lines.append("notice: this run was lossy: another text than the weights at this precision would have given")
     return "\n".join(lines)
+
+
+def of_answer(answer: dict[str, Any]) -> str:
+    """What one answer took, in a line."""
+    first_s, reused = answer["first_token_s"], answer["reused_tokens"]
+    kept = f" ({reused} of them kept from the turn before)" if reused else ""
+    waited = "" if first_s is None else f", first after {first_s:.2f} s"
+    line = f"{answer['prompt_tokens']} tokens read{kept}, {len(answer['tokens'])} written{waited}"
+    if answer["tokens_per_s"] is None:
+        return line
+    per_pass = answer["tokens_per_pass"]
+    drafted = "" if per_pass is None else f", {per_pass:.2f} tokens a pass"
+    return "; ".join([f"{line}, then {answer['tokens_per_s']:.2f} tokens/s{drafted}", *of_bytes(answer)])
+
+
+def of_bytes(figures: dict[str, Any]) -> list[str]:
+    """A line of the bytes that each token moved, by tier; none where too few tokens came to tell."""
+    if figures["bytes_per_token"] is None:
+        return []
+    each = ", ".join(f"{_TIER_NAMES[name]} {human(count)}" for name, count in figures["bytes_per_token"].items())
+    return [f"a token moved: {each}"]
 
 
 def of_energy(energy: dict[str, Any] | None) -> list[str]:

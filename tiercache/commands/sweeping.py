@@ -12,7 +12,7 @@ from profiler.hardware import Hardware
 from profiler.workload import Workload
 from tiercache import pictures
 from tiercache.commands import charts, text_charts
-from tiercache.commands.base import Json, Quiet, console, say, tell
+from tiercache.commands.base import Json, Quiet, begin, console, say, tell
 from tiercache.commands.machine_options import (
     DRAM,
     DRAM_KIND,
@@ -47,6 +47,7 @@ def sweep_command(
     quiet: Quiet = False,
 ) -> None:
     """Predict tokens a second on every combination of some cards, memories, SSDs and precisions."""
+    begin("sweep", as_json, quiet)
     if out is not None:
         pictures.check(out, charts.OPTION)
     known, rows = known_hardware(file), []
