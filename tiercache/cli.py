@@ -1,8 +1,8 @@
 """The command line: `tiercache COMMAND`. Decides nothing of its own; see `tiercache.commands`."""
 
-from tiercache.commands import base, bench, calibrate, doctor, quality, running, stores
+from tiercache.commands import base, bench, cache, calibrate, doctor, quality, running, stores
 
-__all__ = ["app", "bench", "calibrate", "doctor", "main", "quality", "running", "stores"]
+__all__ = ["app", "bench", "cache", "calibrate", "doctor", "main", "quality", "running", "stores"]
 
 app = base.app
 
