@@ -42,6 +42,12 @@ class Block:
             if words:
                 yield words
 
+    def answers(self) -> list[tuple[list[str], list[str]]]:
+        """Of a console: each command that has an answer, and its lines."""
+        parts = re.split(r"^\$ ", self.text, flags=re.MULTILINE)[1:] if self.language == "console" else []
+        found = [(shlex.split(part.splitlines()[0]), part.splitlines()[1:]) for part in parts]
+        return [each for each in found if each[1]]
+
 
 def text_of(page: str) -> str:
     """A page."""

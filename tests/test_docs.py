@@ -95,7 +95,7 @@ def test_what_a_page_shows_runs(page: str, folder: Path, monkeypatch: pytest.Mon
         elif block.language in documented.SHELLS:
             for words in block.commands():
                 run(words, folder, where, monkeypatch)
-        else:
+        else:  # what a program prints, or reads
             assert block.language in ("json", "toml", "text"), f"{where}: is this {block.language!r} to be run?"
 
 
@@ -173,6 +173,16 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.answers() for block in documented.blocks(page))])
+def test_answers_are_what_is_printed(page: str) -> None:
+    """Of predictions by data sheets, which are the same everywhere; with the models that are named."""
+    for block in documented.blocks(page):
+        for words, lines in block.answers():
+            assert words[:2] == ["tiercache-profile", "predict"], "what else prints the same everywhere?"
+            printed = CliRunner(env={"NO_COLOR": "1"}).invoke(profile, words[1:]).stderr
+            assert printed.startswith("\n".join(lines)), f"{page}:{block.line}\n{printed}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_within_sentences_exist(page: str) -> None:
     for words in documented.mentioned(page):
@@ -233,4 +243,6 @@ def test_a_wrong_command_is_found(text: str, folder: Path, monkeypatch: pytest.M
 def test_commands_are_read_as_a_shell_does() -> None:
     text = "a 'b c'  # no\n\nd && e \\\n    f\n"
     assert list(Block("", text, 1).commands()) == [["a", "b c"], ["d"], ["e", "f"]]
-    assert list(Block("console", "$ a b\nan answer\n$ c\n", 1).commands()) == [["a", "b"], ["c"]]
+    console = Block("console", "$ a b\nan answer\n$ c\n", 1)
+    assert list(console.commands()) == [["a", "b"], ["c"]]
+    assert console.answers() == [(["a", "b"], ["an answer"])]
