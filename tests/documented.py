@@ -40,7 +40,7 @@ class Block:
                 yield words[:place]
                 words = words[place + 1 :]
             if words:
-                yield words
+                yield words  # what is piped into it, and "|", come first
 
     def answers(self) -> list[tuple[list[str], list[str]]]:
         """Of a console: each command that has an answer, and its lines."""

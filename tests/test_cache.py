@@ -33,8 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plane_store: Folders) 
     (home / "stores" / "half.partial").mkdir()
     (home / "stores" / "half.partial" / "journal.mdb").write_bytes(bytes(5000))
     (home / "stores" / "mine").mkdir()
-    (home / "imported" / "file").mkdir(parents=True)
-    (home / "imported" / "file" / "config.json").write_text("{}")
+    (home / "imports" / "file").mkdir(parents=True)
+    (home / "imports" / "file" / "packed-origin").touch()
     (home / "real" / "small").mkdir(parents=True)
     (home / "real" / "small" / "small.gguf").touch()
     (home / "kernels").mkdir()
@@ -54,7 +54,7 @@ def kinds() -> dict[str, str]:
 def test_every_kind_is_known_by_what_is_in_it(home: Path) -> None:
     expected = {
         "hub": "other",
-        "imported/file": "imported checkpoint",
+        "imports/file": "imported checkpoint",
         "kernels": "kernels",
         "probe.mdb": "probe and actuals",
         "real/small": "real model",
@@ -108,9 +108,9 @@ def test_nothing_else_can_be_named(home: Path, name: str) -> None:
 def test_names_or_all(home: Path) -> None:
     for arguments in ((), ("kernels", "--all")):
         assert "or --all" in refused(call("cache", "remove", *arguments, "--json"), 2, "UsageError")
-    shutil.copytree(home / "stores" / "whole", home / "imported" / "whole")
+    shutil.copytree(home / "stores" / "whole", home / "imports" / "whole")
     twice = refused(call("cache", "remove", "whole", "--yes", "--json"), 2, "UsageError")
-    assert "imported/whole or stores/whole" in twice
+    assert "imports/whole or stores/whole" in twice
 
 
 def test_a_terminal_is_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

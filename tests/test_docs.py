@@ -115,6 +115,11 @@ def replaced(text: str, folder: Path) -> str:
 
 def run(words: list[str], folder: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command, or parse it where the table says so; its exit code is 0."""
+    given = None
+    if "|" in words:  # what a shell's own program writes is what ours reads
+        place = words.index("|")
+        given = subprocess.run(words[:place], capture_output=True, text=True, check=True).stdout
+        words = words[place + 1 :]
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         monkeypatch.setenv(*words[0].split("=", 1))
         words = words[1:]
@@ -128,7 +133,7 @@ def run(words: list[str], folder: Path, where: str, monkeypatch: pytest.MonkeyPa
     for begin, options in SHORTER.items():
         if shown.startswith(begin):
             meant += [option for option in options if option not in meant]
-    done = CliRunner(env={"NO_COLOR": "1"}).invoke(APPS[words[0]], meant[1:])
+    done = CliRunner(env={"NO_COLOR": "1"}).invoke(APPS[words[0]], meant[1:], input=given)
     assert done.exit_code == 0, f"{where}: {shown}\n{done.stderr}"
 
 
@@ -219,6 +224,11 @@ def anchors(text: str) -> Iterator[str]:
     """Of headings, as GitHub makes them."""
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_a_pipe_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = Block("", "printf 'a\\nb' | tiercache run MODEL --prompt - --max-new-tokens 1\n", 1).commands()
+    run(words, folder, "here", monkeypatch)
 
 
 @pytest.mark.parametrize(

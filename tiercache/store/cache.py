@@ -19,7 +19,8 @@ from tiercache.store.journal import JOURNAL_FILE
 
 OTHER, HALF_REMOVED = "other", "half removed"
 _REMOVING = ".removing-"  # an entry that is about to go has this before its name
-_SHELVES = ("stores", "imported", "real")  # folders whose own folders are entries
+_SHELVES = ("stores", "imports", "real")  # folders whose own folders are entries
+_ORIGIN_FILE = "packed-origin"  # of an imported checkpoint: what it was made from
 _PROBE_FILES = ("probe.mdb", "probe.mdb-lock")
 
 
@@ -132,7 +133,7 @@ def _holds_kernels(path: Path) -> bool:
 _KINDS: tuple[tuple[str, str, Callable[[Path], bool]], ...] = (
     ("plane store", "stores", lambda path: (path / CATALOG_FILE).is_file()),
     ("unfinished store", "stores", lambda path: path.suffix == ".partial" and (path / JOURNAL_FILE).is_file()),
-    ("imported checkpoint", "imported", lambda path: (path / IN_USE_FILE).is_file()),
+    ("imported checkpoint", "imports", lambda path: (path / _ORIGIN_FILE).is_file()),
     ("real model", "real", lambda path: any(path.glob("*.gguf"))),
     ("kernels", "kernels", _holds_kernels),
     ("probe and actuals", _PROBE_FILES[0], Path.is_file),
