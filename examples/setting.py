@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiercache.config.options import home_folder
+from tiercache.config.environment import home_folder
 
 HERE = Path(__file__).parent
 SMOL = "SmolLM2-135M-Instruct"

@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from benchmarks.real import model as real
-from tiercache.config.options import home_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.store import estimate
 from tiercache.store.convert import convert

@@ -4,10 +4,8 @@ import gc
 import re
 import shutil
 import weakref
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from tiercache.draft.base import Context, Drafter, DrafterRequirements, Feedback
 from tiercache.draft.cascade import Cascade
 from tiercache.draft.grow import grower
 from tiercache.draft.lm import LmDrafter
-from tiercache.draft.ngram.growth import grow_tree
 from tiercache.draft.ngram.learned import Learned
 from tiercache.draft.ngram.lookup import PromptLookup
 from tiercache.draft.ngram.recycling import TokenRecycling
@@ -699,24 +696,6 @@ def test_what_a_drafter_raises_is_raised(checkpoint: Folders) -> None:
 # ---------------------------------------------------------------- drafters of one's own, and by name
 
 
-class Bigram(Drafter):
-    """The example of docs/drafting.md."""
-
-    name = "bigram"
-    requirements = DrafterRequirements(host_bytes=1 << 20)
-
-    def propose(self, budget: TreeBudget) -> DraftTree:
-        follows: dict[int, Counter[int]] = defaultdict(Counter)
-        for token, after in pairwise(self.context.tokens):
-            follows[token][after] += 1
-
-        def expand(token: int) -> list[tuple[int, float, float, int]]:
-            total = follows[token].total() + 1
-            return [(after, count / total, 1.0, after) for after, count in follows[token].most_common(4)]
-
-        return grow_tree(self.context.tokens[-1], expand, budget, self.context)
-
-
 class Wrong(Drafter):
     name = "wrong"
 
@@ -724,11 +703,10 @@ class Wrong(Drafter):
         return [1, 2, 3]
 
 
-def test_a_drafter_of_one_s_own(plane_store: Folders, texts: Texts) -> None:
-    for drafter in (Bigram(), "lookup"):
-        with opened(plane_store("llama"), drafter=drafter, draft_fixed=True) as model:
-            assert generate(model, None, NEW) == texts("llama")[None]
-            assert model.tiercache.stats().drafting.drafters == ("bigram" if drafter != "lookup" else "lookup",)
+def test_a_drafter_by_name_and_one_that_proposes_no_tree(plane_store: Folders, texts: Texts) -> None:
+    with opened(plane_store("llama"), drafter="lookup", draft_fixed=True) as model:
+        assert generate(model, None, NEW) == texts("llama")[None]
+        assert model.tiercache.stats().drafting.drafters == ("lookup",)
     refused = pytest.raises(DraftError, match="proposed a list, not a DraftTree")
     with opened(plane_store("llama"), drafter=Wrong(), draft_fixed=True) as model, refused:
         generate(model, None, NEW)

@@ -26,6 +26,7 @@ PUBLIC_ENTRIES = {
 ONE_FILE_RULES = {
     r"\.type [!=]= \"(cpu|cuda)\"": ("tiercache/tiers/device.py",),
     r"\.given\b": ("tiercache/engine/source.py",),
+    r"os\.environ|getenv|environb": ("tiercache/config/environment.py",),
     r"fcntl\.flock": ("tiercache/store/folders.py",),
     r"\bO_DIRECT\b": ("profiler/direct.py",),
     r"madvise": ("profiler/hugepages.py",),
@@ -38,7 +39,15 @@ ONE_FILE_RULES = {
 # stands for all of its files, which may import one another; "tiercache" is the package's own face, which hands out
 # the engine.
 LADDER = (
-    *("errors", "compat", "config.sizes", "config.drafting", "config.options"),
+    *(
+        "errors",
+        "compat",
+        "config.sizes",
+        "config.environment",
+        "config.cache_folder",
+        "config.drafting",
+        "config.options",
+    ),
     *("stats.neurons", "stats.drafting", "stats.run"),
     *("display", "notebook", "progress", "text", "pictures", "tiers.device"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
@@ -48,7 +57,7 @@ LADDER = (
     *("formats", "store.checkpoint", "store.catalog", "store.layout"),
     *("store.manifest", "store.manifests", "store.writer", "store.activations", "store.encode"),
     *("store.estimate", "store.journal", "store.conversion_plan"),
-    *("store.convert", "store.planestore", "store.imagined", "store.calibration"),
+    *("store.convert", "store.planestore", "store.imagined", "store.calibration", "store.cache"),
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
     *("model.trace", "model.linear", "model.importance", "model.choosing", "model.block_planes"),
     *("model.slotted_planes", "model.block_matmuls", "model.block_passes", "model.mixed", "model.shortlist"),

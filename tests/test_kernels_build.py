@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiercache.config.cache_folder import TAG_FILE
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import select
 from tiercache.kernels.cpu import build
@@ -42,8 +43,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
 
 
 def files(home: Path) -> list[str]:
-    """All that lies below a folder, folders included."""
-    return sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+    """All that lies below a folder, folders included, but for the cache's tag."""
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.name != TAG_FILE)
 
 
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

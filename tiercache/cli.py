@@ -1,8 +1,21 @@
 """The command line: `tiercache COMMAND`. Decides nothing of its own; see `tiercache.commands`."""
 
-from tiercache.commands import base, bench, calibrate, chatting, doctor, quality, running, serving, stores
+from tiercache.commands import base, bench, cache, calibrate, chatting, doctor, quality, running, serving, stores
 
-__all__ = ["app", "bench", "calibrate", "chatting", "doctor", "main", "quality", "running", "serving", "stores"]
+# Each registers its commands when it is imported.
+__all__ = [
+    "app",
+    "bench",
+    "cache",
+    "calibrate",
+    "chatting",
+    "doctor",
+    "main",
+    "quality",
+    "running",
+    "serving",
+    "stores",
+]
 
 app = base.app
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 class TiercacheError(Exception):
-    """Base of every error that tiercache raises on purpose."""
+    """Base of every error that tiercache raises on purpose; `exit_code` is that of the command line."""
 
     exit_code = 1
 

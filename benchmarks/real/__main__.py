@@ -24,7 +24,7 @@ from benchmarks.real import drafting, model, report, text
 from profiler.processor import processor_name
 from tiercache.calibrate.command import calibrate
 from tiercache.calibrate.report import cost
-from tiercache.config.options import home_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, TiercacheError
 from tiercache.progress import note
 from tiercache.quality.command import quality

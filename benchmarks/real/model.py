@@ -14,7 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiercache.config.options import home_folder
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -50,7 +51,7 @@ def get(home: Path | None = None) -> RealModel:
     folder = (home or home_folder()) / "real" / NAME
     model = RealModel(folder / Path(MEMBER).name, folder / "checkpoint")
     if not model.gguf.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _extract(_download(Path(scratch)), Path(scratch) / "gguf").rename(model.gguf)
     if not model.checkpoint.is_dir():

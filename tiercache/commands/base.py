@@ -81,8 +81,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 does not fit, 4 corrupt or another's store, 5 environment, "
-    "130 interrupted. Environment: HF_HUB_OFFLINE and HF_HOME as the Hub has them; TIERCACHE_HOME (stores that are "
-    "made when none is named; else ~/.cache/tiercache); CUDA_VISIBLE_DEVICES; NO_COLOR.",
+    "130 interrupted. Environment: TIERCACHE_HOME (the cache folder, else ~/.cache/tiercache); HF_HOME, "
+    "HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES, NO_COLOR as everywhere; all of it in docs/environment.md.",
 )
 
 

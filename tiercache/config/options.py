@@ -3,7 +3,6 @@
 Knows nothing of hardware. Sizes are in `config.sizes`, the options of drafting in `config.drafting`.
 """
 
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -225,13 +224,6 @@ class OffloadConfig:
             raise UsageError("bytes_per_token='auto' says nothing; give a share such as 0.5, a size, or max_loss=")
         if self.bytes_per_token is None and self.max_loss is None:
             raise UsageError("mode='mixed' needs bytes_per_token= (a share of int8's bytes, or a size) or max_loss=")
-
-
-def home_folder() -> Path:
-    """Where stores and compiled kernels are kept: $TIERCACHE_HOME, or tiercache in $XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("TIERCACHE_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(home).expanduser() if home else cache / "tiercache"
 
 
 def refuse_unknown_device(name: object) -> None:

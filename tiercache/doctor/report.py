@@ -23,9 +23,11 @@ from profiler import probe
 from profiler.host_memory import host_memory
 from profiler.processor import processor_name
 from tiercache import __version__
+from tiercache.config import environment
 from tiercache.config.sizes import human
 from tiercache.doctor import gpu
 from tiercache.doctor.checks import Check, Probe, dotted, module, text_of
+from tiercache.errors import TiercacheError
 
 SCHEMA = "tiercache.doctor/1"
 # pyproject.toml's ranges, from the first that will do to the first that will not; a test compares them.
@@ -189,10 +191,23 @@ def _processor(folder: Path) -> list[Check]:
     return [Check("processor", "ok", f"{processor_name()}, {os.cpu_count()} threads: {features}")]
 
 
+def _environment(folder: Path) -> list[Check]:
+    """The variables that are set, and the cache folder that they give."""
+    told = ", ".join(f"{name}={value}" for name, value in environment.shown().items()) or "no variable is set"
+    try:
+        home = environment.home_folder()
+    except TiercacheError as error:
+        return [Check("environment", "ok", told), Check("cache folder", "fail", str(error), "set TIERCACHE_HOME")]
+    good = os.access(_existing(home), os.W_OK)
+    advice = "" if good else "set TIERCACHE_HOME to a folder that can be written: kernels and stores are kept there"
+    found = str(home) if good else f"{home} cannot be written"
+    return [Check("environment", "ok", told), Check("cache folder", "ok" if good else "warn", found, advice)]
+
+
 def _compiler(folder: Path) -> list[Check]:
     from tiercache.kernels.cpu import build
 
-    named, found = os.environ.get("CC"), build.compiler()
+    named, found = environment.value("CC"), build.compiler()
     if found is None:
         lack = f"CC names {named!r}, which is not there" if named else "none"
         cure = "unset CC" if named else "install gcc"
@@ -228,6 +243,7 @@ PROBES: tuple[Probe, ...] = (
     gpu.pinned_memory,
     _main_memory,
     _processor,
+    _environment,
     _compiler,
     _kernels,
     _file_system,

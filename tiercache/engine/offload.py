@@ -50,7 +50,11 @@ def offload(
 ) -> Iterator[transformers.PreTrainedModel]:
     """Run a model whose weights need not fit: `with offload("path", hbm="22GiB", dram="48GiB") as model:`.
 
-    The model is the transformers model itself; its logits are those it would have had fully resident.
+    The model is the transformers model itself; its logits [batch, tokens, vocabulary] are those it would have had fully
+    resident. `model.tiercache` (`engine.handle.OffloadHandle`) tells of the run: `run_plan`, `stats()`, ...
+    After the `with` block a model that was opened here has no weights any more.
+
+    Sizes are counts of bytes or texts: "GiB" is 2**30 bytes, "GB" 10**9, a float a share of what there is.
 
     Args:
         model_or_path: a checkpoint's folder or Hub id, a plane store, or a model in main memory (which gets its
@@ -62,7 +66,7 @@ def offload(
         precision: "source" for the original weights, or the precision of the planes: "int8", "int4", "int3". By default
             "source"; with mode="mixed" "int8".
         context: tokens, over the batch, for which KV cache and activations are reserved.
-        logits: rows of logits that one pass may return (generation needs one per sequence).
+        logits: rows [vocabulary] of logits that one pass may return (generation needs one per sequence).
         store: the plane store's folder; made there if missing. By default one in the cache folder.
         device: "auto", "cpu", "cuda" or "cuda:N".
         checks: verify every checksum of the store first.
@@ -82,7 +86,8 @@ def offload(
 
     Raises:
         UsageError, UnsupportedModelError: something that cannot be meant, or is not supported.
-        DoesNotFitError: a budget is too small; raised before anything is loaded.
+        DoesNotFitError: a budget is too small, by `missing_bytes`; raised before anything is loaded. A pass that would
+            outgrow `context` or `logits` raises `ContextExceededError`, which is one.
         StoreError: a damaged or foreign checkpoint or store.
         EnvironmentUnsupportedError: no such device, or not enough disk.
     """

@@ -22,7 +22,9 @@ from profiler.host_memory import host_memory
 from profiler.matmul_rates import MatmulRates
 from profiler.processor import processor_name
 from profiler.read_rates import ReadRate
-from tiercache.config.options import home_folder
+from tiercache.config import environment
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
 from tiercache.kernels.select import select, will_compile
 from tiercache.store.catalog import errors_translated
@@ -57,7 +59,7 @@ def fingerprint(device: torch.device = _CPU) -> str:
         **identity(device),
         "device": str(device),  # of two like cards each has a slot of its own
         "threads": torch.get_num_threads(),
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower(),
+        "waiting": (environment.value("OMP_WAIT_POLICY") or "").lower(),
         "kernels": select(device).name,
         "torch": torch.__version__,
         "figures": _MEANING,
@@ -205,7 +207,7 @@ def _open(*, readonly: bool = False) -> Iterator[lmdb.Environment]:
     try:
         with _ALONE, errors_translated(path, _WAY_OUT):
             if not readonly:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                made_folder(path.parent)
             with lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600, readonly=readonly) as env:
                 if (env.info()["last_pgno"] + 1) * env.stat()["psize"] > path.stat().st_size:
                     raise StoreError(f"{path} was cut short; {_WAY_OUT}")  # to read on would end the process

@@ -32,6 +32,7 @@ from tiercache.model.pass_hooks import PassHooks
 from tiercache.progress import note
 from tiercache.stats.run import Stats, peak_rss_bytes
 from tiercache.store.calibration import Calibration
+from tiercache.store.folders import in_use
 from tiercache.store.reader import Reader
 from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
@@ -98,6 +99,9 @@ def _placement(
     planning.refuse_another_machine(config, machine.device)
     config = drafting.with_planes(config, kernels=bool(machine.kernels), show=notes)
     opened = open_model(model_or_path, config, show_progress=show_progress)
+    place = opened.folder if opened.store is None else opened.store.folder
+    if place is not None:
+        stack.enter_context(in_use(place))
     placed: ExactPlacement | MixedPlacement
     if mixed:
         placed = mixed_fit.place(opened, config, machine, calibration)

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from tiercache.config.options import OffloadConfig, home_folder, of_planes
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
+from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
@@ -154,6 +156,8 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
     """The checkpoint's store, made now if it is not there; one of another checkpoint is refused."""
     folder = config.store or default_store(source)
     if not (folder / CATALOG_FILE).is_file():
+        if config.store is None:
+            made_folder(folder.parent)
         convert(source.folder, folder, show_progress=show_progress)
     store = PlaneStore.open(folder)
     if store.contents.meta["identity"] != source.identity():

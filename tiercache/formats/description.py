@@ -11,7 +11,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from tiercache.config.options import home_folder
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import StoreError, UsageError
 from tiercache.formats.gguf import GgufSource
 from tiercache.formats.gguf_header import shards, title
@@ -38,7 +39,7 @@ def described(path: Path) -> Path | None:
     folder = home_folder() / "imports" / f"{source.title}-{digest[:12]}-v{_VERSION}"
     with clear_io_errors(folder):
         if not (folder / ORIGIN_FILE).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            made_folder(folder.parent)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".describe-") as scratch:
                 made = Path(scratch) / "made"
                 made.mkdir()

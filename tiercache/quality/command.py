@@ -17,7 +17,9 @@ from torch import Tensor
 
 import tiercache
 from tiercache import text as texts
-from tiercache.config.options import STORE_PRECISION, home_folder, of_planes
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
+from tiercache.config.options import STORE_PRECISION, of_planes
 from tiercache.config.sizes import SizeLike
 from tiercache.engine.source import default_store
 from tiercache.errors import UsageError
@@ -117,7 +119,7 @@ def quality(
         tasks=tasks,
         limit=limit,
         length=length,
-        scratch=home_folder() if scratch is None else scratch.expanduser(),
+        scratch=made_folder(home_folder()) if scratch is None else scratch.expanduser(),
         show_progress=show_progress,
     )
     result = _measure(folder, text, [exact, *(mode for mode in wanted if mode != exact)], options)

@@ -8,7 +8,6 @@ their state back.
 import contextlib
 import io
 import logging
-import os
 import random
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from tiercache.config import environment
 from tiercache.errors import EnvironmentUnsupportedError, TiercacheError, UsageError
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -137,7 +137,7 @@ class Harness:
 def _import() -> Any:
     """The harness, imported without the network; raises EnvironmentUnsupportedError where it is not installed."""
     try:
-        with _environment(_OFFLINE), warnings.catch_warnings():
+        with environment.replaced(_OFFLINE), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # packages that it brings along
             for part in ("lm_eval.models.huggingface", "lm_eval.tasks"):
                 import_module(part)
@@ -205,25 +205,10 @@ def _offline(cache: Path) -> Iterator[None]:
         (datasets, "HF_DATASETS_CACHE", cache),
         (import_module("lm_eval.evaluator"), "get_git_commit_hash", lambda: None),  # of whatever folder this is
     ]
-    with _environment(_OFFLINE), ExitStack() as stack:
+    with environment.replaced(_OFFLINE), ExitStack() as stack:
         for place, name, value in replaced:
             stack.enter_context(mock.patch.object(place, name, value))
         yield
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables of the environment; at the end these alone are as before, for imports may have set others."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -7,9 +7,9 @@ still send it requests, so what names another host (DNS rebinding) or comes from
 import hashlib
 import hmac
 import ipaddress
-import os
 from collections.abc import Mapping
 
+from tiercache.config import environment
 from tiercache.errors import UsageError
 from tiercache.serve.refusal import RefusalError
 
@@ -83,7 +83,7 @@ class Doorkeeper:
 
 def key_of_environment() -> str | None:
     """The key; None where there is none."""
-    return os.environ.get(KEY_VARIABLE)
+    return environment.value(KEY_VARIABLE)
 
 
 def _digest(key: bytes) -> bytes:

@@ -55,6 +55,9 @@ def convert(
 ) -> ConversionReport:
     """Make the plane store of a checkpoint; goes on where an interrupted conversion stopped.
 
+    docs/store-format.md describes the store, and how codes are chosen (GPTQ, arXiv 2210.17323; QuantEase, 2309.01885; a
+    Hadamard transform as in QuaRot, 2404.00456).
+
     Args:
         checkpoint: folder or Hub id of a safetensors checkpoint (fp32, fp16 or bf16; single or sharded), or one that is
             quantised already (`tiercache.formats`): a GGUF file, or a folder of GPTQ, AWQ or compressed-tensors.
@@ -70,9 +73,14 @@ def convert(
         restart: throw away what an interrupted conversion left.
         show_progress: draw a bar on standard error; None means where that is a terminal.
 
+    Returns:
+        Bytes, seconds and bits a weight of what was done, or with `dry_run` of what would be.
+
     Raises:
         UsageError: no such checkpoint, or a folder at `store` that is not a store.
+        UnsupportedModelError: an architecture or a dtype that has no planes.
         StoreError: a damaged checkpoint, or a store of another checkpoint or other parameters in that place.
+        QuantizationError: weights that are not finite, or beyond fp16's range.
         EnvironmentUnsupportedError: not enough disk, or no permission.
     """
     _check_options(group, compress, calibrate, plain, tune)

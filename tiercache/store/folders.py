@@ -1,4 +1,4 @@
-"""Folders that are being written: one writer at a time, and clear errors. Knows nothing of what is written."""
+"""Folders that are written or read: one writer at a time, and clear errors. Knows nothing of what is in them."""
 
 import errno
 import fcntl
@@ -7,24 +7,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
+
+IN_USE_FILE = "config.json"  # of a checkpoint or store: held by all who read the folder, for the folder is its writer's
 
 
 @contextmanager
-def locked(folder: Path, refusal: str | None) -> Iterator[None]:
-    """Hold `folder` against other processes.
+def locked(path: Path, refusal: str | None, *, shared: bool = False) -> Iterator[None]:
+    """Hold a folder or file against other processes; with `shared`, against those alone that do not share it.
 
     Where another process holds it, a UsageError says `refusal`; where that is None, this waits for the other process.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if refusal is None else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | (0 if refusal is None else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UsageError(refusal) from error
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Hold a checkpoint or store in the cache folder against its removal; elsewhere people remove as they like.
+
+    Raises:
+        UsageError: it is being removed.
+    """
+    if not folder.resolve().is_relative_to(home_folder().resolve()):
+        yield
+        return
+    with locked(folder / IN_USE_FILE, f"{folder} is being removed; open it again to make it anew", shared=True):
+        yield
 
 
 @contextmanager

@@ -32,7 +32,14 @@ DECIDING = ("config.json", "generation_config.json")  # small, and wrong ones ma
 
 @dataclass(frozen=True)
 class PlaneStore:
-    """A finished store: its folder, the model's configuration and dtype, and the catalogue."""
+    """A finished store, as docs/store-format.md describes it. `PlaneStore.open(folder)` gives one.
+
+    Attributes:
+        folder: where it lies.
+        config: the model's configuration.
+        dtype: of the checkpoint's weights, and of activations.
+        contents: the catalogue: what lies where, with checksums.
+    """
 
     folder: Path
     config: transformers.PretrainedConfig
@@ -46,6 +53,7 @@ class PlaneStore:
         Raises:
             UsageError: no such folder.
             StoreError: not a finished store, of another version, damaged, or with files cut short.
+            EnvironmentUnsupportedError: it may not be read.
         """
         path = Path(folder).expanduser()
         if not path.is_dir():
@@ -71,7 +79,7 @@ class PlaneStore:
         return cls(path, config, getattr(torch, contents.meta["dtype"]), contents)
 
     def model(self) -> transformers.PreTrainedModel:
-        """The model without weights, with its generation defaults."""
+        """The model without weights (all parameters on the meta device), with its generation defaults."""
         return meta_model.with_defaults(self.config, self.dtype, self.folder)
 
     def manifest(self, precision: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
@@ -87,18 +95,25 @@ class PlaneStore:
         return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
 
     def blocks(self) -> tuple[UnitRecord, ...]:
-        """The feed-forward blocks that lie neuron by neuron, in the model's order."""
+        """The feed-forward blocks that lie neuron by neuron, in the model's order; one neuron is a row of each part."""
         return tuple(record for record in self.contents.records if record.parts > 1)
 
     @property
     def digest(self) -> str:
-        """Of the catalogue, and so of every byte that it lists."""
+        """SHA-256 of the catalogue, in hex, and so of every byte that it lists."""
         return catalog.digest(self.folder / CATALOG_FILE)
 
     def verify(self, *, show_progress: bool | None = None) -> "Verification":
         """Hash every extent and compare with the catalogue; also that what lies between extents is zero.
 
-        Raises StoreError where some extents differ; the message names the first and counts them.
+        Args:
+            show_progress: draw a bar on standard error; None means where that is a terminal.
+
+        Returns:
+            How many extents and bytes were checked.
+
+        Raises:
+            StoreError: some extents differ; the message names the first and counts them.
         """
         jobs = [(name, record, extent) for record in self.contents.records for name, extent in record.extents.items()]
         total = sum(extent.stored_bytes for _, _, extent in jobs)
@@ -119,7 +134,7 @@ class PlaneStore:
         return Verification(str(self.folder), len(jobs), total)
 
     def describe(self) -> dict[str, Any]:
-        """What is in it, as plain data."""
+        """What is in it, as plain data: bytes of each file, bits a weight and bytes a pass at each precision."""
         files: dict[str, dict[str, int]] = {}
         for record in self.contents.records:
             for name, extent in record.extents.items():

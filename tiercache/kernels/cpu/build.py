@@ -4,7 +4,6 @@ Knows compilers, flags and files; nothing of what the kernels do.
 """
 
 import hashlib
-import os
 import platform
 import shlex
 import shutil
@@ -12,7 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tiercache.config.options import home_folder
+from tiercache.config import environment
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 SOURCE = Path(__file__).with_name("source")
@@ -45,7 +46,10 @@ def instruction_sets() -> tuple[str, ...]:
 
 def compiler() -> list[str] | None:
     """The C compiler: `CC` if set, else the first of cc, gcc, clang on the path; None if there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(environment.value("CC") or "")
+    except ValueError:  # a quote that nobody closes
+        return None
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]):
             return command
@@ -73,7 +77,7 @@ def library(isa: str) -> Path:
         return path
     command = compiler()
     if command is None:
-        named = os.environ.get("CC")
+        named = environment.value("CC")
         lack = f", and CC={named!r} is not there; unset it, or" if named else ";"
         raise EnvironmentUnsupportedError(f"the kernels need a C compiler{lack} install gcc, then run this again")
     _compile(command, isa, path)
@@ -82,7 +86,7 @@ def library(isa: str) -> Path:
 
 def _compile(command: list[str], isa: str, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made_folder(path.parent)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-") as folder:
             made = Path(folder) / path.name
             arguments = [*command, *_FLAGS, *ISAS[isa][1], str(_MAIN), "-o", str(made), "-lm"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
-from tiercache.config.options import home_folder
+from tiercache.config import environment
+from tiercache.config.cache_folder import made_folder
+from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
 _HEADERS = ("planes.cuh",)
@@ -132,7 +133,7 @@ def library_paths() -> list[Path | str]:
             # not the compiler's own parts, nor the second copy with another allocator
             paths = (path for path in Path(folder).glob(pattern) if not {"builtins", "alt"} & _parts(path))
             found += sorted(paths, reverse=True)
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := environment.value(name))]
     return [*found, *(Path(home) / "lib64" / "libnvrtc.so" for home in homes), *_NAMES]
 
 
@@ -194,7 +195,7 @@ def image(unit: SourceUnit, compiler: Nvrtc, target: str, folder: Path) -> bytes
     except OSError as error:
         raise EnvironmentUnsupportedError(f"{path} cannot be read ({error}); set TIERCACHE_HOME elsewhere") from error
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name, delete=False) as aside:
             aside.write(code)
         Path(aside.name).replace(path)
