@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,22 +156,37 @@ def test_a_cancelled_answer_leaves_a_generator_that_answers(
             assert generator.generate(GenerationRequest(turn, NEW)).tokens == _wanted("llama", turn)
 
 
+def test_waiting_for_the_next_question_is_no_decoding(checkpoint: Callable[..., Path], tokenizer: Any) -> None:  # noqa: F811
+    with opened(checkpoint("llama"), tokenizer) as generator:
+        first = generator.generate(GenerationRequest(PROMPT, NEW))
+        before = replace(generator._model.tiercache.stats())
+        goes_on = generator.generate(GenerationRequest((*PROMPT, *first.tokens), 1))
+        after = generator._model.tiercache.stats()
+    assert goes_on.reused_tokens == len(PROMPT) + NEW - 1
+    assert (after.decode_s, after.decode_tokens) == (before.decode_s, before.decode_tokens)
+    assert before.decode_tokens > 1
+
+
 # --- log-probabilities ---
 
 
 @pytest.mark.parametrize("drafter", [None, "lookup"])
 def test_log_probabilities_are_those_of_one_forward(
+    name: str,
     drafter: str | None,
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
     options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 3}
-    with opened(checkpoint("llama"), tokenizer, logits=4, **options) as generator:
+    with opened(checkpoint(name), tokenizer, logits=4, **options) as generator:
         answer = generator.generate(GenerationRequest(PROMPT, NEW, logprobs=3))
         text = PROMPT + answer.tokens
         scored = generator.score(text, 3)  # in passes of four tokens
+        behind = generator.generate(GenerationRequest(text, 1, logprobs=1))
+        assert behind.reused_tokens == len(text) - 1
     with torch.no_grad():
-        rows = architectures.build("llama")(torch.tensor([text])).logits[0].log_softmax(-1)
+        rows = architectures.build(name)(torch.tensor([text])).logits[0].log_softmax(-1)
+    assert behind.logprobs[0].logprob == pytest.approx(float(rows[-1].max()), abs=1e-5)
     assert scored[0].logprob is None
     assert [each.token for each in scored] == list(text)
     for place, each in enumerate(scored[1:]):

@@ -109,6 +109,10 @@ class OffloadHandle:
         found["ssd"] = sum(payload[key] for key in self.plan.streamed)
         return found
 
+    def begin_text(self) -> None:
+        """The next pass begins another text: the time until then is none of decoding."""
+        self.run.next_pass.begins_text = True
+
     def every_token(self) -> AbstractContextManager[None]:
         """In mixed mode: passes of any length within choose neurons for each token, as passes of one token do.
 

@@ -50,7 +50,7 @@ class TextGenerator:
         handle = getattr(model, "tiercache", None)
         if handle is None:
             raise UsageError("this model is not offloaded; open it with tiercache.offload(...)")
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._handle = model, tokenizer, handle
         self.context: int = handle.limits.context
         self._rows: int = handle.limits.logits
         self._drafts = handle.limits.tree_slots is not None
@@ -85,6 +85,7 @@ class TextGenerator:
                 f"a prompt of {prompt} tokens and {request.max_new_tokens} new ones need a context of {needed}, "
                 f"{self.context} were reserved; ask for fewer, or open the model with context={needed} or more"
             )
+        self._handle.begin_text()
         cache, reused = self._kept.take(request.ids)
         writer = AnswerWriter(request, Detokenizer(self._tokenizer, request.ids, request.stop), emit)
         finish: FinishReason | None = None
@@ -112,7 +113,8 @@ class TextGenerator:
     ) -> tuple[TokenLogprob, ...]:
         """How likely each token of a text is behind those before it.
 
-        The text goes through in passes of as many tokens as rows of logits were reserved.
+        The text goes through in passes of as many tokens as rows of logits were reserved. Its KV cache is kept, so
+        that an answer to the same text needs one token more.
 
         Args:
             ids: the text.
@@ -131,8 +133,9 @@ class TextGenerator:
                 f"a text of {len(ids)} tokens needs a context of as many, {self.context} were reserved; open the model "
                 f"with context={len(ids)} or more"
             )
+        self._handle.begin_text()
         self.forget()
-        cache = empty_cache(self._model, None)
+        cache = empty_cache(self._model, self._handle.limits.tree_slots)
         found = [TokenLogprob(ids[0], None)]
         tokens = torch.tensor([ids], device=self._model.device)
 
@@ -144,6 +147,7 @@ class TextGenerator:
                 part = tokens[:, first : min(first + self._rows, len(ids) - 1)]
                 logits = self._model(input_ids=part, use_cache=True, **cache_kwargs(self._model, cache)).logits[0]
                 found += logprobs(logits, ids[first + 1 : first + 1 + len(logits)], top)
+        self._kept.keep(cache, ids[:-1], len(ids) - 2)
         return tuple(found)
 
     def forget(self) -> None:

@@ -13,7 +13,8 @@ class KeptCache:
 
     That is so if the prompt begins as the text before did, and goes on into its answer. The same prompt again, or
     another chat with the same beginning, gets an empty cache: a prompt that is prefilled in two parts may differ in the
-    last bits from one that is prefilled at once, and what is asked twice should be answered alike.
+    last bits from one that is prefilled at once, and what is asked twice should be answered alike. A text that was
+    scored counts as its last token's answer.
 
     Args:
         make: an empty cache.

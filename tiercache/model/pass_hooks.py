@@ -23,10 +23,11 @@ class NextPass:
 
     Attributes:
         resident: it multiplies by the planes that stay in the fastest tier, and by no others.
+        begins_text: what passed before it was no decoding, but waiting for somebody to ask.
     """
 
     def __init__(self) -> None:
-        self.resident = False
+        self.resident = self.begins_text = False
 
 
 class PassHooks:
@@ -105,6 +106,8 @@ class PassHooks:
             self._stats.draft_tokens += sequences * new
             return
         now = time.perf_counter()
+        if self._passes.begins_text:
+            self._passes.begins_text, self._decoding_since = False, None
         if self._decoding_since is not None and new == 1 and past > 0:
             self._stats.decode_s += now - self._decoding_since
             self._stats.decode_tokens += sequences
