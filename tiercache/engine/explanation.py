@@ -61,11 +61,11 @@ def explanation_of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: no pass was made.
     """
-    drafting, tokens = stats["drafting"], 1 + stats["decode_tokens"]
-    total_s, draft_s = stats["first_pass_s"] + stats["decode_s"], 0.0
+    drafting, tokens = stats["drafting"], stats["prefills"] + stats["decode_tokens"]
+    total_s, draft_s = stats["prefill_s"] + stats["decode_s"], 0.0
     if drafting is not None and drafting["rounds"]:
-        tokens, draft_s = 1 + drafting["tokens"], drafting["draft_s"]
-        total_s = stats["first_pass_s"] + draft_s + drafting["verify_s"]
+        tokens, draft_s = stats["prefills"] + drafting["tokens"], drafting["draft_s"]
+        total_s = stats["prefill_s"] + draft_s + drafting["verify_s"]
     if not total_s:
         raise UsageError("this run made no pass; generate some tokens")
     adds = {
@@ -74,7 +74,8 @@ def explanation_of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
         for cause, seconds in tier["stall_s"].items()
     }
     adds |= {DRAFTING: draft_s} if draft_s else {}
-    adds[REST] = max(0.0, total_s - sum(adds.values()))
+    total_s = max(total_s, sum(adds.values()))  # a text's last step is in no sum of seconds, its waits are
+    adds[REST] = total_s - sum(adds.values())
     binding = max(adds, key=lambda name: adds[name])
     return {
         "schema": SCHEMA,

@@ -106,15 +106,16 @@ class PassHooks:
             self._stats.draft_tokens += sequences * new
             return
         now = time.perf_counter()
-        if self._passes.begins_text:
-            self._passes.begins_text, self._decoding_since = False, None
+        begins_text, self._passes.begins_text = self._passes.begins_text, False
+        if begins_text:
+            self._decoding_since = None
         if self._decoding_since is not None and new == 1 and past > 0:
             self._stats.decode_s += now - self._decoding_since
             self._stats.decode_tokens += sequences
         self._decoding_since = now if new == 1 and past > 0 else None
         self._began_at = now
         self._past = past if sequences == 1 and new == 1 else None
-        self._verifies = past > 0 and self._stats.drafting is not None
+        self._verifies = past > 0 and not begins_text and self._stats.drafting is not None
         self._stats.passes += 1
         self._stats.tokens += sequences * new
         if past == 0:
@@ -125,7 +126,7 @@ class PassHooks:
             return  # refused before it began
         if self._decoding_since is None and not self._resident and not self._verifies:
             device_of(torch.device(self._stats.device)).synchronize()
-            self._stats.first_pass_s = time.perf_counter() - self._began_at
+            self._stats.add_prefill(time.perf_counter() - self._began_at)
         done = output is not None  # nothing came of a pass that raised
         if done and self._past is not None and not self._resident and not self._verifies:
             self._stats.add_token_pass(time.perf_counter() - self._began_at, self._past)

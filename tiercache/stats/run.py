@@ -66,6 +66,7 @@ class Stats(Shown):
         cpu_tokens: passes of up to so many tokens had what does not stay in HBM multiplied by the CPU, in DRAM.
         cpu_passes: how many passes did.
         first_pass_s: seconds of the newest prefill, which is the time to the first token.
+        prefills, prefill_s: how many there were, and their seconds.
         decode_tokens, decode_s: tokens of single-token steps, and the time from each step's start to the next's.
         token_passes_s: seconds of the newest exact passes of one token of one sequence, which no tree was verified in.
         token_past: tokens in the KV cache before the newest of them.
@@ -95,6 +96,8 @@ class Stats(Shown):
     tokens: int = 0
     prefill_tokens: int = 0
     first_pass_s: float = 0.0
+    prefills: int = 0
+    prefill_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
     token_passes_s: list[float] = field(default_factory=list)
@@ -117,6 +120,12 @@ class Stats(Shown):
     def tokens_per_s(self) -> float:
         """Decoding speed; 0 before two single-token steps were made."""
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    def add_prefill(self, seconds: float) -> None:
+        """A pass that begins a text."""
+        self.first_pass_s = seconds
+        self.prefills += 1
+        self.prefill_s += seconds
 
     def add_token_pass(self, seconds: float, past: int) -> None:
         """An exact pass of one token."""
