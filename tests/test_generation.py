@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+import transformers as tf
 from conftest import PICO
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,6 +82,21 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
     detokenizer = Detokenizer(PICO_TOKENIZER, ())
     assert len(ids) > 2
     assert [piece for token in ids if (piece := detokenizer.add(token))] == ["漢", "🙂"]
+
+
+def test_tokens_without_text_are_not_decoded_for_ever() -> None:
+    decoded = 0
+
+    class Counting:
+        def decode(self, tokens: list[int], **options: Any) -> str:
+            nonlocal decoded
+            decoded += len(tokens)
+            return str(PICO_TOKENIZER.decode(tokens, **options))
+
+    detokenizer = Detokenizer(Counting(), ())
+    for _ in range(400):
+        assert detokenizer.add(PICO_TOKENIZER.eos_token_id) == ""
+    assert decoded < 400 * 64
 
 
 # --- tokens ---
@@ -167,6 +183,57 @@ def test_waiting_for_the_next_question_is_no_decoding(checkpoint: Callable[..., 
     assert before.decode_tokens > 1
 
 
+@pytest.mark.parametrize("drafter", [None, "lookup"])
+def test_a_cancelled_turn_leaves_the_turns_before(
+    drafter: str | None,
+    checkpoint: Callable[..., Path],
+    tokenizer: Any,  # noqa: F811
+) -> None:
+    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
+    with opened(checkpoint("llama"), tokenizer, **options) as generator:
+        first = generator.generate(GenerationRequest(PROMPT, NEW))
+        turn = (*PROMPT, *first.tokens, *NEXT)
+        in_prefill = generator.generate(GenerationRequest(turn, NEW), cancelled=lambda: True)
+        assert (in_prefill.finish_reason, in_prefill.tokens) == ("cancelled", ())
+        layers = iter(range(4))
+        cut = generator.generate(GenerationRequest(turn, NEW), cancelled=lambda: next(layers, None) is None)
+        assert cut.reused_tokens == len(PROMPT) + len(first.tokens) - 1
+        third = generator.generate(GenerationRequest((*turn, *cut.tokens, *NEXT), NEW))
+        assert third.reused_tokens >= len(turn)
+        assert third.tokens == _wanted("llama", (*turn, *cut.tokens, *NEXT))
+
+
+@pytest.mark.parametrize("drafter", [None, "lookup"])
+def test_a_state_of_all_tokens_is_not_gone_on_from(drafter: str | None, tokenizer: Any) -> None:  # noqa: F811
+    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
+    config = tf.Lfm2Config(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=104,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.tensor([(*PROMPT, *NEXT)])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    rows = model(ids).logits[0].detach().log_softmax(-1)
+    with opened(model, tokenizer, logits=11, **options) as generator:
+        layers = iter(range(3))
+        generator.generate(GenerationRequest(PROMPT, NEW), cancelled=lambda: next(layers, None) is None)
+        answer = generator.generate(GenerationRequest((*PROMPT, *NEXT), NEW))
+        assert (answer.reused_tokens, answer.tokens) == (0, tuple(wanted[0, ids.shape[1] :].tolist()))
+        scored = generator.score((*PROMPT, *NEXT), 1)
+        assert scored[-1].logprob == pytest.approx(float(rows[-2, NEXT[-1]]), abs=1e-5)
+        with pytest.raises(ContextExceededError, match=r"for 14 tokens returns 13 rows of logits, 11 were reserved"):
+            generator.score((*PROMPT, *NEXT, 3, 4), 1)
+
+
 # --- log-probabilities ---
 
 
@@ -194,6 +261,19 @@ def test_log_probabilities_are_those_of_one_forward(
         assert [token for token, _ in each.top] == rows[place].topk(3).indices.tolist()
     for each, other in zip(answer.logprobs, scored[len(PROMPT) :], strict=True):
         assert (each.token, [token for token, _ in each.top]) == (other.token, [token for token, _ in other.top])
+        assert each.logprob == pytest.approx(other.logprob, abs=1e-5)
+
+
+def test_log_probabilities_are_the_models_whatever_penalty_chooses(tokenizer: Any) -> None:  # noqa: F811
+    model = architectures.build("llama")
+    model.generation_config.repetition_penalty = 1.5
+    ids = torch.tensor([PROMPT])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    with opened(model, tokenizer) as generator:
+        answer = generator.generate(GenerationRequest(PROMPT, NEW, logprobs=1))
+        scored = generator.score((*PROMPT, *answer.tokens), 1)
+    assert answer.tokens == tuple(wanted[0, len(PROMPT) :].tolist()) != _wanted("llama", PROMPT)
+    for each, other in zip(answer.logprobs, scored[len(PROMPT) :], strict=True):
         assert each.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 

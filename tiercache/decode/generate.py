@@ -141,6 +141,8 @@ class DraftingGenerate:
         model_kwargs: dict[str, Any],
     ) -> str | None:
         """Why this call has to be decoded plainly, or None."""
+        if self._reason:
+            return self._reason
         if input_ids.shape[0] != 1:
             return f"a batch of {input_ids.shape[0]} sequences"
         if self._support.takes == "nothing":
@@ -161,7 +163,7 @@ class DraftingGenerate:
             return "an attention mask that is no left padding"
         if mask is not None and kept is not None and kept < input_ids.shape[1] and not bool(mask.all()):
             return "a padded prompt with speckv="
-        return self._reason or None
+        return None
 
     def _goes_on_from(self, cache: object, model_kwargs: dict[str, Any]) -> bool:
         """Whether trees can be run behind what a KV cache holds: an unpadded beginning of the prompt, all of it."""

@@ -33,13 +33,15 @@ class TextLimits:
     Attributes:
         context: tokens that the KV cache may hold.
         logits: rows of logits that one pass may return.
-        tree_slots: slots of a KV cache that trees of drafts can be run behind; None where `generate` takes
-            transformers' own cache alone.
+        keeps_cache: a text can be gone on from its KV cache. Not so where it holds a state of all tokens, which no
+            token can be taken out of, or where parts of it are evicted.
+        cache_slots: of a KV cache that trees of drafts are run behind; None where transformers' own is used.
     """
 
     context: int
     logits: int
-    tree_slots: int | None = None
+    keeps_cache: bool
+    cache_slots: int | None = None
 
 
 class OffloadHandle:

@@ -162,12 +162,15 @@ def _attach(
 
 
 def _limits(placed: Placement) -> TextLimits:
-    """Of a text; a KV cache that is gone on from can be drafted behind unless a part of it is evicted."""
-    config = placed.config
+    """Of a text."""
+    config, takes = placed.config, support(placed.opened.model)
     spec = placed.drafter_spec if isinstance(placed, ExactPlacement) else None
-    if spec is None or spec.reason or spec.config.speckv is not None or support(placed.opened.model).recurrent:
-        return TextLimits(config.context, config.logits)
-    return TextLimits(config.context, config.logits, drafting.widened(config).context)
+    keeps = takes.takes != "nothing" and not takes.recurrent
+    if spec is None or spec.reason:
+        return TextLimits(config.context, config.logits, keeps)
+    keeps = keeps and spec.config.speckv is None
+    slots = drafting.widened(config).context if keeps else None
+    return TextLimits(config.context, config.logits, keeps, slots)
 
 
 def _stats(placed: Placement, tiers: TierStack, reader: Reader, run: Run) -> Stats:

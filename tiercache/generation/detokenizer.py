@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 _BEFORE = 6  # prompt tokens that are decoded along: whether a word begins with a space depends on what stands before it
+_WAITING = 16  # tokens without text that are decoded anew with each that comes; no character has as many
 _UNFINISHED = "\ufffd"  # what half of a character decodes to
 
 
 class Detokenizer:
     """Text of a growing text's tokens, special ones left out; decodes no more than the last few at a time.
+
+    Tokens that bring no text wait for those behind them, for they may be the first bytes of a character.
 
     Args:
         tokenizer: of the model.
@@ -30,7 +33,7 @@ class Detokenizer:
         """The text that has become certain with one more token."""
         self._tokens.append(token)
         before, text = self._decode(self._tokens[: self._told]), self._decode(self._tokens)
-        if len(text) <= len(before) or text.endswith(_UNFINISHED):
+        if (len(text) <= len(before) or text.endswith(_UNFINISHED)) and len(self._tokens) - self._told < _WAITING:
             return ""
         self._tokens, self._told = self._tokens[self._told :], len(self._tokens) - self._told
         return self._release(text[len(before) :])

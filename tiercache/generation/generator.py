@@ -11,7 +11,7 @@ import transformers
 
 from tiercache.compat import cache_kwargs
 from tiercache.errors import ContextExceededError, UsageError
-from tiercache.generation.answer import Answer, FinishReason, PassProgress, Piece, TokenLogprob
+from tiercache.generation.answer import Answer, PassProgress, Piece, TokenLogprob
 from tiercache.generation.detokenizer import Detokenizer
 from tiercache.generation.kept_cache import KeptCache, empty_cache
 from tiercache.generation.layer_watch import PassCancelledError, watched_layers
@@ -52,9 +52,8 @@ class TextGenerator:
             raise UsageError("this model is not offloaded; open it with tiercache.offload(...)")
         self._model, self._tokenizer, self._handle = model, tokenizer, handle
         self.context: int = handle.limits.context
-        self._rows: int = handle.limits.logits
-        self._drafts = handle.limits.tree_slots is not None
-        self._kept = KeptCache(lambda: empty_cache(model, handle.limits.tree_slots))
+        self._limits = handle.limits
+        self._kept = KeptCache(self._empty_cache)
         self._end_tokens = _end_tokens(model, tokenizer)
 
     def generate(
@@ -78,17 +77,13 @@ class TextGenerator:
         Raises:
             ContextExceededError: prompt and answer are more tokens than the context that was reserved.
         """
+        self._check_room(request)
         prompt = len(request.ids)
-        needed = prompt + request.max_new_tokens
-        if needed > self.context:
-            raise ContextExceededError(
-                f"a prompt of {prompt} tokens and {request.max_new_tokens} new ones need a context of {needed}, "
-                f"{self.context} were reserved; ask for fewer, or open the model with context={needed} or more"
-            )
         self._handle.begin_text()
+        prompt_before = self._kept.prompt
         cache, reused = self._kept.take(request.ids)
         writer = AnswerWriter(request, Detokenizer(self._tokenizer, request.ids, request.stop), emit)
-        finish: FinishReason | None = None
+        cut_off, held = False, 0
 
         def reached(layer: int, layers: int) -> None:
             done = len(writer.tokens)
@@ -100,13 +95,14 @@ class TextGenerator:
                 self._run(request, writer, cache)
             held = prompt + len(writer.tokens) - 1  # the last token has been through no pass
         except PassCancelledError:
-            held, finish = self._whole(prompt, reused, writer), "cancelled"
+            cut_off, held = True, self._whole(prompt, reused, writer)
         except BaseException:
             held = self._whole(prompt, reused, writer)
             raise
         finally:
-            self._kept.keep(cache, [*request.ids, *writer.tokens][:held], prompt)
-        return writer.answer(finish or self._finish_reason(writer), reused)
+            asked = prompt if writer.tokens else prompt_before
+            self._kept.keep(cache, [*request.ids, *writer.tokens][:held], asked)
+        return writer.answer(self._end_tokens, cut_off=cut_off, reused=reused)
 
     def score(
         self, ids: tuple[int, ...], top: int, *, cancelled: Cancelled = _never, progress: Progress = _nobody
@@ -114,7 +110,8 @@ class TextGenerator:
         """How likely each token of a text is behind those before it.
 
         The text goes through in passes of as many tokens as rows of logits were reserved. Its KV cache is kept, so
-        that an answer to the same text needs one token more.
+        that an answer to the same text needs one token more. A model with a state of all tokens takes the text in one
+        pass.
 
         Args:
             ids: the text.
@@ -123,7 +120,7 @@ class TextGenerator:
 
         Raises:
             UsageError: an empty text.
-            ContextExceededError: it is longer than the context.
+            ContextExceededError: it is longer than the context, or than the one pass that it has to go through.
             PassCancelledError: it was cancelled.
         """
         if not ids:
@@ -133,9 +130,15 @@ class TextGenerator:
                 f"a text of {len(ids)} tokens needs a context of as many, {self.context} were reserved; open the model "
                 f"with context={len(ids)} or more"
             )
+        rows = self._limits.logits
+        if not self._limits.keeps_cache and len(ids) - 1 > rows:
+            raise ContextExceededError(
+                f"this model takes a text in one pass, which for {len(ids)} tokens returns {len(ids) - 1} rows of "
+                f"logits, {rows} were reserved; open it with logits={len(ids) - 1} or more"
+            )
         self._handle.begin_text()
         self.forget()
-        cache = empty_cache(self._model, self._handle.limits.tree_slots)
+        cache = self._empty_cache()
         found = [TokenLogprob(ids[0], None)]
         tokens = torch.tensor([ids], device=self._model.device)
 
@@ -143,19 +146,36 @@ class TextGenerator:
             progress(PassProgress("prefill", layer, layers, len(ids)))
 
         with torch.no_grad(), watched_layers(self._model, reached, cancelled):
-            for first in range(0, len(ids) - 1, self._rows):
-                part = tokens[:, first : min(first + self._rows, len(ids) - 1)]
-                logits = self._model(input_ids=part, use_cache=True, **cache_kwargs(self._model, cache)).logits[0]
+            for first in range(0, len(ids) - 1, rows):
+                part = tokens[:, first : min(first + rows, len(ids) - 1)]
+                logits = self._model(input_ids=part, use_cache=cache is not None, **self._given(cache)).logits[0]
                 found += logprobs(logits, ids[first + 1 : first + 1 + len(logits)], top)
-        self._kept.keep(cache, ids[:-1], len(ids) - 2)
+        self._kept.keep(cache, ids[:-1], len(ids) - 1)
         return tuple(found)
 
     def forget(self) -> None:
         """Give the kept KV cache back."""
         self._kept.forget()
 
-    def _run(self, request: GenerationRequest, writer: AnswerWriter, cache: transformers.Cache) -> None:
-        """transformers' `generate`, or the drafted one; the writer is given every token."""
+    def _check_room(self, request: GenerationRequest) -> None:
+        needed = len(request.ids) + request.max_new_tokens
+        if needed > self.context:
+            raise ContextExceededError(
+                f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones need a context of "
+                f"{needed}, {self.context} were reserved; ask for fewer, or open the model with context={needed} or more"
+            )
+
+    def _empty_cache(self) -> transformers.Cache | None:
+        return empty_cache(self._model, self._limits.cache_slots) if self._limits.keeps_cache else None
+
+    def _given(self, cache: transformers.Cache | None) -> dict[str, Any]:
+        return {} if cache is None else cache_kwargs(self._model, cache)
+
+    def _run(self, request: GenerationRequest, writer: AnswerWriter, cache: transformers.Cache | None) -> None:
+        """transformers' `generate`, or the drafted one; the writer is given every token.
+
+        What the checkpoint's generation defaults say holds, but for beams, of which there is one.
+        """
         if request.seed is not None:
             torch.manual_seed(request.seed)
         ids = torch.tensor([request.ids], device=self._model.device)
@@ -165,23 +185,31 @@ class TextGenerator:
             attention_mask=torch.ones_like(ids),
             streamer=writer,
             stopping_criteria=transformers.StoppingCriteriaList([writer.criterion]),
-            logits_processor=transformers.LogitsProcessorList([writer.last] if request.logprobs is not None else []),
+            tokenizer=self._tokenizer,  # of stop strings among the defaults
+            num_beams=1,
             max_new_tokens=request.max_new_tokens,
             eos_token_id=self._end_tokens or None,
             pad_token_id=padding if padding is not None else next(iter(self._end_tokens), 0),
             **request.sampling,
-            **cache_kwargs(self._model, cache),
+            **self._watched_logits(request, writer),
+            **self._given(cache),
         )
+
+    def _watched_logits(self, request: GenerationRequest, writer: AnswerWriter) -> dict[str, Any]:
+        """Arguments of `generate` that let the writer see the model's own logits: penalties come behind it."""
+        if request.logprobs is None:
+            return {}
+        processors: list[transformers.LogitsProcessor] = [writer.last]
+        penalty = self._model.generation_config.repetition_penalty or 1.0
+        if penalty != 1:
+            processors.append(transformers.RepetitionPenaltyLogitsProcessor(penalty))
+        return {"logits_processor": transformers.LogitsProcessorList(processors), "repetition_penalty": 1.0}
 
     def _whole(self, prompt: int, reused: int, writer: AnswerWriter) -> int:
         """Tokens whose keys and values every layer has, after a pass that was broken off."""
         if not writer.tokens:
             return reused
-        return prompt if self._drafts else prompt + len(writer.tokens) - 1
-
-    def _finish_reason(self, writer: AnswerWriter) -> FinishReason:
-        ended = writer.stopped or writer.tokens[-1] in self._end_tokens
-        return "stop" if ended else "length"
+        return prompt + len(writer.tokens) - 1 if self._limits.cache_slots is None else prompt
 
 
 def _end_tokens(model: transformers.PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -24,9 +24,7 @@ def logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogpr
 
 
 class LastLogits(transformers.LogitsProcessor):
-    """Keeps the logits that the next token is chosen from, as they are before temperature, top_p and top_k.
-
-    transformers asks a caller's processors behind those of penalties, which its default generation has none of.
+    """Keeps the logits that the next token is chosen from, as they are before all that comes behind it.
 
     Attributes:
         row: [vocabulary], fp32.

@@ -1,7 +1,7 @@
 """Takes the tokens of one answer as `generate` finds them, and makes pieces of text of them. Knows no model."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -59,21 +59,31 @@ class AnswerWriter(BaseStreamer):
         """A stopping criterion for `generate`: [sequences]."""
         return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
 
-    def answer(self, finish_reason: FinishReason, reused: int) -> Answer:
-        """The whole answer; a last piece is told with what was held back."""
+    def answer(self, end_tokens: Collection[int], *, cut_off: bool, reused: int) -> Answer:
+        """The whole answer; a last piece is told with what was held back.
+
+        Args:
+            end_tokens: those that end a text.
+            cut_off: it was cancelled.
+            reused: prompt tokens whose keys and values were kept.
+        """
         left = self._detokenizer.end()
         if left or self._told < len(self.tokens):
             self._tell(left)
         return Answer(
             text="".join(self._texts),
             tokens=tuple(self.tokens),
-            finish_reason=finish_reason,
+            finish_reason="cancelled" if cut_off else self._finish_reason(end_tokens),
             prompt_tokens=len(self._request.ids),
             reused_tokens=reused,
             first_token_s=self._first_s,
             seconds=time.perf_counter() - self._began,
             logprobs=tuple(self._logprobs),
         )
+
+    def _finish_reason(self, end_tokens: Collection[int]) -> FinishReason:
+        ended = self.stopped or self.tokens[-1] in end_tokens or len(self.tokens) < self._request.max_new_tokens
+        return "stop" if ended else "length"
 
     def _add(self, token: int) -> None:
         if self._first_s is None:
