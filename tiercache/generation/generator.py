@@ -162,7 +162,7 @@ class TextGenerator:
         if needed > self.context:
             raise ContextExceededError(
                 f"a prompt of {len(request.ids)} tokens and {request.max_new_tokens} new ones need a context of "
-                f"{needed}, {self.context} were reserved; ask for fewer, or open the model with context={needed} or more"
+                f"{needed}, {self.context} were reserved; ask for fewer, or open the model with context={needed}"
             )
 
     def _empty_cache(self) -> transformers.Cache | None:
