@@ -72,7 +72,7 @@ def trace_on_meta(
         kept, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), cache, min(logits, max(tokens - 1, 1)))
         order = tuple(calls)
         kept, decode_bytes = _pass(stand_in, 1, kept, 1)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # ValueError: a cache of states alone
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot run without data ({str(error).splitlines()[0]}), so its memory "
             "cannot be planned; use an architecture from the README's list"
