@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 import transformers as tf
+from tokenizers.pre_tokenizers import ByteLevel
 
 _SIZES = {
     "vocab_size": 96,
@@ -43,7 +44,21 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
         **(_SIZES | {"num_hidden_layers": 7}), **_HEADS, rope_parameters=_GEMMA3_ROPES
     ),
     "phi3": lambda: tf.Phi3Config(**_SIZES, sliding_window=5),
+    "phi4": lambda: tf.Phi3Config(**_SIZES, sliding_window=None),
+    "chat": lambda: tf.LlamaConfig(**(_SIZES | {"vocab_size": 288})),  # more rows than TOKENS
 }
+
+_MERGES = ("Ġ t", "h e", "Ġt he")
+TOKENS = (
+    *("<pad>", "<bos>", "<|endoftext|>"),
+    *sorted(ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in _MERGES),
+    *("<|im_start|>", "<|im_end|>"),
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 Encode = Callable[[str, torch.Tensor], tuple[np.ndarray[Any, Any], gguf.GGMLQuantizationType]]
 
@@ -75,14 +90,25 @@ def encoded(kind: str) -> Encode:
     return encode
 
 
-def write(model: tf.PreTrainedModel, path: Path, encode: Encode = plain, **settings: Any) -> Path:
-    """Write `model` as a GGUF file; `settings` are further ones of its architecture, by the end of their keys."""
+def write(
+    model: tf.PreTrainedModel, path: Path, encode: Encode = plain, *, chats: bool = False, **settings: Any
+) -> Path:
+    """Write `model` as a GGUF file.
+
+    If it `chats`, it has a tokenizer and a chat template. `settings` are further ones of the tokenizer, and of the
+    architecture by the end of their keys.
+    """
     config = model.config
     kind = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, kind)
     _add_settings(writer, config, kind)
+    if chats:
+        _add_tokenizer(writer)
+    else:
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(config.vocab_size)
     for key, value in settings.items():
-        _add(writer, f"{kind}.{key}", value)
+        _add(writer, key if key.startswith("tokenizer.") else f"{kind}.{key}", value)
     _add_tensors(writer, model, kind, encode)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -96,9 +122,18 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     adders[type(value)](key, value)
 
 
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Byte-level BPE. As older files do, it leaves the size of the vocabulary to the tensors."""
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([control if word.startswith("<") and len(word) > 1 else normal for word in TOKENS])
+    writer.add_token_merges(_MERGES)
+    writer.add_chat_template(CHATML)
+
+
 def _add_settings(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.pad_token_id)
@@ -115,7 +150,7 @@ def _add_settings(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
         writer.add_key_length(head)
         writer.add_value_length(head)
     if kind in ("gemma2", "gemma3", "phi3"):
-        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window(config.sliding_window or 0)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None):
             writer.add_float32(f"{kind}.{name}", getattr(config, name))

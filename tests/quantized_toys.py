@@ -113,11 +113,18 @@ def whole_bytes(found: Numbers, *, symmetric: bool) -> Tensors:
 def save(
     name: str, folder: Path, dtype: torch.dtype, settings: dict[str, Any], pack: Any, **made: Any
 ) -> tf.PreTrainedModel:
-    """Write the toy `name` with the matrices of its layers packed; returns the model with what these stand for.
+    """Write the toy `name` with the matrices of its layers packed; returns the model with what these stand for."""
+    return save_packed(architectures.build(name, dtype), folder, settings, pack, **made)
+
+
+def save_packed(
+    model: tf.PreTrainedModel, folder: Path, settings: dict[str, Any], pack: Any, **made: Any
+) -> tf.PreTrainedModel:
+    """The same of any model.
 
     `pack` takes Numbers and returns a matrix's tensors; `made` are arguments of `numbers`.
     """
-    model = architectures.build(name, dtype)
+    dtype = model.dtype
     torch.manual_seed(1)
     stored = {key: value.clone() for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:

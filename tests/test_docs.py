@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import documented
+import gguf_toys
 import pytest
+import quantized_toys
 import torch
 import transformers
 import typer
@@ -32,7 +34,8 @@ WORDS = {
     **dict.fromkeys(("STORE", "path/to/store"), "{folder}/store"),
     **dict.fromkeys(("FILE", "some-text-like-yours.txt"), "{folder}/text.txt"),
     "path/to/config.json": "{folder}/checkpoint/config.json",
-    "model.Q4_K_M.gguf": "{folder}/checkpoint",  # a toy file has no tokenizer; tests/test_gguf.py runs a real one
+    "model.Q4_K_M.gguf": "{folder}/model.Q4_K_M.gguf",  # a toy, in an encoding that the gguf package can write
+    "Llama-3.1-8B-Instruct-AWQ": "{folder}/awq",
     "FOLDER": "{folder}",
     "NAME": "spare",
     "...": "def read_lines(path):\n",
@@ -55,8 +58,6 @@ PARSED = {
     "tiercache-profile probe": "takes minutes on a quiet machine; see tests/test_probe.py",
     "tiercache-profile validate": "takes minutes; see tests/test_probe.py",
     "--gpu this": "wants what a probe measured; see tests/test_probe.py",
-    ".gguf": "a toy file has no tokenizer; tests/test_gguf.py runs a real one",
-    "-AWQ": "see tests/test_quantized.py",
     "tiercache serve": "serves until it is ended; see tests/test_serve_command.py",
     "jupyter lab": "serves until it is ended; tests/test_notebooks.py runs the notebooks",
 }
@@ -67,10 +68,15 @@ APPS = {"tiercache": app, "tiercache-profile": profile}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, its store and a text, for copying."""
+    """A checkpoint, its store and a text, and checkpoints that are quantised, for copying."""
     folder = tmp_path_factory.mktemp("docs")
     save_model(folder / "checkpoint", layers=2)
     save_tokenizer(folder / "checkpoint", chats=True)
+    gguf_toys.write(gguf_toys.build("chat"), folder / "model.Q4_K_M.gguf", gguf_toys.encoded("Q8_0"), chats=True)
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float16)
+    quantized_toys.save_packed(model, folder / "awq", awq, quantized_toys.awq, bits=4, groups=4, symmetric=False)
+    save_tokenizer(folder / "awq", chats=True)
     (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8")[:3000], encoding="utf-8")
     for command in (("convert", folder / "checkpoint"), ("calibrate",)):
         shorter = SHORTER[f"tiercache {command[0]}"]

@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tiercache.compat import gguf_options
 from tiercache.errors import StoreError, TiercacheError, UnsupportedModelError, UsageError
 from tiercache.formats import gguf as formats_gguf
 from tiercache.formats.gguf_header import GgufHeader
+from tiercache.generation.generator import TextGenerator
+from tiercache.generation.request import GenerationRequest
 from tiercache.store.checkpoint import Checkpoint, resolve
 from tiercache.store.convert import convert
 from tiercache.store.planestore import PlaneStore
@@ -30,6 +33,9 @@ from tiercache.store.reader import Reader, load
 from tiercache.text import load_tokenizer
 
 IDS = torch.tensor([[3, 7, 94, 1, 33, 50, 8, 8, 2, 61, 5]])  # longer than any window of the toys
+
+
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -79,12 +85,17 @@ def test_planes_are_those_of_the_unpacked_checkpoint(tmp_path: Path) -> None:
     )
 
 
-def test_a_small_file_drafts_for_another(tmp_path: Path) -> None:
-    path = gguf_toys.write(gguf_toys.build("llama"), tmp_path / "toy.gguf", gguf_toys.encoded("Q8_0"))
+def test_a_small_file_drafts_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode = gguf_toys.encoded("Q8_0")
+    path = gguf_toys.write(gguf_toys.build("llama"), tmp_path / "toy.gguf", encode)
+    small = gguf_toys.write(gguf_toys.build("llama", seed=1), tmp_path / "small.gguf", encode)
     with tiercache.offload(path, context=64) as model:
         wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
-    with tiercache.offload(path, context=64, drafter=path, draft_nodes=4) as model:
+    capsys.readouterr()
+    with tiercache.offload(path, context=64, drafter=small, draft_nodes=4, show_progress=False) as model:
         assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), wanted)
+    assert "unpacking" not in capsys.readouterr().err
+    assert (resolve(small) / "model.safetensors").is_file()
 
 
 def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
@@ -180,6 +191,92 @@ def test_a_tensor_that_no_parameter_takes_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(path)
 
 
+def test_a_header_is_hashed_in_pieces(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
+    writer.add_array("words", ["x" * (8 << 20)] * 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    source = formats_gguf.GgufSource(tmp_path / "toy.gguf")
+    tracemalloc.start()
+    try:
+        assert source.digest
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_alignment_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
+    writer.add_uint64("general.alignment", 1 << 40)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(StoreError, match=f"an alignment of {1 << 40} bytes cannot be meant"):
+        resolve(tmp_path / "toy.gguf")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a tokenizer and a chat template, whose model says <|im_end|> whatever it is asked."""
+    model = gguf_toys.build("chat")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] += 30
+        model.get_output_embeddings().weight[gguf_toys.TOKENS.index("<|im_end|>"), 0] = 30
+    return gguf_toys.write(model, tmp_path_factory.mktemp("chat") / "chat.gguf", chats=True)
+
+
+def test_tokenizer_and_template_are_the_files(chatty: Path) -> None:
+    tokenizer = load_tokenizer(resolve(chatty))
+    assert tokenizer.chat_template == gguf_toys.CHATML
+    vocabulary = tokenizer.get_vocab()
+    assert [vocabulary[word] for word in gguf_toys.TOKENS] == list(range(len(gguf_toys.TOKENS)))
+    text = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, tokenize=False)
+    assert text == f"<|im_start|>user\n{PROMPT[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    words = [gguf_toys.TOKENS[token] for token in tokenizer(text)["input_ids"]]
+    assert words[:2] == ["<|im_start|>", "u"]
+    assert "Ġthe" in words
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_an_answer_stops_where_a_turn_ends(chatty: Path) -> None:
+    with tiercache.offload(chatty, context=64) as model:
+        generator = TextGenerator(model, load_tokenizer(resolve(chatty)))
+        answer = generator.generate(GenerationRequest(ids=(3, 4, 5), max_new_tokens=8))
+    assert answer.finish_reason == "stop"
+    assert answer.tokens == (gguf_toys.TOKENS.index("<|im_end|>"),)
+
+
+def test_every_token_that_a_file_names_ends_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {"tokenizer.ggml.eot_token_id": 40, "tokenizer.ggml.eom_token_id": 96}
+    path = gguf_toys.write(gguf_toys.build("llama"), tmp_path / "toy.gguf", **named)
+    found = tf.GenerationConfig.from_pretrained(resolve(path))
+    assert found.eos_token_id == [2, 40]
+    assert (found.bos_token_id, found.pad_token_id) == (1, 0)
+    assert "names token 96 as the end of a text or turn, its vocabulary has 96" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_failed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gguf_toys.write(gguf_toys.build("chat", seed=1), tmp_path / "toy.gguf", chats=True)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("`sentencepiece` is not here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tf.PreTrainedTokenizerFast, "from_pretrained", fail)
+        folder = resolve(path)
+    told = capsys.readouterr().err
+    assert f"into {folder}, or install" in told
+    assert "pip install sentencepiece" in told
+    with pytest.raises(StoreError, match="no tokenizer"):
+        load_tokenizer(folder)
+    assert resolve(path) == folder
+    assert load_tokenizer(folder).chat_template == gguf_toys.CHATML
+    assert not list(folder.parent.glob(".describe-*"))
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("toy") / "toy.gguf"
@@ -218,9 +315,6 @@ def test_a_file_that_was_cut_is_a_named_error(
     path.write_bytes(toy[: int(share * (len(toy) - 1))])
     with pytest.raises(StoreError, match=r"cut\.gguf"):
         Checkpoint.open(path)
-
-
-PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def answer(path: Path, **options: Any) -> str:

@@ -133,7 +133,13 @@ def test_other_ways_to_quantise_are_refused_by_name(asked: dict[str, Any], words
 
 
 @pytest.mark.parametrize(
-    "asked", ["int4", [4], {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": 4}}}]
+    "asked",
+    [
+        *("int4", [4], {"quant_method": ["gptq"]}),
+        compressed("pack-quantized", 4) | {"config_groups": [1]},
+        compressed("pack-quantized", 4) | {"config_groups": {"a": 1}},
+        compressed("pack-quantized", 4) | {"config_groups": {"a": {"weights": 4}}},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(asked: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": asked}))
@@ -149,6 +155,31 @@ def test_groups_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="names groups beyond its 4"):
         Checkpoint.open(tmp_path).in_place()
     assert not list(resolve(tmp_path).glob("*.safetensors*")), "nothing half-written"
+
+
+def test_groups_that_contradict_the_scales_are_refused(tmp_path: Path) -> None:
+    asked, made = gptq_settings(group_size=28), {"bits": 4, "groups": 4, "symmetric": True}  # 14 inputs a group
+    toys.save("qwen3", tmp_path / "bare", HALF, asked, partial(toys.gptq, bits=4, with_order=False), **made)
+    with pytest.raises(StoreError, match="56 inputs in groups of 28 have 2 scales, 4 are there"):
+        Checkpoint.open(tmp_path / "bare")
+    make("gptq", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.g_idx"][:] = 0
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StoreError, match="has scales for 4 groups, its inputs belong to 1 of them"):
+        Checkpoint.open(tmp_path).in_place()
+
+
+def test_only_the_models_own_files_name_its_import(tmp_path: Path) -> None:
+    make("awq", tmp_path)
+    before = resolve(tmp_path)
+    (tmp_path / "notes.txt").write_text("of nobody's concern")
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert resolve(tmp_path) == before
+    assert not (before / "notes.txt").exists()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert resolve(tmp_path) != before
+    assert (resolve(tmp_path) / "merges.txt").is_file()
 
 
 def test_a_disk_without_the_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

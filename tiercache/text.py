@@ -102,13 +102,18 @@ def check_window(config: transformers.PretrainedConfig, window: int) -> None:
         raise UsageError(f"--window {window} is longer than the model's {most} positions; give less")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether files of a tokenizer lie there, readable or not."""
+    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies in a checkpoint's or store's folder.
 
     Raises:
         StoreError: there is none.
     """
-    if not any(file.is_file() for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         # older transformers make an empty tokenizer then, which answers with nothing
         raise StoreError(f"no tokenizer lies in {folder}; put its files there")
     try:

@@ -48,7 +48,7 @@ def attach_drafters(
 ) -> None:
     """Let the attached model's `generate` draft; what undoes it goes on `stack`."""
     attached: Any = getattr(model, "tiercache")  # noqa: B009 - no attribute that torch knows of
-    drafters = _drafters(spec, lambda: attached.passes("resident"), config.context, device)
+    drafters = _drafters(spec, lambda: attached.passes("resident"), config.context, device, show=show)
     scheduler = _scheduler(spec.config, drafters, config.context, config.logits)
     stack.callback(scheduler.close)
     stats.drafting, attached.scheduler = scheduler.stats, scheduler
@@ -65,7 +65,12 @@ def attach_drafters(
 
 
 def _drafters(
-    spec: DrafterSpec, resident: Callable[[], AbstractContextManager[None]], context: int, device: torch.device
+    spec: DrafterSpec,
+    resident: Callable[[], AbstractContextManager[None]],
+    context: int,
+    device: torch.device,
+    *,
+    show: bool,
 ) -> list[Drafter]:
     """The drafters of a spec; passes of the target within `resident` use the resident planes alone."""
     config = spec.config
@@ -73,7 +78,7 @@ def _drafters(
     if spec.ngrams is not None:
         drafters.append(spec.ngrams())
     if spec.small is not None:
-        small = Checkpoint.open(spec.small).in_place().folder
+        small = Checkpoint.open(spec.small).in_place(show_progress=show).folder
         model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype="auto")
         nn.Module.to(model, device)
         drafters.append(

@@ -80,9 +80,8 @@ class CompressedTensor(IntegerTensor):
 
 
 def check(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse variants of the format that are not read; raises UnsupportedModelError."""
-    groups = settings.get("config_groups")
-    schemes = [scheme for scheme in groups.values() if isinstance(scheme, dict)] if isinstance(groups, dict) else []
+    """Refuse variants of the format that are not read; raises UnsupportedModelError, TypeError where nobody can be."""
+    schemes = _schemes(settings)
     formats = {str(settings.get("format"))} | {str(scheme["format"]) for scheme in schemes if scheme.get("format")}
     formats -= {"mixed-precision"} if len(formats) > 1 else set()
     kinds = {f"{(scheme.get('weights') or {}).get('type', 'int')}" for scheme in schemes}
@@ -135,13 +134,21 @@ def tensor(where: str, stored: dict[str, TensorRef], settings: Mapping[str, Any]
 
 def _promised(settings: Mapping[str, Any]) -> set[str]:
     """Parts that every matrix has, as the settings say, beside those without which there is none."""
-    schemes = [scheme.get("weights") or {} for scheme in (settings.get("config_groups") or {}).values()]
+    weights = [scheme.get("weights") or {} for scheme in _schemes(settings)]
     promised = set()
-    if schemes and not any(scheme.get("symmetric", True) for scheme in schemes):
+    if weights and not any(scheme.get("symmetric", True) for scheme in weights):
         promised.add("weight_zero_point")
-    if schemes and all(scheme.get("actorder") in ("group", "dynamic", True) for scheme in schemes):
+    if weights and all(scheme.get("actorder") in ("group", "dynamic", True) for scheme in weights):
         promised.add("weight_g_idx")
     return promised
+
+
+def _schemes(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How groups of matrices are quantised; raises TypeError where that is no object of objects."""
+    groups = settings.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(scheme, dict) for scheme in groups.values()):
+        raise TypeError("config_groups is no object of objects")
+    return list(groups.values())
 
 
 def _check_scale(where: str, scale: TensorRef, shape: tuple[int, ...]) -> int:

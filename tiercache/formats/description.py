@@ -19,9 +19,10 @@ from tiercache.formats.gguf_header import shards, title
 from tiercache.formats.packed import PackedSource
 from tiercache.formats.quantized import QuantizedFolder, settings_of
 from tiercache.store.folders import clear_io_errors
+from tiercache.text import has_tokenizer
 
 ORIGIN_FILE = "packed-origin"
-_VERSION = 1  # of what is written into the folder
+_VERSION = 2  # of what is written into the folder
 
 
 def described(path: Path) -> Path | None:
@@ -44,15 +45,26 @@ def described(path: Path) -> Path | None:
                 made = Path(scratch) / "made"
                 made.mkdir()
                 source.describe(made)
+                source.describe_tokenizer(made, folder)
                 _write_origin(made, source)
                 try:
                     made.rename(folder)
                 except OSError:
                     if not (folder / ORIGIN_FILE).is_file():  # else another process was faster
                         raise
-        elif _origin(folder)["place"] != str(source.place.absolute()):  # it was moved
-            _write_origin(folder, source)
+        else:
+            if _origin(folder)["place"] != str(source.place.absolute()):  # it was moved
+                _write_origin(folder, source)
+            if not has_tokenizer(folder):  # what was missing may have been installed since
+                _add_tokenizer(folder, source)
     return folder
+
+
+def _add_tokenizer(folder: Path, source: PackedSource) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".describe-") as scratch:
+        source.describe_tokenizer(Path(scratch), folder)
+        for file in sorted(Path(scratch).iterdir()):
+            file.replace(folder / file.name)
 
 
 def source_of(folder: Path) -> PackedSource | None:

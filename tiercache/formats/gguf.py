@@ -19,7 +19,7 @@ import transformers
 
 from tiercache.compat import gguf_names
 from tiercache.errors import StoreError, UnsupportedModelError
-from tiercache.formats.gguf_config import ROPE_FACTORS, architecture, read_config
+from tiercache.formats.gguf_config import ROPE_FACTORS, architecture, end_tokens, read_config
 from tiercache.formats.gguf_header import GgufHeader, title
 from tiercache.formats.packed import PackedSource
 from tiercache.progress import note
@@ -29,6 +29,7 @@ from tiercache.store.header import DTYPES, TensorRef
 from tiercache.store.reader import PackedTensor, Reader, StoredTensor, load_bytes
 
 _CHUNK_WEIGHTS = 1 << 21  # dequantised at once: bounds the fp32 copies
+_HASHED_BYTES = 1 << 20  # of a header at once
 _SAME_BITS = {2: torch.int16, 4: torch.int32}
 _PLAIN = ("F32", "BF16")  # encodings that lose nothing in bf16 or fp32
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -48,7 +49,8 @@ class GgufSource(PackedSource):
         found = hashlib.sha256(identity.of_files(self.header.tensors).encode())
         for file, start in zip(self.header.files, self.header.starts, strict=True):
             with file.open("rb") as opened:
-                found.update(opened.read(min(start, file.stat().st_size)))
+                while piece := opened.read(min(_HASHED_BYTES, start - opened.tell())):
+                    found.update(piece)
         return found.hexdigest()
 
     def describe(self, folder: Path) -> None:
@@ -56,12 +58,25 @@ class GgufSource(PackedSource):
         only_fp32 = all(ref.dtype == "F32" for ref in self.header.tensors.values())
         config.dtype = torch.float32 if only_fp32 else torch.bfloat16
         config.save_pretrained(folder)
+        named = {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        known = {name: token for name, token in named.items() if token in range(config.vocab_size)}
+        if ends := end_tokens(self.header, config):
+            known["eos_token_id"] = ends
+        transformers.GenerationConfig(**known).save_pretrained(folder)
+
+    def describe_tokenizer(self, folder: Path, kept_in: Path) -> None:
         try:
             kind = transformers.PreTrainedTokenizerFast
             tokenizer = kind.from_pretrained(self.place.parent, gguf_file=self.place.name)
-            tokenizer.save_pretrained(folder)
         except Exception as error:  # of a kind that transformers cannot rebuild, or none at all
-            note(f"{self.place.name} holds no tokenizer that transformers can read ({error})")
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            note(
+                f"{self.place.name} holds no tokenizer that transformers can read here ({reason}); put the original "
+                f"checkpoint's tokenizer files into {kept_in}, or install what is missing there "
+                "(pip install sentencepiece tiktoken protobuf) and name the file again"
+            )
+            return
+        tokenizer.save_pretrained(folder)
 
     def tensors(self, model: transformers.PreTrainedModel) -> dict[str, StoredTensor]:
         names, undo = gguf_names(model, architecture(self.header))

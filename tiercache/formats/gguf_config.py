@@ -14,7 +14,8 @@ import transformers
 
 from tiercache.compat import gguf_config
 from tiercache.errors import StoreError, UnsupportedModelError
-from tiercache.formats.gguf_header import GgufHeader
+from tiercache.formats.gguf_header import GgufHeader, Words
+from tiercache.progress import note
 
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3")
 """Those whose tensors and settings were compared with transformers' own checkpoints; Mistral's files say "llama"."""
@@ -33,6 +34,7 @@ _KNOWN = {
     *("expert_count", "expert_used_count", "rope.freq_base", "rope.freq_base_swa"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
+_NO_WINDOW = ("phi3", "attention.sliding_window")  # llama.cpp writes 0 for Phi-4, which has none
 _LARGEST = 1 << 24  # of any count: more is damage, and would take memory before a tensor contradicts it
 _HYBRID_PERIOD = {"gemma2": 2, "gemma3": 6}  # which layers look at everything: one in so many, in transformers too
 # The 27B models scale attention by the heads' share of the hidden size, which llama.cpp tells by the number of layers.
@@ -76,9 +78,11 @@ def read_config(header: GgufHeader) -> transformers.PretrainedConfig:
     }
     if unknown := sorted(own.keys() - _KNOWN):
         raise UnsupportedModelError(f"{file} sets {kind}.{unknown[0]}, which tiercache does not know; {_WAY_OUT}")
-    _check_counts(header, own)
+    _check_counts(header, kind, own)
     try:
-        config = gguf_config(kind, header.metadata | _vocabulary(header, kind))
+        # Older files do not name the size of their vocabulary, and their tokens may be fewer than the embedding's rows.
+        rows = header.tensors["token_embd.weight"].shape[0]
+        config = gguf_config(kind, header.metadata | {f"{kind}.vocab_size": rows})
     except Exception as error:  # transformers reads values in many places and ways
         raise StoreError(f"{file} holds settings that make no model ({error}); download it again") from error
     config.tie_word_embeddings = "output.weight" not in header.tensors  # transformers looks at the first part alone
@@ -87,17 +91,28 @@ def read_config(header: GgufHeader) -> transformers.PretrainedConfig:
     return config
 
 
-def _vocabulary(header: GgufHeader, kind: str) -> dict[str, Any]:
-    """The size of the vocabulary, which older files only have as their tokens."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return {f"{kind}.vocab_size": header.metadata.get(f"{kind}.vocab_size", tokens)} if type(tokens) is int else {}
+def end_tokens(header: GgufHeader, config: transformers.PretrainedConfig) -> list[int]:
+    """The tokens that end a turn or a text: those that the file names, and those whose words mean that.
+
+    llama.cpp takes both as well: many files name the end of a text alone, which no answer in a chat comes to.
+    """
+    named = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    words = header.metadata.get("tokenizer.ggml.tokens")
+    found = {token for token in named if type(token) is int} | set(words.ends if isinstance(words, Words) else ())
+    if beyond := sorted(token for token in found if not 0 <= token < config.vocab_size):
+        note(
+            f"{header.files[0].name} names token {beyond[0]} as the end of a text or turn, its vocabulary has "
+            f"{config.vocab_size}; that is passed over"
+        )
+    return sorted(found - set(beyond))
 
 
-def _check_counts(header: GgufHeader, own: dict[str, Any]) -> None:
+def _check_counts(header: GgufHeader, kind: str, own: dict[str, Any]) -> None:
     """Refuse counts that the tensors contradict, before anything is made of them."""
     file = header.files[0]
     for name in _COUNTS & own.keys():
-        if type(own[name]) is not int or not 0 < own[name] <= _LARGEST:
+        least = 0 if (kind, name) == _NO_WINDOW else 1
+        if type(own[name]) is not int or not least <= own[name] <= _LARGEST:
             raise UnsupportedModelError(
                 f"{file}: {name} is {own[name]!r}, and one count for all layers is what tiercache reads; {_WAY_OUT}"
             )
@@ -126,7 +141,7 @@ def _complete_attention(
     if kind == "qwen3" and "attention.key_length" in own:
         config.head_dim = own["attention.key_length"]
     if kind == "phi3" and "attention.sliding_window" in own:
-        config.sliding_window = own["attention.sliding_window"]
+        config.sliding_window = own["attention.sliding_window"] or None
     if own["block_count"] == _LAYERS_OF_27B.get(kind):
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -22,8 +22,24 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _MAX_STRING, _MAX_ELEMENTS, _MAX_TENSORS, _MAX_DIMENSIONS = 16 << 20, 4 << 20, 1 << 20, 4
-_KEPT = 4096  # elements of an array of numbers; of a longer one, and of one of strings, only the count is kept
+_KEPT = 4096  # elements of an array of numbers; of a longer one only the count is kept
+_MAX_ALIGNMENT = 1 << 20  # writers choose 32, or a page; what lies before the tensors is hashed, padding too
+# Words that end a turn or a text in the vocabularies of the architectures that are read, as llama.cpp has them too.
+_END_WORDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is kept of an array of strings.
+
+    Attributes:
+        count: how many there are.
+        ends: where those stand that end a turn or a text in a vocabulary.
+    """
+
+    count: int
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class GgufHeader:
 
     Attributes:
         files: in the order of their numbers.
-        metadata: of the first one; an array of strings, and a long one, as its length.
+        metadata: of the first one; an array of strings as Words, a long one of numbers as its length.
         tensors: by GGUF's names; `dtype` is the name of their encoding, such as "Q4_K", and the shape is torch's.
         starts: where the tensors' bytes begin in each file.
     """
@@ -133,9 +149,7 @@ class _Cursor:
         if self._elements > _MAX_ELEMENTS or (of != _STRING and of not in _SCALARS):
             raise self.refuse(f"an array of {count} values of kind {of} is no model's")
         if of == _STRING:
-            for _ in range(count):
-                self.text()
-            return count
+            return Words(count, tuple(place for place in range(count) if self.text() in _END_WORDS))
         if count > _KEPT:
             self.skip(count * struct.calcsize(_SCALARS[of]))
             return count
@@ -179,7 +193,7 @@ def _placed(
     cursor: _Cursor, metadata: dict[str, Any], entries: list[tuple[str, tuple[int, ...], int, int]]
 ) -> tuple[dict[str, TensorRef], int]:
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.refuse(f"an alignment of {alignment!r} bytes cannot be meant")
     start = -(-cursor.at // alignment) * alignment
     found: dict[str, TensorRef] = {}

@@ -63,7 +63,7 @@ def check(settings: Mapping[str, Any], where: str) -> None:
     """Refuse variants of the format that are not read; raises UnsupportedModelError."""
     bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
     packed = settings.get("pack_dtype", "int32")
-    if bits not in _BITS or layout not in ("gptq", "gptq_v2") or packed != "int32":
+    if type(bits) is not int or bits not in _BITS or layout not in ("gptq", "gptq_v2") or packed != "int32":
         raise UnsupportedModelError(
             f"{where} is GPTQ of {bits} bits in the layout {layout!r}, packed in {packed}; tiercache reads 2, 4 and 8 "
             "bits of 'gptq' and 'gptq_v2' in int32: name such a one, or the 16-bit checkpoint"
@@ -93,4 +93,9 @@ def tensor(where: str, stored: dict[str, TensorRef], settings: Mapping[str, Any]
     check_shapes(where, stored, wanted)
     size = settings.get("group_size", -1)
     group = size if isinstance(size, int) and size > 0 else inputs
+    if "g_idx" not in stored and -(-inputs // group) != groups:
+        raise StoreError(
+            f"{where}: {inputs} inputs in groups of {group} have {-(-inputs // group)} scales, {groups} are there; "
+            "group_size in its config.json is another checkpoint's: download both again"
+        )
     return GptqTensor(dtype, (outputs, inputs), stored, bits, group, settings.get("checkpoint_format") != "gptq_v2")

@@ -49,9 +49,15 @@ class IntegerTensor(PackedTensor):
     def load(self, reader: Reader) -> torch.Tensor:
         found = self.codes(reader)
         groups = found.scales.shape[1]
-        if int(found.group_of.min()) < 0 or int(found.group_of.max()) >= groups:
-            path = next(iter(self.stored.values())).path
+        named = torch.unique(found.group_of)
+        path = next(iter(self.stored.values())).path
+        if int(named[0]) < 0 or int(named[-1]) >= groups:
             raise StoreError(f"{path}: a matrix names groups beyond its {groups}; download it again")
+        if len(named) < groups:
+            raise StoreError(
+                f"{path}: a matrix has scales for {groups} groups, its inputs belong to {len(named)} of them; download "
+                "it again, or name the 16-bit checkpoint"
+            )
         made = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         step = max(8, _CHUNK_WEIGHTS // self.shape[1] // 8 * 8)  # whole words, where outputs are packed
         for low in range(0, self.shape[0], step):

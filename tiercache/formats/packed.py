@@ -27,7 +27,11 @@ class PackedSource(ABC):
 
     @abstractmethod
     def describe(self, folder: Path) -> None:
-        """Write what a plain checkpoint's folder holds besides weights: config.json and the tokenizer's files."""
+        """Write what a plain checkpoint's folder holds besides weights and tokenizer: config.json and the like."""
+
+    @abstractmethod
+    def describe_tokenizer(self, folder: Path, kept_in: Path) -> None:
+        """Write the tokenizer's files; where they cannot be had, say why, and what to do with the folder `kept_in`."""
 
     @abstractmethod
     def tensors(self, model: transformers.PreTrainedModel) -> dict[str, StoredTensor]:

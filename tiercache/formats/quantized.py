@@ -23,7 +23,12 @@ from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
 from tiercache.store.reader import StoredTensor
 
 _METHODS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+_SETTINGS = ("config.json", "generation_config.json")
+_TOKENIZER = (
+    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "*.jinja"),
+)
+_AGAIN = "download it again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -33,6 +38,8 @@ class QuantizedFolder(PackedSource):
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.place, self.title, self._settings = folder, _title(folder), settings
         method = settings.get("quant_method")
+        if not isinstance(method, str | None):
+            raise StoreError(f"{folder / 'config.json'}: quant_method in its quantization_config is no name; {_AGAIN}")
         if method not in _METHODS:
             raise UnsupportedModelError(
                 f"{folder} is already quantised, by {method!r}, which tiercache does not read; name the 16- or 32-bit "
@@ -43,25 +50,29 @@ class QuantizedFolder(PackedSource):
             self._format.check(settings, str(folder))
         except (AttributeError, TypeError) as error:
             raise StoreError(
-                f"{folder / 'config.json'}: its quantization_config cannot be read ({error}); download it again"
+                f"{folder / 'config.json'}: its quantization_config cannot be read ({error}); {_AGAIN}"
             ) from error
         self._files = read_checkpoint(folder)
 
     @cached_property
     def digest(self) -> str:
         found = hashlib.sha256(identity.of_files(self._files).encode())
-        for path in self._small_files():
+        for path in self._files_like(*_SETTINGS, *_TOKENIZER):
             found.update(path.name.encode() + b"\0" + path.read_bytes())
         return found.hexdigest()
 
     def describe(self, folder: Path) -> None:
-        for path in self._small_files():
+        for path in self._files_like(*_SETTINGS):
             shutil.copyfile(path, folder / path.name)
         config = json.loads((self.place / "config.json").read_bytes())
         del config["quantization_config"]
         if not (config.get("dtype") or config.get("torch_dtype")):
             config["dtype"] = str(self._scale_dtype()).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def describe_tokenizer(self, folder: Path, kept_in: Path) -> None:
+        for path in self._files_like(*_TOKENIZER):
+            shutil.copyfile(path, folder / path.name)
 
     def tensors(self, model: transformers.PreTrainedModel) -> dict[str, StoredTensor]:
         dtype = _NAMES[model.dtype]
@@ -77,10 +88,9 @@ class QuantizedFolder(PackedSource):
             found[f"{module}.weight"] = self._format.tensor(f"{self.place}: {module}", stored, self._settings, dtype)
         return found
 
-    def _small_files(self) -> list[Path]:
-        """What a checkpoint's folder holds besides weights."""
-        found = {path for pattern in _COPIED for path in self.place.glob(pattern)}
-        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
+    def _files_like(self, *patterns: str) -> list[Path]:
+        """Files of the checkpoint's folder. Whatever else lies beside the weights is nobody's concern."""
+        return sorted({path for pattern in patterns for path in self.place.glob(pattern) if path.is_file()})
 
     def _scale_dtype(self) -> torch.dtype:
         scales = (ref.dtype for name, ref in sorted(self._files.items()) if name.endswith(("scales", "weight_scale")))
@@ -104,5 +114,5 @@ def settings_of(folder: Path) -> Mapping[str, Any] | None:
     if settings is None:
         return None
     if not isinstance(settings, dict):
-        raise StoreError(f"{folder / 'config.json'}: its quantization_config is no object; download it again")
+        raise StoreError(f"{folder / 'config.json'}: its quantization_config is no object; {_AGAIN}")
     return settings
