@@ -13,7 +13,6 @@ from tiercache.config.cache_folder import TAG_FILE, made_folder
 from tiercache.config.environment import home_folder
 from tiercache.doctor import report
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.progress import bar
 
 HOUSE = Path(__file__).parents[1]
 PICO = HOUSE / "examples" / "pico" / "checkpoint"
@@ -88,14 +87,12 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table, a chart in text and a bar, as on a terminal."""
+    """A table and a chart in text, as on a terminal."""
     heat_map = {"title": "speeds", "rows": ["3090"], "columns": ["64GiB"], "cells": [[1.5]]}
 
     def drawn() -> str:
         base.console().print(report.table([report.kernels_check("cpu", False, "none")]))
         base.console().print(*text_charts.of({"kind": "sweep", "maps": [heat_map]}))
-        with bar("reading", 8, show=True) as advance:
-            advance(8)
         return capsys.readouterr().err
 
     for name, value in (("TERM", "xterm-256color"), ("FORCE_COLOR", "1")):
@@ -103,5 +100,5 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     for no_color in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_color)
         text = drawn()
-        assert all(part in text for part in ("warn", "1.50", "reading"))
+        assert all(part in text for part in ("warn", "1.50"))
         assert bool(re.search(r"\x1b\[[\d;]*[34][0-9]", text)) is not bool(no_color)

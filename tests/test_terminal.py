@@ -37,11 +37,11 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    """A model and a link that makes each of its layers take half a second."""
+    """A model and a link that makes each of its layers take a quarter of a second."""
     folder = tmp_path_factory.mktemp("slow") / "checkpoint"
     save_model(folder, hidden=256, layers=6)
     save_tokenizer(folder, chats=True)
-    return folder, "--context", 128, "--hbm", "5.2MiB", "--link-gbps", 0.005
+    return folder, "--context", 128, "--hbm", "5.2MiB", "--link-gbps", 0.01
 
 
 def plainly(shown: str) -> str:
@@ -73,7 +73,7 @@ def test_a_live_line_beside_text_that_goes_elsewhere(tmp_path: Path) -> None:
 
 def test_a_pipe_for_both_gets_lines_and_whole_text(slow: tuple[object, ...]) -> None:
     code = f"from tiercache import display; display.FIRST_S = display.EVERY_S = 0.2\n{MAIN}"
-    options = [*map(str, slow), "--raw", "--prompt", PROMPT, "--max-new-tokens", "3"]
+    options = [*map(str, slow), "--raw", "--prompt", PROMPT, "--max-new-tokens", "1"]
     command = [sys.executable, "-c", code, "run", *options]
     both = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, timeout=120).stdout
     shown = both.decode(errors="replace")
