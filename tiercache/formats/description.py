@@ -7,7 +7,6 @@ unpacked into it (`tiercache.formats.unpacked`), and it is a plain checkpoint th
 
 import json
 import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from tiercache.formats.gguf import GgufSource
 from tiercache.formats.gguf_header import shards, title
 from tiercache.formats.packed import PackedSource
 from tiercache.formats.quantized import QuantizedFolder, settings_of
-from tiercache.store.folders import clear_io_errors
+from tiercache.store.folders import ORIGIN_FILE, clear_io_errors, scratch
 
-ORIGIN_FILE = "packed-origin"
 _VERSION = 1  # of what is written into the folder
 
 
@@ -40,8 +38,8 @@ def described(path: Path) -> Path | None:
     with clear_io_errors(folder):
         if not (folder / ORIGIN_FILE).is_file():
             made_folder(folder.parent)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".describe-") as scratch:
-                made = Path(scratch) / "made"
+            with scratch(folder.parent) as making:
+                made = making / "made"
                 made.mkdir()
                 source.describe(made)
                 _write_origin(made, source)

@@ -19,11 +19,10 @@ from tiercache.errors import StoreError, UnsupportedModelError
 from tiercache.formats import awq, compressed_tensors, gptq
 from tiercache.formats.packed import PackedSource
 from tiercache.store import identity
-from tiercache.store.header import DTYPES, TensorRef, read_checkpoint
+from tiercache.store.header import DTYPES, TensorRef, read_checkpoint, small_files
 from tiercache.store.reader import StoredTensor
 
 _METHODS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,12 +49,12 @@ class QuantizedFolder(PackedSource):
     @cached_property
     def digest(self) -> str:
         found = hashlib.sha256(identity.of_files(self._files).encode())
-        for path in self._small_files():
+        for path in small_files(self.place):
             found.update(path.name.encode() + b"\0" + path.read_bytes())
         return found.hexdigest()
 
     def describe(self, folder: Path) -> None:
-        for path in self._small_files():
+        for path in small_files(self.place):
             shutil.copyfile(path, folder / path.name)
         config = json.loads((self.place / "config.json").read_bytes())
         del config["quantization_config"]
@@ -76,11 +75,6 @@ class QuantizedFolder(PackedSource):
         for module, stored in packed.items():
             found[f"{module}.weight"] = self._format.tensor(f"{self.place}: {module}", stored, self._settings, dtype)
         return found
-
-    def _small_files(self) -> list[Path]:
-        """What a checkpoint's folder holds besides weights."""
-        found = {path for pattern in _COPIED for path in self.place.glob(pattern)}
-        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
     def _scale_dtype(self) -> torch.dtype:
         scales = (ref.dtype for name, ref in sorted(self._files.items()) if name.endswith(("scales", "weight_scale")))

@@ -31,7 +31,7 @@ from tiercache.store.catalog import UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.conversion_plan import Compress, ConversionPlan, ConversionReport
 from tiercache.store.encode import ReadTensor, quantized
-from tiercache.store.folders import clear_io_errors, locked
+from tiercache.store.folders import clear_io_errors, in_use, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
 from tiercache.store.journal import JOURNAL_FILE, ConversionJournal, opened
 from tiercache.store.layout import UnitPlan
@@ -132,7 +132,7 @@ def _run(plan: ConversionPlan, *, restart: bool, show_progress: bool | None) -> 
     """Convert what is left, and publish."""
     begin = time.perf_counter()
     expected = plan.report()
-    with clear_io_errors(plan.partial), ExitStack() as stack:
+    with clear_io_errors(plan.partial), in_use(plan.checkpoint.folder), ExitStack() as stack:
         plan.partial.mkdir(parents=True, exist_ok=True)
         taken = f"another conversion is writing {plan.partial}; wait for it, or name another folder"
         stack.enter_context(locked(plan.partial, taken))
@@ -211,8 +211,8 @@ def _finish(plan: ConversionPlan, records: list[UnitRecord], compression: dict[s
     """Publish the store. Each step but the rename may be repeated after an interruption."""
     for path in plan.partial.glob(HIDDEN_FILES):
         path.unlink()
-    for path in plan.copied():
-        shutil.copyfile(path, plan.partial / path.name)
+    for name, data in plan.copied():
+        (plan.partial / name).write_bytes(data)
     ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
     catalog.write(plan.partial / CATALOG_FILE, {**plan.meta, "compression": ratios}, records)
     for path in plan.partial.iterdir():
