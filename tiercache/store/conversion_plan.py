@@ -162,21 +162,20 @@ class ConversionPlan:
                 was, now = _in_words(meta.get(key) or {}), _in_words(value)
             raise StoreError(f"{folder} was made with {key}={was}, this conversion has {now}; {way_out}")
 
-    def copied(self) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of each small file of the checkpoint that the store has too.
+    def copied(self) -> Iterator[Path]:
+        """Each small file of the checkpoint that the store has too.
 
         Raises:
             StoreError: one is another than when the conversion began, or gone.
         """
         for name, digest in self.meta["files"].items():
             path = self.checkpoint.folder / name
-            data = path.read_bytes() if path.is_file() else None
-            if data is None or hashlib.sha256(data).hexdigest() != digest:
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
                 raise StoreError(
-                    f"{path} was {'removed' if data is None else 'changed'} while it was converted; put it back and "
+                    f"{path} was {'changed' if path.is_file() else 'removed'} while it was converted; put it back and "
                     "run the same command again, which goes on, or begin anew with restart=True (--restart)"
                 )
-            yield name, data
+            yield path
 
     def _records(self) -> tuple[dict[str, int], list[UnitRecord]]:
         """Where each file will end, and the units' records, without compression and with made-up hashes."""

@@ -211,8 +211,8 @@ def _finish(plan: ConversionPlan, records: list[UnitRecord], compression: dict[s
     """Publish the store. Each step but the rename may be repeated after an interruption."""
     for path in plan.partial.glob(HIDDEN_FILES):
         path.unlink()
-    for name, data in plan.copied():
-        (plan.partial / name).write_bytes(data)
+    for path in plan.copied():
+        shutil.copyfile(path, plan.partial / path.name)
     ratios = {name: {key: row[key] for key in ("ratio", "used")} for name, row in compression.items()}
     catalog.write(plan.partial / CATALOG_FILE, {**plan.meta, "compression": ratios}, records)
     for path in plan.partial.iterdir():
