@@ -59,4 +59,4 @@ def setting() -> Setting:
 
 
 def _store(model: str) -> Path:
-    return home_folder() / "notebooks" / Path(model).name
+    return home_folder() / "stores" / Path(model).name

@@ -1,4 +1,4 @@
-"""What the documentation shows: commands and blocks of Python, as they stand in README.md and docs/*.md."""
+"""What the documentation shows: commands and blocks of Python, as they stand in README.md, docs and examples."""
 
 import re
 import shlex
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOUSE = Path(__file__).parents[1]
-PAGES = tuple(str(path.relative_to(HOUSE)) for path in (HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md"))))
+_FILES = (HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md")), HOUSE / "examples" / "README.md")
+PAGES = tuple(str(path.relative_to(HOUSE)) for path in _FILES)
 SHELLS = ("", "console", "sh", "shell", "bash")
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:tiercache|tiercache-profile|make|pytest|pip|python) [^`]+)`")

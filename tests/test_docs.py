@@ -1,4 +1,4 @@
-"""Every command and every block of Python in README.md and docs/*.md is run, each page from top to bottom.
+"""Every command and every block of Python of the pages (`documented.PAGES`) is run, each page from top to bottom.
 
 A new page needs nothing but words that the tables below know: what stands for a folder or a file (`WORDS`), options
 that make a command short (`SHORTER`), and what is only parsed, with the reason (`PARSED`).
@@ -197,6 +197,7 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
     "pytest": has_files,  # this is what runs
     "python": has_module,  # the benchmarks take minutes to hours
     "pip": has_extra,  # asks the network
+    "jupyter": lambda words: has_files(words[1:]),  # serves until it is ended; tests/test_notebooks.py runs notebooks
 }
 
 

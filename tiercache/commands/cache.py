@@ -44,7 +44,10 @@ def remove_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove entries of the cache folder; refuses what is in use, and what tiercache did not make."""
+    """Remove entries of the cache folder, but for what is in use, and what tiercache did not make.
+
+    Exit code 2 where something that was named stays.
+    """
     begin("removing", as_json, quiet, library=False)
     from tiercache.store import cache
 
@@ -52,12 +55,22 @@ def remove_command(
         raise UsageError("give the names of what is to go, as 'tiercache cache list' has them, or --all")
     wanted = cache.found(names) if names else cache.removable()
     if not wanted or not (yes or _agreed(", ".join(f"{each.name} ({human(each.nbytes)})" for each in wanted))):
-        tell("nothing was removed", _plain("tiercache.cache-removed/1", []), as_json, quiet)
+        tell("nothing was removed", _removed([], []), as_json, quiet)
         return
+    removed: list[Any] = []
+    kept: list[tuple[Any, str]] = []
     for entry in wanted:
-        cache.remove(entry)
-        say(f"removed {entry.name}, {human(entry.nbytes)}", quiet)
-    tell("", _plain("tiercache.cache-removed/1", wanted), as_json, quiet=True)
+        try:
+            cache.remove(entry)
+        except UsageError as error:
+            kept.append((entry, str(error)))
+            say(f"not removed: {error}", quiet and everything)
+        else:
+            removed.append(entry)
+            say(f"removed {entry.name}, {human(entry.nbytes)}", quiet)
+    tell("", _removed(removed, kept), as_json, quiet=True)
+    if names and kept:
+        raise typer.Exit(UsageError.exit_code)
 
 
 def _agreed(what: str) -> bool:
@@ -70,6 +83,12 @@ def _agreed(what: str) -> bool:
 
 def _at_a_terminal() -> bool:
     return sys.stdin.isatty()
+
+
+def _removed(removed: list[Any], kept: list[tuple[Any, str]]) -> dict[str, Any]:
+    """What went, and what stays with the reason."""
+    stays = [{**asdict(entry), "why": why} for entry, why in kept]
+    return {**_plain("tiercache.cache-removed/1", removed), "kept": stays}
 
 
 def _plain(schema: str, found: list[Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
 from tiercache.kernels.select import select, will_compile
 from tiercache.store.catalog import errors_translated
+from tiercache.store.folders import locked
 from tiercache.tiers.device import device_of
 
 _FILE = "probe.mdb"
@@ -197,7 +198,7 @@ def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:
 
 @contextmanager
 def _open(*, readonly: bool = False) -> Iterator[lmdb.Environment]:
-    """The file; only one thread of a process may have it open.
+    """The file; only one thread of a process may have it open. Whoever removes it holds the cache folder alone.
 
     Raises:
         EnvironmentUnsupportedError: it may not be read or written.
@@ -208,7 +209,10 @@ def _open(*, readonly: bool = False) -> Iterator[lmdb.Environment]:
         with _ALONE, errors_translated(path, _WAY_OUT):
             if not readonly:
                 made_folder(path.parent)
-            with lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600, readonly=readonly) as env:
+            with (
+                locked(path.parent, None, shared=True),
+                lmdb.open(str(path), subdir=False, map_size=_MAP_BYTES, mode=0o600, readonly=readonly) as env,
+            ):
                 if (env.info()["last_pgno"] + 1) * env.stat()["psize"] > path.stat().st_size:
                     raise StoreError(f"{path} was cut short; {_WAY_OUT}")  # to read on would end the process
                 yield env

@@ -4,7 +4,6 @@ Answers for the three kinds of source, so that nobody else asks which one it is.
 """
 
 import hashlib
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from tiercache.model.pass_hooks import refuse_closed
 from tiercache.progress import note
 from tiercache.store.checkpoint import Checkpoint, identity_in_memory, resolve
 from tiercache.store.convert import convert
+from tiercache.store.folders import scratch
 from tiercache.store.format import BLOCK_BYTES, CATALOG_FILE, VERSION
 from tiercache.store.manifest import Manifest
 from tiercache.store.manifests import check_in_memory, checkpoint_manifest, memory_manifest
@@ -194,7 +194,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         )
     if not (config.store / CATALOG_FILE).is_file():
         config.store.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=config.store.parent, prefix=".tiercache-save-") as folder:
+        with scratch(config.store.parent) as folder:
             model.save_pretrained(folder)
             convert(folder, config.store, show_progress=show_progress)
     store = PlaneStore.open(config.store)

@@ -7,7 +7,6 @@ unpacked into it (`tiercache.formats.unpacked`), and it is a plain checkpoint th
 
 import json
 import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from tiercache.formats.gguf import GgufSource
 from tiercache.formats.gguf_header import shards, title
 from tiercache.formats.packed import PackedSource
 from tiercache.formats.quantized import QuantizedFolder, settings_of
-from tiercache.store.folders import clear_io_errors
+from tiercache.store.folders import ORIGIN_FILE, clear_io_errors, scratch
 from tiercache.text import has_tokenizer
 
-ORIGIN_FILE = "packed-origin"
 _VERSION = 2  # of what is written into the folder
 
 
@@ -41,8 +39,8 @@ def described(path: Path) -> Path | None:
     with clear_io_errors(folder):
         if not (folder / ORIGIN_FILE).is_file():
             made_folder(folder.parent)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".describe-") as scratch:
-                made = Path(scratch) / "made"
+            with scratch(folder.parent) as making:
+                made = making / "made"
                 made.mkdir()
                 source.describe(made)
                 source.describe_tokenizer(made, folder)
@@ -61,9 +59,9 @@ def described(path: Path) -> Path | None:
 
 
 def _add_tokenizer(folder: Path, source: PackedSource) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".describe-") as scratch:
-        source.describe_tokenizer(Path(scratch), folder)
-        for file in sorted(Path(scratch).iterdir()):
+    with scratch(folder.parent) as making:
+        source.describe_tokenizer(making, folder)
+        for file in sorted(making.iterdir()):
             file.replace(folder / file.name)
 
 

@@ -6,21 +6,21 @@ An entry is known by what is in it and not by its name alone, for the folder may
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiercache.config.cache_folder import TAG_FILE
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.store.folders import IN_USE_FILE, locked
+from tiercache.store.folders import IN_USE_FILE, MAKING, ORIGIN_FILE, locked
 from tiercache.store.format import CATALOG_FILE
 from tiercache.store.journal import JOURNAL_FILE
 
 OTHER, HALF_REMOVED = "other", "half removed"
 _REMOVING = ".removing-"  # an entry that is about to go has this before its name
 _SHELVES = ("stores", "imports", "real")  # folders whose own folders are entries
-_ORIGIN_FILE = "packed-origin"  # of an imported checkpoint: what it was made from
+_REAL_MODEL = "SmolLM2-135M-Instruct"  # the one that benchmarks.real.model fetches
 _PROBE_FILES = ("probe.mdb", "probe.mdb-lock")
 
 
@@ -31,7 +31,7 @@ class Entry:
     Attributes:
         name: its path below the cache folder.
         kind: "plane store", "unfinished store", "imported checkpoint", "real model", "kernels", "probe and actuals",
-            "half removed", or "other": what tiercache did not make, and does not remove.
+            "half made", "half removed", or "other": what tiercache did not make, and does not remove.
         nbytes: on disk.
         used_s: when a file of it was last read or written, as the file system keeps it; Unix time.
     """
@@ -43,17 +43,21 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Everything in the cache folder, by name; nothing where there is none.
+    """Everything in the cache folder, by name; nothing where there is none. What goes meanwhile is left out.
 
     Raises:
         UsageError: $TIERCACHE_HOME is relative.
         EnvironmentUnsupportedError: the folder cannot be read.
     """
     home = home_folder()
+    found = []
     try:
-        return [_entry(home, path) for path in _paths(home)] if home.is_dir() else []
+        for path in _paths(home) if home.is_dir() else ():
+            with suppress(FileNotFoundError):
+                found.append(_entry(home, path))
     except PermissionError as error:
         raise EnvironmentUnsupportedError(f"{error.filename} may not be read; change its permissions") from error
+    return found
 
 
 def found(names: list[str]) -> list[Entry]:
@@ -74,6 +78,8 @@ def removable() -> list[Entry]:
 def remove(entry: Entry) -> None:
     """Take an entry away. It is renamed first, so an interruption leaves nothing that could be taken for whole.
 
+    One that is gone already is no error.
+
     Raises:
         UsageError: a run, a conversion or a calibration is using it.
         EnvironmentUnsupportedError: it cannot be removed.
@@ -81,30 +87,41 @@ def remove(entry: Entry) -> None:
     path = home_folder() / entry.name
     try:
         with ExitStack() as stack:
-            for each in _lockable(path):
-                stack.enter_context(locked(each, f"{entry.name} is in use; end what uses it, then remove it"))
+            _hold(path, stack, f"{entry.name} is in use; end what uses it, then remove it")
+            if path.name == _PROBE_FILES[0]:
+                path.with_name(_PROBE_FILES[1]).unlink(missing_ok=True)
             gone = path if path.name.startswith(_REMOVING) else path.with_name(_REMOVING + path.name)
             if gone != path:
                 _erase(gone)  # what an earlier removal of that name left
-                path.rename(gone)
+                with suppress(FileNotFoundError):
+                    path.rename(gone)
         _erase(gone)
-        if path.name == _PROBE_FILES[0]:
-            path.with_name(_PROBE_FILES[1]).unlink(missing_ok=True)
     except OSError as error:
         raise EnvironmentUnsupportedError(f"{path} cannot be removed ({error}); see to its permissions") from error
 
 
 def _paths(home: Path) -> Iterator[Path]:
     """The path of each entry."""
-    for path in sorted(home.iterdir()):
+    for path in _inside(home):
         if path.name in _SHELVES and path.is_dir():
-            yield from sorted(path.iterdir())
+            yield from _inside(path)
         elif path.name not in (TAG_FILE, _PROBE_FILES[1]):
             yield path
 
 
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing where it is gone."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _entry(home: Path, path: Path) -> Entry:
-    files = [each.lstat() for each in _files(path)]
+    files = []
+    for each in _files(path):
+        with suppress(FileNotFoundError):  # a compiler's scratch file, for one
+            files.append(each.lstat())
     used_s = max((max(each.st_atime, each.st_mtime) for each in files), default=path.lstat().st_mtime)
     return Entry(str(path.relative_to(home)), _kind(home, path), sum(each.st_blocks * 512 for each in files), used_s)
 
@@ -126,15 +143,17 @@ def _kind(home: Path, path: Path) -> str:
 
 
 def _holds_kernels(path: Path) -> bool:
-    return path.is_dir() and all(each.suffix in (".so", ".bin") for each in path.iterdir() if each.name[0] != ".")
+    return path.is_dir() and all(each.suffix in (".so", ".bin") for each in _inside(path) if each.name[0] != ".")
 
 
 # A kind, the folder or file of the cache that it lies in, and what tells it.
 _KINDS: tuple[tuple[str, str, Callable[[Path], bool]], ...] = (
     ("plane store", "stores", lambda path: (path / CATALOG_FILE).is_file()),
     ("unfinished store", "stores", lambda path: path.suffix == ".partial" and (path / JOURNAL_FILE).is_file()),
-    ("imported checkpoint", "imports", lambda path: (path / _ORIGIN_FILE).is_file()),
-    ("real model", "real", lambda path: any(path.glob("*.gguf"))),
+    ("imported checkpoint", "imports", lambda path: (path / ORIGIN_FILE).is_file()),
+    ("half made", "stores", lambda path: path.name.startswith(MAKING)),
+    ("half made", "imports", lambda path: path.name.startswith(MAKING)),
+    ("real model", "real", lambda path: path.name == _REAL_MODEL and any(path.glob("*.gguf"))),
     ("kernels", "kernels", _holds_kernels),
     ("probe and actuals", _PROBE_FILES[0], Path.is_file),
 )
@@ -155,8 +174,19 @@ def _named(name: str, known: list[Entry]) -> Entry:
     return fitting[0]
 
 
+def _hold(path: Path, stack: ExitStack, refusal: str) -> None:
+    for each in _lockable(path):
+        try:
+            stack.enter_context(locked(each, refusal))
+        except UsageError:
+            if each.exists():  # what is gone nobody uses
+                raise
+
+
 def _lockable(path: Path) -> Iterator[Path]:
     """What users of an entry hold: folders that are written, and files of folders that are read."""
+    if path.name == _PROBE_FILES[0]:
+        yield path.parent  # LMDB's own lock goes with the file
     if path.is_symlink() or not path.is_dir():
         return
     for folder, _, names in os.walk(path):
@@ -167,6 +197,7 @@ def _lockable(path: Path) -> Iterator[Path]:
 
 def _erase(path: Path) -> None:
     if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    while path.is_dir():
+        with suppress(FileNotFoundError):  # a file of it went meanwhile: on with the others
+            shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from tiercache.store.catalog import Extent, UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.folders import clear_io_errors, existing, locked
 from tiercache.store.format import CATALOG_FILE, VERSION, align
+from tiercache.store.header import small_files
 from tiercache.store.writer import Compression, record_of
 
 Compress = Literal["auto", "on", "off"]
-_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class ConversionPlan:
             "compress": compress,
             "calibration": chosen,
             "units": len(self.units),
-            "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.copied()},
+            "files": {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small_files(checkpoint.folder)
+            },
         }
 
     def already_done(self) -> bool:
@@ -106,7 +109,7 @@ class ConversionPlan:
         """What the store will take; measures nothing."""
         ends, records = self._records()
         catalog_bytes = catalog.size_bytes({**self.meta, "compression": {}}, records)
-        copied_bytes = sum(path.stat().st_size for path in self.copied())
+        copied_bytes = sum(path.stat().st_size for path in small_files(self.checkpoint.folder))
         return ConversionReport(
             str(self.store),
             self.source_bytes(),
@@ -159,10 +162,20 @@ class ConversionPlan:
                 was, now = _in_words(meta.get(key) or {}), _in_words(value)
             raise StoreError(f"{folder} was made with {key}={was}, this conversion has {now}; {way_out}")
 
-    def copied(self) -> list[Path]:
-        """The checkpoint's files that the store has too."""
-        found = {path for pattern in _COPIED for path in self.checkpoint.folder.glob(pattern)}
-        return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
+    def copied(self) -> Iterator[Path]:
+        """Each small file of the checkpoint that the store has too.
+
+        Raises:
+            StoreError: one is another than when the conversion began, or gone.
+        """
+        for name, digest in self.meta["files"].items():
+            path = self.checkpoint.folder / name
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                raise StoreError(
+                    f"{path} was {'changed' if path.is_file() else 'removed'} while it was converted; put it back and "
+                    "run the same command again, which goes on, or begin anew with restart=True (--restart)"
+                )
+            yield path
 
     def _records(self) -> tuple[dict[str, int], list[UnitRecord]]:
         """Where each file will end, and the units' records, without compression and with made-up hashes."""

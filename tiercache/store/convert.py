@@ -31,7 +31,7 @@ from tiercache.store.catalog import UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.conversion_plan import Compress, ConversionPlan, ConversionReport
 from tiercache.store.encode import ReadTensor, quantized
-from tiercache.store.folders import clear_io_errors, locked
+from tiercache.store.folders import clear_io_errors, in_use, locked
 from tiercache.store.format import CATALOG_FILE, FRAME_BYTES
 from tiercache.store.journal import JOURNAL_FILE, ConversionJournal, opened
 from tiercache.store.layout import UnitPlan
@@ -132,7 +132,7 @@ def _run(plan: ConversionPlan, *, restart: bool, show_progress: bool | None) -> 
     """Convert what is left, and publish."""
     begin = time.perf_counter()
     expected = plan.report()
-    with clear_io_errors(plan.partial), ExitStack() as stack:
+    with clear_io_errors(plan.partial), in_use(plan.checkpoint.folder), ExitStack() as stack:
         plan.partial.mkdir(parents=True, exist_ok=True)
         taken = f"another conversion is writing {plan.partial}; wait for it, or name another folder"
         stack.enter_context(locked(plan.partial, taken))

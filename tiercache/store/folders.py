@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 
 IN_USE_FILE = "config.json"  # of a checkpoint or store: held by all who read the folder, for the folder is its writer's
+ORIGIN_FILE = "packed-origin"  # of a checkpoint's description in the cache: where its weights are read from
+MAKING = ".tiercache-making-"  # a folder that is gone when what is made in it is whole has this before its name
 
 
 @contextmanager
@@ -18,17 +21,39 @@ def locked(path: Path, refusal: str | None, *, shared: bool = False) -> Iterator
     """Hold a folder or file against other processes; with `shared`, against those alone that do not share it.
 
     Where another process holds it, a UsageError says `refusal`; where that is None, this waits for the other process.
+    A UsageError as well where `path` was removed before it could be held.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    gone = f"{path} was removed meanwhile; run the same command again"
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise UsageError(gone) from error
     try:
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(descriptor, kind | (0 if refusal is None else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UsageError(refusal) from error
+        if not _lies_at(path, descriptor):  # what was locked is what somebody has just removed
+            raise UsageError(gone)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lies_at(path: Path, descriptor: int) -> bool:
+    """Whether what was opened is what `path` names still."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` to make something in: held against removal, and removed at the end."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=MAKING) as made, locked(Path(made), None):
+        yield Path(made)
 
 
 @contextmanager
@@ -36,7 +61,7 @@ def in_use(folder: Path) -> Iterator[None]:
     """Hold a checkpoint or store in the cache folder against its removal; elsewhere people remove as they like.
 
     Raises:
-        UsageError: it is being removed.
+        UsageError: it is being removed, or was removed.
     """
     if not folder.resolve().is_relative_to(home_folder().resolve()):
         yield

@@ -2,6 +2,7 @@
 
 The safetensors library hands out tensors but not their offsets, which direct reads need; the format's own
 description (8-byte little-endian length, JSON, one contiguous buffer) is all that is relied on here.
+Names the small files beside them, too.
 """
 
 import json
@@ -19,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "B
 INTEGERS: dict[str, torch.dtype] = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 """What packed weights are stored in (`tiercache.formats`)."""
 
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt")
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -45,6 +47,12 @@ def read_checkpoint(folder: Path) -> dict[str, TensorRef]:
         f"{folder} holds no model.safetensors and no model.safetensors.index.json; "
         "save the model with save_pretrained(...), which writes safetensors"
     )
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What a checkpoint's folder holds besides weights, by name: configuration, tokenizer, chat template."""
+    found = {path for pattern in _SMALL for path in folder.glob(pattern)}
+    return sorted(path for path in found if not path.name.endswith(".safetensors.index.json"))
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
