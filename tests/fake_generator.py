@@ -104,13 +104,23 @@ class FakeGenerator:
     def statistics(self) -> dict[str, Any]:
         """As `stats().to_dict()` has them."""
         tier = {"capacity_bytes": 1000, "dropped_bytes": 0, "stall_s": {"ssd": 0.5}}
-        counters = dict.fromkeys(("hits", "misses", "hit_bytes", "miss_bytes", "loaded_bytes"), 10 * self.passes)
+        counters = dict.fromkeys(
+            ("hits", "misses", "hit_bytes", "miss_bytes", "needed_bytes", "loaded_bytes"), 10 * self.passes
+        )
         numbers = ("ssd_bytes", "passes", "tokens", "decode_tokens", "decode_s", "cpu_passes", "tokens_per_s")
         peaks = {"first_pass_s": 0.1, "peak_rss_bytes": 5, "peak_device_bytes": 0}
-        drafting = dict.fromkeys(("rounds", "tokens", "nodes", "accepted"), 3 * self.passes)
+        drafting = dict.fromkeys(("rounds", "tokens", "nodes", "accepted", "draft_s", "verify_s"), 3 * self.passes)
         seconds = {"actual_pass_s": 0.2, "predicted_pass_s": None}
         counts: dict[str, Any] = dict.fromkeys(numbers, self.passes)
-        return {**counts, **peaks, **seconds, "tiers": {"dram": tier | counters}, "drafting": drafting, "lossy": False}
+        return {
+            **counts,
+            **peaks,
+            **seconds,
+            "tiers": {"dram": tier | counters},
+            "drafting": drafting,
+            "neurons": None,
+            "lossy": False,
+        }
 
     def _pass(
         self, phase: Any, tokens: int, cancelled: Callable[[], bool], progress: Callable[[PassProgress], None]

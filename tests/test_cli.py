@@ -337,6 +337,8 @@ def test_run_drafts(checkpoint: Path, store: Path) -> None:
     assert drafting["drafters"] == ["ngram"]
     assert drafting["tokens"] == 23
     assert f"{drafting['tokens_per_pass']:.2f} tokens a pass of {drafting['rounds']}" in result.stderr
+    assert data(result)["stats"]["tokens_per_s"] == drafting["tokens_per_s"]
+    assert data(result)["tokens_per_pass"] == drafting["tokens_per_pass"]
     assert f"then {drafting['tokens_per_s']:.2f} tokens/s" in result.stderr
 
     small = ("--drafter", "resident", "--draft-nodes", 4, "--draft-depth", 2, "--precision", "int8")

@@ -48,7 +48,7 @@ LADDER = (
         "config.drafting",
         "config.options",
     ),
-    *("stats.neurons", "stats.drafting", "stats.run"),
+    *("stats.neurons", "stats.drafting", "stats.run", "stats.difference"),
     *("display", "notebook", "progress", "text", "pictures", "tiers.device"),
     *("quant.codes", "quant.packing", "quant.planes", "quant.hadamard", "model.meta_model"),
     *("kernels.contract", "kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.select"),

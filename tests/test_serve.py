@@ -1,23 +1,35 @@
 """The server before a generator without a model, by real sockets: OpenAI's client, the queue, keys, refusals."""
 
+import asyncio
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from itertools import chain
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import transformers
 from serving import NAME, Running, byte_tokenizer, running
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
+from tiercache.generation.answer import TokenLogprob
+from tiercache.generation.chat_template import templated
+from tiercache.serve import connection
 from tiercache.serve.front import Front
+from tiercache.serve.logprobs import LogprobWriter
+from tiercache.serve.queue import GenerationQueue
+from tiercache.serve.refusal import RefusalError
+from tiercache.serve.runner import bind
 from tiercache.serve.schema import HARMLESS, OF_CHAT, OF_COMPLETIONS
-from tiercache.serve.security import KEY_VARIABLE
+from tiercache.serve.security import KEY_VARIABLE, Doorkeeper
 from tiercache.serve.served import Defaults
 
 TALK = [{"role": "user", "content": "hello"}]
@@ -136,6 +148,36 @@ def test_sampling_of_the_checkpoint_where_a_request_says_nothing(tokenizer: Any)
     assert texts[0] != texts[1]
 
 
+def test_a_checkpoint_that_samples_does_so_as_transformers_would() -> None:
+    said = Defaults.of_checkpoint(transformers.GenerationConfig(do_sample=True, temperature=0.6))
+    assert said == Defaults(temperature=0.6, top_p=1.0, top_k=50)
+    assert Defaults.of_checkpoint(transformers.GenerationConfig(do_sample=True, top_k=0)).top_k == 0
+    assert Defaults.of_checkpoint(transformers.GenerationConfig()) == Defaults()
+
+
+def test_the_text_of_a_token_is_asked_for_once_and_never_in_the_event_loop(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, asked, in_loop = tokenizer.decode, [], []
+
+    def watched(tokens: Any, **options: Any) -> Any:
+        asked.append(tokens)
+        with suppress(RuntimeError):  # of another thread
+            in_loop.append(asyncio.get_running_loop())
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    found = [TokenLogprob(token % 5, -1.0, ((token % 3, -2.0), (7, -3.0))) for token in range(100)]
+    writer = LogprobWriter(tokenizer)
+    assert writer.completion(found, 0) == writer.completion(found, 0)
+    assert len(asked) == 6
+    with running(tokenizer) as server:
+        for stream in (False, True):
+            body = {"prompt": "abc", "max_tokens": 4, "echo": True, "logprobs": 3, "stream": stream}
+            assert post(server, "/v1/completions", body).status_code == 200
+    assert not in_loop
+
+
 def test_turns_of_a_chat_keep_the_cache(server: Running) -> None:
     first = post(server, "/v1/chat/completions", chat()).json()
     answer = first["choices"][0]["message"]  # as the server said it, `refusal` included
@@ -152,6 +194,8 @@ def test_one_answers_one_waits_and_a_third_is_told_to_come_back(slow: Running) -
         assert third.status_code == 429
         assert int(third.headers["Retry-After"]) >= 1
         assert error(third)["code"] == "queue_full"
+        unread = {"content": b"no JSON", "headers": {"Content-Type": "application/json"}}
+        assert http("post", f"{slow.url}/v1/completions", **unread).status_code == 429  # before it is looked at
         answers = [one.result() for one in two]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert max(answer.json()["tiercache"]["queue_s"] for answer in answers) > 0.2
@@ -180,6 +224,88 @@ def test_who_hangs_up_is_answered_no_further(slow: Running, stream: bool) -> Non
     soon(lambda: slow.server.queue.running == 0, seconds=1)
     assert slow.generator.passes < 100
     assert post(slow, "/v1/chat/completions", chat(max_tokens=1)).status_code == 200
+
+
+def test_a_stream_that_is_broken_off_is_counted(slow: Running) -> None:
+    gone = raw(slow, chat(max_tokens=200, stream=True))
+    soon(lambda: slow.generator.passes > 2)
+    gone.close()
+    soon(lambda: 'answers_total{finish_reason="cancelled"} 1.0' in http("get", f"{slow.url}/metrics").text)
+
+
+def test_each_prompt_of_a_stream_ends_when_it_ends(tokenizer: Any) -> None:
+    body = {"prompt": ["abc", "hello"], "max_tokens": 2, "stream": True}
+    with running(tokenizer, layer_s=0.05, heartbeat_s=0.02) as found:
+        lines = post(found, "/v1/completions", body).text.split("\n\n")
+    ends = [number for number, line in enumerate(lines) if '"finish_reason": "length"' in line]
+    assert len(ends) == 2
+    assert lines[ends[0] + 1].startswith(": prefill")  # of the second prompt
+
+
+def test_a_request_that_is_given_up_in_the_line_leaves_nothing() -> None:
+    class Work:
+        def __call__(self, job: Any) -> None:
+            entered.set()
+            done.wait(10)
+
+    async def given_up() -> None:
+        queue = GenerationQueue(2)
+        running_one = queue.submit(Work())
+        entered.wait(10)
+        work = Work()
+        left, waits = weakref.ref(work), queue.submit(work)
+        del work
+        queue.cancel(waits)
+        assert [event async for event in waits.events(1)] == []
+        gc.collect()
+        assert left() is None  # while the other runs still
+        assert queue.running == 1
+        done.set()
+        assert [event async for event in running_one.events(1)] == []
+        queue.join()
+
+    entered, done = threading.Event(), threading.Event()
+    asyncio.run(given_up())
+
+
+def test_silent_connections_give_way_and_end(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "CONNECTIONS", 4)
+    monkeypatch.setattr(connection, "IDLE_S", 1.0)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(tokenizer, layer_s=0.02) as found, ExitStack() as opened:
+
+        def connected() -> socket.socket:
+            port = int(found.url.rpartition(":")[2])
+            return opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+
+        busy = opened.enter_context(raw(found, chat(max_tokens=20)))  # longer than a connection may be silent
+        soon(lambda: found.generator.passes > 0)
+        silent = [connected() for _ in range(8)]
+        assert http("get", f"{found.url}/health").json()["running"] == 1
+        stuck = connected()
+        stuck.sendall(head + b"Content-Length: 9\r\n\r\n{")  # a request that never becomes whole
+        assert [one.recv(1) for one in (*silent, stuck)] == [b""] * 9
+        busy.settimeout(10)
+        assert busy.recv(12) == b"HTTP/1.1 200"
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """Nagle's algorithm would hold each token of a stream back until the client has acknowledged the last."""
+
+    async def accepted() -> bool:
+        found = asyncio.Queue[bool]()
+
+        async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            own = writer.get_extra_info("socket")
+            found.put_nowait(bool(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        made = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(connected, sock=made):
+            with socket.create_connection(made.getsockname()):
+                return await found.get()
+
+    assert asyncio.run(accepted())
 
 
 def test_a_stream_is_kept_alive(slow: Running) -> None:
@@ -273,7 +399,27 @@ def test_other_models_paths_and_methods(server: Running) -> None:
     text = httpx.post(
         f"{server.url}/v1/completions", content=json.dumps({"prompt": "a"}), headers={"Content-Type": "text/plain"}
     )
-    assert text.status_code == 400  # what a page of another site could send without being asked
+    assert text.status_code == 415  # what a page of another site could send without being asked
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "told"),
+    [
+        (b'{"prompt": }', "application/json; charset=utf-8", 400, "Expecting value, at character 11"),
+        (b"\xff", "application/json", 400, "send one JSON object"),
+        (b"", "application/json", 400, "the body is empty; send one JSON object"),
+        (b'{"prompt": "x"}', "text/plain", 415, "Content-Type: application/json"),
+        (b'{"prompt": "x"}', None, 415, "Content-Type: application/json"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_how_to_be(
+    server: Running, content: bytes, kind: str | None, status: int, told: str
+) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    found = http("post", f"{server.url}/v1/completions", content=content, headers=headers)
+    assert found.status_code == status
+    assert told in error(found)["message"]
+    assert error(found)["param"] is None
 
 
 @pytest.mark.parametrize(
@@ -288,7 +434,9 @@ def test_bodies_that_are_no_request(server: Running, content: bytes) -> None:
 def test_a_body_that_is_too_long(tokenizer: Any) -> None:
     with running(tokenizer, max_body=1024) as found:
         assert post(found, "/v1/completions", {"prompt": "x" * 2000}).status_code == 413
-        pieces = http("post", f"{found.url}/v1/completions", content=(b"x" * 100 for _ in range(50)))
+        json_ones = {"Content-Type": "application/json"}
+        content = (b"x" * 100 for _ in range(50))
+        pieces = http("post", f"{found.url}/v1/completions", content=content, headers=json_ones)
         assert (pieces.status_code, error(pieces)["code"]) == (413, "too_large")
         assert post(found, "/v1/completions", {"prompt": "x"}).status_code == 200
 
@@ -334,6 +482,22 @@ def test_an_address_that_is_taken(server: Running) -> None:
 )
 def test_pages_of_other_sites_are_turned_away(server: Running, headers: dict[str, str], status: int) -> None:
     assert http("get", f"{server.url}/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("name", ["Example.com", "example.com", "example.COM:8443", "[2001:DB8::1]:80", "2001:db8::1"])
+def test_names_that_are_allowed(name: str) -> None:
+    doorkeeper = Doorkeeper("127.0.0.1", None, (name,))
+    host = "[2001:db8::1]" if "2001" in name else "example.com"
+    for header in (host, f"{host}:8443"):
+        doorkeeper.check("/stats", {"host": header})
+    with pytest.raises(RefusalError, match="--allow-host"):
+        doorkeeper.check("/stats", {"host": "example.org"})
+
+
+def test_a_template_may_refuse_by_any_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content + 1 }}")
+    with pytest.raises(UsageError, match="messages of user: can only concatenate str"):
+        templated(tokenizer, TALK)
 
 
 def test_each_answer_has_a_number(server: Running) -> None:

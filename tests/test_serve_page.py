@@ -107,6 +107,20 @@ def test_it_is_legible_in_light_and_dark(page: Any) -> None:
         assert min(page.evaluate(ratio)) >= 4.5, scheme
 
 
+def test_speed_while_a_drafter_is_at_work(page: Any) -> None:
+    """Its rounds count, not the few passes of one token beside them."""
+    drafting = dict.fromkeys(("rounds", "tokens", "nodes", "accepted", "draft_s", "verify_s"), 1)
+    before = {"tiers": {}, "ssd_bytes": 0, "decode_tokens": 4, "decode_s": 2, "drafting": drafting}
+    plain = before | {"decode_tokens": 7, "decode_s": 4}
+    gained = {"rounds": 10, "tokens": 30, "draft_s": 1, "verify_s": 5}
+    drafted = plain | {"drafting": drafting | {name: drafting[name] + more for name, more in gained.items()}}
+    speeds = [
+        page.evaluate("([before, now]) => speed(since(before, now))", [before, now])
+        for now in (plain, drafted, plain | {"drafting": None})
+    ]
+    assert speeds == [1.5, 5, 1.5]
+
+
 def test_other_scripts_do_not_run(page: Any) -> None:
     page.evaluate("""() => { const script = document.createElement("script");
         script.textContent = "window.injected = true"; document.body.append(script);

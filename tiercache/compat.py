@@ -203,6 +203,12 @@ def generation_output(cache: transformers.Cache | None, **parts: Any) -> Any:
     return made(**parts, **({} if cache is None else {name: cache}))
 
 
+def sampling_defaults() -> dict[str, Any]:
+    """What `generate` takes for temperature, top_p and top_k where neither the call nor the checkpoint says."""
+    found = transformers.GenerationConfig._get_default_generation_params()
+    return {name: found[name] for name in ("temperature", "top_p", "top_k")}
+
+
 def sampling_class(model: transformers.PreTrainedModel, loops: Mapping[str, Callable[..., Any]]) -> type:
     """A subclass of the model's class, of the same name, whose methods are `loops`: `generate`, and what it looks up.
 

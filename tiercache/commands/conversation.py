@@ -3,6 +3,7 @@
 from typing import Any
 
 from tiercache.errors import UsageError
+from tiercache.generation.chat_template import templated
 
 Message = dict[str, str]
 
@@ -40,19 +41,3 @@ class Conversation:
     def add(self, text: str, answer: str) -> None:
         """A turn is over."""
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-
-
-def templated(tokenizer: Any, messages: list[Message]) -> tuple[int, ...]:
-    """Tokens of messages in the tokenizer's chat template, up to where the answer begins.
-
-    Raises:
-        UsageError: the template does not take them.
-    """
-    import jinja2  # comes with transformers' chat templates
-
-    try:
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except jinja2.TemplateError as error:  # as Gemma's does of a system's text
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise UsageError(f"this model's chat template refuses messages of {roles}: {error}; leave one out") from error
-    return tuple(found["input_ids"])

@@ -128,7 +128,7 @@ def _prompt(given: str | None, model: str | None) -> str:
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool, raw: bool) -> tuple[tuple[int, ...], str]:
     """Ids of the prompt, and how they were made, for people."""
-    from tiercache.commands.conversation import templated
+    from tiercache.generation.chat_template import templated
 
     if chat and tokenizer.chat_template is None:
         raise UsageError("--chat needs a chat template, which this model's tokenizer has none of; leave --chat out")

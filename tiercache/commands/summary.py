@@ -102,9 +102,8 @@ def of_run(stats: dict[str, Any], tokens: int) -> str:
     lines.append(f"ssd   {human(stats['ssd_bytes'])} read, {direct}")
     device = f", GPU {human(stats['peak_device_bytes'])}" if stats["peak_device_bytes"] else ""
     drafting = stats["drafting"]
-    per_s = drafting["tokens_per_s"] if drafting and drafting["rounds"] else stats["tokens_per_s"]
     lines.append(
-        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {per_s:.2f} tokens/s; "
+        f"{tokens} tokens: first after {stats['first_pass_s']:.3f} s, then {stats['tokens_per_s']:.2f} tokens/s; "
         f"kernels {stats['kernels']}; peak RSS {human(stats['peak_rss_bytes'])}{device}"
     )
     if stats["predicted_pass_s"] is not None:

@@ -11,11 +11,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
 from tiercache import __version__
-from tiercache.generation.answer import Answer
 from tiercache.serve import page, question, sse
 from tiercache.serve.chat_reply import ChatReply
 from tiercache.serve.completion_reply import CompletionReply
 from tiercache.serve.errors import add_shapes, refusal_of
+from tiercache.serve.logprobs import LogprobWriter
 from tiercache.serve.metrics import CONTENT_TYPE_LATEST, Metrics
 from tiercache.serve.question import Part
 from tiercache.serve.queue import GenerationQueue, Job
@@ -43,7 +43,8 @@ class Server:
         self._served, self._heartbeat_s = served, heartbeat_s
         self.queue = GenerationQueue(waiting)
         self.metrics = Metrics(self.queue, served.statistics())
-        self._worker = Worker(served, self.metrics.publish)
+        self._worker = Worker(served, self.metrics.publish, self.metrics.count_answers)
+        self._writer = LogprobWriter(served.tokenizer)
         self.app = FastAPI(title="tiercache", version=__version__, docs_url=None, redoc_url=None)
         self._add_paths()
         add_shapes(self.app)
@@ -62,14 +63,15 @@ class Server:
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
         parts = await run_in_threadpool(question.of_chat, self._served, body)
-        reply = ChatReply(self._served, parts, logprobs=bool(body.logprobs), with_usage=body.with_usage)
+        writer = self._writer if body.logprobs else None
+        reply = ChatReply(self._served.name, parts, writer, with_usage=body.with_usage)
         return await self._answer(parts, reply, body, request)
 
     async def _complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         parts = await run_in_threadpool(question.of_completion, self._served, body)
-        wanted = body.logprobs is not None
-        reply = CompletionReply(self._served, parts, logprobs=wanted, with_usage=body.with_usage)
+        writer = self._writer if body.logprobs is not None else None
+        reply = CompletionReply(self._served.name, parts, writer, with_usage=body.with_usage)
         return await self._answer(parts, reply, body, request)
 
     async def _models(self) -> dict[str, Any]:
@@ -107,16 +109,12 @@ class Server:
         try:
             async for event in job.events(self._heartbeat_s):
                 if isinstance(event, Outcome):
-                    return self._whole(event, reply)
+                    return self._cut_off() if event.cancelled else await run_in_threadpool(_whole, reply, event)
                 if event is not None:
-                    reply.chunk(event)
+                    reply.take(event)
             return self._cut_off()
         finally:
             watching.cancel()
-
-    def _whole(self, outcome: Outcome, reply: Reply) -> Response:
-        self.metrics.count_answers(outcome)
-        return self._cut_off() if outcome.cancelled else JSONResponse(reply.whole(outcome))
 
     def _cut_off(self) -> Response:
         """The answer to a request that was cancelled."""
@@ -134,16 +132,14 @@ class Server:
                     yield sse.comment(job.note)
                 elif isinstance(event, Outcome):
                     outcome = event
-                elif (written := reply.chunk(event)) is not None:
-                    if last is not None:
-                        yield sse.event(last)
-                    last = written if isinstance(event.what, Answer) else None  # the statistics come with it
-                    if last is None:
+                elif (written := await run_in_threadpool(reply.chunk, event)) is not None:
+                    if reply.is_last(event):
+                        last = written  # the statistics come with it
+                    else:
                         yield sse.event(written)
             if outcome is None or outcome.cancelled:
                 self._cut_off()
                 return
-            self.metrics.count_answers(outcome)
             for chunk in reply.closing(last, outcome):
                 yield sse.event(chunk)
             yield sse.DONE
@@ -161,3 +157,8 @@ class Server:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self.queue.cancel(job)
+
+
+def _whole(reply: Reply, outcome: Outcome) -> Response:
+    """As JSON, which takes seconds where a long text has log-probabilities."""
+    return JSONResponse(reply.whole(outcome))

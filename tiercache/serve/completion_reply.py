@@ -3,7 +3,7 @@
 from typing import Any
 
 from tiercache.generation.answer import Answer, TokenLogprob
-from tiercache.serve.reply import Choice, Reply
+from tiercache.serve.reply import Reply
 from tiercache.serve.worker import Event, Outcome
 
 
@@ -15,7 +15,6 @@ class CompletionReply(Reply):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._choices = [Choice(part.text or "") for part in self._parts]
         self._offsets = [0] * len(self._parts)  # where the next token begins, in the text of all tokens
 
     def opening(self) -> list[dict[str, Any]]:
@@ -23,9 +22,8 @@ class CompletionReply(Reply):
         return [self._chunk([self._one(number, text, [])]) for number, text in echoes]
 
     def chunk(self, event: Event) -> dict[str, Any] | None:
-        choice = self._choices[event.part]
-        text, found = choice.take(event.what)
-        finish = choice.finish if isinstance(event.what, Answer) else None
+        text, found = self.take(event)
+        finish = event.what.finish_reason if isinstance(event.what, Answer) else None
         if not text and not found and finish is None:
             return None
         one = self._one(event.part, text, found, self._offsets[event.part])
@@ -41,5 +39,5 @@ class CompletionReply(Reply):
         return self._object(choices, outcome)
 
     def _one(self, number: int, text: str, found: list[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-        logprobs = self._writer.completion(found, offset) if self._logprobs and found else None
+        logprobs = self._writer.completion(found, offset) if self._writer is not None and found else None
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": None}

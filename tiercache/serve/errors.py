@@ -29,6 +29,10 @@ def refusal_of(error: Exception) -> RefusalError:
     if isinstance(error, RequestValidationError):
         return _invalid(error)
     if isinstance(error, HTTPException):
+        if error.status_code == 400:  # the framework's own, of a body that it could not read
+            return RefusalError(
+                400, "the body cannot be read as JSON in UTF-8; send one JSON object", code="invalid_json"
+            )
         return RefusalError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, UsageError | DoesNotFitError):
         return RefusalError(400, str(error))
@@ -38,6 +42,10 @@ def refusal_of(error: Exception) -> RefusalError:
 def _invalid(error: RequestValidationError) -> RefusalError:
     """The first thing that is wrong with a body."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return RefusalError(400, f"the body is no JSON ({_told(first)}); send one JSON object", code="invalid_json")
+    if first["type"] == "missing" and first["loc"] == ("body",):
+        return RefusalError(400, "the body is empty; send one JSON object", code="invalid_json")
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "unsupported" and "field" in first.get("ctx", {}):
         place.append(first["ctx"]["field"])
@@ -48,6 +56,11 @@ def _invalid(error: RequestValidationError) -> RefusalError:
         return RefusalError(400, first["msg"], code="unsupported", param=param)
     what = f"{param}: {first['msg']}" if param else first["msg"]
     return RefusalError(400, what, code="invalid_value", param=param)
+
+
+def _told(broken: dict[str, Any]) -> str:
+    """What is wrong with JSON, and where."""
+    return f"{broken.get('ctx', {}).get('error', broken['msg'])}, at character {broken['loc'][-1]}"
 
 
 def add_shapes(app: FastAPI) -> None:

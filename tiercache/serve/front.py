@@ -88,7 +88,7 @@ class Front:
             server.metrics.count_request(path if path in _PATHS else "other", status)
             log(method, path, status, seconds)
 
-        gate = Gate(server.app, self._doorkeeper, max_body, counted)
+        gate = Gate(server.app, self._doorkeeper, server.queue.check_room, max_body, counted)
         self._runner = Runner(gate, self._socket, server.queue, ready)
         self._runner.run()
 

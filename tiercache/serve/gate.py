@@ -25,12 +25,16 @@ class Gate:
     Args:
         app: what answers.
         doorkeeper: who may ask.
+        check_room: raises where nothing more can be asked for now.
         max_bytes: of a request's body.
         log: is told of each answer.
     """
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, max_bytes: int, log: Log) -> None:
-        self._app, self._doorkeeper, self._max_bytes, self._log = app, doorkeeper, max_bytes, log
+    def __init__(
+        self, app: ASGIApp, doorkeeper: Doorkeeper, check_room: Callable[[], None], max_bytes: int, log: Log
+    ) -> None:
+        self._app, self._doorkeeper, self._check_room = app, doorkeeper, check_room
+        self._max_bytes, self._log = max_bytes, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on, or refuse it."""
@@ -50,6 +54,9 @@ class Gate:
 
         try:
             self._doorkeeper.check(scope["path"], headers)
+            if scope["method"] == "POST":  # whatever is posted asks for an answer
+                _check_type(headers)
+                self._check_room()
             body = await self._body(receive)
             if body is not None:
                 await self._app(scope, _replayed(body, receive), numbered)
@@ -74,6 +81,16 @@ class Gate:
                 )
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _check_type(headers: Headers) -> None:
+    """Of other types a page of another site could send a body without being asked."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RefusalError(
+            415,
+            "the body has to be JSON, and to say so; send it with the header Content-Type: application/json",
+            code="unsupported_media_type",
+        )
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

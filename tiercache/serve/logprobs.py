@@ -1,6 +1,7 @@
 """Log-probabilities as OpenAI's API writes them. Knows no model; the numbers are the generator's own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -11,14 +12,18 @@ _PART_OF_A_CHARACTER = "\ufffd"
 
 
 class LogprobWriter:
-    """Writes tokens with their log-probabilities.
+    """Writes tokens with their log-probabilities, from any thread.
 
     Args:
-        tokenizer: the model's. The text of a token is what it decodes to alone.
+        tokenizer: the model's. The text of a token is what it decodes to alone, and is asked for once.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        @cache  # it holds the vocabulary at most
+        def text(token: int) -> str:
+            return str(tokenizer.decode([token]))
+
+        self._text: Callable[[int], str] = text
 
     def chat(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         """`choices[].logprobs` of a chat: an entry a token, with its bytes where they are whole characters."""
@@ -61,9 +66,6 @@ class LogprobWriter:
             text = self._text(token)
             best[text] = max(_number(value), best.get(text, _LEAST))
         return best
-
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
 
 
 def _number(value: float) -> float:

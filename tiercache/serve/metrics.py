@@ -27,23 +27,26 @@ _COUNTED = (
     ("ssd_bytes", "Bytes that the SSD delivered."),
     ("passes", "Forward passes."),
     ("tokens", "Tokens that passes carried."),
-    ("decode_tokens", "Tokens of passes of one token."),
+    ("decode_tokens", "Tokens of passes of one token; what a drafter's rounds emit is told apart."),
     ("decode_s", "Seconds of passes of one token."),
     ("cpu_passes", "Passes with multiplications on the CPU, in main memory."),
 )
 _MEASURED = (
-    ("tokens_per_s", "Decoding speed since the start."),
+    ("tokens_per_s", "Decoding speed since the start, with a drafter over its rounds."),
     ("actual_pass_s", "Median seconds of the newest passes of one token."),
     ("predicted_pass_s", "What the cost model says of them."),
     ("first_pass_s", "Seconds of the newest prefill."),
     ("peak_rss_bytes", "The process's peak."),
     ("peak_device_bytes", "The GPU allocator's peak."),
 )
+# (name, what it says, the statistic of drafting)
 _DRAFTED = (
-    ("rounds", "Passes that verified, or had no tree."),
-    ("tokens", "Tokens that they emitted."),
-    ("nodes", "Drafted tokens that were verified."),
-    ("accepted", "Drafted tokens that were accepted."),
+    ("draft_rounds", "Passes that verified, or had no tree.", "rounds"),
+    ("draft_tokens", "Tokens that they emitted.", "tokens"),
+    ("draft_nodes", "Drafted tokens that were verified.", "nodes"),
+    ("draft_accepted", "Drafted tokens that were accepted.", "accepted"),
+    ("draft_s", "Seconds of drafting and learning.", "draft_s"),
+    ("draft_verify_s", "Seconds of the passes.", "verify_s"),
 )
 
 
@@ -85,7 +88,7 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
 
     def count_answers(self, outcome: Outcome) -> None:
-        """The model's answers to a request."""
+        """The model's answers to a request, those that were broken off included; from the generating thread."""
         self._queued.observe(outcome.queue_s)
         for answer in outcome.answers:
             self._prompt.inc(answer.prompt_tokens)
@@ -118,8 +121,8 @@ class _Snapshot(Collector):
         for name, about in _MEASURED:
             if found[name] is not None:
                 yield GaugeMetricFamily(_named(name), about, found[name])
-        for name, about in _DRAFTED if found["drafting"] is not None else ():
-            yield CounterMetricFamily(f"tiercache_draft_{name}", about, found["drafting"][name])
+        for name, about, statistic in _DRAFTED if found["drafting"] is not None else ():
+            yield CounterMetricFamily(_named(name), about, found["drafting"][statistic])
 
 
 def _named(statistic: str) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiercache.errors import UsageError
+from tiercache.generation.chat_template import templated
 from tiercache.generation.request import GenerationRequest
 from tiercache.serve.refusal import RefusalError
 from tiercache.serve.schema import ChatRequest, CompletionRequest, Sampling
@@ -36,7 +38,7 @@ def of_chat(served: Served, body: ChatRequest) -> tuple[Part, ...]:
         RefusalError: no template, messages that it does not take, or more tokens than the context.
     """
     _check_model(served, body)
-    ids = _templated(served.tokenizer, body)
+    ids = _ids(served.tokenizer, body)
     tops = (body.top_logprobs or 0) if body.logprobs else None
     tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     return (Part(ids, None, None, _request(served, body, ids, tokens, tops)),)
@@ -112,7 +114,7 @@ def _check_room(served: Served, ids: Sequence[int], new: int, param: str) -> Non
         )
 
 
-def _templated(tokenizer: Any, body: ChatRequest) -> tuple[int, ...]:
+def _ids(tokenizer: Any, body: ChatRequest) -> tuple[int, ...]:
     if tokenizer.chat_template is None:
         raise RefusalError(400, "this model has no chat template; use /v1/completions", code="no_chat_template")
     talk = [
@@ -120,10 +122,6 @@ def _templated(tokenizer: Any, body: ChatRequest) -> tuple[int, ...]:
         for message in body.messages
     ]
     try:
-        found = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # templates are programs of the model's makers, and refuse by whatever they raise
-        reason = str(error).partition("\n")[0][:200]
-        raise RefusalError(
-            400, f"the model's chat template refuses these messages: {reason}", param="messages"
-        ) from error
-    return tuple(found["input_ids"])
+        return templated(tokenizer, talk)
+    except UsageError as error:
+        raise RefusalError(400, str(error), param="messages") from error

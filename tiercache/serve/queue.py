@@ -24,10 +24,15 @@ class _End:
 
 
 class Job:
-    """One request's work: its events, and whether they are still wanted."""
+    """One request's work: its events, and whether they are still wanted.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Attributes:
+        work: what is done when its turn comes; None once nobody will do it, for it holds the whole request.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: "Callable[[Job], None]") -> None:
         self._loop, self._events = loop, asyncio.Queue[Any]()
+        self.work: Callable[[Job], None] | None = work
         self._cancelled = threading.Event()
         self._asked, self.queue_s = time.monotonic(), 0.0
         self.note = "queued"  # for people who wait; the generating thread changes it
@@ -87,8 +92,8 @@ class GenerationQueue:
         """Jobs that wait for their turn."""
         return max(0, len(self._jobs) - 1)
 
-    def submit(self, work: Callable[[Job], None]) -> Job:
-        """Queue `work`, which is given its job in the generating thread.
+    def check_room(self) -> None:
+        """Whether one more job may come; asked before a request is read, and again before it is queued.
 
         Raises:
             RefusalError: 429 where the line is full, with the seconds after which to try again; 503 once closed.
@@ -104,17 +109,25 @@ class GenerationQueue:
                 code="queue_full",
                 headers={"Retry-After": str(wait_s)},
             )
+
+    def submit(self, work: Callable[[Job], None]) -> Job:
+        """Queue `work`, which is given its job in the generating thread.
+
+        Raises:
+            RefusalError: as of `check_room`.
+        """
+        self.check_room()
         loop = asyncio.get_running_loop()
-        job = Job(loop)
-        future = self._jobs[job] = self._thread.submit(self._run, job, work)
+        job = Job(loop, work)
+        future = self._jobs[job] = self._thread.submit(self._run, job)
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended, job))
         return job
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it: end it at the next layer, or give up its place in the line."""
         job.cancel()
-        if (future := self._jobs.get(job)) is not None:
-            future.cancel()
+        if (future := self._jobs.get(job)) is not None and future.cancel():
+            job.work = None  # the thread keeps the job itself until it comes to it
 
     def close(self) -> None:
         """Take no more jobs, and end those there are."""
@@ -126,17 +139,19 @@ class GenerationQueue:
         """Wait until the thread has ended."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, job: Job, work: Callable[[Job], None]) -> None:
+    def _run(self, job: Job) -> None:
         job.begin()
-        began = time.monotonic()
+        began, work = time.monotonic(), job.work
         try:
-            work(job)
+            if work is not None:
+                work(job)
         except BaseException as error:
             job.send(error)
         self._seconds.append(time.monotonic() - began)
 
     def _ended(self, job: Job) -> None:
         del self._jobs[job]
+        job.work = None
         job.end()
 
     def _retry_after_s(self) -> int:

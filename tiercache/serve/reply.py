@@ -8,7 +8,6 @@ from typing import Any
 from tiercache.generation.answer import Answer, Piece, TokenLogprob
 from tiercache.serve.logprobs import LogprobWriter
 from tiercache.serve.question import Part
-from tiercache.serve.served import Served
 from tiercache.serve.statistics import block
 from tiercache.serve.worker import Event, Outcome, Scored
 
@@ -46,9 +45,9 @@ class Reply(ABC):
     """One request's answer.
 
     Args:
-        served: the model.
+        model: its name.
         parts: the prompts.
-        logprobs: whether log-probabilities are wanted.
+        writer: of log-probabilities; None where none are wanted.
         with_usage: whether a stream ends with its usage.
     """
 
@@ -56,18 +55,22 @@ class Reply(ABC):
     chunk_kind: str
     prefix: str  # of its id
 
-    def __init__(self, served: Served, parts: tuple[Part, ...], *, logprobs: bool, with_usage: bool) -> None:
-        self._parts, self._logprobs, self._with_usage = parts, logprobs, with_usage
-        self._writer = LogprobWriter(served.tokenizer)
+    def __init__(self, model: str, parts: tuple[Part, ...], writer: LogprobWriter | None, *, with_usage: bool) -> None:
+        self._parts, self._writer, self._with_usage = parts, writer, with_usage
+        self._choices = [Choice(part.text or "") for part in parts]
         self._about = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": served.name,
+            "model": model,
         }
 
     @abstractmethod
     def opening(self) -> list[dict[str, Any]]:
         """The chunks that a stream begins with."""
+
+    def take(self, event: Event) -> tuple[str, list[TokenLogprob]]:
+        """What came, for `whole`: the text and the log-probabilities that are new with it."""
+        return self._choices[event.part].take(event.what)
 
     @abstractmethod
     def chunk(self, event: Event) -> dict[str, Any] | None:
@@ -75,7 +78,11 @@ class Reply(ABC):
 
     @abstractmethod
     def whole(self, outcome: Outcome) -> dict[str, Any]:
-        """The whole answer, after all of its events went through `chunk`."""
+        """The whole answer, after all of its events went through `take`."""
+
+    def is_last(self, event: Event) -> bool:
+        """Whether the answers end with it."""
+        return isinstance(event.what, Answer) and event.part == len(self._parts) - 1
 
     def closing(self, last: dict[str, Any] | None, outcome: Outcome) -> list[dict[str, Any]]:
         """The chunks that a stream ends with: `last`, and the usage if it is wanted. The last has the statistics."""

@@ -50,7 +50,7 @@ class Doorkeeper:
             )
         self._digest = None if key is None else _digest(key.encode())
         # Who has the key has it from its owner, and a browser sends it to no other site: any name will do then.
-        self._names = None if not is_loopback(host) else {*_LOCAL_NAMES, host.strip("[]").lower(), *names}
+        self._names = None if not is_loopback(host) else {*_LOCAL_NAMES, _name(host), *map(_name, names)}
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Let a request pass.
@@ -91,7 +91,9 @@ def _digest(key: bytes) -> bytes:
 
 
 def _name(host: str) -> str:
-    """The name of `name:port` or `[address]:port`."""
+    """The name of `name:port` or `[address]:port`, and of either without a port."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
+    if host.count(":") > 1:  # an address of IPv6, as --host and --allow-host take it
+        return host.lower()
     return host.partition(":")[0].lower()

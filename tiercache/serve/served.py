@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tiercache.compat import sampling_defaults
 from tiercache.generation.answer import Answer, PassProgress, Piece, TokenLogprob
 from tiercache.generation.request import GenerationRequest
 
@@ -54,8 +55,9 @@ class Defaults:
         """What the checkpoint suggests: its own sampling, or none, as transformers' `generate` has it."""
         if not getattr(generation_config, "do_sample", False):
             return cls()
-        found = {name: getattr(generation_config, name, None) for name in ("temperature", "top_p", "top_k")}
-        return cls(**({"temperature": 1.0} | {name: value for name, value in found.items() if value is not None}))
+        defaults = sampling_defaults()
+        found = {name: getattr(generation_config, name, None) for name in defaults}
+        return cls(**(defaults | {name: value for name, value in found.items() if value is not None}))
 
 
 @dataclass(frozen=True)

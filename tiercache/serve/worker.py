@@ -54,10 +54,13 @@ class Worker:
     Args:
         served: the model.
         publish: is given the model's statistics every now and then.
+        count: is given each outcome, whoever still waits for it.
     """
 
-    def __init__(self, served: Served, publish: Callable[[dict[str, Any]], None]) -> None:
-        self._served, self._publish, self._published = served, publish, 0.0
+    def __init__(
+        self, served: Served, publish: Callable[[dict[str, Any]], None], count: Callable[[Outcome], None]
+    ) -> None:
+        self._served, self._publish, self._count, self._published = served, publish, count, 0.0
 
     def answer(self, parts: tuple[Part, ...], job: Job) -> None:
         """Send each part's events, and the outcome last; or what was raised."""
@@ -68,6 +71,7 @@ class Worker:
                     break
                 outcome.answers.append(self._part(number, part, job))
         outcome.after, outcome.cancelled = self._snapshot(), job.cancelled()
+        self._count(outcome)
         job.send(outcome)
 
     def _part(self, number: int, part: Part, job: Job) -> Answer:

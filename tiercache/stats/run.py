@@ -118,7 +118,10 @@ class Stats(Shown):
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed; 0 before two single-token steps were made."""
+        """Decoding speed, with a drafter over its rounds; 0 before there were two steps to tell it by."""
+        drafted = self.drafting.tokens_per_s if self.drafting is not None and self.drafting.rounds else None
+        if drafted is not None:
+            return drafted
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
     def add_prefill(self, seconds: float) -> None:
@@ -141,7 +144,7 @@ class Stats(Shown):
             "run": f"{self.precision} on {self.device}, kernels {self.kernels}{', lossy' if self.lossy else ''}",
             "passes, tokens": f"{self.passes}, {self.tokens}",
             "first token after": f"{self.first_pass_s:.3f} s",
-            "decoding": f"{self.tokens_per_s:.2f} tokens/s" if self.decode_tokens else "",
+            "decoding": f"{self.tokens_per_s:.2f} tokens/s" if self.tokens_per_s else "",
             "a pass of one token": f"{1e3 * self.actual_pass_s:.1f} ms" if self.actual_pass_s else "",
             "as predicted": predicted or "",
             "read from the SSD": human(self.ssd_bytes),
