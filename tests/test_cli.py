@@ -204,7 +204,7 @@ def test_run_a_store(checkpoint: Path, store: Path) -> None:
     assert "int8 weights" in result.stderr
     own = call("run", checkpoint, "--store", store, *options)
     assert data(own)["tokens"] == data(result)["tokens"]
-    assert "precision=" in refused(call("run", store, "--prompt", PROMPT, "--json"), 2, "UsageError")
+    assert "ask for --precision int8" in refused(call("run", store, "--prompt", PROMPT, "--json"), 2, "UsageError")
 
 
 def test_sampling_follows_its_seed(checkpoint: Path) -> None:

@@ -19,10 +19,12 @@ def test_what_came_between() -> None:
     stats.tiers["dram"].miss_bytes += 4
     stats.neurons.moved_bytes += 2
     stats.neurons.dense_bytes += 1
+    stats.neurons.read_bytes += 9
     for emitted in (3, 1):
         stats.drafting.add(0, [1, 2], [1, 2][: emitted - 1], emitted)
     found = difference(before, stats.to_dict())
-    assert moved_bytes(found) == {"ssd": 100, "link": 23, "dram": 34}
+    assert moved_bytes(found) == {"ssd": 100, "link": 23, "neurons": 9}
+    assert moved_bytes({**found, "neurons": None}) == {"ssd": 100, "link": 20, "dram": 34}
     assert found["drafting"]["tokens_per_pass"] == stats.drafting.tokens_per_pass == 2
     assert found["tiers"]["dram"]["hit_bytes"] == 30
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from policies.precision import PRECISION_NAMES
 
 _WIDTH = 118
+_FEW_BLOCKS = 8  # so many have a column each; of more there is room for the spread alone (--json has them all)
 _OF_70B = 80 * 3 * 28672 * 8192  # weights of a 70B's feed-forward blocks
 
 
@@ -32,17 +33,22 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _layers(result: Mapping[str, Any]) -> list[str]:
+    if result["blocks"] > _FEW_BLOCKS:
+        return ["least", "median", "most", "mean"]
     return [*(str(layer) for layer in range(result["blocks"])), "mean"]
 
 
 def _with_mean(values: Sequence[float | None], shown: str = ".3f") -> list[str]:
-    known = [value for value in values if value is not None]
+    known = sorted(value for value in values if value is not None)
     mean = sum(known) / len(known) if known else None
-    return ["-" if value is None else format(value, shown) for value in (*values, mean)]
+    told = values
+    if len(values) > _FEW_BLOCKS:
+        told = [known[0], known[len(known) // 2], known[-1]] if known else [None] * 3
+    return ["-" if value is None else format(value, shown) for value in (*told, mean)]
 
 
 def _recalls(result: Mapping[str, Any]) -> Table:
-    table = _table("Recall of the truly important neurons, by block", ["ranked by", "planes", "of", *_layers(result)])
+    table = _table("Recall of the important neurons, over the blocks", ["ranked by", "planes", "of", *_layers(result)])
     for name, ranks in result["recall"].items():
         for rank, halves in ranks.items():
             for half, values in halves.items():
@@ -58,7 +64,7 @@ def _recalls(result: Mapping[str, Any]) -> Table:
 
 
 def _alike(result: Mapping[str, Any]) -> Table:
-    table = _table("Neurons, by block", ["", "of", *_layers(result)])
+    table = _table("Neurons, over the blocks", ["", "of", *_layers(result)])
     for half, windows in result["unions"].items():
         for window, values in windows.items():
             table.add_row(f"wanted by any of {window} tokens", half, *_with_mean(values))
@@ -119,5 +125,5 @@ def cost(result: Mapping[str, Any]) -> str:
     hours = [f"{name} {each * of / 3600:.1f} h" for name, of in (("7B", 32 * 3 * 11008 * 4096), ("70B", _OF_70B))]
     return (
         f"{result['seconds'] / result['blocks']:.1f} s a layer of {weights / 1e6:.2f}M weights; by its weights "
-        f"{' and '.join(hours)}, less where layers are larger"
+        f"{' and '.join(hours)} with as many tokens, less where layers are larger"
     )

@@ -110,7 +110,8 @@ class _View:
                 self._line.close()
                 self._tell = self._line.enter_context(step("answer", show=self._show))
         now = time.monotonic()
-        if self._apart and now - self._told_at >= _TELL_EVERY_S:
+        # Between two passes alone: the bytes of one that is under way are no finished token's.
+        if self._apart and at.layer == 0 and now - self._told_at >= _TELL_EVERY_S:
             self._told_at = now
             self._tell(self._meter.text(at.tokens))
 

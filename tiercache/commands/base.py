@@ -5,6 +5,7 @@ Standard output carries data only: generated text, or one line of JSON. What wen
 """
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ from tiercache.progress import DISPLAY, HEART, note, step
 # option should not cost.
 
 _UNEXPECTED, ENVIRONMENT, INTERRUPTED = 1, 5, 130
+# Arguments of `offload` that the commands have as options, as the library's messages name them.
+_ARGUMENT = re.compile(
+    r"\b(hbm|dram|context|precision|store|device|plan|mode|bytes_per_token|max_loss|policy|max_fetches|cpu_tokens|"
+    r"link_gbps|drafter|draft_nodes|draft_depth)=('[^']*'|\"[^\"]*\"|\w[\w.%-]*\w|\w|)"
+)
 _FILE_WIDTH = 140  # columns of tables in a file
 # typer's own complaints about arguments; its name for the class has moved between versions.
 _ArgumentError = cast("type[Exception]", typer.BadParameter.__base__)
@@ -66,7 +72,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             raise _failed(error, "interrupted", INTERRUPTED, ctx.obj, False) from error
         except TiercacheError as error:
-            raise _failed(error, str(error), error.exit_code, ctx.obj, ctx.params["debug"]) from error
+            message = _by_option(str(error))
+            raise _failed(error, message, error.exit_code, ctx.obj, ctx.params["debug"]) from error
         except Exception as error:
             message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             message += "" if ctx.params["debug"] else "; for the traceback: tiercache --debug COMMAND ..."
@@ -84,6 +91,16 @@ app = typer.Typer(
     "130 interrupted. Environment: TIERCACHE_HOME (the cache folder, else ~/.cache/tiercache); HF_HOME, "
     "HF_HUB_OFFLINE, CUDA_VISIBLE_DEVICES, NO_COLOR as everywhere; all of it in docs/environment.md.",
 )
+
+
+def _by_option(message: str) -> str:
+    """What the library says of its arguments, in the words of the command line: `--context 64` for `context=64`."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found[1].replace("_", "-"), found[2].strip("'")
+        return f"--{name} {value}" if value else f"--{name}"
+
+    return _ARGUMENT.sub(option, message)
 
 
 def _print_version(wanted: bool) -> None:

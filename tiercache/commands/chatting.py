@@ -37,7 +37,7 @@ _System = Annotated[str | None, typer.Option(help="What the model is told before
 @app.command("chat")
 def chat_command(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A checkpoint or store of a model that chats.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A checkpoint, GGUF file, store or Hub id.", show_default=False)],
     system: _System = None,
     max_new_tokens: run_options.MaxNewTokens = 512,
     precision: run_options.Precision = None,

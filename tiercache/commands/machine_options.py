@@ -214,8 +214,8 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
 
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
-    if model in SHAPES:
-        return _of_shape(model, precision, context, machine.gpu is not None)
+    if model.lower() in SHAPES:
+        return _of_shape(model.lower(), precision, context, machine.gpu is not None)
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
     if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".gguf"):

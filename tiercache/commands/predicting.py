@@ -89,7 +89,7 @@ def report(result: dict[str, Any]) -> str:
         "stay": "all weights stay in the fastest tier",
         "ssd": "what main memory does not hold is read from the SSD",
         "stream": "what the card does not hold is copied up",
-        "cpu": "with cpu_tokens= the CPU multiplies by what the card does not hold",
+        "cpu": "with --cpu-tokens 1 the CPU multiplies by what the card does not hold",
     }
     other = result["runner_up_tokens_per_s"]
     beside = "" if other is None else f" (the other way {other:.2f})"

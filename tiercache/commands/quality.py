@@ -11,7 +11,7 @@ from tiercache.config.options import STORE_PRECISION
 
 @app.command("quality")
 def quality_command(
-    model: Annotated[str, typer.Argument(help="A checkpoint or plane store.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A checkpoint, GGUF file, plane store or Hub id.", show_default=False)],
     text: Annotated[Path, typer.Argument(help="A UTF-8 text file to measure on.", show_default=False)],
     modes: Annotated[
         list[str],

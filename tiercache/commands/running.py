@@ -35,7 +35,7 @@ _Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is,
 @app.command("run")
 def run_command(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="A checkpoint or store; by default the bundled pico.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A checkpoint, GGUF file, store or Hub id; else the toy.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to continue; - reads standard input.")] = None,
     chat: _Chat = False,
     raw: _Raw = False,

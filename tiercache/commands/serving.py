@@ -29,7 +29,7 @@ from tiercache.errors import EnvironmentUnsupportedError
 @app.command("serve")
 def serve_command(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A checkpoint, store or Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A checkpoint, GGUF file, store or Hub id.", show_default=False)],
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
     ] = "127.0.0.1",

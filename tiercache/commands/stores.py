@@ -14,7 +14,7 @@ from tiercache.config.sizes import human
 
 @app.command("convert")
 def convert_command(
-    checkpoint: Annotated[str, typer.Argument(help="A safetensors checkpoint: folder or Hub id.", show_default=False)],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint: folder, GGUF file or Hub id.", show_default=False)],
     store: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
     group: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     compress: Annotated[str, typer.Option(help="zstd: on, off, or auto where it saves more than it costs.")] = "auto",

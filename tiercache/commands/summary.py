@@ -6,7 +6,7 @@ from tiercache.config.options import of_planes
 from tiercache.config.sizes import human
 
 _DEPTHS = 8  # that acceptance is told of
-_TIER_NAMES = {"ssd": "SSD", "link": "link", "dram": "DRAM"}
+_TIER_NAMES = {"ssd": "SSD", "link": "link", "dram": "DRAM", "neurons": "neurons"}
 
 
 def of_dry_run(report: dict[str, Any]) -> str:

@@ -158,6 +158,11 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
     if not (folder / CATALOG_FILE).is_file():
         if config.store is None:
             made_folder(folder.parent)
+        note(
+            f"{config.precision} is read from a plane store, which is made first, at {folder}; interrupted, the same "
+            "command goes on",
+            show=show_progress,
+        )
         convert(source.folder, folder, show_progress=show_progress)
     store = PlaneStore.open(folder)
     if store.contents.meta["identity"] != source.identity():

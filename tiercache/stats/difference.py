@@ -6,7 +6,7 @@ from typing import Any
 _COUNTERS = ("passes", "ssd_bytes", "decode_tokens", "decode_s")
 _OF_TIERS = ("hits", "misses", "hit_bytes", "miss_bytes", "needed_bytes", "loaded_bytes")
 _OF_DRAFTING = ("rounds", "tokens", "nodes", "accepted", "draft_s", "verify_s")
-_OF_NEURONS = ("moved_bytes", "dense_bytes")
+_OF_NEURONS = ("moved_bytes", "dense_bytes", "read_bytes")
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,12 +29,18 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 
 
 def moved_bytes(found: Mapping[str, Any]) -> dict[str, int]:
-    """Of a difference: bytes read from the SSD, copied over the link to HBM, and asked of main memory."""
+    """Of a difference: bytes read from the SSD, copied over the link to HBM, and asked of main memory.
+
+    In mixed mode main memory is asked for whole units of which tokens read some neurons: those are told instead.
+    """
     tiers, neurons = found["tiers"], found["neurons"]
     moved = {"ssd": found["ssd_bytes"]}
     if "hbm" in tiers:
-        moved["link"] = tiers["hbm"]["loaded_bytes"] + (sum(neurons.values()) if neurons is not None else 0)
-    if "dram" in tiers:
+        own = 0 if neurons is None else neurons["moved_bytes"] + neurons["dense_bytes"]
+        moved["link"] = tiers["hbm"]["loaded_bytes"] + own
+    if neurons is not None:
+        moved["neurons"] = neurons["read_bytes"]
+    elif "dram" in tiers:
         moved["dram"] = tiers["dram"]["needed_bytes"]
     return moved
 

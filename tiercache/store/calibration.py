@@ -135,7 +135,8 @@ class Calibration:
             bounds += [] if max_loss is None else [f"loses at most {max_loss:g} nats a token"]
             raise UsageError(
                 f"no calibrated setting {' and '.join(bounds)}; settings begin at {least:.3g} of the bytes, and the "
-                f"least measured loss is {best:.2g}: ask for more"
+                f"least measured loss is {best:.2g}; give bytes_per_token={least:.3g} or more, or "
+                f"max_loss={best:.2g} or more"
             )
         return min(fit, key=lambda s: (s.read_bytes, s.kl) if share is None else (s.kl, s.read_bytes))
 

@@ -232,7 +232,7 @@ def _announce(plan: ConversionPlan, expected: ConversionReport, *, show: bool | 
         steps = f", and tuning in {plan.tune} steps a layer," if plan.tune else ""
         takes = f"some {minutes} min in all, and up to {human(expected.calibrating_bytes)} of memory"
         text = f"calibrating{steps} on {plan.corpus.windows.numel()} tokens: {takes} beside the process's own "
-        note(text + "(tiercache convert --plain rounds instead)", show=show)
+        note(text + "('tiercache convert MODEL STORE --plain' takes minutes, and loses more)", show=show)
 
 
 def _check_space(plan: ConversionPlan, expected: ConversionReport) -> None:
