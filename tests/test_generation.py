@@ -42,6 +42,12 @@ def name(request: pytest.FixtureRequest) -> str:
     return found
 
 
+@pytest.fixture(params=[None, "lookup"])
+def drafting(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options of `offload`: plain decoding, and drafted."""
+    return {} if request.param is None else {"drafter": request.param, "draft_nodes": 3}
+
+
 def _wanted(name: str, ids: tuple[int, ...], seed: int = 0, **options: Any) -> tuple[int, ...]:
     """What transformers' own loop writes behind `ids`."""
     model, given_ids = architectures.build(name), torch.tensor([ids])
@@ -114,16 +120,14 @@ def test_answers_are_transformers_own(name: str, checkpoint: Callable[..., Path]
     assert sampled.tokens == _wanted(name, PROMPT, 3, do_sample=True, temperature=0.8, top_p=0.9, top_k=40)
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
 def test_the_next_turn_prefills_what_is_new(
     name: str,
-    drafter: str | None,
+    drafting: dict[str, Any],
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
     prefilled: list[PassProgress] = []
-    with opened(checkpoint(name), tokenizer, **options) as generator:
+    with opened(checkpoint(name), tokenizer, **drafting) as generator:
         first = generator.generate(GenerationRequest(PROMPT, NEW))
         turn = (*PROMPT, *first.tokens, *NEXT)
         second = generator.generate(GenerationRequest(turn, NEW), progress=prefilled.append)
@@ -138,17 +142,15 @@ def test_the_next_turn_prefills_what_is_new(
         assert edited.tokens == _wanted(name, other)
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_cancelled_answer_leaves_a_generator_that_answers(
     after: int,
-    drafter: str | None,
+    drafting: dict[str, Any],
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
     wanted = _wanted("llama", PROMPT)
-    with opened(checkpoint("llama"), tokenizer, **options) as generator:
+    with opened(checkpoint("llama"), tokenizer, **drafting) as generator:
         for how in ("cancelled", "interrupted"):
             layers = iter(range(after + 1))
 
@@ -183,14 +185,12 @@ def test_waiting_for_the_next_question_is_no_decoding(checkpoint: Callable[..., 
     assert before.decode_tokens > 1
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
 def test_a_cancelled_turn_leaves_the_turns_before(
-    drafter: str | None,
+    drafting: dict[str, Any],
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
-    with opened(checkpoint("llama"), tokenizer, **options) as generator:
+    with opened(checkpoint("llama"), tokenizer, **drafting) as generator:
         first = generator.generate(GenerationRequest(PROMPT, NEW))
         turn = (*PROMPT, *first.tokens, *NEXT)
         in_prefill = generator.generate(GenerationRequest(turn, NEW), cancelled=lambda: True)
@@ -203,9 +203,7 @@ def test_a_cancelled_turn_leaves_the_turns_before(
         assert third.tokens == _wanted("llama", (*turn, *cut.tokens, *NEXT))
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
-def test_a_state_of_all_tokens_is_not_gone_on_from(drafter: str | None, tokenizer: Any) -> None:  # noqa: F811
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
+def test_a_state_of_all_tokens_is_not_gone_on_from(drafting: dict[str, Any], tokenizer: Any) -> None:  # noqa: F811
     config = tf.Lfm2Config(
         vocab_size=131,
         hidden_size=64,
@@ -223,7 +221,7 @@ def test_a_state_of_all_tokens_is_not_gone_on_from(drafter: str | None, tokenize
     ids = torch.tensor([(*PROMPT, *NEXT)])
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     rows = model(ids).logits[0].detach().log_softmax(-1)
-    with opened(model, tokenizer, logits=11, **options) as generator:
+    with opened(model, tokenizer, logits=11, **drafting) as generator:
         layers = iter(range(3))
         generator.generate(GenerationRequest(PROMPT, NEW), cancelled=lambda: next(layers, None) is None)
         answer = generator.generate(GenerationRequest((*PROMPT, *NEXT), NEW))
@@ -237,15 +235,13 @@ def test_a_state_of_all_tokens_is_not_gone_on_from(drafter: str | None, tokenize
 # --- log-probabilities ---
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
 def test_log_probabilities_are_those_of_one_forward(
     name: str,
-    drafter: str | None,
+    drafting: dict[str, Any],
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 3}
-    with opened(checkpoint(name), tokenizer, logits=4, **options) as generator:
+    with opened(checkpoint(name), tokenizer, logits=4, **drafting) as generator:
         answer = generator.generate(GenerationRequest(PROMPT, NEW, logprobs=3))
         text = PROMPT + answer.tokens
         scored = generator.score(text, 3)  # in passes of four tokens
@@ -277,14 +273,12 @@ def test_log_probabilities_are_the_models_whatever_penalty_chooses(tokenizer: An
         assert each.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup"])
 def test_a_stop_string_ends_the_answer(
-    drafter: str | None,
+    drafting: dict[str, Any],
     checkpoint: Callable[..., Path],
     tokenizer: Any,  # noqa: F811
 ) -> None:
-    options = {} if drafter is None else {"drafter": drafter, "draft_nodes": 6}
-    with opened(checkpoint("llama"), tokenizer, **options) as generator:
+    with opened(checkpoint("llama"), tokenizer, **drafting) as generator:
         whole = generator.generate(GenerationRequest(PROMPT, NEW))
         stop = whole.text[4:7]  # begins within a token
         cut = generator.generate(GenerationRequest(PROMPT, NEW, stop=("nowhere", stop)))

@@ -4,7 +4,7 @@ Knows requests, the model's `generate` and its KV cache; it does not know weight
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -86,9 +86,10 @@ class TextGenerator:
         cut_off, held = False, 0
 
         def reached(layer: int, layers: int) -> None:
-            done = len(writer.tokens)
-            phase, tokens = ("decode", done) if done else ("prefill", prompt - reused)
-            progress(PassProgress(cast(Any, phase), layer, layers, tokens))
+            if writer.tokens:
+                progress(PassProgress("decode", layer, layers, len(writer.tokens)))
+            else:
+                progress(PassProgress("prefill", layer, layers, prompt - reused))
 
         try:
             with watched_layers(self._model, reached, cancelled):
@@ -100,7 +101,7 @@ class TextGenerator:
             held = self._whole(prompt, reused, writer)
             raise
         finally:
-            asked = prompt if writer.tokens else prompt_before
+            asked = prompt if writer.tokens else prompt_before  # a broken-off prefill leaves the turns before it
             self._kept.keep(cache, [*request.ids, *writer.tokens][:held], asked)
         return writer.answer(self._end_tokens, cut_off=cut_off, reused=reused)
 
