@@ -25,6 +25,7 @@ from profiler import replay
 from profiler.trace import Trace
 from tiercache.calibrate import collect, command, halving, search
 from tiercache.calibrate import journal as journals
+from tiercache.calibrate import report as tables
 from tiercache.calibrate import settings as trying
 from tiercache.calibrate import sums as summing
 from tiercache.calibrate.command import calibrate
@@ -318,6 +319,14 @@ def test_policies_are_compared_on_the_trace_of_half_the_bytes(llama: SimpleNames
     assert "Policies, on 32 tokens" in text
     assert "Belady's bound" in text
     assert "Policies" not in report({**llama.result, "policies": None})
+
+
+def test_of_many_blocks_tables_tell_the_spread() -> None:
+    values = [0.9, None, *(place / 10 for place in range(1, 8)), 0.1]
+    assert tables._layers({"blocks": len(values)}) == ["least", "median", "most", "mean"]
+    assert tables._with_mean(values) == ["0.100", "0.400", "0.900", "0.422"]
+    assert tables._with_mean([None] * 9) == ["-"] * 4
+    assert tables._with_mean(values[:3]) == ["0.900", "-", "0.100", "0.500"]
 
 
 def test_sums_do_not_depend_on_how_many_tokens_are_worked_on_at_a_time(llama: SimpleNamespace, tmp_path: Path) -> None:

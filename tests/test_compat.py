@@ -92,6 +92,13 @@ def test_a_newer_transformers_gets_one_warning_that_names_it() -> None:
         compat.check_version(f"{compat.OLDEST[0]}.{compat.OLDEST[1]}.0.dev0")
 
 
+def test_a_model_of_states_alone_is_refused_by_name() -> None:
+    config = tf.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=2, state_size=8)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM cannot run without data .*README's list"):
+        tiercache.offload(model, context=32, show_progress=False).__enter__()
+
+
 def test_an_older_transformers_is_refused() -> None:
     with pytest.raises(EnvironmentUnsupportedError, match=r"transformers 5\.4\.2 is older than 5\.5.*pip install"):
         compat.check_version("5.4.2")

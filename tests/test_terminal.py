@@ -17,10 +17,12 @@ import transformers
 from terminals import CTRL_C, CTRL_D, MAIN, Terminal
 from test_cli import call, data, refused, save_model, save_tokenizer
 
+from tiercache.commands import answering
 from tiercache.commands.answering import _View
+from tiercache.commands.base import _by_option
 from tiercache.commands.interrupts import Interrupts
 from tiercache.commands.running import PICO
-from tiercache.generation.answer import Piece
+from tiercache.generation.answer import PassProgress, Piece
 
 PROMPT = "def read_lines(path):"
 
@@ -217,6 +219,34 @@ def test_an_answer_cannot_steer_the_terminal(
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         view.emit(Piece("a\x1b[2Jb\x9b\n", ()))
     assert capsys.readouterr().out == "a\x1b[2Jb\na\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_the_live_line_tells_between_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    class Meter:
+        def first_token(self) -> None:
+            pass
+
+        def text(self, tokens: int) -> str:
+            told.append(tokens)
+            return str(tokens)
+
+    monkeypatch.setattr(answering, "_TELL_EVERY_S", 0.0)
+    with ExitStack() as line:
+        view = _View(Meter(), line, stream=True, apart=True, show=False)  # type: ignore[arg-type]
+        for tokens in (1, 2, 3):
+            for layer in range(4):
+                view.reached(PassProgress("decode", layer, 4, tokens))
+    assert told == [1, 2, 3]  # the bytes of half a pass are no token's
+
+
+def test_the_library_s_arguments_are_told_as_options() -> None:
+    told = _by_option("raise dram= or lower context=; ask for precision='int8', or give bytes_per_token=0.25 or more.")
+    assert told == "raise --dram or lower --context; ask for --precision int8, or give --bytes-per-token 0.25 or more."
+    assert (
+        _by_option("TIERCACHE_HOME=relative, x.store=1 and 2 == 2") == "TIERCACHE_HOME=relative, x.store=1 and 2 == 2"
+    )
 
 
 @pytest.mark.real
