@@ -45,7 +45,7 @@ def bar(title: str, total_bytes: int, *, done_bytes: int = 0, show: bool | None 
         yield task.advance
 
 
-class Heart:
+class CommandProgress:
     """The task of a whole command, which outlives no result."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Heart:
             self._task = None
 
 
-HEART = Heart()
+COMMAND_PROGRESS = CommandProgress()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from tiercache import __version__
 from tiercache.errors import DoesNotFitError, TiercacheError, UsageError
-from tiercache.progress import DISPLAY, HEART, note, step
+from tiercache.progress import COMMAND_PROGRESS, DISPLAY, note, step
 
 # The commands import the library when they run, since torch and transformers take seconds that `--help` and a mistyped
 # option should not cost.
@@ -79,7 +79,7 @@ class Commands(TyperGroup):
             message += "" if ctx.params["debug"] else "; for the traceback: tiercache --debug COMMAND ..."
             raise _failed(error, message, _UNEXPECTED, ctx.obj, ctx.params["debug"]) from error
         finally:
-            HEART.stop()
+            COMMAND_PROGRESS.stop()
 
 
 app = typer.Typer(
@@ -126,7 +126,7 @@ def begin(title: str, as_json: bool, quiet: bool, *, library: bool = True) -> No
     `library`: it needs torch and transformers, which take seconds to load.
     """
     show = progress(as_json, quiet)
-    HEART.start(title, show=show)
+    COMMAND_PROGRESS.start(title, show=show)
     if library and "transformers" not in sys.modules:
         with step("loading torch and transformers", show=show):
             import torch  # noqa: F401
@@ -135,7 +135,7 @@ def begin(title: str, as_json: bool, quiet: bool, *, library: bool = True) -> No
 
 def console() -> Console:
     """Where people read; in a file or a pipe, where nobody knows how wide it is, tables are cut off less."""
-    HEART.stop()  # a table would be written into its row
+    COMMAND_PROGRESS.stop()  # a table would be written into its row
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
 
 
@@ -151,7 +151,7 @@ def say(text: str, quiet: bool) -> None:
 
 def tell(text: str, plain: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """A result: for people, and for programs where it is wanted."""
-    HEART.stop()
+    COMMAND_PROGRESS.stop()
     if text:
         say(text, quiet)
     if as_json:

@@ -12,7 +12,7 @@ from tiercache.commands.base import Json, Quiet, app, begin, console, say, tell
 from tiercache.config.environment import home_folder
 from tiercache.config.sizes import human
 from tiercache.errors import UsageError
-from tiercache.progress import HEART
+from tiercache.progress import COMMAND_PROGRESS
 
 cache = typer.Typer(no_args_is_help=True)
 app.add_typer(cache, name="cache", help="What is kept in the cache folder: stores, kernels, measurements.")
@@ -77,7 +77,7 @@ def _agreed(what: str) -> bool:
     """Ask whoever sits at the terminal."""
     if not _at_a_terminal():
         raise UsageError(f"nobody can be asked here whether to remove {what}; add --yes")
-    HEART.stop()  # its row would tear the question
+    COMMAND_PROGRESS.stop()  # its row would tear the question
     return typer.confirm(f"remove {what}?", err=True)
 
 

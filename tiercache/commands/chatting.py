@@ -24,7 +24,7 @@ from tiercache.commands.base import (
     progress,
     say,
 )
-from tiercache.progress import HEART
+from tiercache.progress import COMMAND_PROGRESS
 
 _HELP = """/reset   forget the conversation and begin anew
 /stats   what was read, hit and written so far
@@ -81,7 +81,7 @@ def chat_command(
     conversation = Conversation(tokenizer, system)
     options = run_options.offload_options(ctx.params, context, logits=1)
     with tiercache.offload(place, **options, show_progress=show) as opened:
-        HEART.stop()
+        COMMAND_PROGRESS.stop()
         say(summary.outlook(opened), quiet)
         say("/help lists commands; /exit or Ctrl-D ends", quiet or not sys.stdin.isatty())
         speaker = Speaker(opened, tokenizer, stream=not as_json, show=show)

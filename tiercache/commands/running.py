@@ -23,7 +23,7 @@ from tiercache.commands.base import (
     tell,
 )
 from tiercache.errors import ContextExceededError, UsageError
-from tiercache.progress import HEART
+from tiercache.progress import COMMAND_PROGRESS
 
 PICO = Path(__file__).parents[2] / "examples" / "pico" / "checkpoint"
 PICO_PROMPT = "def read_lines(path):\n"
@@ -88,7 +88,7 @@ def run_command(
     options = run_options.offload_options(ctx.params, _context(len(ids) + max_new_tokens, context), logits=1)
     with tiercache.offload(place, **options, show_progress=show) as opened, Interrupts() as interrupts:
         attached: Any = opened.tiercache
-        HEART.stop()
+        COMMAND_PROGRESS.stop()
         say(f"{summary.outlook(opened)}; {how}", quiet)
         speaker = Speaker(opened, tokenizer, stream=not as_json, show=show)
         with EnergyMeter(torch.device(attached.stats().device)) as meter:
