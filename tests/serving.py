@@ -13,7 +13,7 @@ from fake_generator import FakeGenerator
 from test_cli import save_tokenizer
 
 from tiercache.serve.app import Server
-from tiercache.serve.front import Front, Limits
+from tiercache.serve.listener import Limits, Listener
 from tiercache.serve.served import Defaults, Served
 
 NAME = "fake"
@@ -23,8 +23,16 @@ _LIMITS = Limits()
 class Running:
     """A server that runs."""
 
-    def __init__(self, front: Front, server: Server, generator: FakeGenerator, lines: list[tuple[Any, ...]]) -> None:
-        self.front, self.url, self.server, self.generator, self.lines = front, front.url, server, generator, lines
+    def __init__(
+        self, listener: Listener, server: Server, generator: FakeGenerator, lines: list[tuple[Any, ...]]
+    ) -> None:
+        self.listener, self.url, self.server, self.generator, self.lines = (
+            listener,
+            listener.url,
+            server,
+            generator,
+            lines,
+        )
 
 
 def byte_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
@@ -54,34 +62,34 @@ def running(
     sampled, now = defaults or Defaults(), int(time.time())
     served = Served(NAME, generator, tokenizer, len(tokenizer), generator.statistics, sampled, max_tokens, now)
     server = Server(served, waiting=waiting, heartbeat_s=heartbeat_s)
-    front, ready, lines = Front("127.0.0.1", 0), threading.Event(), []
+    listener, ready, lines = Listener("127.0.0.1", 0), threading.Event(), []
 
     def log(*line: Any) -> None:
         lines.append(line)
 
-    with _in_thread(front, partial(front.run, server, max_body, ready=ready.set, log=log)):
+    with _in_thread(listener, partial(listener.run, server, max_body, ready=ready.set, log=log)):
         assert ready.wait(30)
-        yield Running(front, server, generator, lines)
+        yield Running(listener, server, generator, lines)
 
 
 @contextmanager
 def serving(model: Any, tokenizer: Any, limits: Limits = _LIMITS) -> Iterator[str]:
     """The address of a server before an offloaded model."""
-    front, ready = Front("127.0.0.1", 0), threading.Event()
-    with _in_thread(front, partial(front.serve, model, tokenizer, NAME, limits, ready=ready.set, log=print)):
+    listener, ready = Listener("127.0.0.1", 0), threading.Event()
+    with _in_thread(listener, partial(listener.serve, model, tokenizer, NAME, limits, ready=ready.set, log=print)):
         assert ready.wait(30)
-        yield front.url
+        yield listener.url
 
 
 @contextmanager
-def _in_thread(front: Front, run: Callable[[], None]) -> Iterator[None]:
+def _in_thread(listener: Listener, run: Callable[[], None]) -> Iterator[None]:
     """Runs it in a thread, and ends it as a signal would."""
     thread = threading.Thread(target=run)
     thread.start()
     try:
         yield
     finally:
-        front.stop()
+        listener.stop()
         thread.join(30)
-        front.close()
+        listener.close()
         assert not thread.is_alive()

@@ -23,13 +23,13 @@ from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.generation.answer import TokenLogprob
 from tiercache.generation.chat_template import templated
 from tiercache.serve import connection
-from tiercache.serve.front import Front
+from tiercache.serve.listener import Listener
 from tiercache.serve.logprobs import LogprobWriter
 from tiercache.serve.queue import GenerationQueue
 from tiercache.serve.refusal import RefusalError
 from tiercache.serve.runner import bind
 from tiercache.serve.schema import HARMLESS, OF_CHAT, OF_COMPLETIONS
-from tiercache.serve.security import KEY_VARIABLE, Doorkeeper
+from tiercache.serve.security import KEY_VARIABLE, AccessPolicy
 from tiercache.serve.served import Defaults
 
 TALK = [{"role": "user", "content": "hello"}]
@@ -327,7 +327,7 @@ def test_shutdown_tells_those_who_wait(slow: Running) -> None:
         soon(lambda: slow.generator.passes > 0)
         waits = threads.submit(post, slow, "/v1/chat/completions", chat())
         soon(lambda: slow.server.queue.waiting == 1)
-        slow.front.stop()
+        slow.listener.stop()
         assert error(waits.result())["code"] == "shutting_down"
         assert json.loads(runs.result().text.split("data: ")[-1])["error"]["code"] == "shutting_down"
 
@@ -459,12 +459,12 @@ def test_other_machines_need_a_key(key: str | None, monkeypatch: pytest.MonkeyPa
     if key is not None:
         monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(UsageError, match=KEY_VARIABLE):
-        Front("0.0.0.0", 0)
+        Listener("0.0.0.0", 0)
 
 
 def test_an_address_that_is_taken(server: Running) -> None:
     with pytest.raises(EnvironmentUnsupportedError, match="--port"):
-        Front("127.0.0.1", int(server.url.rpartition(":")[2]))
+        Listener("127.0.0.1", int(server.url.rpartition(":")[2]))
 
 
 @pytest.mark.parametrize(
@@ -486,12 +486,12 @@ def test_pages_of_other_sites_are_turned_away(server: Running, headers: dict[str
 
 @pytest.mark.parametrize("name", ["Example.com", "example.com", "example.COM:8443", "[2001:DB8::1]:80", "2001:db8::1"])
 def test_names_that_are_allowed(name: str) -> None:
-    doorkeeper = Doorkeeper("127.0.0.1", None, (name,))
+    access = AccessPolicy("127.0.0.1", None, (name,))
     host = "[2001:db8::1]" if "2001" in name else "example.com"
     for header in (host, f"{host}:8443"):
-        doorkeeper.check("/stats", {"host": header})
+        access.check("/stats", {"host": header})
     with pytest.raises(RefusalError, match="--allow-host"):
-        doorkeeper.check("/stats", {"host": "example.org"})
+        access.check("/stats", {"host": "example.org"})
 
 
 def test_a_template_may_refuse_by_any_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_what_is_refused(arguments: tuple[str, ...], code: int, message: str, mo
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tiercache.serve.front", None)  # as if a package of it were missing
+    monkeypatch.setitem(sys.modules, "tiercache.serve.listener", None)  # as if a package of it were missing
     found = call("serve", PICO)
     assert found.exit_code == 5
     assert "tiercache[serve]" in found.stderr

@@ -69,7 +69,7 @@ def serve_command(
     With --json one object tells where it listens. SIGTERM ends it with exit code 0, Ctrl-C with 130.
     """
     try:
-        from tiercache.serve.front import Front, Limits
+        from tiercache.serve.listener import Limits, Listener
     except ImportError as error:
         raise EnvironmentUnsupportedError(
             f"serving needs packages that are not installed ({error.name}); install them: pip install "
@@ -87,15 +87,15 @@ def serve_command(
     def log(method: str, path: str, status: int, seconds: float) -> None:
         say(f"{method} {quote(path)[:80]} {status} {seconds:.2f} s", quiet)
 
-    with closing(Front(host, port, tuple(allow_host or ()))) as front:
+    with closing(Listener(host, port, tuple(allow_host or ()))) as listener:
 
         def ready() -> None:
-            plain = {"schema": "tiercache.serve/1", "url": front.url, "model": called}
-            tell(f"{called} is served at {front.url} (Ctrl-C ends it)", plain, as_json, quiet)
+            plain = {"schema": "tiercache.serve/1", "url": listener.url, "model": called}
+            tell(f"{called} is served at {listener.url} (Ctrl-C ends it)", plain, as_json, quiet)
 
         with tiercache.offload(folder, **options, show_progress=progress(as_json, quiet)) as opened:
             say(summary.outlook(opened), quiet)
-            front.serve(opened, tokenizer, called, Limits(waiting, max_tokens, max_body), ready=ready, log=log)
+            listener.serve(opened, tokenizer, called, Limits(waiting, max_tokens, max_body), ready=ready, log=log)
 
 
 def _name(model: str, folder: Path) -> str:

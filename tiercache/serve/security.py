@@ -28,7 +28,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Doorkeeper:
+class AccessPolicy:
     """Checks each request's headers.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every request passes before the app sees it: a number, the doorkeeper, a limit of its body, the log."""
+"""What every request passes before the app sees it: a number, the access policy, a limit of its body, the log."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiercache.serve.refusal import RefusalError
-from tiercache.serve.security import Doorkeeper
+from tiercache.serve.security import AccessPolicy
 
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -19,21 +19,21 @@ _SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 Log = Callable[[str, str, int, float], None]  # method, path, status, seconds
 
 
-class Gate:
+class Middleware:
     """Wraps the app.
 
     Args:
         app: what answers.
-        doorkeeper: who may ask.
+        access: who may ask.
         check_room: raises where nothing more can be asked for now.
         max_bytes: of a request's body.
         log: is told of each answer.
     """
 
     def __init__(
-        self, app: ASGIApp, doorkeeper: Doorkeeper, check_room: Callable[[], None], max_bytes: int, log: Log
+        self, app: ASGIApp, access: AccessPolicy, check_room: Callable[[], None], max_bytes: int, log: Log
     ) -> None:
-        self._app, self._doorkeeper, self._check_room = app, doorkeeper, check_room
+        self._app, self._access, self._check_room = app, access, check_room
         self._max_bytes, self._log = max_bytes, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ class Gate:
             await send(message)
 
         try:
-            self._doorkeeper.check(scope["path"], headers)
+            self._access.check(scope["path"], headers)
             if scope["method"] == "POST":  # whatever is posted asks for an answer
                 _check_type(headers)
                 self._check_room()

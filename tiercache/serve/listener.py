@@ -7,9 +7,9 @@ from typing import Any
 
 from tiercache.generation.generator import TextGenerator
 from tiercache.serve.app import Server
-from tiercache.serve.gate import Gate, Log
+from tiercache.serve.middleware import Log, Middleware
 from tiercache.serve.runner import Runner, bind
-from tiercache.serve.security import Doorkeeper, key_of_environment
+from tiercache.serve.security import AccessPolicy, key_of_environment
 from tiercache.serve.served import Defaults, Served
 
 _PATHS = ("/", "/health", "/metrics", "/stats", "/v1/models", "/v1/completions", "/v1/chat/completions")
@@ -30,7 +30,7 @@ class Limits:
     max_body: int = 4 << 20
 
 
-class Front:
+class Listener:
     """An address that is taken, and who may call there.
 
     Args:
@@ -47,7 +47,7 @@ class Front:
     """
 
     def __init__(self, host: str, port: int, names: tuple[str, ...] = ()) -> None:
-        self._doorkeeper = Doorkeeper(host, key_of_environment(), names)
+        self._access = AccessPolicy(host, key_of_environment(), names)
         self._socket = bind(host, port)
         self._runner: Runner | None = None
         shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
@@ -88,8 +88,8 @@ class Front:
             server.metrics.count_request(path if path in _PATHS else "other", status)
             log(method, path, status, seconds)
 
-        gate = Gate(server.app, self._doorkeeper, server.queue.check_room, max_body, counted)
-        self._runner = Runner(gate, self._socket, server.queue, ready)
+        middleware = Middleware(server.app, self._access, server.queue.check_room, max_body, counted)
+        self._runner = Runner(middleware, self._socket, server.queue, ready)
         self._runner.run()
 
     def close(self) -> None:
