@@ -87,14 +87,22 @@ class Watch:
         patience_s: how much longer each measurement may take for it.
         usual: the pace that counts as usual; None takes the fastest of a few seconds.
         may_restart: raise where the machine turns out to be faster than that; otherwise it is not as usual then.
+        in_all_s: how much longer all measurements together may take for it.
 
     Attributes:
         usual: the pace that counts as usual.
     """
 
-    def __init__(self, patience_s: float = 4.0, usual: Pace | None = None, *, may_restart: bool = False) -> None:
+    def __init__(
+        self,
+        patience_s: float = 4.0,
+        usual: Pace | None = None,
+        *,
+        may_restart: bool = False,
+        in_all_s: float = float("inf"),
+    ) -> None:
         self.usual = usual or _fastest_pace()
-        self._patience_s, self._may_restart = patience_s, may_restart
+        self._patience_s, self._may_restart, self._in_all_s = patience_s, may_restart, in_all_s
         self._samples = self._disturbed = 0
 
     @property
@@ -114,7 +122,7 @@ class Watch:
         """
         found: dict[K, list[Sample[T]]] = {key: [] for key in works}
         lacking = [key for key in works for _ in range(counts[key])]
-        left_s = self._patience_s
+        begin_s = left_s = min(self._patience_s, max(self._in_all_s, 0.0))
         before, left_s = self._wait(left_s)
         while lacking:
             for key in dict.fromkeys(lacking):
@@ -131,6 +139,7 @@ class Watch:
                 before = after
                 if after.off(self.usual) > AS_USUAL:
                     before, left_s = self._wait(left_s)
+        self._in_all_s -= begin_s - left_s
         return {key: self._best(each, counts[key]) for key, each in found.items()}
 
     def timed(

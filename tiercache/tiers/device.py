@@ -3,7 +3,7 @@
 No other module of tiers, models and kernels tests what kind of device it has. Knows torch; nothing of tiers or planes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,12 +25,21 @@ def on_gpu(device: torch.device) -> bool:
 
 
 class Copies:
-    """The order in which one thread copies to a device: each copy is done when its call returns."""
+    """The order of copies to a device or from it: each is done when its call returns."""
 
     @contextmanager
-    def after(self, event: Event | None) -> Iterator[None]:
-        """Copies made within begin after `event` and are done when this ends."""
+    def after(self, events: Iterable[Event] = ()) -> Iterator[None]:
+        """Copies queued within begin after the events, and after what this object has queued before."""
         yield
+
+    def arrival(self) -> Event | None:
+        """An event after all that was queued so far; None where it is done already."""
+        return None
+
+    def wait(self) -> None:
+        """Sleep until all that was queued so far is done."""
+        if (event := self.arrival()) is not None:
+            event.synchronize()
 
 
 class StreamCopies(Copies):
@@ -45,14 +54,16 @@ class StreamCopies(Copies):
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
-    def after(self, event: Event | None) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            if event is not None:
+    def after(self, events: Iterable[Event] = ()) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):  # and its device
+            for event in events:
                 self._stream.wait_event(event)
             yield
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        copied.synchronize()
+
+    def arrival(self) -> Event:
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
 
 
 class Device:

@@ -96,8 +96,9 @@ class Transfer:
         source = self._lower.acquire(key)
         try:
             ticket.copy_began_at = time.perf_counter()
-            with self._copies.after(after):
+            with self._copies.after(() if after is None else (after,)):
                 self._move(key, source, slot)
+            self._copies.wait()
             self._link.carry(sum(span.nbytes for span in self._spans[key]), ticket.copy_began_at)
         finally:
             self._lower.release(key)
