@@ -45,6 +45,7 @@ _READS = (
     *((8, 1 << 20), (1, 4 << 10)),
 )
 _TYPICAL = "int8"  # whose overheads stand where a kind is not asked for
+_FIRST = ("int8", "int4", "source", "int3")  # where there may be no time for all
 _LEAST_READS = 256  # of one measurement of small reads; large ones read the file once
 _HEADS, _HEAD_DIM, _ATTENDED = 16, 64, 512
 _GEMM = 2048  # rows, columns and tokens of a product that operations bind, not bytes
@@ -72,7 +73,8 @@ def probe_machine(
     """
     effort, usual, restart = QUICK if quick else FULL, None, not quick
     while True:  # it ends: each time the usual pace is a quarter faster than before
-        watch = Watch(effort.patience_s, usual, may_restart=restart, in_all_s=effort.patience_in_all_s)
+        in_all_s, look_on_s = effort.patience_in_all_s, effort.look_on_s
+        watch = Watch(effort.patience_s, usual, may_restart=restart, in_all_s=in_all_s, look_on_s=look_on_s)
         try:
             return _Probe(folder, device_of(device), watch, effort, noisy, show_progress).measure()
         except FasterError as error:
@@ -87,7 +89,7 @@ class Effort:
     Attributes:
         repeats: of each measurement; None as many as this file says.
         read_s: that one measurement of reads may take.
-        patience_s, patience_in_all_s: see `Watch`.
+        patience_s, patience_in_all_s, look_on_s: see `Watch`.
         layers_s: after which no more kinds of weights are begun; those left out go by the nearest.
         quick: see `LayerProbe`.
     """
@@ -96,12 +98,13 @@ class Effort:
     read_s: float = 1.0
     patience_s: float = 4.0
     patience_in_all_s: float = 90.0
+    look_on_s: float | None = None
     layers_s: float = float("inf")
     quick: bool = False
 
 
 FULL = Effort()
-QUICK = Effort(repeats=3, read_s=0.1, patience_s=0.3, patience_in_all_s=5.0, layers_s=20.0, quick=True)
+QUICK = Effort(repeats=3, read_s=0.1, patience_s=0.3, patience_in_all_s=5.0, look_on_s=3.0, layers_s=25.0, quick=True)
 
 
 class _Probe:
@@ -160,7 +163,7 @@ class _Probe:
         """By kind of weights."""
         begin, rates = time.perf_counter(), dict[str, MatmulRates]()
         with LayerProbe(roofs, self._watch, self._folder, self._device, hbm=hbm, quick=self._effort.quick) as layers:
-            for kind in KINDS:
+            for kind in sorted(KINDS, key=_FIRST.index) if self._effort.quick else KINDS:
                 if rates and time.perf_counter() - begin > self._effort.layers_s:
                     note(f"no time is left for layers at {kind}", show=bool(self._show_progress))
                     continue
