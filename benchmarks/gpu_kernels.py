@@ -31,7 +31,7 @@ class PinnedDevice(TimingCuda):
     def memory(self, nbytes: int) -> Tensor:
         """Pinned; what was handed out before is not pinned any more."""
         self.close()
-        self._slab = Slab(nbytes, torch.device("cpu"), pinned=True)
+        self._slab = Slab(nbytes, torch.device("cpu"), pinned_for=self.torch_device)
         return self._slab.bytes
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:

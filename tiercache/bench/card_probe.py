@@ -101,7 +101,7 @@ class CardProbe:
         with ExitStack() as open_slabs:
 
             def slab(at: torch.device, *, pinned: bool = False) -> torch.Tensor:
-                made = Slab(BYTES, at, pinned=pinned and self._device.wants_pinned)
+                made = Slab(BYTES, at, pinned_for=self._device.at if pinned else None)
                 open_slabs.callback(made.close)
                 return made.bytes.fill_(1)
 
