@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.activation import check_activation
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
@@ -117,7 +118,7 @@ class CpuKernels(Kernels):
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        contract.check_activation(activation)
+        check_activation(activation)
         count = contract.checked_rows(rows, down, *inward)
         contract.check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:

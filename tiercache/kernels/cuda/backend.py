@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.activation import activate, check_activation
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cuda import launches
 from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.launches import Blocks, Slices
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
-from tiercache.kernels.reference import activate
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
@@ -100,7 +100,7 @@ class CudaKernels(Kernels):
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        contract.check_activation(activation)
+        check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
             raise UsageError(
                 f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"
