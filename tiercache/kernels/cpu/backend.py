@@ -15,8 +15,10 @@ from torch import Tensor
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import contract
 from tiercache.kernels.activation import check_activation
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.layer import CpuAttention, CpuFeedForward, declare
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
 from tiercache.quant.planes import Planes, num_groups
@@ -44,9 +46,10 @@ class CpuKernels(Kernels):
         path = build.library(self.isa)
         self.name, self.device = f"cpu ({self.isa})", torch.device("cpu")
         self._library = load(path)
+        declare(self._library)
         self._few = self._library.tc_few()
         self._threads = threads
-        self._parallel = openmp()
+        self._parallel = self._library.tc_pool() or openmp()
         self._teams: dict[int, CTeam] = {}
         self._sizes: dict[tuple[int, int, int], int] = {}
         self._views = Views()
@@ -135,6 +138,12 @@ class CpuKernels(Kernels):
         where = (data, scratch.data_ptr(), out.data_ptr(), row_stride(out), byref(self._team()))
         self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
         del lists
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        return CpuAttention(weights, self._library, self._views, self._team)
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        return CpuFeedForward(weights, self._library, self._views, self._team)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         for what, tensor in (("rows", rows), ("out", out)):
