@@ -60,7 +60,7 @@ LADDER = (
     *("store.estimate", "store.journal", "store.conversion_plan"),
     *("store.convert", "store.planestore", "store.imagined", "store.calibration", "store.cache"),
     *("tiers.slab", "tiers.breakeven", "tiers.link", "tiers.tier", "tiers.transfer", "tiers.neurons", "tiers.stack"),
-    *("model.trace", "model.linear", "model.importance", "model.choosing", "model.block_planes"),
+    *("model.trace", "model.linear", "model.fused_layer", "model.importance", "model.choosing", "model.block_planes"),
     *("model.slotted_planes", "model.block_matmuls", "model.block_passes", "model.mixed", "model.shortlist"),
     *("model.binding", "model.embedding", "model.attach", "model.pass_hooks"),
     *("kv", "draft", "decode", "generation"),

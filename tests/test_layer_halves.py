@@ -95,6 +95,16 @@ def test_the_attention_half_is_the_references(dtype: torch.dtype, extras: bool, 
             close(found, slow.attend(x, queries, keys, values, mask), dtype)
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_a_linear_call_is_transform_quantize_and_matmul(isa: str) -> None:
+    kernels, weight, factors = CpuKernels(isa), planes(500, 192, 90), 1 + numbers(192, seed=91).abs()
+    for dtype in DTYPES:
+        for tokens in TOKENS:
+            x, out = numbers(tokens, 192, seed=92, dtype=dtype), torch.zeros(tokens, 500)
+            kernels.matmul(kernels.quantize_activations(kernels.hadamard(x, factors), 64), weight, out)
+            assert torch.equal(kernels.linear(x, weight, factors), out.to(dtype))
+
+
 def some_mask(tokens: int, slots: int) -> Tensor:
     generator = torch.Generator().manual_seed(slots)
     mask = torch.rand(tokens, slots, generator=generator) < 0.7
@@ -174,7 +184,8 @@ def test_a_token_that_attends_to_nothing_adds_nothing() -> None:
     mask = torch.zeros(2, 20, dtype=torch.bool)
     mask[0, 3] = True
     found = attention.attend(x, queries, keys, values, mask)
-    assert torch.equal(found[1], x[1]) and not torch.equal(found[0], x[0])
+    assert torch.equal(found[1], x[1])
+    assert not torch.equal(found[0], x[0])
 
 
 def test_infinity_and_nan_come_out() -> None:
@@ -184,12 +195,15 @@ def test_infinity_and_nan_come_out() -> None:
         x = numbers(2, 192, seed=70, dtype=torch.bfloat16)
         x[1, 5] = value
         out = kernels.feed_forward(feed_forward).forward(x)
-        assert out[0].isfinite().all() and not out[1].isfinite().any()
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
         cos, sin = rotary(torch.arange(2), 32, torch.bfloat16)
         queries, keys, values = kernels.attention(attention).project(x, cos, sin)
-        assert queries[0].isfinite().all() and queries[1].isnan().all()
+        assert queries[0].isfinite().all()
+        assert queries[1].isnan().all()
         out = kernels.attention(attention).attend(x, queries, keys, values, None)
-        assert out[0].isfinite().all() and not out[1].isfinite().any()
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().any()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -18,7 +18,7 @@ from tiercache.kernels.activation import check_activation
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
-from tiercache.kernels.cpu.layer import CpuAttention, CpuFeedForward, declare
+from tiercache.kernels.cpu.layer import Calls, CpuAttention, CpuFeedForward, declare
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
 from tiercache.quant.planes import Planes, num_groups
@@ -53,6 +53,7 @@ class CpuKernels(Kernels):
         self._teams: dict[int, CTeam] = {}
         self._sizes: dict[tuple[int, int, int], int] = {}
         self._views = Views()
+        self._calls = Calls(self._library, self._views, self._team)
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         contract.check_activations(x)
@@ -139,11 +140,25 @@ class CpuKernels(Kernels):
         self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
         del lists
 
+    def linear(self, x: Tensor, weight: Planes, factors: Tensor | None) -> Tensor:
+        contract.check_activations(x, weight.columns)
+        contract.check_transform(x, factors)
+        check_on_host("x", x)
+        matrix, tokens = self._views.matrix(weight), x.shape[0]
+        source, keep = input_view(x)
+        out = torch.empty(tokens, weight.rows, dtype=x.dtype, device="cpu")
+        scratch = self._calls.scratch(self._library.tc_linear_scratch(byref(matrix), tokens))
+        first = None if factors is None else factors.data_ptr()
+        where = (first, scratch.data_ptr(), out.data_ptr(), byref(self._team()))
+        self._library.tc_linear(byref(matrix), byref(source), *where)
+        del keep
+        return out
+
     def attention(self, weights: AttentionWeights) -> Attention:
-        return CpuAttention(weights, self._library, self._views, self._team)
+        return CpuAttention(weights, self._calls)
 
     def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
-        return CpuFeedForward(weights, self._library, self._views, self._team)
+        return CpuFeedForward(weights, self._calls)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         for what, tensor in (("rows", rows), ("out", out)):

@@ -49,15 +49,25 @@ static void rotate(float *x, int64_t dim, const void *cos, const void *sin, int3
     }
 }
 
+#define INLINED static inline __attribute__((always_inline))
+
+/* Row `at` of keys or values: 16 numbers from d on. With `vectors` known, rows are whole vectors and there is no tail. */
+INLINED Floats row16(const void *from, const int kind, int64_t at, int d, int dim, const int vectors) {
+    return vectors ? whole16(from, kind, at + d) : read16(from, kind, at + d, dim - d);
+}
+
 /* Scores of up to 16 slots for a query that is scaled: lane i is that of list[i]. */
-static inline Floats scores(const Attending *job, const float *query, const int32_t *list, int count, int64_t head) {
+INLINED Floats scores(const Attending *job, const float *query, const int32_t *list, int count, int64_t head,
+                      const int kind, const int vectors) {
     const Slots *s = job->slots;
-    const int dim = job->dim;
+    const int dim = vectors ? 16 * vectors : job->dim;
     Floats sums[16];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         const int64_t at = head * s->key_strides[0] + list[i < count ? i : 0] * s->key_strides[1];
         Floats sum = all16(0.0f);
-        for (int d = 0; d < dim; d += 16) sum += load16(query + d) * read16(s->keys, s->kind, at + d, dim - d);
+#pragma GCC unroll 16
+        for (int d = 0; d < dim; d += 16) sum += load16(query + d) * row16(s->keys, kind, at, d, dim, vectors);
         sums[i] = sum;
     }
     return sums_of(sums);
@@ -70,54 +80,65 @@ static inline float largest_of(Floats v) {
 }
 
 /* Adds `count` slots' values, times their weights, to sum[dim / 16]. */
-static inline void add_values(const Attending *job, const float *weights, const int32_t *list, int count, int64_t head,
-                              const int vectors, Floats *sum) {
+INLINED void add_values(const Attending *job, const float *weights, const int32_t *list, int count, int64_t head,
+                        const int kind, const int vectors, float *to) {
     const Slots *s = job->slots;
-    Floats here[MOST_DIM / 16];
-    for (int d = 0; d < vectors; d++) here[d] = sum[d];
+    const int dim = vectors ? 16 * vectors : job->dim, many = vectors ? vectors : (dim + 15) / 16;
+    Floats sum[MOST_DIM / 16];
+#pragma GCC unroll 16
+    for (int d = 0; d < many; d++) sum[d] = all16(0.0f);
     for (int i = 0; i < count; i++) {
         const int64_t at = head * s->value_strides[0] + list[i] * s->value_strides[1];
         const Floats weight = all16(weights[i]);
-        for (int d = 0; d < vectors; d++) here[d] += weight * read16(s->values, s->kind, at + 16 * d, job->dim - 16 * d);
+#pragma GCC unroll 16
+        for (int d = 0; d < many; d++) sum[d] += weight * row16(s->values, kind, at, 16 * d, dim, vectors);
     }
-    for (int d = 0; d < vectors; d++) sum[d] = here[d];
+    for (int d = 0; d < many; d++)
+        memcpy(to + 16 * d, &sum[d], dim - 16 * d < 16 ? 4 * (size_t)(dim - 16 * d) : sizeof sum[d]);
 }
 
 /* One slice of what a token's head attends to: largest score, sum of weights, weighted values. */
-static void slice_of(const Attending *job, int64_t token, int64_t head, int64_t slice, float *to) {
+INLINED void slice_as(const Attending *job, int64_t token, int64_t head, int64_t slice, float *to, const int kind,
+                      const int vectors) {
     _Alignas(64) float query[MOST_DIM] = {0}, weight[SLICE_SLOTS];
-    int32_t list[SLICE_SLOTS + 16];
-    Floats sum[MOST_DIM / 16], weights = all16(0.0f);
-    const int dim = job->dim, vectors = (dim + 15) / 16;
+    int32_t list[SLICE_SLOTS];
     const int64_t key_head = head / (job->heads / job->key_heads);
     const int first = (int)slice * SLICE_SLOTS, left = job->count[token] - first, prefix = job->prefix[token];
     const int count = left < SLICE_SLOTS ? left : SLICE_SLOTS;
     for (int i = 0; i < count; i++)
         list[i] = first + i < prefix ? first + i : job->list[token * job->tail + first + i - prefix];
-    const float *from = job->queries + (token * job->heads + head) * dim;
-    for (int d = 0; d < dim; d++) query[d] = from[d] * job->scaling;
-    for (int d = 0; d < vectors; d++) sum[d] = all16(0.0f);
-    float top = -INFINITY;
+    const float *from = job->queries + (token * job->heads + head) * job->dim;
+    for (int d = 0; d < job->dim; d++) query[d] = from[d] * job->scaling;
+    Floats tops = all16(-INFINITY), weights = all16(0.0f);
+    Ints bad = {0};
     for (int i = 0; i < count; i += 16) {
-        Floats found = scores(job, query, list + i, count - i, key_head);
+        Floats found = scores(job, query, list + i, count - i, key_head, kind, vectors);
         for (int l = count - i; l < 16; l++) found[l] = -INFINITY;
         store16(weight + i, found);
-        const float here = largest_of(found);
-        top = here > top || here != here ? here : top;
+        tops = either(found > tops, found, tops);
+        bad |= found != found;
     }
+    float top = largest_of(tops);
+    for (int l = 0; l < 16; l++) top = bad[l] ? NAN : top;
     for (int i = 0; i < count; i += 16) {
         Floats here = exp16(load16(weight + i) - all16(top));
         for (int l = count - i; l < 16; l++) here[l] = 0.0f;
         weights += here;
         store16(weight + i, here);
     }
-    switch (vectors) { /* known numbers stay in registers */
-        case 4: add_values(job, weight, list, count, key_head, 4, sum); break;
-        case 8: add_values(job, weight, list, count, key_head, 8, sum); break;
-        default: add_values(job, weight, list, count, key_head, vectors, sum);
-    }
     to[0] = top, to[1] = sum_of(weights);
-    memcpy(to + 2, sum, 4 * (size_t)dim);
+    add_values(job, weight, list, count, key_head, kind, vectors, to + 2);
+}
+
+/* Kinds and widths of heads that are usual are known to the compiler. */
+static void slice_of(const Attending *job, int64_t token, int64_t head, int64_t slice, float *to) {
+    switch (job->dim * 4 + job->slots->kind) {
+        case 64 * 4 + 1: slice_as(job, token, head, slice, to, 1, 4); break;
+        case 128 * 4 + 1: slice_as(job, token, head, slice, to, 1, 8); break;
+        case 64 * 4 + 2: slice_as(job, token, head, slice, to, 2, 4); break;
+        case 128 * 4 + 2: slice_as(job, token, head, slice, to, 2, 8); break;
+        default: slice_as(job, token, head, slice, to, job->slots->kind, 0);
+    }
 }
 
 /* Joins a slice to those before it. */

@@ -251,3 +251,37 @@ EXPORT void tc_feed_forward(const FeedForwardHalf *w, const Input *x, void *scra
     const Team some = team_for_rows(team, tokens, columns);
     share(&some, add_token, &residual, tokens);
 }
+
+typedef struct {
+    const float *made;
+    void *out;
+    int64_t count;
+    int32_t kind;
+} Rounding;
+
+#define ROUNDED 4096 /* numbers of one item */
+
+static void round_some(void *context, int64_t item) {
+    const Rounding *job = context;
+    const int64_t first = item * ROUNDED, left = job->count - first;
+    write_numbers(job->out, job->kind, first, job->made + first, left < ROUNDED ? left : ROUNDED);
+}
+
+/* Bytes of scratch that `tc_linear` wants. */
+EXPORT int64_t tc_linear_scratch(const Matrix *m, int32_t tokens) {
+    return input_bytes(m, tokens) + 4 * (int64_t)tokens * m->rows;
+}
+
+/* out [tokens][rows] = the matrix times the transform of x times factors, rounded to the kind of x. */
+EXPORT void tc_linear(const Matrix *m, const Input *x, const float *factors, void *scratch, void *out,
+                      const Team *team) {
+    float *made = scratch;
+    const int64_t count = (int64_t)x->tokens * m->rows;
+    Normed job = {.x = x, .factors = factors};
+    void *prepared = quantised(&job, m, x->tokens, made + count, team);
+    memset(made, 0, 4 * (size_t)count);
+    tc_product(m, x->tokens, x->tokens <= FEW, prepared, made, m->rows, team);
+    Rounding rounding = {made, out, count, x->kind};
+    const Team some = team_for_rows(team, 1, count);
+    share(&some, round_some, &rounding, (count + ROUNDED - 1) / ROUNDED);
+}

@@ -18,16 +18,11 @@ static inline void store16(float *to, Floats v) { memcpy(to, &v, sizeof v); }
 
 static inline Floats all16(float x) { return (Floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
-/* 16 numbers of a kind (see `Input`), `left` of them there, zeros behind. */
-static inline Floats read16(const void *from, int32_t kind, int64_t at, int64_t left) {
-    if (kind == 0) {
-        Floats v = {0};
-        if (left >= 16) return load16((const float *)from + at);
-        memcpy(&v, (const float *)from + at, 4 * (size_t)left);
-        return v;
-    }
-    Halves bits = {0};
-    memcpy(&bits, (const uint16_t *)from + at, left >= 16 ? sizeof bits : 2 * (size_t)left);
+/* 16 numbers of a kind (see `Input`). */
+static inline __attribute__((always_inline)) Floats whole16(const void *from, const int32_t kind, int64_t at) {
+    if (kind == 0) return load16((const float *)from + at);
+    Halves bits;
+    memcpy(&bits, (const uint16_t *)from + at, sizeof bits);
     if (kind == 1) return (Floats)(__builtin_convertvector(bits, Ints) << 16);
 #if defined(__AVX512F__)
     __m256i raw;
@@ -38,6 +33,15 @@ static inline Floats read16(const void *from, int32_t kind, int64_t at, int64_t 
     for (int i = 0; i < 16; i++) v[i] = half_to_float(bits[i]);
     return v;
 #endif
+}
+
+/* The same where only `left` of them are there, if fewer; zeros behind. */
+static inline Floats read16(const void *from, int32_t kind, int64_t at, int64_t left) {
+    if (left >= 16) return whole16(from, kind, at);
+    _Alignas(64) uint8_t rest[64] = {0};
+    const size_t size = kind ? 2 : 4;
+    memcpy(rest, (const uint8_t *)from + (size_t)at * size, (size_t)left * size);
+    return whole16(rest, kind, 0);
 }
 
 static inline uint16_t to_bf16(float x) { /* to the nearest, ties to even */
