@@ -36,6 +36,7 @@ static inline void __syncthreads() { shim_block_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 

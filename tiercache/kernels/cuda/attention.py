@@ -32,6 +32,8 @@ from tiercache.kernels.cuda.layer_calls import (
 )
 from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
 
+_DENSE = torch.contiguous_format
+
 
 @dataclass(frozen=True, eq=False)
 class _Projecting:
@@ -77,15 +79,15 @@ class CudaAttention(Attention):
         self._projecting: dict[tuple[int, torch.dtype, torch.dtype, int], _Projecting] = {}
         self._attending: dict[tuple[int, torch.dtype, torch.dtype, int], _Attending] = {}
         self._units: dict[tuple[int, int], Units] = {}
+        self._shaped: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = rows_of(x, self._hidden, self._card)
-        tokens, heads = len(x), self._heads
-        cos, sin = (_turn(each, tokens, heads.size, self._card) for each in (cos, sin))
+        tokens = x.shape[0]
+        cos, sin = _turn(cos, tokens, self._heads.size, self._card), _turn(sin, tokens, self._heads.size, self._card)
         if cos.dtype != sin.dtype:
             raise UsageError(f"cos is {cos.dtype}, sin {sin.dtype}; give both in one dtype")
-        queries = self._card.floats(tokens, heads.queries, heads.size)
-        keys = x.new_empty((1, heads.keys, tokens, heads.size))
+        queries, keys = (torch.empty_like(each, memory_format=_DENSE) for each in self._projected(tokens, x.dtype))
         values = torch.empty_like(keys)
         if not tokens:
             return queries, keys, values
@@ -105,9 +107,9 @@ class CudaAttention(Attention):
 
     def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         x = rows_of(x, self._hidden, self._card)
-        tokens, slots = len(x), keys.shape[2]
+        tokens, slots = x.shape[0], keys.shape[2]
         self._check_attended(tokens, queries, keys, values, mask)
-        out = x.new_empty((tokens, self._hidden))
+        out = torch.empty_like(x, memory_format=_DENSE)
         if not tokens:
             return out
         if mask is not None and mask.stride(1) != 1:
@@ -127,6 +129,15 @@ class CudaAttention(Attention):
             leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
             self._card.launcher.run(ready.calls)
         return out
+
+    def _projected(self, tokens: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What queries and keys are like, of one number each: `empty_like` is the cheapest way to memory."""
+        known = self._shaped.get((tokens, kind))
+        if known is None:
+            heads, one = self._heads, torch.empty(1, dtype=kind, device=self._card.device)
+            queries = one.float().expand(tokens, heads.queries, heads.size)
+            known = self._shaped[tokens, kind] = queries, one.expand(1, heads.keys, tokens, heads.size)
+        return known
 
     def _ready_to_project(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int) -> _Projecting:
         padded = Blocks.of(tokens).padded

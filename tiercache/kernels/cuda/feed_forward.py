@@ -55,7 +55,7 @@ class CudaFeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         x = rows_of(x, self._hidden, self._card)
-        tokens, out = len(x), x.new_empty(x.shape)
+        tokens, out = x.shape[0], torch.empty_like(x, memory_format=torch.contiguous_format)
         if not tokens:
             return out
         if tokens > self._card.switch or not self._together:

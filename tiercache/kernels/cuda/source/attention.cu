@@ -66,21 +66,28 @@ static __device__ __forceinline__ void widen(const Eight &taken, float *to) {
     }
 }
 
-struct Two { /* numbers side by side */
-    float x, y;
+struct Two { /* numbers side by side, as they lie */
+    unsigned word[BYTES / 2];
 };
 
-static __device__ __forceinline__ Two two(const byte *from, int aligned) {
-    float v[2];
+static __device__ __forceinline__ void take(const byte *from, int aligned, Two &taken) {
     if (KIND == FLOAT) {
-        v[0] = ((const float *)from)[0], v[1] = ((const float *)from)[1];
+        taken.word[0] = ((const unsigned *)from)[0], taken.word[BYTES / 2 - 1] = ((const unsigned *)from)[1];
     } else if (aligned) {
-        widen(*(const unsigned *)from, v);
+        taken.word[0] = *(const unsigned *)from;
     } else {
-        v[0] = widened(KIND, ((const half_bits *)from)[0]), v[1] = widened(KIND, ((const half_bits *)from)[1]);
+        taken.word[0] = ((const half_bits *)from)[0] | (unsigned)((const half_bits *)from)[1] << 16;
     }
-    Two both = {v[0], v[1]};
-    return both;
+}
+
+static __device__ __forceinline__ float first_of(const Two &taken) {
+    if (KIND == FLOAT) return __int_as_float((int)taken.word[0]);
+    return widened(KIND, (half_bits)(taken.word[0] & 0xffffu));
+}
+
+static __device__ __forceinline__ float second_of(const Two &taken) {
+    if (KIND == FLOAT) return __int_as_float((int)taken.word[BYTES / 2 - 1]);
+    return widened(KIND, (half_bits)(taken.word[0] >> 16));
 }
 
 template <int QUERIES> struct Places { /* in shared memory */
@@ -163,21 +170,24 @@ static __device__ __forceinline__ void add_values(const AttentionArguments &a, c
                                                   const Two (&values)[PER_WARP][PAIRS]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int q = 0; q < QUERIES; ++q) {
-        const float4 *const from = (const float4 *)(at.weights + q * SLICE + PER_WARP * warp);
-        const float4 u = from[0], v = from[1];
-        const float weight[PER_WARP] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+    for (int j = 0; j < PAIRS; ++j) {
+        const int number = 2 * lane + 64 * j;
+        float x[PER_WARP], y[PER_WARP];
 #pragma unroll
-        for (int j = 0; j < PAIRS; ++j) {
-            const int number = 2 * lane + 64 * j;
-            float x = 0.0f, y = 0.0f;
+        for (int i = 0; i < PER_WARP; ++i) x[i] = first_of(values[i][j]), y[i] = second_of(values[i][j]);
+#pragma unroll
+        for (int q = 0; q < QUERIES; ++q) {
+            const float4 *const from = (const float4 *)(at.weights + q * SLICE + PER_WARP * warp);
+            const float4 u = from[0], v = from[1];
+            const float weight[PER_WARP] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+            float first = 0.0f, second = 0.0f;
 #pragma unroll
             for (int i = 0; i < PER_WARP; ++i) {
-                x = fmaf(weight[i], values[i][j].x, x);
-                y = fmaf(weight[i], values[i][j].y, y);
+                first = fmaf(weight[i], x[i], first);
+                second = fmaf(weight[i], y[i], second);
             }
-            float *const to = at.sums + (warp * QUERIES + q) * a.head_dim + number;
-            if (number < a.head_dim) to[0] = x, to[1] = y;
+            float2 *const to = (float2 *)(at.sums + (warp * QUERIES + q) * a.head_dim + number);
+            if (number < a.head_dim) *to = make_float2(first, second);
         }
     }
 }
@@ -202,7 +212,7 @@ static __device__ __forceinline__ void slice(const AttentionArguments &a, const 
         for (int j = 0; j < PAIRS; ++j) {
             const int row = first + PER_WARP * warp + i, number = 2 * lane + 64 * j;
             if (row < a.slots && number < a.head_dim)
-                values[i][j] = two(value + (row * a.value_slot + number) * BYTES, a.aligned);
+                take(value + (row * a.value_slot + number) * BYTES, a.aligned, values[i][j]);
         }
     score<QUERIES, PAIRS>(a, at, first, keys);
     __syncthreads();

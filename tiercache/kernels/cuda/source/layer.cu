@@ -16,27 +16,43 @@ struct EnterArguments {
     int kind, norm_kind, padding;
 };
 
+/* A thread's share of the sum of squares of a row. Known widths, or no load begins before the last one is there. */
+template <bool WIDE, int KIND> static __device__ __forceinline__ float squares(const byte *x, long long row, int columns) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int c = 4 * threadIdx.x; c < columns; c += 4 * THREADS) {
+        const float4 v = four(x, row, c, columns, KIND, WIDE);
+        sum = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+    }
+    return sum;
+}
+
+template <bool WIDE>
+static __device__ __forceinline__ float squares(const byte *x, long long row, int columns, int kind) {
+    return kind == FLOAT  ? squares<WIDE, FLOAT>(x, row, columns)
+           : kind == HALF ? squares<WIDE, HALF>(x, row, columns)
+                          : squares<WIDE, BFLOAT>(x, row, columns);
+}
+
 /* The RMS norm, the factors, the Hadamard transform. A block does 1,024 columns and sums up the whole row itself. */
 KERNEL(layer_enter, EnterArguments) {
     SHARED(float, warps);
     const int token = blockIdx.y, columns = a.to.columns, lane = threadIdx.x & 31;
     const int known = token < a.to.tokens ? columns : 0; /* of padding all is zero */
     const long long row = token * a.pitch;
-    float sum = 0.0f;
-    for (int c = 4 * threadIdx.x; c < known; c += 4 * THREADS) {
-        const float4 v = four(a.x, row, c, known, a.kind);
-        sum = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
-    }
+    const int column = blockIdx.x * CHUNK_COLUMNS + 4 * threadIdx.x;
+    const bool whole = wide(a.x, a.pitch, columns, a.kind), norm_whole = wide(a.norm, 0, columns, a.norm_kind);
+    float4 v = four(a.x, row, column, known, a.kind, whole);
+    const float4 norm = four(a.norm, 0, column, known, a.norm_kind, norm_whole);
+    const float4 factors = a.factors ? four_of(a.factors, column, known) : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+    float sum = whole ? squares<true>(a.x, row, known, a.kind) : squares<false>(a.x, row, known, a.kind);
     for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, far);
     if (lane == 0) warps[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0.0f;
     for (int w = 0; w < WARPS; ++w) sum += warps[w];
     const float scale = 1.0f / sqrtf(sum / (float)columns + a.eps);
-    const int column = blockIdx.x * CHUNK_COLUMNS + 4 * threadIdx.x;
-    float4 v = four(a.x, row, column, known, a.kind);
-    v = times(times(v, make_float4(scale, scale, scale, scale)), four(a.norm, 0, column, known, a.norm_kind));
-    if (a.factors) v = times(v, four_of(a.factors, column, known));
+    v = times(times(times(v, make_float4(scale, scale, scale, scale)), norm), factors);
     store_packed(a.to, token, column, transformed(v, (column / 64 + 1) * 64 <= columns));
 }
 
@@ -119,20 +135,32 @@ struct CombineArguments {
 
 /* What all units of slots come to, times the factors, transformed. Zeros for a token that attends to nothing. */
 KERNEL(layer_combine, CombineArguments) {
+    enum { BATCH = 8 };
     const int token = blockIdx.y, columns = a.to.columns, column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (token < a.to.tokens && column < columns) {
         const int heads = columns / a.head_dim;
         Attended<4> span, all;
         clear(span), clear(all);
-        for (int u = 0; u < a.units; ++u) {
-            const long long row = ((long long)u * a.to.tokens + token) * heads;
-            const float2 weights = ((const float2 *)a.weights)[row + column / a.head_dim];
-            const float4 w = *(const float4 *)(a.attended + row * a.head_dim + column);
-            const float value[4] = {w.x, w.y, w.z, w.w};
-            merge(span, weights.x, weights.y, value);
-            if ((u + 1) % a.per_span && u + 1 < a.units) continue;
-            merge(all, span.top, span.total, span.value), clear(span);
+        const float2 *const weights = (const float2 *)a.weights + token * heads + column / a.head_dim;
+        const float *const found = a.attended + (long long)token * columns + column;
+        for (int first = 0; first < a.units; first += BATCH) {
+            float2 weight[BATCH];
+            float4 values[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) { /* all loads before the first sum */
+                const long long unit = min(first + i, a.units - 1), rows = unit * a.to.tokens;
+                weight[i] = weights[rows * heads], values[i] = *(const float4 *)(found + rows * columns);
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int unit = first + i;
+                if (unit >= a.units) break;
+                const float value[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+                merge(span, weight[i].x, weight[i].y, value);
+                if ((unit + 1) % a.per_span && unit + 1 < a.units) continue;
+                merge(all, span.top, span.total, span.value), clear(span);
+            }
         }
         if (all.top != minus_infinity())
             v = make_float4(all.value[0] / all.total, all.value[1] / all.total, all.value[2] / all.total,
@@ -174,17 +202,26 @@ struct SettleArguments {
 /* out = x + the sum of the slices, transformed, times the factors, rounded once. */
 KERNEL(layer_settle, SettleArguments) {
     const int token = blockIdx.y, column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-    const byte *const from = (const byte *)(a.partial + (long long)token * a.padded_columns);
-    const long long apart = (long long)a.padded_tokens * a.padded_columns;
+    const byte *const from = (const byte *)a.partial;
+    const long long apart = (long long)a.padded_tokens * a.padded_columns, row = (long long)token * a.padded_columns;
+    const bool whole = wide(a.x, a.pitch, a.columns, a.kind);
+    const float4 x = four(a.x, token * a.pitch, column, a.columns, a.kind, whole);
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (a.padded_columns % 4 == 0) { /* as down.cu has it */
+        const float *const slices = a.partial + row + (column < a.padded_columns ? column : 0);
 #pragma unroll 8
-    for (int s = 0; s < a.slices; ++s) {
-        const float4 w = four(from, s * apart, column, a.padded_columns, FLOAT);
-        v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
+        for (int s = 0; s < a.slices; ++s) {
+            const float4 w = *(const float4 *)(slices + s * apart);
+            v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
+        }
+    } else {
+        for (int s = 0; s < a.slices; ++s) {
+            const float4 w = four(from, row + s * apart, column, a.padded_columns, FLOAT, false);
+            v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
+        }
     }
     v = transformed(v, (column / 64 + 1) * 64 <= a.columns);
     v = times(v, four_of(a.factors, column, a.columns));
-    const float4 x = four(a.x, token * a.pitch, column, a.columns, a.kind);
     const float sum[4] = {x.x + v.x, x.y + v.y, x.z + v.z, x.w + v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)

@@ -51,13 +51,18 @@ static __device__ __forceinline__ void put(byte *x, long long at, int kind, floa
     }
 }
 
+/* Whether all rows begin where loads of four numbers may: for all threads alike. */
+static __device__ __forceinline__ bool wide(const byte *x, long long pitch, int columns, int kind) {
+    return columns % 4 == 0 && (((unsigned long long)x | pitch * (kind == FLOAT ? 4 : 2)) & (kind == FLOAT ? 15 : 7)) == 0;
+}
+
 /* Four numbers from `column` of a row of so many columns; zeros behind its end. */
-static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind) {
+static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind, bool wide) {
     const long long at = row + column;
-    const byte *const from = x + at * (kind == FLOAT ? 4 : 2);
-    if (column + 4 <= columns && ((unsigned long long)from & (kind == FLOAT ? 15 : 7)) == 0) {
-        if (kind == FLOAT) return *(const float4 *)from;
-        const uint2 bits = *(const uint2 *)from;
+    if (wide) {
+        if (column >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (kind == FLOAT) return *(const float4 *)((const float *)x + at);
+        const uint2 bits = *(const uint2 *)((const half_bits *)x + at);
         return make_float4(widened(kind, (half_bits)(bits.x & 0xffffu)), widened(kind, (half_bits)(bits.x >> 16)),
                            widened(kind, (half_bits)(bits.y & 0xffffu)), widened(kind, (half_bits)(bits.y >> 16)));
     }
@@ -66,13 +71,13 @@ static __device__ __forceinline__ float4 four(const byte *x, long long row, int 
                        column + 3 < columns ? number(x, at + 3, kind) : 0.0f);
 }
 
+static __device__ __forceinline__ float4 four_of(const float *row, int column, int columns) {
+    return four((const byte *)row, 0, column, columns, FLOAT, wide((const byte *)row, 0, columns, FLOAT));
+}
+
 /* Products that are not fused with a sum behind them. */
 static __device__ __forceinline__ float4 times(float4 v, float4 w) {
     return make_float4(__fmul_rn(v.x, w.x), __fmul_rn(v.y, w.y), __fmul_rn(v.z, w.z), __fmul_rn(v.w, w.w));
-}
-
-static __device__ __forceinline__ float4 four_of(const float *row, int column, int columns) {
-    return four((const byte *)row, 0, column, columns, FLOAT);
 }
 
 static __device__ __forceinline__ float with_far(float mine, int far, int lane) {
