@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ def full_precision() -> Iterator[None]:
     if older == "highest" and newer in (None, "none", "ieee"):
         yield
         return
-    host = getattr(torch.backends.mkldnn, "matmul", None)  # the older setter may change its setting as well
-    settings = [(each, each.fp32_precision) for each in (owner, host) if hasattr(each, "fp32_precision")]
+    owners: list[Any] = [owner, getattr(torch.backends.mkldnn, "matmul", None)]  # the older setter changes both
+    settings = [(each, each.fp32_precision) for each in owners if hasattr(each, "fp32_precision")]
     owner.allow_tf32 = False
     try:
         yield
