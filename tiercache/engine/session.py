@@ -136,6 +136,7 @@ def _attach(
     stack.callback(attachment.close)
 
     def start(tokens: int, resident: bool) -> None:
+        tiers.follow_stream()
         attachment.begin_pass(resident=resident)
         if resident:  # what is on its way for the next exact pass goes on
             stats.resident_bytes += run.resident_bytes

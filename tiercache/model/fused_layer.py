@@ -77,6 +77,11 @@ class LayerParts:
     weights: Mapping[str, PlaneWeight]
     feed_forward: bool
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in."""
+        return next(self.layer.get_submodule("input_layernorm").parameters()).dtype
+
 
 def fusable(model: nn.Module, weights: Mapping[str, object]) -> list[LayerParts]:
     """The layers of which at least the attention half can be fused; `weights` by the names of linear modules."""
@@ -144,7 +149,7 @@ class FusedLayer:
         self._modules: list[nn.Module] = [module for some in passed_over for module in some]
         self._hooks = self._hooked()
         self._looked_at, self._usual = -1, False  # the pass in which the layer was looked at, and what was found
-        self._dtype: torch.dtype = self._norms.input_layernorm.weight.dtype
+        self._dtype: torch.dtype = self._parts.dtype
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         """As the layer's own forward."""
