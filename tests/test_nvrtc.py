@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from cuda_on_cpu.cases import assert_close, dense, matrix, spans
 from cuda_on_cpu.emulate import build
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels.cuda import driver, nvrtc
+from tiercache.kernels.cuda import driver, launches, nvrtc
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.kernels.cuda.driver import Driver
 
@@ -24,7 +25,8 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "down", "decode") for planes in (1, 2, 3)]
+NAMES = ("rows", "down", "decode", "attention")
+UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in NAMES for planes in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 86, 90])
@@ -32,7 +34,8 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
     # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card.
-    for unit in [nvrtc.SourceUnit("common.cu"), *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
+    alone = [nvrtc.SourceUnit("common.cu"), nvrtc.SourceUnit("layer.cu")]
+    for unit in [*alone, *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
         for kernel in kernels_of(unit):
@@ -44,6 +47,8 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
         "common.cu": ["prepare", "sum", "gather"],
+        "layer.cu": [f"layer_{name}" for name in ("enter", "rotate", "combine", "leave", "settle")],
+        "attention.cu": [f"attention_{p}_{q}_{n}" for n in (1, 2, 4) for q in (1, 4, 8) if q * n < 32],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_1" for t in (1, 2, 4, 8)],
         "decode.cu": [f"decode_{p}_0_0"],
@@ -123,6 +128,7 @@ def test_calls_reach_a_driver(
         "current_stream": SimpleNamespace(cuda_stream=0x123456789A),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
     monkeypatch.setattr(driver, "compilers", lambda: [compiler])
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name == "libcuda.so.1" else loaded(name))
     made = Driver(torch.device("cuda"), tmp_path / "kept")
@@ -134,6 +140,9 @@ def test_calls_reach_a_driver(
     assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
     assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
     assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "rows", "down"}
+    with ThreadPoolExecutor(1) as pool:  # a thread that torch has not worked in has no context
+        pool.submit(kernels.matmul, kernels.quantize_activations(x, 64), weight, out).result()
+    assert_close(out, 2 * x @ dense(weight).T, 2 * x.abs() @ spans(weight).T)
     library.stub_refuse(ctypes.c_uint64(weight.scales.data_ptr()))
     with pytest.raises(UsageError, match="pageable memory"):
         kernels.matmul_transposed(out, weight, down)
@@ -143,3 +152,16 @@ def test_calls_reach_a_driver(
         kept.write_bytes(b"spoiled")
     with pytest.raises(EnvironmentUnsupportedError, match=r"stub says no.*empty it"):
         CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).quantize_activations(x, 64)
+
+
+def test_a_driver_before_launch_configurations_is_served(tmp_path_factory: pytest.TempPathFactory) -> None:
+    library = ctypes.CDLL(str(build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")))
+    asked: list[tuple[object, ...]] = []
+    old = SimpleNamespace(cuLaunchKernel=lambda *given: asked.append(given) or 0)
+    bound = driver.Bound(launches.sum_call(0, (0, 0), 2, 1000, 1024, 3), stream=7)
+    assert driver._launching(old)(bound.config, 5, bound.packed, None) == 0  # type: ignore[arg-type]
+    assert asked == [(5, 4, 2, 1, 256, 1, 1, 0, 7, bound.packed, None)]
+    bound.resize((9, 1, 1))
+    driver._launching(old)(bound.config, 5, bound.packed, None)  # type: ignore[arg-type]
+    assert asked[1][1:4] == bound.grid == (9, 1, 1)
+    assert driver._launching(library) is library.cuLaunchKernelEx

@@ -11,6 +11,7 @@
 #include <cstring>
 
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct uint3 { unsigned x, y, z; };
@@ -35,6 +36,7 @@ static inline void __syncthreads() { shim_block_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
 
@@ -42,6 +44,12 @@ static inline float __int_as_float(int bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+static inline int shim_float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, 4);
+    return bits;
 }
 
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -56,6 +64,16 @@ static inline float shim_half_to_float(unsigned short bits) {
     float value = ldexpf((float)(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
     if (exponent == 31) value = mantissa ? NAN : INFINITY;
     return sign ? -value : value;
+}
+
+static inline unsigned short shim_float_to_half(float value) { /* to the nearest, ties to even */
+    const unsigned bits = (unsigned)shim_float_as_int(value), sign = bits >> 16 & 0x8000u;
+    const float size = fabsf(value);
+    if (size != size) return 0x7fff;
+    if (size >= 65520.0f) return (unsigned short)(sign | 0x7c00u);
+    if (size < ldexpf(1.0f, -14)) return (unsigned short)(sign | (unsigned)nearbyintf(ldexpf(size, 24)));
+    const unsigned kept = (bits & 0x7fffffffu) - (112u << 23);
+    return (unsigned short)(sign | (kept + 0xfffu + (kept >> 13 & 1)) >> 13);
 }
 
 #endif

@@ -129,7 +129,8 @@ def _attach(
     table = opened.table(stack, tiers, device)
     uses = [_placed(use, tiers, run) for use in placed.asked.uses]
     workspace = Slab(placed.asked.workspace_bytes, device).bytes
-    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing)
+    fuse = None if placed.config.kernels == "unfused" else stats.count_layer
+    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing, fuse)
     embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
     attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
     stack.callback(attachment.close)

@@ -11,29 +11,32 @@ once per call.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.activation import activate, check_activation
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cuda import launches
+from tiercache.kernels.cuda.attention import CudaAttention
+from tiercache.kernels.cuda.card import KINDS, Card, Scratch
 from tiercache.kernels.cuda.driver import Driver
+from tiercache.kernels.cuda.feed_forward import CudaFeedForward
 from tiercache.kernels.cuda.launches import Blocks, Slices
+from tiercache.kernels.cuda.precision import full_precision
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
-from tiercache.kernels.reference import activate
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
 DEFAULT_SWITCH = 32
 """Tokens up to which blocks of 8 are faster than decoding. Counted, measured on no card: decoding moves 17 times an
 int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
-
-_KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 
 
 class CudaKernels(Kernels):
@@ -56,6 +59,7 @@ class CudaKernels(Kernels):
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
         self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
+        self._card = Card(launcher, device, self._switch, self, Scratch(device), threading.Lock())
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         tokens, columns = x.shape
@@ -69,7 +73,7 @@ class CudaKernels(Kernels):
             into = (packed.data_ptr(), sums.data_ptr())
             strides = (x.stride(0), x.stride(1))
             self._launcher.launch(
-                launches.prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
+                launches.prepare_call(self._at(x), strides, KINDS[x.dtype], (tokens, columns), group, into)
             )
         return QuantizedActivations(tokens, columns, group, (packed, sums))
 
@@ -80,7 +84,7 @@ class CudaKernels(Kernels):
         out = self._empty(*x.shape)
         if out.numel():
             first, last = (0 if factor is None else self._at(factor) for factor in (before, after))
-            shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), _KINDS.index(x.dtype)
+            shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), KINDS[x.dtype]
             call = launches.hadamard_call(self._at(x), strides, kind, shape, (first, last), out.data_ptr())
             self._launcher.launch(call)
         return out
@@ -100,7 +104,7 @@ class CudaKernels(Kernels):
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        contract.check_activation(activation)
+        check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
             raise UsageError(
                 f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"
@@ -116,6 +120,12 @@ class CudaKernels(Kernels):
                 self._spread(hidden, x.tokens, near[-1], out, chosen)
             else:
                 self._matmul_transposed(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        return CudaAttention(weights, self._card)
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        return CudaFeedForward(weights, self._card)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`. Pieces and `out` may lie on the device or in page-locked host memory."""
@@ -136,7 +146,7 @@ class CudaKernels(Kernels):
 
     def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: RowLists) -> None:
         if x.tokens > self._switch:
-            with _full_precision():
+            with full_precision():
                 out += x.data[0] @ self._decoded(weight, rows).T
             return
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
@@ -170,7 +180,7 @@ class CudaKernels(Kernels):
     def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: RowLists) -> None:
         tokens = x.shape[0]
         if tokens > self._switch:
-            with _full_precision():
+            with full_precision():
                 out += x.float() @ self._decoded(weight, rows)
             return
         blocks = Blocks.of(tokens)
@@ -215,16 +225,3 @@ def _check_prepared(x: QuantizedActivations, weight: Planes) -> None:
         raise UsageError(
             f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"
         )
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """torch's fp32 products are that, whatever the program has allowed: TF32 keeps 11 bits."""
-    owner = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(owner, name)
-    setattr(owner, name, full)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

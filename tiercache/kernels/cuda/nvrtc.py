@@ -21,13 +21,16 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh",)
+_HEADERS = ("planes.cuh", "numbers.cuh", "attention.cuh")
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What is compiled at once: a file of `source`, for one number of planes (0: of any)."""
+    """What is compiled at once: a file of `source`, for one number of planes (0: of any).
+
+    In attention.cu the number stands for a dtype.
+    """
 
     file: str
     planes: int = 0
@@ -36,7 +39,9 @@ class SourceUnit:
     def of(kernel: str) -> SourceUnit:
         """The unit that holds the kernel of that name: `rows_2_4_4` is in rows.cu, for two planes."""
         file, _, rest = kernel.partition("_")
-        return SourceUnit(f"{file}.cu", int(rest[0])) if rest else SourceUnit("common.cu")
+        if not rest:
+            return SourceUnit("common.cu")
+        return SourceUnit(f"{file}.cu", int(rest[0]) if rest[0].isdigit() else 0)
 
 
 def source(file: str) -> bytes:

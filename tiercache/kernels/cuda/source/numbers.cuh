@@ -1,0 +1,131 @@
+/* Numbers of the three dtypes, and what layer.cu and attention.cu make of fp32: transformed, and packed for rows.cu. */
+#ifndef TIERCACHE_NUMBERS_CUH
+#define TIERCACHE_NUMBERS_CUH
+
+#include "planes.cuh"
+
+enum { FLOAT, HALF, BFLOAT }; /* as backend.py numbers dtypes */
+
+static __device__ __forceinline__ float minus_infinity() { return __int_as_float((int)0xff800000u); }
+
+static __device__ __forceinline__ int bits_of(float v) {
+#ifdef __CUDACC_RTC__
+    return __float_as_int(v);
+#else
+    return shim_float_as_int(v);
+#endif
+}
+
+static __device__ __forceinline__ half_bits float_to_half(float v) {
+#ifdef __CUDACC_RTC__
+    half_bits bits; /* a conversion, not fp16 arithmetic: every card has it */
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    return bits;
+#else
+    return shim_float_to_half(v);
+#endif
+}
+
+static __device__ __forceinline__ float bfloat_to_float(unsigned bits) { return __int_as_float((int)(bits << 16)); }
+
+static __device__ __forceinline__ half_bits float_to_bfloat(float v) {
+    const unsigned bits = (unsigned)bits_of(v);
+    if (v != v) return 0x7fc0;
+    return (half_bits)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+}
+
+/* A 16-bit number as a float. */
+static __device__ __forceinline__ float widened(int kind, half_bits bits) {
+    return kind == HALF ? half_to_float(bits) : bfloat_to_float(bits);
+}
+
+static __device__ __forceinline__ float number(const byte *x, long long at, int kind) {
+    return kind == FLOAT ? ((const float *)x)[at] : widened(kind, ((const half_bits *)x)[at]);
+}
+
+static __device__ __forceinline__ void put(byte *x, long long at, int kind, float v) {
+    if (kind == FLOAT) {
+        ((float *)x)[at] = v;
+    } else {
+        ((half_bits *)x)[at] = kind == HALF ? float_to_half(v) : float_to_bfloat(v);
+    }
+}
+
+/* Whether all rows begin where loads of four numbers may: for all threads alike. */
+static __device__ __forceinline__ bool wide(const byte *x, long long pitch, int columns, int kind) {
+    return columns % 4 == 0 && (((unsigned long long)x | pitch * (kind == FLOAT ? 4 : 2)) & (kind == FLOAT ? 15 : 7)) == 0;
+}
+
+/* Four numbers from `column` of a row of so many columns; zeros behind its end. */
+static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind, bool wide) {
+    const long long at = row + column;
+    if (wide) {
+        if (column >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (kind == FLOAT) return *(const float4 *)((const float *)x + at);
+        const uint2 bits = *(const uint2 *)((const half_bits *)x + at);
+        return make_float4(widened(kind, (half_bits)(bits.x & 0xffffu)), widened(kind, (half_bits)(bits.x >> 16)),
+                           widened(kind, (half_bits)(bits.y & 0xffffu)), widened(kind, (half_bits)(bits.y >> 16)));
+    }
+    return make_float4(column < columns ? number(x, at, kind) : 0.0f, column + 1 < columns ? number(x, at + 1, kind) : 0.0f,
+                       column + 2 < columns ? number(x, at + 2, kind) : 0.0f,
+                       column + 3 < columns ? number(x, at + 3, kind) : 0.0f);
+}
+
+static __device__ __forceinline__ float4 four_of(const float *row, int column, int columns) {
+    return four((const byte *)row, 0, column, columns, FLOAT, wide((const byte *)row, 0, columns, FLOAT));
+}
+
+/* Products that are not fused with a sum behind them. */
+static __device__ __forceinline__ float4 times(float4 v, float4 w) {
+    return make_float4(__fmul_rn(v.x, w.x), __fmul_rn(v.y, w.y), __fmul_rn(v.z, w.z), __fmul_rn(v.w, w.w));
+}
+
+static __device__ __forceinline__ float with_far(float mine, int far, int lane) {
+    const float other = __shfl_xor_sync(0xffffffffu, mine, far);
+    return lane & far ? other - mine : mine + other;
+}
+
+/* The Hadamard transform of quant/hadamard.py in its order of sums: lanes hold four columns each, 16 lanes a block. A
+ * block that is not `whole` stays as it is. All lanes of the warp call it. */
+static __device__ __forceinline__ float4 transformed(float4 v, bool whole) {
+    const int lane = threadIdx.x & 31;
+    const float a = v.x + v.y, b = v.x - v.y, c = v.z + v.w, d = v.z - v.w;
+    float4 w = make_float4(a + c, b + d, a - c, b - d);
+    for (int far = 1; far < 16; far *= 2) {
+        w.x = with_far(w.x, far, lane), w.y = with_far(w.y, far, lane);
+        w.z = with_far(w.z, far, lane), w.w = with_far(w.w, far, lane);
+    }
+    if (!whole) return v;
+    return make_float4(0.125f * w.x, 0.125f * w.y, 0.125f * w.z, 0.125f * w.w);
+}
+
+struct Packed {  /* where inputs of rows.cu go, as `prepare` leaves them */
+    float4 *out; /* [blocks, chunks, T, 8 (word of the lane, quarter), 32 lanes], or plain [tokens, columns] */
+    float *sums; /* [blocks, chunks, T, groups a chunk] */
+    int group;   /* 0: plain */
+    int padded_tokens, chunks, tokens, columns;
+};
+
+/* Stores a lane's four columns of a token. All lanes of the warp call it; lanes lie side by side. */
+static __device__ __forceinline__ void store_packed(const Packed &p, int token, int column, float4 v) {
+    if (p.group == 0) {
+        if (token >= p.tokens) return;
+        float *const to = (float *)p.out + (long long)token * p.columns + column;
+        const float w[4] = {v.x, v.y, v.z, v.w};
+        for (int i = 0; i < 4; ++i)
+            if (column + i < p.columns) to[i] = w[i];
+        return;
+    }
+    float sum = (v.x + v.y) + (v.z + v.w);
+    for (int far = 1; far < p.group / 4; far *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
+    const int chunk = column / CHUNK_COLUMNS;
+    if (chunk >= p.chunks) return;
+    const int group = column / p.group, within = column % p.group, quarter = p.group >> 2;
+    const int word = group * (p.group >> 4) + within % quarter / 4, e = 4 * (word & 1) + within / quarter;
+    const long long at = ((long long)(token / p.padded_tokens) * p.chunks + chunk) * p.padded_tokens + token % p.padded_tokens;
+    p.out[at * 256 + e * 32 + (word >> 1 & 31)] = v;
+    const int groups = CHUNK_COLUMNS / p.group;
+    if (within == 0) p.sums[at * groups + group % groups] = sum;
+}
+
+#endif
