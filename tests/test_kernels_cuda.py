@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,11 @@ def on_gpu() -> CudaKernels:
     return CudaKernels(torch.device("cuda"))
 
 
+@lru_cache(4)  # tests of one precision come one after another, and coding takes most of the time of each
+def _coded(columns: int, group: int, precision: str) -> tuple[Planes, Planes]:
+    return matrix(700, columns, group, precision), matrix(700, columns, group, precision, 1)
+
+
 def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
     return replace(weight, planes=tuple(to(plane) for plane in weight.planes), scales=to(weight.scales))
 
@@ -343,7 +349,7 @@ def _moved(weight: Planes, to: Callable[[Tensor], Tensor]) -> Planes:
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_gpu_gives_the_reference(on_gpu: CudaKernels, group: int, precision: str, tokens: int, pinned: bool) -> None:
     for columns, gap in ((3000, 0), (3001, 3)):
-        up, down = matrix(700, columns, group, precision), matrix(700, columns, group, precision, 1)
+        up, down = _coded(columns, group, precision)
         there = [
             _moved(strided(each, gap) if gap else each, lambda t: t.pin_memory() if pinned else t.to(on_gpu.device))
             for each in (up, down)

@@ -125,6 +125,18 @@ class Kernels(Protocol):
     ) -> None:
         """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
 
+    def linear(self, x: Tensor, weight: Planes, factors: Tensor | None) -> Tensor:
+        """x times a matrix whose rows lie along the inputs, with all that goes before: [tokens, rows], dtype of x.
+
+        Args:
+            x: [tokens, columns], fp32, fp16 or bf16.
+            weight: the matrix.
+            factors: what inputs are multiplied by before the Hadamard transform, fp32 [columns]; None for ones.
+        """
+        out = torch.zeros(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
+        self.matmul(self.quantize_activations(self.hadamard(x, factors), weight.group), weight, out)
+        return out.to(x.dtype)
+
     def attention(self, weights: AttentionWeights) -> Attention:
         """The attention half of a layer over some weights, which must stay where they lie while it is used."""
         raise NotImplementedError
