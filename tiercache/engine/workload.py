@@ -66,5 +66,5 @@ def imagined_workload(config: transformers.PretrainedConfig, options: OffloadCon
         model, manifest = store.model(), store.manifest(options.precision)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
-    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu)
+    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu, fused=options.fuses)
     return workload_of(opened, memory_requirements(opened, options, arithmetic), options)
