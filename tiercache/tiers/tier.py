@@ -143,9 +143,8 @@ class Tier(Supply):
         if arrival is None or arrival.load is not load:  # Ctrl-C came between the decision and its load
             arrival = self._begin(load)
         try:
-            if not arrival.pending.done():
-                self._stall(arrival.pending)
-            if (standstill := arrival.pending.wait()) is not None:
+            done = arrival.pending.done()
+            if (standstill := arrival.pending.wait() if done else self._stall(arrival.pending)) is not None:
                 self._standing.append(standstill)
         except BaseException:  # a failed read, or Ctrl-C in the wait: the bytes are free again for the next pass
             self._give_up(key)
@@ -264,7 +263,8 @@ class Tier(Supply):
             self._standing.popleft()
             self.stats.stall_s.update({"link": seconds} if seconds else {})
 
-    def _stall(self, pending: Pending) -> None:
+    def _stall(self, pending: Pending) -> Standstill | None:
         begin = time.perf_counter()
-        pending.wait()
+        standstill = pending.wait()
         self.stats.stall_s.update(self._cause(pending, begin))
+        return standstill
