@@ -41,12 +41,14 @@ class MemoryRequirements:
         needs: units and reserves, for the planner.
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
+        matrices: of each matrix that is cut by plane, the units of its planes, lowest first.
     """
 
     uses: tuple[Use, ...]
     needs: PlanInputs
     workspace_bytes: int
     payload: dict[int, int]
+    matrices: tuple[tuple[int, ...], ...] = ()
 
     def staged(self, staging_bytes: int) -> "MemoryRequirements":
         """The same where reading files takes other bytes."""
@@ -124,7 +126,7 @@ def memory_requirements(
         together=_held_at_once(opened, cut) if arithmetic.kernels and arithmetic.fused else cut,
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut)
 
 
 def _held_at_once(opened: Opened, cut: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

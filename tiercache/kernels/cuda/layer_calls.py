@@ -205,5 +205,4 @@ def leave_call(arguments: LeaveArguments) -> Call:
 
 def settle_call(arguments: SettleArguments, tokens: int) -> Call:
     """Of layer.cu."""
-    columns = 4 * _PER_BLOCK
-    return Call("layer_settle", (-(-arguments.columns // columns), tokens, 1), 0, arguments, threads=_PER_BLOCK)
+    return Call("layer_settle", (-(-arguments.columns // 128), tokens, 1), 16 * THREADS, arguments)

@@ -199,26 +199,36 @@ struct SettleArguments {
     int slices, padded_tokens, padded_columns, kind, columns, padding;
 };
 
-/* out = x + the sum of the slices, transformed, times the factors, rounded once. */
-KERNEL(layer_settle, SettleArguments) {
-    const int token = blockIdx.y, column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-    const byte *const from = (const byte *)a.partial;
-    const long long apart = (long long)a.padded_tokens * a.padded_columns, row = (long long)token * a.padded_columns;
-    const bool whole = wide(a.x, a.pitch, a.columns, a.kind);
-    const float4 x = four(a.x, token * a.pitch, column, a.columns, a.kind, whole);
+/* Four columns of a slice after another from `first`, added up. */
+template <bool WIDE>
+static __device__ __forceinline__ float4 slices(const SettleArguments &a, long long at, int column, int first, int end) {
+    const long long apart = (long long)a.padded_tokens * a.padded_columns;
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (a.padded_columns % 4 == 0) { /* as down.cu has it */
-        const float *const slices = a.partial + row + (column < a.padded_columns ? column : 0);
 #pragma unroll 8
-        for (int s = 0; s < a.slices; ++s) {
-            const float4 w = *(const float4 *)(slices + s * apart);
-            v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
-        }
-    } else {
-        for (int s = 0; s < a.slices; ++s) {
-            const float4 w = four(from, row + s * apart, column, a.padded_columns, FLOAT, false);
-            v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
-        }
+    for (int s = first; s < end; ++s) {
+        const float4 w = four((const byte *)a.partial, at + s * apart, column, a.padded_columns, FLOAT, WIDE);
+        v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
+    }
+    return v;
+}
+
+/* out = x + the sum of the slices, transformed, times the factors, rounded once. A block does 128 columns; each warp
+ * adds up an eighth of the slices, then the eighths are, in order. */
+KERNEL(layer_settle, SettleArguments) {
+    SHARED(float4, eighths); /* [WARPS, 32] */
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, token = blockIdx.y;
+    const int column = 4 * (blockIdx.x * 32 + lane), each = (a.slices + WARPS - 1) / WARPS;
+    const int first = warp * each, end = min(a.slices, first + each);
+    const long long at = (long long)token * a.padded_columns;
+    const bool known = wide((const byte *)a.partial, a.padded_columns, a.padded_columns, FLOAT);
+    eighths[threadIdx.x] = known ? slices<true>(a, at, column, first, end) : slices<false>(a, at, column, first, end);
+    const float4 x = four(a.x, token * a.pitch, column, a.columns, a.kind, wide(a.x, a.pitch, a.columns, a.kind));
+    __syncthreads();
+    if (warp) return;
+    float4 v = eighths[lane];
+    for (int i = 1; i < WARPS; ++i) {
+        const float4 w = eighths[32 * i + lane];
+        v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
     }
     v = transformed(v, (column / 64 + 1) * 64 <= a.columns);
     v = times(v, four_of(a.factors, column, a.columns));
