@@ -75,6 +75,12 @@ class Ordering:
         self.lock = threading.RLock()
         self._regions: list[_Region] = []
 
+    @property
+    def taken_bytes(self) -> int:
+        """Of the device's memory that somebody holds."""
+        with self.lock:
+            return sum(region.end - region.start for region in self._regions if not region.pinned)
+
     def ask(self) -> None:
         """The library calls torch.cuda."""
         with self.lock:
@@ -88,6 +94,8 @@ class Ordering:
         """Memory to look after; whatever lay there before is forgotten."""
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
         weakref.finalize(memory.untyped_storage(), self.freed, start)
+        if not memory.nbytes:
+            return
         with self.lock:
             self._regions = [region for region in self._regions if region.end <= start or end <= region.start]
             self._regions.append(_Region(start, end, pinned))
@@ -290,10 +298,9 @@ class FakeCudaDevice(CudaDevice):
     Attributes:
         fail_at: the allocation, counted from 1, that fails; none by default.
         allocations: so far.
-        taken: bytes of the device's memory that somebody holds.
     """
 
-    fail_at, allocations, taken = -1, 0, 0
+    fail_at, allocations = -1, 0
 
     @classmethod
     def count(cls) -> None:
@@ -306,14 +313,7 @@ class FakeCudaDevice(CudaDevice):
         self.count()
         memory = super().allocate(nbytes)
         _ordering().allocated(memory, pinned=False)
-        cls = type(self)
-        cls.taken += nbytes
-        weakref.finalize(memory.untyped_storage(), cls._freed, nbytes)
         return memory
-
-    @classmethod
-    def _freed(cls, nbytes: int) -> None:
-        cls.taken -= nbytes
 
 
 class _Runtime:
@@ -339,7 +339,7 @@ def recording() -> Iterator[Ordering]:
     """torch's CPU is a CUDA device within, for the tiers, and what it does is recorded."""
     ordering, runtime, cuda = Ordering(), _Runtime(), torch.cuda
     _CURRENT.append(ordering)
-    FakeCudaDevice.fail_at, FakeCudaDevice.allocations, FakeCudaDevice.taken = -1, 0, 0
+    FakeCudaDevice.fail_at, FakeCudaDevice.allocations = -1, 0
 
     @contextmanager
     def device(at: torch.device) -> Iterator[None]:

@@ -48,15 +48,19 @@ def opened(place: Path, precision: Any, *, dram: str | int = "64MiB", **options:
         yield model
 
 
+_SMALLEST: dict[str, int] = {}  # by place, options and tier
+
+
 def smallest(place: Path, options: dict[str, Any], tier: str = "hbm") -> int:
     """The smallest budget that is not refused."""
-    budget = 1 << 16
-    while True:
+    known, budget = repr((place, sorted(options.items()), tier)), 1 << 16
+    while known not in _SMALLEST:
         try:
             with tiercache.offload(place, **{**options, "hbm": "64MiB", tier: str(budget)}):
-                return budget
+                _SMALLEST[known] = budget
         except DoesNotFitError as error:
             budget += error.missing_bytes
+    return _SMALLEST[known]
 
 
 def passes(model: Any, on_streams: bool) -> list[torch.Tensor]:
@@ -75,7 +79,8 @@ def passes(model: Any, on_streams: bool) -> list[torch.Tensor]:
 
 def little_dram(place: Path, precision: Any) -> int:
     """So little main memory that units pass through it as well."""
-    return smallest(place, {"context": CONTEXT, "logits": 32, "precision": precision, "device": "cpu"}, "dram")
+    options = {"context": CONTEXT, "logits": 32, "precision": precision, "device": "cpu", "cpu_tokens": 0}
+    return smallest(place, options, "dram")
 
 
 KINDS = ("checkpoint", "planes", "cpu_tokens", "drafted", "mixed", "little dram")
@@ -88,7 +93,7 @@ def run(kind: str, checkpoint: Folders, plane_store: Folders, *, on_streams: boo
             return passes(model, on_streams)
     store = plane_store("llama")
     if kind == "little dram":
-        with opened(store, "int8", dram=little_dram(store, "int8")) as model:
+        with opened(store, "int8", dram=little_dram(store, "int8"), cpu_tokens=0) as model:
             return passes(model, on_streams)
     if kind == "mixed":
         with mixed(store, RECIPE, hbm="64MiB") as model:
@@ -310,9 +315,10 @@ def test_memory_is_locked_for_the_device_that_copies() -> None:
 
 @pytest.mark.parametrize("kind", ["checkpoint", "planes", "mixed", "little dram"])
 def test_an_allocation_that_fails_leaves_nothing(kind: str, checkpoint: Folders, plane_store: Folders) -> None:
-    with recording() as ordering:
-        run(kind, checkpoint, plane_store)
-        allocations = FakeCudaDevice.allocations
+    for _ in range(2):  # the first finds out what the smallest budgets are
+        with recording():
+            run(kind, checkpoint, plane_store)
+            allocations = FakeCudaDevice.allocations
     assert allocations > 3
     for fail_at in range(1, allocations + 1):
         with recording() as ordering:
@@ -321,7 +327,7 @@ def test_an_allocation_that_fails_leaves_nothing(kind: str, checkpoint: Folders,
                 run(kind, checkpoint, plane_store)
             gc.collect()
             assert ordering.registered == {}
-            assert FakeCudaDevice.taken == 0
+            assert ordering.taken_bytes == 0
             assert ordering.faults == []
 
 
@@ -336,13 +342,15 @@ def test_ctrl_c_at_any_step_leaves_the_order(cpu_tokens: int, plane_store: Folde
 
             wanted, before = both(), ordering.asked
             both()
-            steps = ordering.asked - before
-            assert steps > 10
+            steps, interrupted = ordering.asked - before, 0
             for step in range(1, steps + 1, max(1, steps // 24)):
                 ordering.interrupt_at = ordering.asked + step
-                with pytest.raises(KeyboardInterrupt):
+                try:
                     both()
+                except KeyboardInterrupt:
+                    interrupted += 1
                 assert all(torch.equal(one, other) for one, other in zip(both(), wanted, strict=True)), step
+        assert interrupted > 10, "how often events are asked for depends on who is first"
         gc.collect()
         assert ordering.registered == {}
     assert ordering.faults == []
