@@ -18,10 +18,11 @@ from tiercache.progress import bar
 from tiercache.stats.run import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.reader import Reader
+from tiercache.tiers.arrivals import Pending
 from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
-from tiercache.tiers.tier import Cause, Fill, Pending, Supply, Tier, waited_for_ssd
+from tiercache.tiers.tier import Cause, Fill, Supply, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
 Observer = Callable[[str, str, Key], None]
