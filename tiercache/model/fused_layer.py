@@ -18,6 +18,7 @@ from tiercache.compat import attention_of, cache_in
 from tiercache.kernels.activation import FUNCTIONS
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import MAX_TOKENS, Kernels
+from tiercache.model.growing_cache import GrowingCache
 from tiercache.model.linear import is_down
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
@@ -89,6 +90,19 @@ class LayerParts:
         return next(self.layer.get_submodule("input_layernorm").parameters()).dtype
 
 
+@dataclass(frozen=True)
+class Fusing:
+    """How layers are fused.
+
+    Attributes:
+        count: is told of every call of a layer whether it was fused.
+        context: tokens that a KV cache was reserved for.
+    """
+
+    count: Callable[[bool], None]
+    context: int
+
+
 def fusable(model: nn.Module, weights: Mapping[str, object]) -> list[LayerParts]:
     """The layers of which at least the attention half can be fused; `weights` by the names of linear modules."""
     found = []
@@ -137,13 +151,12 @@ class FusedLayer:
         parts: of the layer.
         slots: where weights come from.
         kernels: by the kind of device that slots are on.
-        count: is told of every call whether it was fused.
+        fusing: how.
     """
 
-    def __init__(
-        self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], count: Callable[[bool], None]
-    ) -> None:
-        self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, count
+    def __init__(self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], fusing: Fusing) -> None:
+        self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, fusing.count
+        self._cache = GrowingCache(fusing.context)
         self._forward = parts.layer.forward
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
@@ -168,7 +181,7 @@ class FusedLayer:
         half = self._attends.begin()
         queries, keys, values = half.project(x, rotary[0][0], rotary[1][0])
         if cache is not None:
-            keys, values = cache.update(keys, values, self._index)
+            keys, values = self._cache.append(cache, keys, values, self._index)
         x = half.attend(x, queries, keys, values, None if mask is None else mask[0, 0])
         self._attends.end()
         if not self._parts.feed_forward:
