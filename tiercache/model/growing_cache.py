@@ -35,13 +35,14 @@ class GrowingCache:
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.ndim != 4:
             kept: tuple[Tensor, Tensor] = cache.update(keys, values, index)
             return kept
+        held: tuple[Any, Any] = layer.keys, layer.values
         room = self._known.get(layer)
-        if room is None or not room.fits(layer.keys, layer.values, keys.shape[2]):
-            needed = layer.keys.shape[2] + keys.shape[2]
+        if room is None or not room.fits(*held, keys.shape[2]):
+            needed = held[0].shape[2] + keys.shape[2]
             slots = max(needed, min(needed + max(_LEAST, needed // 16), self._most))
-            room = self._known[layer] = _Room(layer.keys, layer.values, slots)
-        layer.keys, layer.values = room.append(keys, values)
-        return layer.keys, layer.values
+            room = self._known[layer] = _Room(*held, slots)
+        layer.keys, layer.values = found = room.append(keys, values)
+        return found
 
 
 class _Room:
