@@ -11,7 +11,7 @@ from cuda_on_cpu.cases import assert_close, dense, matrix, spans
 from cuda_on_cpu.emulate import build
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels.cuda import driver, nvrtc
+from tiercache.kernels.cuda import driver, mma_launches, nvrtc
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.kernels.cuda.driver import Driver
 
@@ -24,15 +24,17 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "down", "decode") for planes in (1, 2, 3)]
+UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "mma", "down", "decode") for planes in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("architecture", [52, 61, 75, 86, 90])
+@pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
 def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
+    newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
+    units = [unit for unit in UNITS if (newest if unit.file == "mma.cu" else architecture == 52 or unit.planes == 3)]
     # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card.
-    for unit in [nvrtc.SourceUnit("common.cu"), *(unit for unit in UNITS if unit.planes == 3 or architecture == 52)]:
+    for unit in [nvrtc.SourceUnit("common.cu"), *units]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
         for kernel in kernels_of(unit):
@@ -43,9 +45,10 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
 def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
-        "common.cu": ["prepare", "sum", "gather"],
+        "common.cu": ["prepare", "digits", "sum", "gather"],
+        "mma.cu": [f"mma_{p}_{t}_{group}" for t in (1, 2, 4, 8) for group in (32, 64, 128)],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
-        "down.cu": [f"down_{p}_{t}_1" for t in (1, 2, 4, 8)],
+        "down.cu": [f"down_{p}_{t}_{group}" for t in (1, 2, 4) for group in (32, 64, 128)],
         "decode.cu": [f"decode_{p}_0_0"],
     }[unit.file]
 

@@ -36,7 +36,8 @@ def build(folder: Path) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("the emulation of the CUDA kernels is C++: it needs g++ beside gcc")
     folder.mkdir(exist_ok=True)
-    jobs = [(f"{name}-{p}.o", SOURCE / f"{name}.cu", p) for name in ("rows", "down", "decode") for p in (1, 2, 3)]
+    units = ("rows", "mma", "down", "decode")
+    jobs = [(f"{name}-{p}.o", SOURCE / f"{name}.cu", p) for name in units for p in (1, 2, 3)]
     jobs += [
         ("common.o", SOURCE / "common.cu", 3),
         ("shim.o", HERE / "shim.cpp", 3),
@@ -74,12 +75,14 @@ class Emulation:
         library: what `build` made.
         far: treat all tensors as though they lay across a link.
         multiprocessors: a small number, so that small shapes reach all grids.
+        capability: of the card that is emulated: from 8.0 on products are the matrix units'.
     """
 
-    capability = (0, 0)
-
-    def __init__(self, library: Path, far: bool = False, multiprocessors: int = 1) -> None:
+    def __init__(
+        self, library: Path, far: bool = False, multiprocessors: int = 1, capability: tuple[int, int] = (9, 0)
+    ) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.capability = capability
         self.far, self.multiprocessors = far, multiprocessors
         self.launched: list[Call] = []
         self.refused: torch.Tensor | None = None

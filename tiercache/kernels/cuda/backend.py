@@ -20,9 +20,10 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
-from tiercache.kernels.cuda import launches
+from tiercache.kernels.cuda import down_launches, launches, mma_launches
+from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.driver import Driver
-from tiercache.kernels.cuda.launches import Blocks, Slices
+from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
 from tiercache.kernels.reference import activate
@@ -54,6 +55,7 @@ class CudaKernels(Kernels):
             device = launcher.device
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
+        self._by_matrix_units = launcher.capability >= mma_launches.LEAST_CAPABILITY
         self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
 
@@ -62,6 +64,8 @@ class CudaKernels(Kernels):
         self._check_input(x, columns)
         if tokens > self._switch:
             return QuantizedActivations(tokens, columns, group, (x.float(),))
+        if self._by_matrix_units:
+            return self._digits(x, group)
         blocks, chunks = Blocks.of(tokens), launches.chunks_of(columns)
         packed = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS)
         sums = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS // group)
@@ -72,6 +76,19 @@ class CudaKernels(Kernels):
                 launches.prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
             )
         return QuantizedActivations(tokens, columns, group, (packed, sums))
+
+    def _digits(self, x: Tensor, group: int) -> QuantizedActivations:
+        """Of x [tokens, columns], for matrix units."""
+        tokens, columns = x.shape
+        size = mma_launches.digit_bytes(tokens, columns, group)
+        digits = torch.empty(size, dtype=torch.uint8, device=self.device)
+        factors = self._empty(mma_launches.factor_count(tokens, columns, group))
+        if tokens:
+            into, strides = (digits.data_ptr(), factors.data_ptr()), (x.stride(0), x.stride(1))
+            kind = _KINDS.index(x.dtype)
+            call = mma_launches.digits_call(self._at(x), strides, kind, (tokens, columns), group, into)
+            self._launcher.launch(call)
+        return QuantizedActivations(tokens, columns, group, (digits, factors))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         contract.check_transform(x, before, after)
@@ -113,7 +130,9 @@ class CudaKernels(Kernels):
         for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
             if fused:
                 hidden = self._hidden(x, near[:-1], activation, chosen)
-                self._spread(hidden, x.tokens, near[-1], out, chosen)
+                strides = (hidden.stride(0), 1, hidden.stride(1))
+                given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
+                self._spread(given, near[-1], out, chosen)
             else:
                 self._matmul_transposed(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
 
@@ -147,9 +166,13 @@ class CudaKernels(Kernels):
         packed, sums = x.data
         matrices = [launches.matrix(weight, self._at) for weight in weights]
         given = (packed.data_ptr(), sums.data_ptr())
-        shape, planes = (rows.count(weights[0]), x.tokens, x.columns), len(weights[0].planes)
-        how = (shape, activation, self._launcher.multiprocessors)
-        self._launcher.launch(launches.rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
+        count, planes = rows.count(weights[0]), len(weights[0].planes)
+        what = (matrices, planes, given, rows.pointers(planes), out)
+        if self._by_matrix_units:
+            self._launcher.launch(mma_launches.mma_call(*what, (count, x.tokens), activation))
+        else:
+            how = ((count, x.tokens, x.columns), activation, self._launcher.multiprocessors)
+            self._launcher.launch(launches.rows_call(*what, *how))
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
@@ -173,22 +196,21 @@ class CudaKernels(Kernels):
             with _full_precision():
                 out += x.float() @ self._decoded(weight, rows)
             return
-        blocks = Blocks.of(tokens)
-        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks.padded - tokens))
-        packed = padded.view(blocks.count, blocks.size, -1).transpose(1, 2).contiguous()
-        self._spread(packed, tokens, weight, out, rows)
+        strides = (0, x.stride(0), x.stride(1))
+        whole = 1 << (tokens - 1).bit_length()  # one block
+        given = Activations(self._at(x), _KINDS.index(x.dtype), tokens, whole, strides)
+        self._spread(given, weight, out, rows)
 
-    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: RowLists) -> None:
-        """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
-        found, blocks, count = launches.matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
+    def _spread(self, x: Activations, weight: Planes, out: Tensor, rows: RowLists) -> None:
+        """out += x W: slices of the rows, then their sum."""
+        found, count, planes = launches.matrix(weight, self._at), rows.count(weight), len(weight.planes)
         padded = found.groups * found.group
-        slices = Slices.of(count, padded, self._launcher.multiprocessors)
-        partial = self._empty(slices.count, blocks.padded, padded)
-        planes = len(weight.planes)
-        given = (x.data_ptr(), rows.pointers(planes), partial.data_ptr())
-        self._launcher.launch(launches.down_call(found, planes, *given, count, blocks, slices))
-        into = out.data_ptr(), out.stride(0)
-        self._launcher.launch(launches.sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
+        slices = Slices.of(count, found.group, found.groups, self._launcher.multiprocessors)
+        partial = self._empty(slices.count, down_launches.padded_tokens(x.tokens), padded)
+        at = partial.data_ptr()
+        self._launcher.launch(down_launches.down_call(found, planes, x, rows.pointers(planes), at, count, slices))
+        into, columns = (out.data_ptr(), out.stride(0)), (weight.columns, padded)
+        self._launcher.launch(down_launches.sum_call(at, into, x.tokens, columns, slices.count))
 
     def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:
         """The weights in fp32 [rows, columns]."""
