@@ -24,7 +24,9 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "mma", "down", "decode") for planes in (1, 2, 3)]
+PLANES, GROUPS = (1, 2, 3), (32, 64, 128)
+UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "decode") for planes in PLANES]
+UNITS += [nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "down") for p in PLANES for group in GROUPS]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
@@ -32,8 +34,10 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
     newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
-    units = [unit for unit in UNITS if (newest if unit.file == "mma.cu" else architecture == 52 or unit.planes == 3)]
-    # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card.
+    units = [unit for unit in UNITS if unit.planes == 3 or architecture in (52, 90)]
+    units = [unit for unit in units if newest or unit.file != "mma.cu"]
+    units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
+    # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card and for one with units.
     for unit in [nvrtc.SourceUnit("common.cu"), *units]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
@@ -46,9 +50,9 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
         "common.cu": ["prepare", "digits", "sum", "gather"],
-        "mma.cu": [f"mma_{p}_{t}_{group}" for t in (1, 2, 4, 8) for group in (32, 64, 128)],
+        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8)],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
-        "down.cu": [f"down_{p}_{t}_{group}" for t in (1, 2, 4) for group in (32, 64, 128)],
+        "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "decode.cu": [f"decode_{p}_0_0"],
     }[unit.file]
 

@@ -88,12 +88,14 @@ bool run_block(unsigned threads, unsigned char *stacks) {
 
 void shim_block_barrier() { wait_at(AT_BLOCK_BARRIER); }
 
-float shim_shuffle_xor(float value, int far) {
+float shim_shuffle(float value, int from) {
     float *slot = slots[fibers[threadIdx.x].shuffles++ & 1];
     slot[threadIdx.x] = value;
     wait_at(AT_WARP_BARRIER);
-    return slot[threadIdx.x ^ far];
+    return slot[(threadIdx.x & ~31u) + from];
 }
+
+float shim_shuffle_xor(float value, int far) { return shim_shuffle(value, (threadIdx.x & 31) ^ far); }
 
 /* sums[16 x 8] += a[16 x 32] b[32 x 8], of unsigned and of signed bytes, as lanes hold them on a card. */
 void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned x, unsigned y) {

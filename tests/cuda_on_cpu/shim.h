@@ -20,6 +20,7 @@ extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 extern unsigned char *shim_shared;
 void shim_block_barrier();
 float shim_shuffle_xor(float value, int far);
+float shim_shuffle(float value, int from);
 void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned x, unsigned y);
 
 #define __device__
@@ -37,6 +38,7 @@ void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned
 
 static inline void __syncthreads() { shim_block_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
+static inline float __shfl_sync(unsigned, float value, int from) { return shim_shuffle(value, from); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float __fmul_rn(float a, float b) { return a * b; }

@@ -30,9 +30,8 @@ from tiercache.kernels.reference import activate
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
-DEFAULT_SWITCH = 32
-"""Tokens up to which blocks of 8 are faster than decoding. Counted, measured on no card: decoding moves 17 times an
-int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
+DEFAULT_SWITCH = 64
+"""Tokens up to which blocks of 8 are used, whose bits no company changes: as many as the largest drafted tree has."""
 
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 
@@ -111,8 +110,20 @@ class CudaKernels(Kernels):
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         self._check_input(x, contract.checked_rows(rows, weight))
         contract.check_output(out, x.shape[0], weight.columns, self.device)
-        for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
-            self._matmul_transposed(x[:, some], near, out, chosen)
+        lists, tokens = RowLists.of(rows, self.device), x.shape[0]
+        if tokens > self._switch:
+            for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists):
+                with _full_precision():
+                    out += x[:, some].float() @ self._decoded(near, chosen)
+            return
+        slices = self._slices(weight, lists)
+        partial = self._partial(weight, tokens, slices)
+        for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists, slices.size):
+            whole = 1 << (tokens - 1).bit_length()  # one block
+            strides = (0, x.stride(0), x.stride(1))
+            given = Activations(self._at(x[:, some]), _KINDS.index(x.dtype), tokens, whole, strides)
+            self._spread(given, near, partial[some.start // slices.size :], chosen, slices)
+        self._add_up(partial, tokens, weight, out)
 
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
@@ -126,15 +137,19 @@ class CudaKernels(Kernels):
             _check_prepared(x, each)
         contract.checked_rows(rows, down, *inward)
         contract.check_output(out, x.tokens, down.columns, self.device)
-        fused = x.tokens <= self._switch and len({len(each.planes) for each in inward}) == 1
-        for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
-            if fused:
-                hidden = self._hidden(x, near[:-1], activation, chosen)
-                strides = (hidden.stride(0), 1, hidden.stride(1))
-                given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
-                self._spread(given, near[-1], out, chosen)
-            else:
-                self._matmul_transposed(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
+        lists = RowLists.of(rows, self.device)
+        if x.tokens > self._switch or len({len(each.planes) for each in inward}) > 1:
+            hidden = self._act(x, inward, activation, rows)
+            self.matmul_transposed(hidden, down, out, rows)
+            return
+        slices = self._slices(down, lists)
+        partial = self._partial(down, x.tokens, slices)
+        for some, near, chosen in self._tiler.tiles(x.tokens, (*inward, down), lists, slices.size):
+            hidden = self._hidden(x, near[:-1], activation, chosen)
+            strides = (hidden.stride(0), 1, hidden.stride(1))
+            given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
+            self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices)
+        self._add_up(partial, x.tokens, down, out)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`. Pieces and `out` may lie on the device or in page-locked host memory."""
@@ -181,36 +196,34 @@ class CudaKernels(Kernels):
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
+    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: Selection) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
-        count = rows.count(inward[0])
+        count = contract.checked_rows(rows, *inward)
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
-            self._matmul(x, weight, part, rows)
+            self.matmul(x, weight, part, rows)
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: RowLists) -> None:
-        tokens = x.shape[0]
-        if tokens > self._switch:
-            with _full_precision():
-                out += x.float() @ self._decoded(weight, rows)
-            return
-        strides = (0, x.stride(0), x.stride(1))
-        whole = 1 << (tokens - 1).bit_length()  # one block
-        given = Activations(self._at(x), _KINDS.index(x.dtype), tokens, whole, strides)
-        self._spread(given, weight, out, rows)
+    def _slices(self, weight: Planes, rows: RowLists) -> Slices:
+        return Slices.of(rows.count(weight), weight.group, weight.scales.shape[1], self._launcher.multiprocessors)
 
-    def _spread(self, x: Activations, weight: Planes, out: Tensor, rows: RowLists) -> None:
-        """out += x W: slices of the rows, then their sum."""
-        found, count, planes = launches.matrix(weight, self._at), rows.count(weight), len(weight.planes)
-        padded = found.groups * found.group
-        slices = Slices.of(count, found.group, found.groups, self._launcher.multiprocessors)
-        partial = self._empty(slices.count, down_launches.padded_tokens(x.tokens), padded)
-        at = partial.data_ptr()
-        self._launcher.launch(down_launches.down_call(found, planes, x, rows.pointers(planes), at, count, slices))
-        into, columns = (out.data_ptr(), out.stride(0)), (weight.columns, padded)
-        self._launcher.launch(down_launches.sum_call(at, into, x.tokens, columns, slices.count))
+    def _partial(self, weight: Planes, tokens: int, slices: Slices) -> Tensor:
+        """Room for the sums of all slices: [slices, padded tokens, padded columns]."""
+        return self._empty(slices.count, down_launches.padded_tokens(tokens), weight.scales.shape[1] * weight.group)
+
+    def _spread(self, x: Activations, weight: Planes, partial: Tensor, rows: RowLists, slices: Slices) -> None:
+        """x W, slice for slice of the rows, into the first of `partial`."""
+        found, planes = launches.matrix(weight, self._at), len(weight.planes)
+        given = (x, rows.pointers(planes), partial.data_ptr(), rows.count(weight), slices)
+        self._launcher.launch(down_launches.down_call(found, planes, *given))
+
+    def _add_up(self, partial: Tensor, tokens: int, weight: Planes, out: Tensor) -> None:
+        """out += the sum of the slices."""
+        if tokens and len(partial):
+            into, columns = (out.data_ptr(), out.stride(0)), (weight.columns, partial.shape[2])
+            call = down_launches.sum_call(partial.data_ptr(), into, tokens, columns, len(partial))
+            self._launcher.launch(call)
 
     def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:
         """The weights in fp32 [rows, columns]."""

@@ -75,7 +75,7 @@ class Slices:
         wide = min(units, LINE_THREADS)
         classes, strips = LINE_THREADS // wide, -(-units // wide)
         wanted = min(-(-multiprocessors // strips), -(-rows // (_LEAST_ROWS * classes)))
-        size = -(-rows // max(1, wanted))
+        size = max(1, -(-rows // max(1, wanted)))
         return Slices(-(-rows // size), size, wide, classes)
 
 
@@ -92,7 +92,7 @@ def _block(tokens: int) -> int:
 def down_call(
     found: MatrixArguments, planes: int, x: Activations, rows: Sequence[int], partial: int, count: int, slices: Slices
 ) -> Call:
-    """Of down.cu: `count` rows into `partial` [slices, padded tokens, padded columns].
+    """Of down.cu: `count` rows, whole slices of them, into `partial` [slices, padded tokens, padded columns].
 
     `rows`: addresses of the lists for the three planes and the scales; nothing for all rows.
     """
@@ -104,7 +104,7 @@ def down_call(
         *(x.kind, x.block.bit_length() - 1, x.tokens, padded),
         *(count, slices.size, slices.wide, slices.classes),
     )
-    grid = (-(-units // slices.wide), slices.count, padded // block)
+    grid = (-(-units // slices.wide), -(-count // slices.size), padded // block)
     return Call(f"down_{planes}_{block}_{found.group}", grid, shared_bytes, arguments, threads=LINE_THREADS)
 
 

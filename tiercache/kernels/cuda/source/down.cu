@@ -188,4 +188,12 @@ template <int T, int GROUP> static __device__ __forceinline__ void down_kernel(c
 #define DOWN(T, GROUP) \
     WIDE_KERNEL(JOIN(down, PLANES, T, GROUP), DownArguments) { down_kernel<T, GROUP>(a); }
 #define DOWNS(GROUP) DOWN(1, GROUP) DOWN(2, GROUP) DOWN(4, GROUP)
-DOWNS(32) DOWNS(64) DOWNS(128)
+#if IS_COMPILED(32)
+DOWNS(32)
+#endif
+#if IS_COMPILED(64)
+DOWNS(64)
+#endif
+#if IS_COMPILED(128)
+DOWNS(128)
+#endif

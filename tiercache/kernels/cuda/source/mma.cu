@@ -13,46 +13,11 @@
  * matrix, the lowest bytes of group t for two tokens. Each lane then finds the sums of its own group in its own
  * registers. At int4 that is 1.3 instructions a weight for one token, where fp32 takes 3.
  */
-#include "planes.cuh"
-
-struct MmaArguments {
-    Matrix matrix[2];      /* gate and up, or one */
-    const byte *digits;    /* [blocks, T, groups, 3, group], 128 zeros at the end */
-    const float2 *factors; /* [blocks, T, groups]: size of a step, and the group's sum */
-    RowLists rows;         /* of both matrices */
-    float *out;            /* [tokens, count], or hidden [blocks, count, T] */
-    long long out_pitch;
-    int count, tokens, matrices, activation; /* -1: add sums to out */
-};
+#include "quads.cuh"
 
 template <int W> struct Codes { /* a lane's group of two rows, as it lies */
     unsigned top[2][W], mid[2][W / 2], bit[2][W / 2], low[2][2 * W], scales[2];
 };
-
-struct Lines { /* where two rows lie */
-    const byte *top[2], *mid[2], *bit[2], *low[2], *scales[2];
-};
-
-static __device__ __forceinline__ Lines lines_at(const MmaArguments &a, int first) {
-    Lines at;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        int item = a.matrices == 2 ? first : first + 8 * r;
-        item = item < a.count ? item : a.count - 1; /* past the end: computed again, never written */
-        const Matrix &m = a.matrix[a.matrices == 2 ? r : 0];
-        at.top[r] = m.plane[0] + row_of(a.rows, 0, item) * m.pitch[0];
-        at.mid[r] = at.top[r] + (m.group >> 2) * m.groups;
-        at.bit[r] = PLANES > 1 ? m.plane[1] + row_of(a.rows, 1, item) * m.pitch[1] : 0;
-        at.low[r] = PLANES > 2 ? m.plane[2] + row_of(a.rows, 2, item) * m.pitch[2] : 0;
-        at.scales[r] = m.scales + row_of(a.rows, 3, item) * m.scales_pitch;
-        KEEP(at.top[r]);
-        KEEP(at.mid[r]);
-        KEEP(at.scales[r]);
-        if (PLANES > 1) KEEP(at.bit[r]);
-        if (PLANES > 2) KEEP(at.low[r]);
-    }
-    return at;
-}
 
 template <int ALIGNED, int W> static __device__ __forceinline__ void take(const Lines &at, int group, Codes<W> &codes) {
 #pragma unroll
@@ -138,29 +103,6 @@ static __device__ __forceinline__ void add_step(const Codes<W> &codes, const Sum
     }
 }
 
-/* Adds up the parts of 16 rows and writes them. */
-template <int T>
-static __device__ __forceinline__ void finish(const MmaArguments &a, const float *parts, int block, int tile) {
-    const int rows = a.matrices == 2 ? 8 : 16, i = threadIdx.x, row = i / T, t = i % T;
-    const int item = tile * rows + row, token = block * T + t;
-    if (row >= rows || item >= a.count) return;
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int part = 0; part < WARPS; ++part) {
-        sum[0] += parts[(part * 16 + row) * T + t];
-        if (a.matrices == 2) sum[1] += parts[(part * 16 + row + 8) * T + t];
-    }
-    if (a.activation >= 0)
-        a.out[((long long)block * a.count + item) * T + t] =
-            activated(sum[0], a.activation) * (a.matrices == 2 ? sum[1] : 1.0f);
-    else if (token < a.tokens)
-        a.out[token * a.out_pitch + item] += sum[0];
-}
-
-struct Span { /* steps of a warp, groups of a row */
-    int first, end, groups;
-};
-
 /* All steps of a warp; a path of its own for each alignment, so that the rarer one costs the other no registers. */
 template <int T, int GROUP, int ALIGNED>
 static __device__ __forceinline__ void add_steps(const MmaArguments &a, const Lines &at, const Span &span,
@@ -188,33 +130,56 @@ static __device__ __forceinline__ void add_steps(const MmaArguments &a, const Li
     }
 }
 
+template <int T, int GROUP, int ALIGNED>
+static __device__ __forceinline__ void add_part(const MmaArguments &a, const Lines &at, const Span &span,
+                                                float *part) {
+    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4;
+    if (T == 8 && GROUP > 32) {
+        float total[2][2] = {};
+        add_quads<(GROUP > 32 ? GROUP / 16 : 4), ALIGNED>(a, at, span, total);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int t = 0; t < 2; ++t) part[(g + 8 * r) * T + 2 * own + t] = total[r][t];
+    } else {
+        Totals<T> totals = {};
+        add_steps<T, GROUP, ALIGNED>(a, at, span, totals);
+        if (T > 1 || own < 2)
+#pragma unroll
+            for (int i = 0; i < (T + 1) / 2; ++i)
+                part[(g + 8 * (own % 2)) * T + 2 * i + (T > 1 ? own / 2 : 0)] = totals.of[i];
+    }
+}
+
 template <int T, int GROUP> static __device__ __forceinline__ void mma_kernel(const MmaArguments &a) {
     SHARED(float, parts); /* [WARPS, 16, T] */
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, own = lane % 4, block = blockIdx.x;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, block = blockIdx.x;
     const int groups = a.matrix[0].groups, steps = (groups + 3) / 4, each = (steps + WARPS - 1) / WARPS;
     const int aligned = a.matrices == 1 ? a.matrix[0].aligned : min(a.matrix[0].aligned, a.matrix[1].aligned);
     const int first = min(steps, warp * each);
     const Span span = {first, min(steps, first + each), groups};
     const Lines at = lines_at(a, (int)blockIdx.y * (a.matrices == 2 ? 8 : 16) + g);
-    Totals<T> totals = {};
     if (aligned == 16)
-        add_steps<T, GROUP, 16>(a, at, span, totals);
+        add_part<T, GROUP, 16>(a, at, span, parts + warp * 16 * T);
     else
-        add_steps<T, GROUP, 0>(a, at, span, totals);
-    if (T > 1 || own < 2) {
-#pragma unroll
-        for (int i = 0; i < (T + 1) / 2; ++i)
-            parts[(warp * 16 + g + 8 * (own % 2)) * T + 2 * i + (T > 1 ? own / 2 : 0)] = totals.of[i];
-    }
+        add_part<T, GROUP, 0>(a, at, span, parts + warp * 16 * T);
     __syncthreads();
     finish<T>(a, parts, block, blockIdx.y);
 }
 
 #define MMA(T, GROUP, BLOCKS) \
     KERNEL_OF(BLOCKS, JOIN(mma, PLANES, T, GROUP), MmaArguments) { mma_kernel<T, GROUP>(a); }
-#define MMAS(GROUP, FEW, MANY) MMA(1, GROUP, FEW) MMA(2, GROUP, FEW) MMA(4, GROUP, MANY) MMA(8, GROUP, MANY)
-#if PLANES < 3
-MMAS(32, 3, 2) MMAS(64, 3, 2) MMAS(128, 2, 1)
-#else
-MMAS(32, 3, 2) MMAS(64, 2, 1) MMAS(128, 1, 1)
+#define MMAS(GROUP, FEW, MANY) MMA(1, GROUP, FEW) MMA(2, GROUP, FEW) MMA(4, GROUP, MANY) MMA(8, GROUP, 2)
+#if IS_COMPILED(32)
+MMAS(32, 3, 2)
+#endif
+#if IS_COMPILED(64) && PLANES < 3
+MMAS(64, 3, 2)
+#elif IS_COMPILED(64)
+MMAS(64, 2, 1)
+#endif
+#if IS_COMPILED(128) && PLANES < 3
+MMAS(128, 2, 1)
+#elif IS_COMPILED(128)
+MMAS(128, 1, 1)
 #endif

@@ -23,7 +23,7 @@
 #define KERNEL_OF(blocks, name, Arguments) \
     extern "C" __global__ void __launch_bounds__(256, blocks) name(const __grid_constant__ Arguments a)
 #define WIDE_KERNEL(name, Arguments) \
-    extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ Arguments a)
+    extern "C" __global__ void __launch_bounds__(512) name(const Arguments a)
 #define SHARED(type, name) extern __shared__ type name[]
 #else
 #include "shim.h"
@@ -32,6 +32,13 @@
 
 #define JOIN_(a, b, c, d) a##_##b##_##c##_##d
 #define JOIN(a, b, c, d) JOIN_(a, b, c, d)
+
+/* Whether kernels of a group are wanted: those of ONLY_GROUP, or all. */
+#ifdef ONLY_GROUP
+#define IS_COMPILED(group) (ONLY_GROUP == group)
+#else
+#define IS_COMPILED(group) 1
+#endif
 
 #ifndef PLANES
 #define PLANES 3 /* of the kernels that do not look at any */
@@ -209,23 +216,6 @@ static __device__ __forceinline__ Line code_line(unsigned scales) {
     line.slope = (PLANES < 3 ? CELL : 1) * step;
     return line;
 }
-
-#if !defined(__CUDACC_RTC__) || __CUDA_ARCH__ >= 800
-/* sums += codes * digits, 16 x 32 x 8: `first` has columns 4 (lane % 4) of rows lane / 4 and lane / 4 + 8, `second`
- * those 16 further on; x and y the same columns of the digits' column lane / 4; sums are of columns 2 (lane % 4) and
- * the next, of both rows. */
-static __device__ __forceinline__ void mma(int *sums, const unsigned *first, const unsigned *second, unsigned x,
-                                           unsigned y) {
-#ifdef __CUDACC_RTC__
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-        : "r"(first[0]), "r"(first[1]), "r"(second[0]), "r"(second[1]), "r"(x), "r"(y));
-#else
-    shim_mma(sums, first, second, x, y);
-#endif
-}
-#endif
 
 static __device__ __forceinline__ float activated(float v, int activation) {
     switch (activation) { /* the order of contract.ACTIVATIONS; NaN stays NaN */
