@@ -125,9 +125,7 @@ class Ordering:
         with self.lock:
             self.host[HOST] += 1
 
-    def _touch(
-        self, region: _Region, start: int, end: int, write: bool, actor: str, clock: Clock, what: str
-    ) -> None:
+    def _touch(self, region: _Region, start: int, end: int, write: bool, actor: str, clock: Clock, what: str) -> None:
         if region.over:
             self.faults.append(f"{what} on {actor} after {region.over}")
             return

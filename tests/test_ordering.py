@@ -11,20 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import FakeCudaDevice, Ordering, Stream, recording, stream
+from fake_cuda import Stream, recording, stream
 from mixed_oracle import mixed
 
 import tiercache
 from policies.precision import Recipe
-from policies.types import Load
 from tiercache.compat import cache_kwargs, cache_out
-from tiercache.errors import DoesNotFitError, EnvironmentUnsupportedError, TiercacheError
+from tiercache.errors import DoesNotFitError
 from tiercache.tiers import device as devices
-from tiercache.tiers.device import CudaDevice, Standstill, StreamCopies
-from tiercache.tiers.last_reads import LastReads
-from tiercache.tiers.slab import Slab
-from tiercache.tiers.stack import TierStack
-from tiercache.tiers.transfer import Transfer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,7 +103,6 @@ def test_nothing_is_out_of_order(kind: str, checkpoint: Folders, plane_store: Fo
 
 def run_plain(kind: str, checkpoint: Folders, plane_store: Folders) -> list[torch.Tensor]:
     """The same with nothing to order, by the same kernels."""
-    with recording():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(devices, "CpuDevice", devices.Device)
-            return run(kind, checkpoint, plane_store)
+    with recording(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "CpuDevice", devices.Device)
+        return run(kind, checkpoint, plane_store)
