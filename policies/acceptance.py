@@ -68,13 +68,18 @@ def expected_tokens(rates: ArrayLike, nodes: int, width: int | None = None) -> F
     ordered = -np.sort(-rates, axis=-1)[..., :width]
     *lead, depths, _ = ordered.shape
     found = np.empty((*lead, depths, nodes))
-    level, best = np.ones((*lead, 1)), np.zeros((*lead, nodes))  # both likeliest first
+    # All below 0, so that what is sorted lies likeliest first: of a depth, and the best of all so far.
+    level, best = np.full((*lead, 1), -1.0), np.zeros((*lead, nodes))
     for depth in range(depths):
         below = level[..., :width, None] * ordered[..., depth, None, :]
-        level = -np.sort(-below.reshape(*lead, -1), axis=-1)[..., :nodes]
-        best = -np.sort(-np.concatenate((best, level), axis=-1), axis=-1)[..., :nodes]
-        found[..., depth, :] = best.cumsum(axis=-1)
-    return found + 1
+        level = below.reshape(*lead, -1)
+        level.sort(axis=-1)
+        level = level[..., :nodes]
+        best = np.concatenate((best, level), axis=-1)
+        best.sort(axis=-1)
+        best = best[..., :nodes]
+        best.cumsum(axis=-1, out=found[..., depth, :])
+    return 1 - found
 
 
 class Acceptance:
@@ -97,6 +102,7 @@ class Acceptance:
         self._prior = np.asarray(prior, dtype=np.float64)
         if self._prior.shape != (depth, ranks) or not (self._prior.min() >= 0 and self._prior.max() <= 1):
             raise ValueError(f"the prior must be shares of shape {(depth, ranks)}; it has {self._prior.shape}")
+        self._shares = self._prior.mean(axis=0).tolist()  # by rank
         self._tried, self._accepted = np.zeros((depth, ranks)), np.zeros((depth, ranks))
 
     @property
@@ -131,14 +137,17 @@ class Acceptance:
         earlier ranks leave, but is held for no better than half the rank before it, for a drafter whose first guess
         fails has rarely a good second one.
         """
-        tried, accepted, prior = self._tried.sum(axis=0), self._accepted.sum(axis=0), self._prior.mean(axis=0)
-        scale = np.empty_like(tried)  # of each rank: what is thought of it now over the prior
+        tried_by_rank, accepted_by_rank = self._tried.sum(axis=0).tolist(), self._accepted.sum(axis=0).tolist()
+        scale = []  # of each rank: what is thought of it now over the prior
         left, before, given = 1.0, np.inf, 1.0
-        for rank, share in enumerate(prior):
+        for tried, accepted, share in zip(tried_by_rank, accepted_by_rank, self._shares, strict=True):
             thought = min(share / max(given, 1e-9) * left, before / 2)
-            before = (accepted[rank] + _PULL * thought) / (tried[rank] + _PULL)
+            before = (accepted + _PULL * thought) / (tried + _PULL)
             left, given = max(0.0, left - before), given - share
-            scale[rank] = before / max(share, 1e-9)
-        pooled = np.minimum(self._prior * scale, 1.0)
-        rates = (self._accepted + _PULL * pooled) / (self._tried + _PULL)
-        return np.diff(np.minimum(rates.cumsum(axis=1), 1.0), axis=1, prepend=0.0)
+            scale.append(before / max(share, 1e-9))
+        pooled = np.minimum(self._prior * np.array(scale), 1.0)
+        rates: Floats = (self._accepted + _PULL * pooled) / (self._tried + _PULL)
+        sums = np.minimum(rates.cumsum(axis=1), 1.0)
+        rates[:, 0] = sums[:, 0]
+        np.subtract(sums[:, 1:], sums[:, :-1], out=rates[:, 1:])
+        return rates

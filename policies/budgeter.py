@@ -108,7 +108,7 @@ class Budgeter:
             raise ValueError(f"drafting took {draft_s} s, {nodes} nodes gave {emitted} tokens; give what was measured")
         passes, seconds = plan.depth if passes is None else passes, draft_s + verify_s
         history = None if plan.drafter is None else self._histories[plan.drafter]
-        if history is not None and history.known:
+        if history is not None and history.known and seconds > _OUTLIER * plan.seconds:  # what it should have taken
             expected = history.seconds(passes, nodes) + float(self._verify.at(nodes + 1))
             seconds = min(seconds, _OUTLIER * max(expected, plan.seconds))
         self._verify.observe(nodes + 1, verify_s)

@@ -30,6 +30,7 @@ class PassCosts:
     def __init__(self) -> None:
         self._seen: dict[int, deque[tuple[float, ...]]] = {}
         self._when: dict[int, int] = {}
+        self._medians: dict[int, tuple[int, list[float]]] = {}  # of how many of a size's, until the next of this size
         self._passes = 0
         self._drawn: tuple[Floats, Floats] | None = None  # points of the line, until the next pass
 
@@ -51,6 +52,7 @@ class PassCosts:
         seen = self._seen.setdefault(bucket, deque(maxlen=_SAMPLES))
         _add(seen, (int(tokens), self._passes, float(seconds)))
         self._when[bucket] = self._passes
+        self._medians.pop(bucket, None)
 
     def at(self, tokens: ArrayLike) -> Floats:
         """Seconds at each count, of the same shape.
@@ -74,7 +76,7 @@ class PassCosts:
     def _points(self) -> tuple[Floats, Floats]:
         """Counts and seconds to draw lines between, both ascending; where a larger count took less, both are pooled."""
         buckets = sorted(self._seen)
-        counts, _, seconds = np.array([_typical(self._fresh(bucket)) for bucket in buckets]).T
+        counts, _, seconds = np.array([self._median(bucket) for bucket in buckets]).T
         passes = np.array([len(self._seen[bucket]) for bucket in buckets], dtype=np.float64)
         weights = passes * [_faded(self._passes - self._when[bucket]) for bucket in buckets]
         seconds = ascending(seconds, weights)
@@ -85,11 +87,16 @@ class PassCosts:
             seconds = (sure * seconds + _LINE * (line[0] + line[1] * counts)) / (sure + _LINE)
         return counts, ascending(seconds, weights)
 
-    def _fresh(self, bucket: int) -> list[tuple[float, ...]]:
-        """The measurements of a size that are not old, and a few in any case."""
-        seen = list(self._seen[bucket])
-        fresh = sum(when >= self._passes - _STALE for _, when, _ in seen)
-        return seen[-max(fresh, _ENOUGH) :]
+    def _median(self, bucket: int) -> list[float]:
+        """Of the measurements of a size that are not old, and of a few in any case."""
+        seen, oldest = self._seen[bucket], self._passes - _STALE
+        fresh = len(seen) if seen[0][1] >= oldest else sum(when >= oldest for _, when, _ in seen)
+        count = max(fresh, _ENOUGH)
+        of, median = self._medians.get(bucket, (0, []))
+        if of != count:
+            median = _typical(list(seen)[-count:])
+            self._medians[bucket] = count, median
+        return median
 
 
 class DraftCosts:
@@ -105,6 +112,8 @@ class DraftCosts:
         self._seen: dict[tuple[int, int], deque[tuple[float, ...]]] = {}
         self._when: dict[tuple[int, int], int] = {}
         self._rounds = 0
+        self._medians: dict[tuple[int, int], list[float]] = {}  # until the next drafting of this size
+        self._found: tuple[float, float, float] | None = None  # until the next drafting
 
     def observe(self, passes: int, nodes: int, seconds: float) -> None:
         """Drafting `nodes` nodes in so many passes took so long."""
@@ -112,23 +121,30 @@ class DraftCosts:
         size = (passes.bit_length(), nodes.bit_length())
         _add(self._seen.setdefault(size, deque(maxlen=_SAMPLES)), (passes, nodes, max(seconds, 1e-6)))
         self._when[size] = self._rounds
+        self._medians.pop(size, None)
+        self._found = None
 
     def estimate(self) -> tuple[float, float, float]:
         """Seconds of a proposal whatever its size, of a drafting pass, and of a node."""
-        if not self._seen:
-            start, each, node = self._guess
-            return float(start), float(each), float(node)
-        rows = np.array([[1.0, *_typical(seen)] for seen in self._seen.values()])
+        if self._found is None:
+            start, each, node = self._fitted() if self._seen else self._guess
+            self._found = float(start), float(each), float(node)
+        return self._found
+
+    def _fitted(self) -> Floats:
+        for size, seen in self._seen.items():
+            if size not in self._medians:
+                self._medians[size] = _typical(seen)
+        rows = np.array([[1.0, *self._medians[size]] for size in self._seen])
         weights = np.array([_faded(self._rounds - self._when[size]) for size in self._seen])
         shares = rows[:, :3] / rows[:, 3:]
-        guess, promised = self._guess, float(_typical((shares @ self._guess)[:, None])[0])
+        guess, promised = self._guess, median_low((shares @ self._guess).tolist())
         if promised > 0:
             guess = guess / promised
         else:  # passes are what costs most, as far as one can know; nothing is known of what there was none of
             usual = np.array([median_low(one[one > 0]) if one.any() else 0.0 for one in shares.T])
             guess = np.divide(_PARTS, usual, out=np.zeros(3), where=usual > 0)
-        start, each, node = _fitted(shares, weights, guess)
-        return float(start), float(each), float(node)
+        return _fitted(shares, weights, guess)
 
 
 def _add(seen: deque[tuple[float, ...]], row: tuple[float, ...]) -> None:
@@ -147,12 +163,12 @@ def _fitted(shares: Floats, weights: Floats, guess: Floats) -> Floats:
     Least squares of relative errors, for rows are divided by what was measured; drawn a little to `guess`, which
     decides where rows are too alike. A coefficient that would be negative, or was guessed as 0, is 0.
     """
-    free = guess > 0
+    free, roots = guess > 0, np.sqrt(weights)
     fitted: Floats = np.zeros(0)
-    while free.any():
+    while count := int(free.sum()):
         unit = shares[:, free] * guess[free]
-        rows = np.concatenate((np.sqrt(weights)[:, None] * unit, np.sqrt(_GUESS) * np.eye(int(free.sum()))))
-        wanted = np.concatenate((np.sqrt(weights), np.full(int(free.sum()), np.sqrt(_GUESS))))
+        rows = np.concatenate((roots[:, None] * unit, np.sqrt(_GUESS) * np.eye(count)))
+        wanted = np.concatenate((roots, np.full(count, np.sqrt(_GUESS))))
         fitted = np.asarray(np.linalg.lstsq(rows, wanted)[0], dtype=np.float64)
         if (fitted >= 0).all():
             break
@@ -162,10 +178,9 @@ def _fitted(shares: Floats, weights: Floats, guess: Floats) -> Floats:
     return found
 
 
-def _typical(seen: Iterable[ArrayLike]) -> Floats:
+def _typical(seen: Iterable[tuple[float, ...]]) -> list[float]:
     """The median of each column; the lower one of two, for what disturbs a measurement makes it longer."""
-    ordered = np.sort(np.array(list(seen), dtype=np.float64), axis=0)
-    return np.asarray(ordered[(len(ordered) - 1) // 2])
+    return [median_low(column) for column in zip(*seen, strict=True)]
 
 
 def _faded(passes: int) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 from policies.acceptance import Acceptance
-from policies.arrays import ArrayLike, Floats, np
+from policies.arrays import ArrayLike, Floats, IntArray, np
 from policies.costs import DraftCosts
 from policies.drafting import DrafterProfile, RoundPlan
 from policies.throughput import RoundOutcome, ThroughputEstimator
@@ -133,8 +134,9 @@ class DrafterHistory:
     def drafted(self, now: int, depth: int, nodes: int) -> None:
         """It was asked for such a tree in round `now`; what was known counts less the longer it was not asked."""
         keep = 0.5 ** ((now - self._last - 1) / _FADE)
-        self.acceptance.fade(keep, _LEAST)
-        self._tokens, self._seconds = self._tokens * keep, self._seconds * keep
+        if keep < 1:
+            self.acceptance.fade(keep, _LEAST)
+            self._tokens, self._seconds = self._tokens * keep, self._seconds * keep
         self._last, self.rounds = now, self.rounds + 1
         self._depth, self._nodes = depth, nodes
 
@@ -159,5 +161,10 @@ def _by_size(sums: Floats, depth: int, nodes: int) -> Floats:
     measured, promised = sums
     overall = (_PULL_ALL + measured.sum()) / (_PULL_ALL + promised.sum())
     table = (_PULL_SIZE * overall + measured) / (_PULL_SIZE + promised)
-    rows, columns = (np.frexp(np.arange(1, most + 1))[1] - 1 for most in (depth, nodes))  # logarithms to base 2
-    return np.asarray(table[rows[:, None], columns])
+    return np.asarray(table[_logarithms(depth)[:, None], _logarithms(nodes)])
+
+
+@cache
+def _logarithms(most: int) -> IntArray:
+    """Of 1..most to base 2, rounded down."""
+    return np.asarray(np.frexp(np.arange(1, most + 1))[1] - 1)

@@ -12,7 +12,7 @@ def ascending(
 ) -> NDArray[np.float64]:
     """The nearest values that never fall, by weighted squares (pool adjacent violators; Ayer et al., 1955)."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, how many
-    for one, light in zip(values, weights, strict=True):
+    for one, light in zip(np.asarray(values).tolist(), np.asarray(weights).tolist(), strict=True):
         blocks.append((one, light, 1))
         while len(blocks) > 1 and blocks[-1][0] <= blocks[-2][0]:
             (one, light, few), (other, heavy, many) = blocks.pop(), blocks.pop()

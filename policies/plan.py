@@ -28,9 +28,9 @@ class PlanInputs:
         dram: bytes reserved in main memory whatever computes, by purpose.
         only_rows: units that never go up but in rows, and so must stay in DRAM; only beside an HBM tier.
         neuron_bytes: what slots for those rows could use.
-        together: units that are held at once: the planes of each matrix that is cut by plane, lowest first.
-        levels: of such matrices, the units of each plane: the fastest tier must hold the first level, and prefers the
-            lower ones of the others.
+        together: units that are held at once: planes of a matrix that is cut by plane, matrices of half a layer.
+        levels: of matrices that are cut by plane, the units of each plane: the fastest tier must hold the first level,
+            and prefers the lower ones of the others.
     """
 
     sizes: Mapping[Key, int]

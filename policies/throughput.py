@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.arrays import np
 from policies.drafting import RoundPlan
 
 _KEEP = 0.98  # weight of a round after another one
@@ -39,7 +38,7 @@ class ThroughputEstimator:
     """
 
     def __init__(self) -> None:
-        self._rounds, self._drafting = np.zeros(4), np.zeros(3)  # how many, and sums
+        self._rounds, self._drafting = [0.0] * 4, [0.0] * 3  # how many, and sums
         self._pull = _PULL
         self.drafted = 0
 
@@ -49,22 +48,22 @@ class ThroughputEstimator:
         `whole`: passes were to draft wherever they pay, and not only where cheaper guesses did not promise enough. Only
         such rounds tell what passes bring, for where cheap guesses promise little a model is unsure too.
         """
-        self._rounds = _KEEP * self._rounds + (1, outcome.emitted, outcome.seconds, outcome.nodes)
+        self._rounds = _faded(self._rounds, (1, outcome.emitted, outcome.seconds, outcome.nodes))
         self._pull *= 0.5 ** (1 / _FADE)
         self.drafted += outcome.passes > 0
         if whole:
-            self._drafting = _KEEP * self._drafting + (1, outcome.emitted - 1, outcome.charged_s)
+            self._drafting = _faded(self._drafting, (1, outcome.emitted - 1, outcome.charged_s))
 
     @property
     def nodes(self) -> float:
         """Of a tree; 0 before any."""
-        return float(self._rounds[3] / max(self._rounds[0], 1.0))
+        return self._rounds[3] / max(self._rounds[0], 1.0)
 
     def round(self, tokens: float, seconds: float) -> tuple[float, float]:
         """Tokens and seconds of a round; given those that were promised."""
-        count, *sums = self._rounds
-        found = (np.array(sums[:2]) + self._pull * np.array((tokens, seconds))) / (count + self._pull)
-        return float(found[0]), float(found[1])
+        count, emitted, taken, _ = self._rounds
+        weight = count + self._pull
+        return (emitted + self._pull * tokens) / weight, (taken + self._pull * seconds) / weight
 
     def tokens_per_s(self, plan: RoundPlan) -> float:
         """Of a round; given its plan with what was promised."""
@@ -78,7 +77,12 @@ class ThroughputEstimator:
             tokens_per_s: that a second brings elsewhere.
             gain, draft_s: of a round that takes passes, as promised.
         """
-        count, *sums = self._drafting
+        count, brought, spent = self._drafting
         pull = max(self._pull, 1e-9)
-        brought, spent = (np.array(sums) + pull * np.array((gain, draft_s))) / (count + pull)
-        return max(0.0, float(brought - tokens_per_s * spent))
+        brought, spent = (brought + pull * gain) / (count + pull), (spent + pull * draft_s) / (count + pull)
+        return max(0.0, brought - tokens_per_s * spent)
+
+
+def _faded(sums: list[float], more: tuple[float, ...]) -> list[float]:
+    """What was added up, and what came now."""
+    return [_KEEP * before + now for before, now in zip(sums, more, strict=True)]

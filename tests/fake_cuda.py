@@ -1,8 +1,9 @@
 """A CUDA device that does everything at once on the CPU and records what a real one would have been free to reorder.
 
 In the spirit of a race detector (FastTrack, PLDI 2009): each stream, and the host, has a vector clock. Events carry
-clocks; a launch comes after all that the host knows. Two accesses to the same bytes, one of them a write, must be ordered
-by these clocks, or it is a fault. The host's threads count as one: what they do among one another is not looked into.
+clocks; a launch comes after all that the host knows. Two accesses to the same bytes, one of them a write, must be
+ordered by these clocks, or it is a fault. The host's threads count as one: what they do among one another is not looked
+into.
 """
 
 import threading
@@ -60,17 +61,25 @@ class Ordering:
     Attributes:
         faults: what was not ordered, or touched memory that was given back.
         asked: calls of torch.cuda so far; `interrupt_at` raises KeyboardInterrupt before that one, in the main thread.
-        registered: page-locked memory by its address, and the device that was current.
+        registered: page-locked memory by its address: its bytes, and the device that was current.
+        unlocked_for: devices that were current when memory was unlocked.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.asked, self.interrupt_at = 0, -1
         self.registered: dict[int, tuple[int, torch.device]] = {}
+        self.unlocked_for: list[torch.device] = []
         self.host: Clock = {HOST: 0}
         self.streams: list[Stream] = []
         self.lock = threading.RLock()
         self._regions: list[_Region] = []
+
+    @property
+    def taken_bytes(self) -> int:
+        """Of the device's memory that somebody holds."""
+        with self.lock:
+            return sum(region.end - region.start for region in self._regions if not region.pinned)
 
     def ask(self) -> None:
         """The library calls torch.cuda."""
@@ -84,9 +93,17 @@ class Ordering:
     def allocated(self, memory: torch.Tensor, *, pinned: bool) -> None:
         """Memory to look after; whatever lay there before is forgotten."""
         start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        weakref.finalize(memory.untyped_storage(), self.freed, start)
+        if not memory.nbytes:
+            return
         with self.lock:
             self._regions = [region for region in self._regions if region.end <= start or end <= region.start]
             self._regions.append(_Region(start, end, pinned))
+
+    def freed(self, start: int) -> None:
+        """The memory is anybody's: nobody is left who could touch it."""
+        with self.lock:
+            self._regions = [region for region in self._regions if region.start != start]
 
     def given_back(self, start: int, why: str) -> None:
         """The library needs a region no more: all that was done to it must be over by now."""
@@ -281,10 +298,9 @@ class FakeCudaDevice(CudaDevice):
     Attributes:
         fail_at: the allocation, counted from 1, that fails; none by default.
         allocations: so far.
-        taken: bytes of the device's memory that somebody holds.
     """
 
-    fail_at, allocations, taken = -1, 0, 0
+    fail_at, allocations = -1, 0
 
     @classmethod
     def count(cls) -> None:
@@ -297,14 +313,7 @@ class FakeCudaDevice(CudaDevice):
         self.count()
         memory = super().allocate(nbytes)
         _ordering().allocated(memory, pinned=False)
-        cls = type(self)
-        cls.taken += nbytes
-        weakref.finalize(memory.untyped_storage(), cls._freed, nbytes)
         return memory
-
-    @classmethod
-    def _freed(cls, nbytes: int) -> None:
-        cls.taken -= nbytes
 
 
 class _Runtime:
@@ -320,6 +329,7 @@ class _Runtime:
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
         del _ordering().registered[address]
+        _ordering().unlocked_for.append(self.device)
         _ordering().given_back(address, "its memory was unlocked")
         return 0
 
@@ -329,7 +339,7 @@ def recording() -> Iterator[Ordering]:
     """torch's CPU is a CUDA device within, for the tiers, and what it does is recorded."""
     ordering, runtime, cuda = Ordering(), _Runtime(), torch.cuda
     _CURRENT.append(ordering)
-    FakeCudaDevice.fail_at, FakeCudaDevice.allocations, FakeCudaDevice.taken = -1, 0, 0
+    FakeCudaDevice.fail_at, FakeCudaDevice.allocations = -1, 0
 
     @contextmanager
     def device(at: torch.device) -> Iterator[None]:

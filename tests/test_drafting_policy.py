@@ -213,6 +213,22 @@ def test_passes_are_not_forgotten_beside_many_rounds_without_any() -> None:
     assert costs.estimate()[1] == pytest.approx(0.007, rel=0.2)
 
 
+SIZES = st.lists(st.tuples(st.sampled_from([1, 2, 3, 9, 17, 33, 65]), st.floats(1e-4, 1)), min_size=1, max_size=90)
+
+
+@given(SIZES)
+def test_costs_are_the_same_whether_they_were_asked_for_before(passes: list[tuple[int, float]]) -> None:
+    asked, others = (PassCosts(), DraftCosts()), (PassCosts(), DraftCosts())
+    for tokens, seconds in passes:
+        for pass_costs, draft_costs in (asked, others):
+            pass_costs.observe(tokens, seconds)
+            draft_costs.observe(tokens // 2, tokens, seconds)
+        asked[0].at([1, 65])
+        asked[1].estimate()
+    assert np.array_equal(asked[0].at(np.arange(1, 130)), others[0].at(np.arange(1, 130)))
+    assert asked[1].estimate() == others[1].estimate()
+
+
 def test_what_a_size_brought_is_believed_over_what_was_promised() -> None:
     record = DrafterHistory(DrafterProfile("some", max_depth=8, max_nodes=32), RANKS)
     for now in range(1, 101):

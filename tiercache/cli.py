@@ -1,6 +1,18 @@
 """The command line: `tiercache COMMAND`. Decides nothing of its own; see `tiercache.commands`."""
 
-from tiercache.commands import base, bench, cache, calibrate, chatting, doctor, quality, running, serving, stores
+from tiercache.commands import (
+    base,
+    bench,
+    cache,
+    calibrate,
+    chatting,
+    doctor,
+    loading,
+    quality,
+    running,
+    serving,
+    stores,
+)
 
 # Each registers its commands when it is imported.
 __all__ = [
@@ -22,4 +34,7 @@ app = base.app
 
 def main() -> None:
     """The entry point."""
-    app()
+    try:
+        app()
+    finally:
+        loading.leave_uncollected()

@@ -20,6 +20,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tiercache import __version__
+from tiercache.commands import loading
 from tiercache.errors import DoesNotFitError, TiercacheError, UsageError
 from tiercache.progress import COMMAND_PROGRESS, DISPLAY, note, step
 
@@ -127,10 +128,9 @@ def begin(title: str, as_json: bool, quiet: bool, *, library: bool = True) -> No
     """
     show = progress(as_json, quiet)
     COMMAND_PROGRESS.start(title, show=show)
-    if library and "transformers" not in sys.modules:
+    if library and not loading.loaded():
         with step("loading torch and transformers", show=show):
-            import torch  # noqa: F401
-            import transformers  # noqa: F401
+            loading.load()
 
 
 def console() -> Console:

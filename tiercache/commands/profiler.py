@@ -1,6 +1,6 @@
 """The entry point of `tiercache-profile`: its commands, which several files hold."""
 
-from tiercache.commands import explaining, measuring, planning, plotting, predicting, sweeping
+from tiercache.commands import explaining, loading, measuring, planning, plotting, predicting, sweeping
 
 __all__ = ["explaining", "main", "measuring", "planning", "plotting", "profile", "sweeping"]
 
@@ -9,4 +9,7 @@ profile = predicting.profile
 
 def main() -> None:
     """Run a command."""
-    profile()
+    try:
+        profile()
+    finally:
+        loading.leave_uncollected()

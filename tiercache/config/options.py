@@ -156,6 +156,11 @@ class OffloadConfig:
                 raise UsageError(f"{name}={value!r} must be a whole number of tokens, 1 or more; try {name}=512")
         refuse_unknown_device(self.device)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether kernels may run whole layers."""
+        return self.kernels in ("auto", "fast")
+
     def _check_resident(self) -> None:
         """Refuse resident passes where a matrix has no lower planes to do with."""
         if not self.resident:

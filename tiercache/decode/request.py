@@ -5,9 +5,11 @@ Knows the arguments of transformers' `_sample`; it does not know trees or drafte
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from tiercache.compat import logits_process
@@ -54,7 +56,12 @@ class Request:
         return self.ids[:, : self.length]
 
     def shaped(self, row: Tensor) -> Tensor:
-        """The scores [vocabulary] of the next token from its logits [vocabulary]; called once for each token."""
+        """The scores [vocabulary] of the next token from its logits [vocabulary]; called once for each token.
+
+        Not to be changed in place.
+        """
+        if not self.processors and not self.keep_logits and not self.keep_scores:
+            return row.float()
         logits = row.to(torch.float32, copy=True)[None]
         if self.keep_logits:
             self.logits.append(logits.clone())
@@ -72,8 +79,30 @@ class Request:
         self.ids[0, self.length] = token
         self.length += 1
         if self.streamer is not None:
-            self.streamer.put(self.ids[0, self.length - 1 : self.length].cpu())
-        return bool(self.criteria(self.text, tuple(self.scores) if self.keep_scores else None).all())
+            self.streamer.put(torch.tensor([token], dtype=self.ids.dtype))
+        ends = [self._ends(criterion, token) for criterion in self._criteria]  # each is asked, for it may keep state
+        return any(ends)
+
+    @cached_property
+    def _criteria(self) -> Sequence[Callable[[Tensor, Any], Tensor]]:
+        """One by one, where there are several."""
+        return self.criteria if isinstance(self.criteria, transformers.StoppingCriteriaList) else (self.criteria,)
+
+    @cached_property
+    def _end_tokens(self) -> frozenset[int]:
+        """Of the criteria that go by the newest token alone."""
+        known = (each.eos_token_id for each in self._criteria if type(each) is transformers.EosTokenCriteria)
+        return frozenset(token for tokens in known for token in tokens.tolist())
+
+    def _ends(self, criterion: Callable[[Tensor, Any], Tensor], token: int) -> bool:
+        """Whether the text ends by a criterion; of the two that every call has, without an operation on tensors."""
+        if type(criterion) is transformers.EosTokenCriteria:
+            return token in self._end_tokens
+        if type(criterion) is transformers.MaxLengthCriteria:
+            most = criterion.max_position_embeddings
+            if most is None or self.length <= most:  # of what is longer, it warns
+                return self.length >= criterion.max_length
+        return bool(criterion(self.text, tuple(self.scores) if self.keep_scores else None).all())
 
     def node_processors(self) -> Callable[[Sequence[Sequence[int]], Tensor], Tensor] | None:
         """The processors that a drafter may ask of any node (see `NodeProcessors`); None where there are none."""

@@ -16,6 +16,7 @@ from policies.acceptance import trials
 from policies.budgeter import Budgeter
 from policies.drafting import RoundPlan
 from tiercache.draft.base import Context, Drafter, Feedback, TreeBudget, joint_requirements
+from tiercache.draft.row_topk import row_topk
 from tiercache.draft.tree import ROOT, DraftTree
 from tiercache.stats.drafting import DraftStats
 
@@ -138,7 +139,7 @@ class DrafterScheduler:
         rows = feedback.logits
         assert rows is not None
         topk = min(self.requirements.topk, rows.shape[-1])
-        likeliest = torch.topk(rows, topk).indices.cpu() if topk else None
+        likeliest = row_topk(rows, topk)[1].cpu() if topk else None
         told = replace(feedback, topk=likeliest, logits=rows if self.requirements.logits else None)
         for drafter in self._drafters:
             drafter.observe(told)

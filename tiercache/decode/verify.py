@@ -16,6 +16,9 @@ from torch import Tensor
 from tiercache.draft.base import Noise
 from tiercache.draft.tree import ROOT, DraftTree, Order
 from tiercache.errors import DraftError, UsageError
+from tiercache.tiers.device import on_host
+
+_OF_NUMPY = (torch.float32, torch.float64)
 
 # The target's scores at a node (`ROOT` for the root), after all logits processors: [vocabulary], fp32, banned = -inf.
 Scores = Callable[[int], Tensor]
@@ -183,10 +186,20 @@ class ShiftedRejection(Rejection):
 
 def _likeliest(tree: DraftTree, node: int, scores: Tensor) -> tuple[int, int | None]:
     """The token of the highest score, and the child that has it."""
-    best, token = scores.max(-1)
+    best, token = _highest(scores)
     if not best > -math.inf:  # NaN is no more than anything
         raise _no_token(scores, node)
-    return int(token), tree.child(node, int(token))
+    return token, tree.child(node, token)
+
+
+def _highest(scores: Tensor) -> tuple[float, int]:
+    """The highest of some scores and the first token that has it; NaN is higher than any number."""
+    if on_host(scores.device) and scores.dtype in _OF_NUMPY:  # which is ten times as fast
+        values = scores.numpy(force=True)
+        token = int(values.argmax())
+        return float(values[token]), token
+    best, place = scores.max(-1)
+    return float(best), int(place)
 
 
 def _probabilities(scores: Tensor, node: int) -> Tensor:

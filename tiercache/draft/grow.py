@@ -25,6 +25,7 @@ from tiercache.draft.growing_tree import (
     siblings_of,
     within,
 )
+from tiercache.draft.row_topk import row_topk
 from tiercache.draft.sampled_growers import Branching, StochasticBeam
 from tiercache.draft.static import RankRates, best_template
 from tiercache.draft.tree import ROOT, DraftTree
@@ -152,9 +153,9 @@ def _ranked(
         rows = torch.stack([noise[position] for position in positions])
         z = z + (rows[:, : z.shape[1]] if tokens is None else rows.gather(1, tokens))
     z = z if score_scale == 1 else z * score_scale
-    best, index = z.topk(min(count, z.shape[1]))
+    _, index = row_topk(z, min(count, z.shape[1]))
     # The log of the probability that a token is the one the target takes; not above 0, not even by rounding.
-    steps = (best - z.logsumexp(-1, keepdim=True)).clamp_(max=0.0)
+    steps = torch.log_softmax(z, -1).gather(1, index).clamp_(max=0.0)
     return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), steps)
 
 

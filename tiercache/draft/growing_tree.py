@@ -66,7 +66,7 @@ class TokenCandidates:
     """The tokens that may follow each of some nodes, as a drafter scores them.
 
     Attributes:
-        logq: log-probabilities [nodes, k]; -inf where there is nothing.
+        logq: log-probabilities [nodes, k], but for a constant of each node; -inf where there is nothing.
         tokens: their tokens [nodes, k], none twice in a row; None where the column is the token.
     """
 

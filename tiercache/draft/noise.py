@@ -7,7 +7,10 @@ without communication and drafter-invariant speculative decoding, arXiv 2408.079
 Knows integers; it does not know models.
 """
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 # Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), all modulo 2**64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = 1 << 64
+_MASK = _WORD - 1
 KEPT_POSITIONS = 18
 """Positions whose noise is kept: those of one round, from the root to a leaf 16 tokens deep, and the token after it."""
 
@@ -47,6 +51,13 @@ class GumbelNoise:
                 self._kept.popitem(last=False)
         return self._kept[position]
 
+    def of(self, position: int) -> Callable[[int], float]:
+        """What gives the noise of single tokens at a position, where a row of all tokens would be work for nothing."""
+        if position in self._kept:
+            found: Callable[[int], float] = self._kept[position].numpy(force=True).item
+            return found
+        return partial(_gumbel, _mix(self._key + position))
+
     def _make(self, positions: range) -> torch.Tensor:
         """The noise of several positions [positions, vocabulary]."""
         bits = self._tokens + np.array([_mix(self._key + position) for position in positions], np.uint64)[:, None]
@@ -55,6 +66,16 @@ class GumbelNoise:
         uniform = torch.from_numpy(bits.astype(np.float64)).add_(0.5).mul_(2.0**-53)  # within (0, 1)
         found = uniform.log_().neg_().log_().neg_().to(torch.float32)
         return found if self._device is None else found.to(self._device)
+
+
+def _gumbel(key: int, token: int) -> float:
+    """The noise of one token at the position of a key, as `GumbelNoise._make` makes it of all."""
+    value = ((token + 1) * _GOLDEN + key + _GOLDEN) & _MASK  # `_mix`, for it is asked for thousands
+    value = ((value ^ value >> 30) * _MIX_1) & _MASK
+    value = ((value ^ value >> 27) * _MIX_2) & _MASK
+    uniform = (((value ^ value >> 31) >> 11) + 0.5) * 2.0**-53
+    surprise = -math.log(uniform)
+    return float(np.float32(-math.log(surprise))) if surprise > 0 else math.inf  # 0 where it was rounded to 1
 
 
 def _mix(value: int) -> int:

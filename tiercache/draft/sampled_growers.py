@@ -25,6 +25,7 @@ from tiercache.draft.growing_tree import (
     siblings_of,
     within,
 )
+from tiercache.draft.row_topk import row_topk
 from tiercache.draft.tree import ROOT, DraftTree
 
 
@@ -78,7 +79,7 @@ class Draws:
         rows = torch.softmax(logq, -1).nan_to_num_(0.0)  # NaN where a node has no candidates
         logq = rows.log()  # of the very numbers that the verifier will be given
         chance = torch.empty(logq.shape).exponential_(generator=self._generator).to(logq.device)
-        best, index = (logq - chance.log_()).topk(min(count, logq.shape[1]))
+        best, index = row_topk(logq - chance.log_(), min(count, logq.shape[1]))
         q.add(nodes, rows, tokens)
         return siblings_of(nodes, index if tokens is None else tokens.gather(1, index), logq.gather(1, index), best)
 

@@ -38,7 +38,7 @@ class RunScorer:
         self.passes = 0
 
     def __call__(self, growing: GrowingTree, nodes: Sequence[int]) -> TokenCandidates:
-        """Log-probabilities after each of `nodes`: [nodes, vocabulary]."""
+        """Scores after each of `nodes`: [nodes, vocabulary]."""
         logits = self._logits(growing, nodes).float()
         if self._vocabulary is not None:
             whole = logits.new_full((len(nodes), self._context.vocabulary), -torch.inf)
@@ -46,7 +46,7 @@ class RunScorer:
         logits = logits[:, : self._context.vocabulary]
         if self._context.processors is not None:
             logits = self._context.processors([growing.path_tokens(node) for node in nodes], logits)
-        return TokenCandidates(torch.log_softmax(logits, -1))
+        return TokenCandidates(logits)
 
     def ran(self, tokens: Sequence[int]) -> list[int]:
         """Places in the run of the nodes along `tokens`, which follow the root, as far as they were run."""

@@ -44,7 +44,9 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
     def planned(options: OffloadConfig) -> ExactPlacement:
         own = opened.cut_by_plane(config.precision) if options.resident else opened
         spec = drafting.find_drafters(options, own)
-        arithmetic = Arithmetic(machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed)
+        arithmetic = Arithmetic(
+            machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed, fused=options.fuses
+        )
         asked = memory_requirements(own, drafting.widened(options), arithmetic)
         asked = drafting.reserve(asked, spec, options)
         plan = budgets.divide(own, asked, options.settings.prefetch_bytes)

@@ -17,6 +17,7 @@ from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
+from tiercache.model.fused_layer import fusable
 from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
@@ -40,12 +41,14 @@ class MemoryRequirements:
         needs: units and reserves, for the planner.
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
+        matrices: of each matrix that is cut by plane, the units of its planes, lowest first.
     """
 
     uses: tuple[Use, ...]
     needs: PlanInputs
     workspace_bytes: int
     payload: dict[int, int]
+    matrices: tuple[tuple[int, ...], ...] = ()
 
     def staged(self, staging_bytes: int) -> "MemoryRequirements":
         """The same where reading files takes other bytes."""
@@ -61,12 +64,14 @@ class Arithmetic:
         kernels: by planes as they are; otherwise each weight is decoded first.
         on_cpu: the CPU multiplies, in DRAM, by what does not stay in the HBM tier.
         shortlist: the head reads few planes of all its rows, and all planes of the likeliest ones.
+        fused: kernels run whole layers where they can, and hold all matrices of a half at once.
     """
 
     device: torch.device
     kernels: bool
     on_cpu: bool = False
     shortlist: bool = False
+    fused: bool = False
 
     @property
     def is_gpu(self) -> bool:
@@ -118,10 +123,22 @@ def memory_requirements(
         dram=_dram_reserve(opened, config, arithmetic),
         only_rows=only_rows,
         neuron_bytes=sum(manifest.units[key].nbytes for key in only_rows),
-        together=cut,
+        together=_held_at_once(opened, cut) if arithmetic.kernels and arithmetic.fused else cut,
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut)
+
+
+def _held_at_once(opened: Opened, cut: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The units of each half of a layer that is fused, and of each other matrix that is cut by plane."""
+    weights = opened.manifest.weights
+    halves = [
+        tuple(dict.fromkeys(key for module in half for key in weights[module].units))
+        for parts in fusable(opened.meta_model, weights)
+        for half in parts.halves
+    ]
+    fused = {key for half in halves for key in half}
+    return (*(half for half in halves if len(half) > 1), *(units for units in cut if fused.isdisjoint(units)))
 
 
 def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:

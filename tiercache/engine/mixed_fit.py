@@ -143,7 +143,9 @@ class _Fitting:
         slotted = self.budgets.has_hbm
         manifest = plan.manifest(self.store, self.config.precision, slotted=slotted)
         opened = replace(self.opened, manifest=manifest)
-        arithmetic = Arithmetic(self.machine.device, kernels=True, on_cpu=self.on_cpu.allowed, shortlist=True)
+        arithmetic = Arithmetic(
+            self.machine.device, kernels=True, on_cpu=self.on_cpu.allowed, shortlist=True, fused=self.config.fuses
+        )
         asked = memory_requirements(opened, self.config, arithmetic, self.trace)
         if not slotted:
             return opened, asked

@@ -67,7 +67,7 @@ class ResidentRun(ExactRun):
 
     def __init__(self, cpu_tokens: int, asked: MemoryRequirements, plan: Plan) -> None:
         super().__init__(cpu_tokens)
-        matrices: Sequence[tuple[Key, ...]] = asked.needs.together
+        matrices: Sequence[tuple[Key, ...]] = asked.matrices
         self.views = dict(zip(matrices, plan.resident(matrices), strict=True))
         self.resident_bytes = sum(asked.payload[key] for view in self.views.values() for key in view)
 

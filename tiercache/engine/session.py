@@ -129,7 +129,7 @@ def _attach(
     table = opened.table(stack, tiers, device)
     uses = [_placed(use, tiers, run) for use in placed.asked.uses]
     workspace = Slab(placed.asked.workspace_bytes, device).bytes
-    fuse = None if placed.config.kernels == "unfused" else stats.count_layer
+    fuse = stats.count_layer if placed.config.fuses else None
     bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing, fuse)
     embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
     attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)

@@ -58,7 +58,11 @@ class Opened:
 
     def cut_by_plane(self, precision: str) -> "Opened":
         """The same model with its matrices cut by plane; as it is without a store."""
-        return replace(self, manifest=self.store.manifest(precision, cut=True)) if self.store else self
+        return (
+            replace(self, manifest=self.store.manifest(precision, cut=True, model=self.meta_model))
+            if self.store
+            else self
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -143,7 +147,8 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
         return _open_store(_store_of(source, config, show_progress), config, show_progress)
     _refuse_checks(config)
     source = source.in_place(show_progress=show_progress)
-    return Opened(model := source.model(), model, checkpoint_manifest(source), None, False, folder=folder)
+    model = source.model()
+    return Opened(model, model, checkpoint_manifest(source, model), None, False, folder=folder)
 
 
 def default_store(source: Checkpoint, group: int = 64) -> Path:
@@ -182,8 +187,9 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
         )
     if config.checks:
         store.verify(show_progress=show_progress)
-    manifest = store.manifest(config.precision)
-    return Opened(model := store.model(), model, manifest, None, False, store, store.folder)
+    model = store.model()
+    manifest = store.manifest(config.precision, model=model)
+    return Opened(model, model, manifest, None, False, store, store.folder)
 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
@@ -207,7 +213,7 @@ def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None)
         raise StoreError(f"{config.store} is the store of another model than the one in memory; name another store")
     if config.checks:
         store.verify(show_progress=show_progress)
-    return Opened(model, bare, store.manifest(config.precision), None, True, store)
+    return Opened(model, bare, store.manifest(config.precision, model=bare), None, True, store)
 
 
 def _refuse_checks(config: OffloadConfig) -> None:

@@ -60,11 +60,13 @@ def imagined_workload(config: transformers.PretrainedConfig, options: OffloadCon
     dtype = configured if isinstance(configured, torch.dtype) else torch.bfloat16
     if not of_planes(options.precision):
         checkpoint = imagined_checkpoint(config, dtype)
-        model, manifest, store = checkpoint.model(), checkpoint_manifest(checkpoint), None
+        model, store = checkpoint.model(), None
+        manifest = checkpoint_manifest(checkpoint, model)
     else:
         store = imagined_store(config, dtype)
-        model, manifest = store.model(), store.manifest(options.precision)
+        model = store.model()
+        manifest = store.manifest(options.precision, model=model)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
-    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu)
+    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu, fused=options.fuses)
     return workload_of(opened, memory_requirements(opened, options, arithmetic), options)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tiercache.compat import attention_of
 from tiercache.errors import UsageError
+from tiercache.tiers.device import on_host
 
 
 class TreeMasks:
@@ -66,13 +67,13 @@ class TreeMasks:
             window = None  # it reaches to the beginning
         if new == 1 and window is None and self._hidden is None and ancestors[first] == (1 << nodes) - 1:
             return None
-        seen = torch.ones(new, length + nodes, dtype=torch.bool, device=self.device)
         width = (nodes + 7) // 8
         packed = np.frombuffer(
             b"".join(ancestor_bits.to_bytes(width, "little") for ancestor_bits in ancestors[first:]), np.uint8
         )
         bits = np.unpackbits(packed.reshape(new, width), axis=1, count=nodes, bitorder="little")
-        seen[:, length:] = torch.from_numpy(bits).to(self.device)
+        seen = self._shown(new, length + nodes)
+        seen[:, length:] = torch.from_numpy(bits.view(np.bool_)).to(self.device)
         if self._hidden is not None:
             seen[:, : self._hidden.shape[0]].masked_fill_(self._hidden, False)
         near = seen if window is None else self._near(seen, depths, first, length, window)
@@ -80,6 +81,12 @@ class TreeMasks:
             full = self._for_attention(seen)
             return {"full_attention": full, "sliding_attention": full if near is seen else self._for_attention(near)}
         return self._for_attention(near)
+
+    def _shown(self, rows: int, columns: int) -> Tensor:
+        """A mask that hides nothing; numpy makes it without waking threads, which would take longer than the work."""
+        if on_host(self.device):
+            return torch.from_numpy(np.ones((rows, columns), dtype=np.bool_))
+        return torch.ones(rows, columns, dtype=torch.bool, device=self.device)
 
     def _near(self, seen: Tensor, depths: Sequence[int], first: int, length: int, window: int) -> Tensor:
         """Of what nodes see, what is within their window: by the place that a node would take, not by its slot."""

@@ -78,6 +78,12 @@ class LayerParts:
     feed_forward: bool
 
     @property
+    def halves(self) -> list[list[str]]:
+        """The modules of each half, by their names in the model: a call holds the weights of all of them."""
+        halves = [(*_INWARD, _OUTWARD), *([(*_GATED, _DOWN)] if self.feed_forward else [])]
+        return [[f"{self.name}.{part}" for part in half] for half in halves]
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in."""
         return next(self.layer.get_submodule("input_layernorm").parameters()).dtype
@@ -142,8 +148,8 @@ class FusedLayer:
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
         self._norms: Any = parts.layer  # holds them, and the feed-forward block
-        self._attends = _Slotted(slots, [f"{parts.name}.{part}" for part in (*_INWARD, _OUTWARD)], self._new_attention)
-        self._feeds = _Slotted(slots, [f"{parts.name}.{part}" for part in (*_GATED, _DOWN)], self._new_feed_forward)
+        self._attends = _Slotted(slots, parts.halves[0], self._new_attention)
+        self._feeds = _Slotted(slots, parts.halves[-1], self._new_feed_forward)
         names = ["input_layernorm", "self_attn", *(["post_attention_layernorm", "mlp"] if parts.feed_forward else [])]
         passed_over = [parts.layer.get_submodule(name).modules() for name in names]
         self._modules: list[nn.Module] = [module for some in passed_over for module in some]

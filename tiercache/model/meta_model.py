@@ -32,6 +32,7 @@ _FFNS = (
     (("dense_h_to_4h",), "dense_4h_to_h", False),  # Falcon, GPT-NeoX
 )
 
+_DRAWING = ("normal_", "uniform_", "kaiming_uniform_")  # of torch.nn.init and of transformers, which has its own
 
 Model = transformers.PreTrainedModel
 
@@ -71,14 +72,19 @@ class Ffn:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty`, with which layers make their weights, takes no memory.
+    """`torch.empty`, with which layers make their weights, takes no memory, and no numbers are drawn for them.
 
-    Even memory that is given back at once costs: the C library then keeps blocks of that size for later.
+    Even memory that is given back at once costs: the C library then keeps blocks of that size for later. And torch
+    draws random numbers for tensors without data in Python, slower than for some with data.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.empty:
             return func(*args, **{**(kwargs or {}), "device": "meta"})
+        if getattr(func, "__name__", "") in _DRAWING:
+            target = args[0] if args else kwargs["tensor"]
+            if target.is_meta:
+                return target
         return func(*args, **(kwargs or {}))
 
 

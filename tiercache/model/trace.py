@@ -8,6 +8,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tiercache.compat import cache_argument, cache_kwargs, cache_out
 from tiercache.errors import UnsupportedModelError
@@ -130,6 +132,63 @@ class _PlainAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Results:
+    """Runs operations on tensors without data; what one made of such arguments before is made again without it.
+
+    torch works out the shape of many results in Python, which takes a while; a model's layers do the same.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Any, ...] | None] = {}  # size, stride and dtype; None: run it
+
+    def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `func` returns."""
+        if _makes_one_tensor(func) and (asked := _described((args, kwargs))) is not None:
+            key = func, asked
+            if key not in self._known:
+                result = func(*args, **kwargs)
+                self._known[key] = _remade(result, tree_leaves((args, kwargs)))
+                return result
+            if (known := self._known[key]) is not None:
+                size, stride, dtype = known
+                return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        return func(*args, **kwargs)
+
+
+@cache
+def _makes_one_tensor(func: Any) -> bool:
+    """Whether an operation returns a tensor of its own, and changes none."""
+    returns = func._schema.returns
+    return (
+        len(returns) == 1
+        and isinstance(returns[0].type, torch.TensorType)
+        and returns[0].alias_info is None
+        and not func._schema.is_mutable
+    )
+
+
+def _described(argument: Any) -> Any:
+    """Whatever of an argument decides what comes of it, to be looked up by; None where that is not known."""
+    if isinstance(argument, torch.Tensor):
+        return (argument.shape, argument.stride(), argument.dtype) if argument.is_meta else None
+    if isinstance(argument, tuple | list):
+        parts = tuple(map(_described, argument))
+        return None if None in parts else parts
+    if isinstance(argument, dict):
+        return _described((*argument, *argument.values()))
+    return type(argument), argument  # 1, 1.0 and True are equal
+
+
+def _remade(result: Any, given: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What a result is made anew from; None where its memory is not its own, or more than it needs."""
+    storage = result.untyped_storage()
+    shared = any(isinstance(part, torch.Tensor) and part.untyped_storage()._cdata == storage._cdata for part in given)
+    needed = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    if shared or not result.is_meta or storage.nbytes() != needed.untyped_storage().nbytes():
+        return None
+    return result.shape, result.stride(), result.dtype
+
+
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that some tensor made within it still uses; the model's own left out."""
 
@@ -138,13 +197,14 @@ class _LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._users: dict[int, int] = {}
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._results = _Results()
         for tensor in held:
             self._enter(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return False  # "is the mask all ones?" is all that a forward may ask; a padded batch takes more memory
-        result = func(*args, **(kwargs or {}))
+        result = self._results(func, args, kwargs or {})
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self._enter(tensor)

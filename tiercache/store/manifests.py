@@ -29,10 +29,13 @@ from tiercache.tiers.device import on_host
 _ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
 
 
-def checkpoint_manifest(checkpoint: Checkpoint) -> Manifest:
-    """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense."""
+def checkpoint_manifest(checkpoint: Checkpoint, model: transformers.PreTrainedModel | None = None) -> Manifest:
+    """The checkpoint in place: one unit per matrix, one for the token embedding, everything else dense.
+
+    `model` is one that `checkpoint.model` gave, where the caller has it; to build one takes a while.
+    """
     refs = checkpoint.refs()
-    made = _manifest(checkpoint.model(), lambda key, name: plain_unit(key, name, refs[name]))
+    made = _manifest(model or checkpoint.model(), lambda key, name: plain_unit(key, name, refs[name]))
     names = {unit.name for unit in made.units}
     return replace(made, dense={name: ref for name, ref in refs.items() if name not in names})
 

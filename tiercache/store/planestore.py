@@ -82,7 +82,14 @@ class PlaneStore:
         """The model without weights (all parameters on the meta device), with its generation defaults."""
         return meta_model.with_defaults(self.config, self.dtype, self.folder)
 
-    def manifest(self, precision: str, blocks: Sequence[tuple[int, int]] = (), *, cut: bool = False) -> Manifest:
+    def manifest(
+        self,
+        precision: str,
+        blocks: Sequence[tuple[int, int]] = (),
+        *,
+        cut: bool = False,
+        model: transformers.PreTrainedModel | None = None,
+    ) -> Manifest:
         """What the model is made of when computed at `precision`; the head is always read at int8.
 
         Args:
@@ -90,8 +97,9 @@ class PlaneStore:
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
             cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
+            model: one that `model` gave, where the caller has it; to build one takes a while.
         """
-        embedding = meta_model.embedding(self.model())
+        embedding = meta_model.embedding(self.model() if model is None else model)
         return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
 
     def blocks(self) -> tuple[UnitRecord, ...]:

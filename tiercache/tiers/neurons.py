@@ -279,8 +279,9 @@ class NeuronSlots:
         index = torch.from_numpy(slots + self._base[plane][layer])
         if self._staging is not None:
             index = self._staging.index(plane, index).to(kept.device, non_blocking=True)
-            self._staging.copied(plane)
         kept.index_copy_(0, index, passing[: slots.size])
+        if self._staging is not None:
+            self._staging.copied(plane)
 
     def _count(self, plane: int, hits: int, wanted: int, moved: int, lacking: int, residency: NeuronResidency) -> None:
         width = self.plan.widths[plane]

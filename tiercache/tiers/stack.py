@@ -18,10 +18,11 @@ from tiercache.progress import bar
 from tiercache.stats.run import TierStats
 from tiercache.store.manifest import Manifest, PlainWeight, Weight
 from tiercache.store.reader import Reader
+from tiercache.tiers.arrivals import Pending
 from tiercache.tiers.device import device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
-from tiercache.tiers.tier import Cause, Fill, Pending, Supply, Tier, waited_for_ssd
+from tiercache.tiers.tier import Cause, Fill, Supply, Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
 Observer = Callable[[str, str, Key], None]
@@ -64,6 +65,9 @@ class TierChoice(Supply):
 
     def begin(self, *, on_cpu: bool) -> None:
         """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
+        self._upper.release_all()
+        if self._on_cpu and isinstance(self._lower, Tier):
+            self._lower.release_all()
         if on_cpu:  # in this order: after Ctrl-C anywhere in it no pass uses the lower tier beside the copies
             self._upper.pause()
             self._on_cpu = True
@@ -145,6 +149,8 @@ class TierStack:
         """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
         if isinstance(self.top, TierChoice):
             self.top.begin(on_cpu=on_cpu)
+        elif isinstance(self.top, Tier):
+            self.top.release_all()
 
     def load(self, *, show_progress: bool | None) -> None:
         """Load every unit that stays."""

@@ -13,7 +13,6 @@ passes may come on any stream.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,8 +21,9 @@ from policies.residency import Residency
 from policies.types import Key, Load
 from tiercache.errors import ClosedError, DoesNotFitError
 from tiercache.stats.run import TierStats
+from tiercache.tiers.arrivals import Arrival, Failed, Pending
 from tiercache.tiers.device import Event, Standstill, device_of
-from tiercache.tiers.last_reads import LastReads, Read
+from tiercache.tiers.last_reads import LastReads
 from tiercache.tiers.slab import Slab
 
 _CLOSED = "the tiers are closed; open the model again with tiercache.offload(...)"
@@ -49,23 +49,6 @@ class Supply(SlotSource, Protocol):
         """Keys that stay are used by a consumer that has bound them; for the statistics."""
 
 
-class Pending(Protocol):
-    """Bytes on their way."""
-
-    def done(self) -> bool:
-        """Whether `wait` would return at once."""
-
-    def wait(self) -> Standstill | None:
-        """Block until they are there for what the caller does next, be it on a GPU's stream; raise what went wrong.
-
-        Returns:
-            how long the stream stands still for them; None where nothing but the caller waits.
-        """
-
-    def cancel(self) -> None:
-        """Give up; return when nothing writes any more."""
-
-
 # Begins to bring the bytes of a key into a slot, after the events of those bytes' last readers on a GPU.
 Fill = Callable[[Key, torch.Tensor, Sequence[Event]], Pending]
 Cause = Callable[[Pending, float], Mapping[str, float]]
@@ -74,30 +57,6 @@ Cause = Callable[[Pending, float], Mapping[str, float]]
 def waited_for_ssd(pending: Pending, begin: float) -> Mapping[str, float]:
     """A wait, over now, that was all for the SSD."""
     return {"ssd": time.perf_counter() - begin}
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A load that could not even begin."""
-
-    error: Exception
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> Standstill | None:
-        raise self.error
-
-    def cancel(self) -> None:
-        pass
-
-
-@dataclass
-class _Arrival:
-    load: Load
-    slot: torch.Tensor
-    pending: Pending
-    after: list[Read]
 
 
 class Tier(Supply):
@@ -129,8 +88,9 @@ class Tier(Supply):
         self._slab, self._residency, self._payload, self._fill = slab, residency, payload, fill
         self._device = device_of(slab.bytes.device)
         self.stats, self._cause, self._observe, self._settle = stats, cause, observe, settle
-        self._arrivals: dict[Key, _Arrival] = {}
+        self._arrivals: dict[Key, Arrival] = {}
         self._ready: dict[Key, torch.Tensor] = {}  # the slots of keys that stay
+        self._held: set[Key] = set()
         self._reads, self._standing = LastReads(), deque[Standstill]()
         self._closed = self._paused = self._settled = False
 
@@ -168,6 +128,7 @@ class Tier(Supply):
         if (slot := self._ready.get(key)) is not None:  # nothing to decide
             self.hit((key,))
             return slot
+        self._held.add(key)
         answer = self._residency.acquire(key)
         self._drop(answer.dropped)
         self.count(key, hit=answer.hit)
@@ -178,13 +139,12 @@ class Tier(Supply):
             raise DoesNotFitError(
                 f"unit {key} finds no room while others are in use; run whole passes, or raise the tier's budget"
             ) from error
-        if key not in self._arrivals:  # Ctrl-C came between the decision and its load
-            self._begin(load)
-        arrival = self._arrivals[key]
+        arrival = self._arrivals.get(key)
+        if arrival is None or arrival.load is not load:  # Ctrl-C came between the decision and its load
+            arrival = self._begin(load)
         try:
-            if not arrival.pending.done():
-                self._stall(arrival.pending)
-            if (standstill := arrival.pending.wait()) is not None:
+            done = arrival.pending.done()
+            if (standstill := arrival.pending.wait() if done else self._stall(arrival.pending)) is not None:
                 self._standing.append(standstill)
         except BaseException:  # a failed read, or Ctrl-C in the wait: the bytes are free again for the next pass
             self._give_up(key)
@@ -206,12 +166,19 @@ class Tier(Supply):
         """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
         if self._closed or key in self._ready:  # what stays frees no room
             return
-        if (arrival := self._arrivals.pop(key, None)) is not None:
+        if (arrival := self._arrivals.get(key)) is not None:
             self._reads.add(arrival.load, self._device.last_use())
-        self._residency.release(key)
+        self._residency.release(key)  # from here on harmless when done again, after Ctrl-C
+        self._arrivals.pop(key, None)
+        self._held.discard(key)
         self._book_standstills()
         self._observe("evict", key)
         self.prefetch()
+
+    def release_all(self) -> None:
+        """Release what a pass that was interrupted has left."""
+        for key in tuple(self._held):
+            self.release(key)
 
     def prefetch(self) -> None:
         """Begin every load for which there is room."""
@@ -259,21 +226,23 @@ class Tier(Supply):
         if (arrival := self._forget(key)) is not None:
             arrival.pending.cancel()
         self._residency.release(key)
+        self._held.discard(key)
         self._observe("drop", key)
 
-    def _begin(self, load: Load) -> None:
+    def _begin(self, load: Load) -> Arrival:
         slot = self._slab.slot(load.offset, load.nbytes)
         self._observe("load", load.key)
         after = self._reads.over(load)
         try:
             pending = self._fill(load.key, slot, [read.until for read in after])
         except Exception as error:  # it comes out where the key is waited for
-            pending = _Failed(error)
-        self._arrivals[load.key] = _Arrival(load, slot, pending, after)
+            pending = Failed(error)
+        arrival = self._arrivals[load.key] = Arrival(load, slot, pending, after)
         self._reads.covered(load)  # not before: after Ctrl-C in between somebody else waits, too
         self.stats.loaded_bytes += self._payload[load.key]
         used = self._residency.used_bytes + sum(self.stats.reserved_bytes.values())
         self.stats.peak_bytes = max(self.stats.peak_bytes, used)
+        return arrival
 
     def _drop(self, keys: tuple[Key, ...]) -> None:
         for key in keys:
@@ -282,7 +251,7 @@ class Tier(Supply):
             self.stats.dropped_bytes += self._payload[key]
             self._observe("drop", key)
 
-    def _forget(self, key: Key) -> _Arrival | None:
+    def _forget(self, key: Key) -> Arrival | None:
         """A load that is given up may never have waited for the readers of its bytes: the next one must."""
         if (arrival := self._arrivals.pop(key, None)) is not None:
             self._reads.put_back(arrival.after)
@@ -294,7 +263,8 @@ class Tier(Supply):
             self._standing.popleft()
             self.stats.stall_s.update({"link": seconds} if seconds else {})
 
-    def _stall(self, pending: Pending) -> None:
+    def _stall(self, pending: Pending) -> Standstill | None:
         begin = time.perf_counter()
-        pending.wait()
+        standstill = pending.wait()
         self.stats.stall_s.update(self._cause(pending, begin))
+        return standstill

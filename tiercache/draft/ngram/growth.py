@@ -4,13 +4,15 @@ A look-up costs microseconds, so nodes are taken one by one from a heap (SpecExe
 one node instead of a batch); the growers of `draft.grow` ask a model, which wants many nodes at once.
 """
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from heapq import heappop, heappush
+from math import log
+from typing import TypeVar
 
-from tiercache.draft.base import Context, TreeBudget
-from tiercache.draft.tree import ROOT, DraftTree
+from tiercache.draft.base import Context, Noise, TreeBudget
+from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.tree import ROOT, DraftTree, Order
 
 State = TypeVar("State")
 # What may follow: (token, its probability, how much it is favoured beyond that, the state behind it).
@@ -33,69 +35,61 @@ def grow_tree(start: State, expand: Expand[State], budget: TreeBudget, context: 
         given its parent: in sampled decoding, of its score with the target's noise being the highest. The budget's
         `score_scale` is a factor on scores.
     """
-    grown = _Growth(expand, budget, context)
-    if budget.nodes > 0:
-        grown.open(start, ROOT, 1.0, 1)
-    while grown.heap and len(grown.tokens) < budget.nodes:
-        grown.take()
-    return DraftTree(
-        tuple(grown.tokens),
-        tuple(grown.parents),
-        "deterministic" if context.noise is None else "shared_gumbel",
-        logq=tuple(grown.logq),
-    )
+    scores = _Scores(budget, context)
+    scored = context.noise is not None or budget.score_scale != 1
+    width, floor, vocabulary = budget.width, max(budget.floor, _LEAST), context.vocabulary
+    deepest = min(budget.depth, context.room - 1)
+    tokens: list[int] = []
+    parents: list[int] = []
+    logq: list[float] = []
+    # (-merit, turn, siblings, place among them, parent, probability of the parent's path, depth): of siblings only the
+    # best one left waits; its successor follows when it goes. Of two equals the one that came first goes first.
+    heap: list[tuple[float, int, Sequence[Continuation[State]], int, int, float, int]] = []
+    turn = 0
 
-
-class _Growth(Generic[State]):
-    """A tree under growth. Of siblings only the best one left waits in the heap; its successor follows when it goes."""
-
-    def __init__(self, expand: Expand[State], budget: TreeBudget, context: Context) -> None:
-        self._expand, self._noise = expand, context.noise
-        self._width, self._floor, self._vocabulary = budget.width, max(budget.floor, _LEAST), context.vocabulary
-        self._score_scale = budget.score_scale
-        self._deepest = min(budget.depth, context.room - 1)
-        self._position = len(context.tokens) - 1  # of the root
-        self._rows: list[Callable[[int], float]] = []  # the noise of a token, by depth
-        self._turn = 0  # of two equals the one that came first
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.logq: list[float] = []
-        # (-merit, turn, siblings, place among them, parent, probability of the parent's path, depth)
-        self.heap: list[tuple[float, int, Sequence[Continuation[State]], int, int, float, int]] = []
-
-    def open(self, state: State, node: int, path: float, depth: int) -> None:
-        """Let the children of a node come into question."""
-        if depth <= self._deepest:
-            found = self._expand(state)
-            if found and (self._noise is not None or self._score_scale != 1):
-                found = self._scored(found, depth)
-            self._push(found, 0, node, path, depth)
-
-    def take(self) -> None:
-        """Enter the best candidate as a node."""
-        _, _, siblings, place, parent, path, depth = heapq.heappop(self.heap)
-        token, probability, _, state = siblings[place]
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.logq.append(math.log(probability))
-        self._push(siblings, place + 1, parent, path, depth)
-        self.open(state, len(self.tokens) - 1, path * probability, depth + 1)
-
-    def _push(self, siblings: Sequence[Continuation[State]], first: int, parent: int, path: float, depth: int) -> None:
-        for place in range(first, min(len(siblings), self._width)):
+    def offer(siblings: Sequence[Continuation[State]], first: int, parent: int, path: float, depth: int) -> None:
+        """The best of the siblings from the `first` on that may be a node comes into question."""
+        nonlocal turn
+        for place in range(first, min(len(siblings), width)):
             token, probability, favour, _ = siblings[place]
-            if path * probability >= self._floor and 0 <= token < self._vocabulary:
-                self._turn += 1
-                entry = (-path * probability * favour, self._turn, siblings, place, parent, path, depth)
-                heapq.heappush(self.heap, entry)
+            if path * probability >= floor and 0 <= token < vocabulary:
+                turn += 1
+                heappush(heap, (-path * probability * favour, turn, siblings, place, parent, path, depth))
                 return
 
-    def _scored(self, found: Sequence[Continuation[State]], depth: int) -> Sequence[Continuation[State]]:
+    if budget.nodes > 0 and deepest > 0:
+        found = expand(start)
+        offer(scores.of(found, 1) if scored and found else found, 0, ROOT, 1.0, 1)
+    while heap and len(tokens) < budget.nodes:
+        _, _, siblings, place, parent, path, depth = heappop(heap)
+        token, probability, _, state = siblings[place]
+        tokens.append(token)
+        parents.append(parent)
+        logq.append(log(probability))
+        offer(siblings, place + 1, parent, path, depth)
+        if depth < deepest and len(tokens) < budget.nodes:
+            found = expand(state)
+            found = scores.of(found, depth + 1) if scored and found else found
+            offer(found, 0, len(tokens) - 1, path * probability, depth + 1)
+    order: Order = "deterministic" if context.noise is None else "shared_gumbel"
+    return DraftTree(tuple(tokens), tuple(parents), order, logq=tuple(logq))
+
+
+class _Scores:
+    """The chance of each continuation, with the target's noise and the factor on scores."""
+
+    def __init__(self, budget: TreeBudget, context: Context) -> None:
+        self._noise, self._vocabulary = context.noise, context.vocabulary
+        self._score_scale = budget.score_scale
+        self._position = len(context.tokens) - 1  # of the root
+        self._rows: list[Callable[[int], float]] = []  # the noise of a token, by depth
+
+    def of(self, found: Sequence[Continuation[State]], depth: int) -> Sequence[Continuation[State]]:
         """With the chance of the highest score, of log p + noise, for their probabilities."""
         weights, unknown = [candidate[1] for candidate in found], max(0.0, 1.0 - sum([p for _, p, _, _ in found]))
         if self._noise is not None:
-            if depth > len(self._rows):
-                self._rows.append(self._noise(self._position + depth).numpy(force=True).item)
+            while depth > len(self._rows):
+                self._rows.append(_of_tokens(self._noise, self._position + len(self._rows) + 1))
             noise, vocabulary = self._rows[depth - 1], self._vocabulary
             weights = [p * math.exp(noise(token)) if 0 <= token < vocabulary else 0.0 for token, p, _, _ in found]
             unknown *= _TYPICAL_NOISE
@@ -111,6 +105,14 @@ class _Growth(Generic[State]):
         if len(ranked) > 1:
             ranked.sort(key=_merit)
         return ranked
+
+
+def _of_tokens(noise: Noise, position: int) -> Callable[[int], float]:
+    """What gives the noise of a token at a position."""
+    if isinstance(noise, GumbelNoise):
+        return noise.of(position)
+    found: Callable[[int], float] = noise(position).numpy(force=True).item
+    return found
 
 
 def _merit(candidate: Continuation[State]) -> float:

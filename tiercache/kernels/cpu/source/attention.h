@@ -62,11 +62,10 @@ INLINED Floats scores(const Attending *job, const float *query, const int32_t *l
     const Slots *s = job->slots;
     const int dim = vectors ? 16 * vectors : job->dim;
     Floats sums[16];
-#pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         const int64_t at = head * s->key_strides[0] + list[i < count ? i : 0] * s->key_strides[1];
         Floats sum = all16(0.0f);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int d = 0; d < dim; d += 16) sum += load16(query + d) * row16(s->keys, kind, at, d, dim, vectors);
         sums[i] = sum;
     }
@@ -85,12 +84,12 @@ INLINED void add_values(const Attending *job, const float *weights, const int32_
     const Slots *s = job->slots;
     const int dim = vectors ? 16 * vectors : job->dim, many = vectors ? vectors : (dim + 15) / 16;
     Floats sum[MOST_DIM / 16];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int d = 0; d < many; d++) sum[d] = all16(0.0f);
     for (int i = 0; i < count; i++) {
         const int64_t at = head * s->value_strides[0] + list[i] * s->value_strides[1];
         const Floats weight = all16(weights[i]);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int d = 0; d < many; d++) sum[d] += weight * row16(s->values, kind, at, 16 * d, dim, vectors);
     }
     for (int d = 0; d < many; d++)
@@ -135,8 +134,6 @@ static void slice_of(const Attending *job, int64_t token, int64_t head, int64_t 
     switch (job->dim * 4 + job->slots->kind) {
         case 64 * 4 + 1: slice_as(job, token, head, slice, to, 1, 4); break;
         case 128 * 4 + 1: slice_as(job, token, head, slice, to, 1, 8); break;
-        case 64 * 4 + 2: slice_as(job, token, head, slice, to, 2, 4); break;
-        case 128 * 4 + 2: slice_as(job, token, head, slice, to, 2, 8); break;
         default: slice_as(job, token, head, slice, to, job->slots->kind, 0);
     }
 }

@@ -45,11 +45,13 @@ static __device__ __forceinline__ void put(byte *x, long long at, int kind, floa
 
 /* Whether all rows begin where loads of four numbers may: for all threads alike. */
 static __device__ __forceinline__ bool wide(const byte *x, long long pitch, int columns, int kind) {
-    return columns % 4 == 0 && (((unsigned long long)x | pitch * (kind == FLOAT ? 4 : 2)) & (kind == FLOAT ? 15 : 7)) == 0;
+    const int bytes = kind == FLOAT ? 4 : 2;
+    return columns % 4 == 0 && (((unsigned long long)x | pitch * bytes) & (4 * bytes - 1)) == 0;
 }
 
 /* Four numbers from `column` of a row of so many columns; zeros behind its end. */
-static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind, bool wide) {
+static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind,
+                                              bool wide) {
     const long long at = row + column;
     if (wide) {
         if (column >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -58,7 +60,8 @@ static __device__ __forceinline__ float4 four(const byte *x, long long row, int 
         return make_float4(widened(kind, (half_bits)(bits.x & 0xffffu)), widened(kind, (half_bits)(bits.x >> 16)),
                            widened(kind, (half_bits)(bits.y & 0xffffu)), widened(kind, (half_bits)(bits.y >> 16)));
     }
-    return make_float4(column < columns ? number(x, at, kind) : 0.0f, column + 1 < columns ? number(x, at + 1, kind) : 0.0f,
+    return make_float4(column < columns ? number(x, at, kind) : 0.0f,
+                       column + 1 < columns ? number(x, at + 1, kind) : 0.0f,
                        column + 2 < columns ? number(x, at + 2, kind) : 0.0f,
                        column + 3 < columns ? number(x, at + 3, kind) : 0.0f);
 }

@@ -1,0 +1,158 @@
+"""The quick parts of a round of drafting, each against the slow one that says the same."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tiercache.decode import verify
+from tiercache.decode.request import Request
+from tiercache.draft import noise
+from tiercache.draft.noise import GumbelNoise
+from tiercache.draft.row_topk import row_topk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def scores(rows: int, columns: int, seed: int, *, few: bool) -> Tensor:
+    """Random ones; `few`: of so few values that most have equals."""
+    found = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return (2 * found).round() if few else found
+
+
+@given(st.integers(1, 9), st.integers(1, 5000), st.integers(1, 9), st.integers(0, 99), st.booleans())
+@example(3, 4096, 8, 0, True)
+def test_the_highest_of_rows_are_those_of_torch(rows: int, columns: int, count: int, seed: int, few: bool) -> None:
+    count = min(count, columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        table = scores(rows, columns, seed, few=few).to(dtype)
+        values, places = row_topk(table, count)
+        assert torch.equal(values, table.topk(count).values)
+        assert torch.equal(table.gather(1, places), values)
+        assert all(len(set(row)) == count for row in places.tolist())
+        if not few:
+            assert torch.equal(places, table.topk(count).indices) or dtype == torch.bfloat16  # which has equals
+
+
+def test_of_rows_what_is_no_number_is_highest_and_what_is_banned_lowest() -> None:
+    table = torch.full((2, 4100), -math.inf)
+    table[0, 4099], table[0, 77] = 1.0, math.nan
+    table[1, ::1000] = torch.arange(5.0)
+    values, places = row_topk(table, 3)
+    assert places[0, :2].tolist() == [77, 4099]
+    assert values[0, 2] == -math.inf
+    assert places[1].tolist() == [4000, 3000, 2000]
+
+
+@given(st.integers(1, 60), st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
+def test_the_likeliest_token_is_torchs(tokens: int, seed: int, banned: float, broken: bool) -> None:
+    row = scores(1, tokens, seed, few=True)[0]
+    row[torch.rand(tokens, generator=torch.Generator().manual_seed(seed + 1)) < banned] = -math.inf
+    if broken:
+        row[tokens // 2] = math.nan
+    for own in (row, row.double(), row.bfloat16()):
+        best, token = verify._highest(own)
+        wanted, place = own.max(-1)
+        assert token == int(place)
+        assert best == float(wanted) or (math.isnan(best) and broken)
+
+
+def test_the_noise_of_a_token_is_that_of_its_row() -> None:
+    for seed in (0, 5, 1 << 70):
+        alone, rows = GumbelNoise(seed, 500), GumbelNoise(seed, 500)
+        for position in (0, 3, 1 << 40):
+            one = alone.of(position)
+            found = torch.tensor([one(token) for token in range(500)])
+            # logarithms of many numbers at once may differ in their last bit
+            torch.testing.assert_close(found, rows(position), rtol=3e-7, atol=1e-7)
+            kept = rows.of(position)
+            assert [kept(token) for token in range(500)] == rows(position).tolist()
+
+
+def test_the_noise_of_a_token_whose_number_rounds_to_one_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "math", SimpleNamespace(log=lambda value: 0.0, inf=math.inf))  # as of 1
+    assert noise._gumbel(1, 1) == math.inf
+
+
+class Streamed:
+    """What a streamer was given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        assert value.shape == (1,)
+        assert value.dtype == torch.long
+        self.tokens += value.tolist()
+
+
+class Third(tf.StoppingCriteria):
+    """Ends a text with the third call, so it must be asked each time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return torch.tensor([self.calls == 3])
+
+
+def criteria(*, end: list[int], most: int, positions: int | None, third: bool) -> tf.StoppingCriteriaList:
+    own = [tf.MaxLengthCriteria(most, positions), tf.EosTokenCriteria(torch.tensor(end)), *([Third()] * third)]
+    return tf.StoppingCriteriaList(own)
+
+
+@pytest.mark.parametrize("positions", [None, 5, 100])
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("end", [[7], [3, 9]])
+def test_a_text_ends_where_the_criteria_say(positions: int | None, third: bool, end: list[int]) -> None:
+    given_criteria = {"end": end, "most": 9, "positions": positions, "third": third}
+    text, whole = [4, 5, 6, 8, 7, 1, 3, 2, 9], criteria(**given_criteria)
+    wanted = [bool(whole(torch.tensor([[1, 2, *text[: count + 1]]]), None).all()) for count in range(len(text))]
+    streamer = Streamed()
+    request = Request(torch.tensor([[1, 2]]), 2, 0, [], criteria(**given_criteria), streamer, 99)
+    assert [request.write(token) for token in text] == wanted
+    assert True in wanted
+    assert streamer.tokens == text
+    assert request.text.tolist() == [[1, 2, *text]]
+
+
+def test_criteria_of_ones_own_are_asked_as_they_are() -> None:
+    asked: list[list[int]] = []
+
+    def ends(ids: Tensor, scores: Any) -> Tensor:
+        asked.append(ids[0].tolist())
+        return torch.tensor([ids.shape[1] == 4])
+
+    request = Request(torch.tensor([[1, 2]]), 2, 0, [], ends, None, 99)
+    assert [request.write(token) for token in (5, 6)] == [False, True]
+    assert asked == [[1, 2, 5], [1, 2, 5, 6]]
+
+
+@pytest.mark.parametrize("keep", [{}, {"keep_scores": True}, {"keep_logits": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_without_processors_are_the_logits(keep: dict[str, bool], dtype: torch.dtype) -> None:
+    request = Request(torch.tensor([[1, 2]]), 2, 0, tf.LogitsProcessorList(), lambda *_: torch.tensor([False]), None, 9)
+    request.keep_scores, request.keep_logits = keep.get("keep_scores", False), keep.get("keep_logits", False)
+    row = torch.randn(50).to(dtype)
+    shaped = request.shaped(row)
+    assert shaped.dtype == torch.float32
+    assert torch.equal(shaped, row.float())
+    assert [len(request.scores), len(request.logits)] == [int("keep_scores" in keep), int("keep_logits" in keep)]
+
+
+def test_a_processor_may_change_its_scores_in_place() -> None:
+    def banning(ids: Tensor, given_scores: Tensor) -> Tensor:
+        given_scores[:, 3] = -math.inf
+        return given_scores
+
+    request = Request(torch.tensor([[1, 2]]), 2, 0, [banning], lambda *_: torch.tensor([False]), None, 9)
+    row = torch.zeros(5)
+    assert request.shaped(row)[3] == -math.inf
+    assert row[3] == 0
