@@ -1,0 +1,148 @@
+"""Fused layers: which architectures have them, what goes module by module all the same, and that both agree."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import CONFIGS
+from torch import Tensor
+
+import tiercache
+from tiercache.bench import overhead
+from tiercache.compat import cache_kwargs, cache_out
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.randint(3, 131, (1, 9), generator=torch.Generator().manual_seed(5))
+FUSED = {"llama", "llama-tied-bias", "mistral", "qwen2", "qwen3"}
+Folders = Callable[..., Path]
+
+
+@contextmanager
+def opened(place: Path, **options: Any) -> Iterator[Any]:
+    chosen = {"precision": "int8", "dram": "64MiB", "context": 64, "device": "cpu"} | options
+    with tiercache.offload(place, **chosen) as model, torch.no_grad():
+        yield model
+
+
+def counts(model: Any) -> tuple[int, int]:
+    """Calls of layers so far: fused, and not."""
+    stats = model.tiercache.stats()
+    return stats.fused_layers, stats.unfused_layers
+
+
+def steps(model: Any) -> list[Tensor]:
+    """Logits of a prefill, of three tokens one by one, and of four at once."""
+    output = model(IDS, use_cache=True)
+    found = [output.logits]
+    for ids in (*IDS[:, :3].split(1, dim=1), IDS[:, :4]):
+        output = model(ids, **cache_kwargs(model, cache_out(output)), use_cache=True)
+        found.append(output.logits)
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_runs_fused_or_not_and_the_statistics_say_which(name: str, plane_store: Folders) -> None:
+    with opened(plane_store(name), kernels="unfused") as model:
+        wanted = steps(model)
+        assert counts(model) == (0, 0)
+    with opened(plane_store(name)) as model:
+        found = steps(model)
+        assert counts(model) == ((5 * 3, 0) if name in FUSED else (0, 0))
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 2e-3 * b.abs().max()
+
+
+@pytest.mark.parametrize("budget", [{}, {"hbm": "64MiB"}, {"dram": None}, {"hbm": None}], ids=str)
+def test_no_budget_changes_a_bit(budget: dict[str, Any], plane_store: Folders) -> None:
+    store = plane_store("qwen3")
+    with opened(store) as model:
+        wanted = steps(model)
+    sizes = {name: size or str(least(store, name)) for name, size in budget.items()}
+    with opened(store, cpu_tokens=0, **sizes) as model:
+        found = steps(model)
+        assert counts(model) == (15, 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def least(store: Path, tier: str) -> int:
+    """The smallest budget that is not refused."""
+    size = 4096
+    while True:
+        try:
+            with opened(store, cpu_tokens=0, **{tier: str(size)}):
+                return size
+        except tiercache.errors.DoesNotFitError as error:
+            size += error.missing_bytes
+
+
+def test_what_kernels_do_not_do_goes_module_by_module(plane_store: Folders) -> None:
+    seen: list[Any] = []
+    with opened(plane_store("llama")) as model:
+        attention = model.model.layers[1].self_attn
+        one = model(IDS).logits
+        assert counts(model) == (3, 0)
+        two = model(IDS.repeat(2, 1)).logits  # two sequences
+        assert counts(model) == (3, 3)
+        hook = attention.o_proj.register_forward_hook(lambda *given: seen.append(given[-1]))
+        hooked = model(IDS).logits
+        hook.remove()
+        assert counts(model) == (5, 4)
+        assert len(seen) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            model(IDS)
+        assert counts(model) == (5, 7)
+        assert torch.equal(model(IDS).logits, one)
+        assert counts(model) == (8, 7)
+    for other in (two[:1], two[1:], hooked):
+        assert (other - one).abs().max() < 2e-3 * one.abs().max()
+
+
+def test_hidden_states_are_those_of_the_layers(plane_store: Folders) -> None:
+    with opened(plane_store("llama"), kernels="unfused") as model:
+        wanted = model(IDS, output_hidden_states=True).hidden_states
+    with opened(plane_store("llama")) as model:
+        found = model(IDS, output_hidden_states=True).hidden_states
+    assert len(found) == len(wanted) == 4
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 2e-3 * b.abs().max()
+
+
+def test_a_tree_has_the_bits_of_its_paths_in_bf16(checkpoint: Folders, tmp_path: Path) -> None:
+    """Drafted decoding then equals plain decoding also where rounding makes ties."""
+    store = tmp_path / "store"
+    tiercache.convert(checkpoint("llama", torch.bfloat16), store, show_progress=False)
+    prompt = IDS.repeat(1, 2)
+    with opened(store, precision="int8") as model:
+        plain = model.generate(prompt, max_new_tokens=40, do_sample=False)
+    with opened(store, precision="int8", drafter="ngram", draft_nodes=8) as model:
+        drafted = model.generate(prompt, max_new_tokens=40, do_sample=False)
+        assert model.tiercache.stats().drafting.rounds < 40
+    assert torch.equal(plain, drafted)
+
+
+def test_overhead_adds_up(tmp_path: Path) -> None:
+    found = overhead.bench(overhead.Options(shape="tiny", folder=tmp_path, dram="256MiB", show_progress=False))
+    assert set(found["passes"]) == {"plain", "verifying 8", "verifying 64", "drafting", "generate"}
+    assert found["fused_layers"] > 0
+    assert found["unfused_layers"] == 0
+    for each in found["passes"].values():
+        assert set(each["us"]) <= {*overhead.CAUSES, "sampling loop"}
+        assert {"layers", "head", "norm, feed-forward, residual", "KV cache"} <= set(each["us"])
+        assert each["pass_ms"] == pytest.approx(sum(each["us"].values()) / 1e3)
+    text = overhead.report(found)
+    assert "sampling loop" in text
+    assert "us a layer (4)" in text
+
+
+def test_a_watch_tells_causes_apart() -> None:
+    watch = overhead.Stopwatch()
+    inner = watch.watched(lambda: sum(range(20000)), "inner")
+    with watch.cause("outer"):
+        inner()
+        inner()
+    assert set(watch.seconds) == {"inner", "outer"}
+    assert watch.seconds["outer"] < watch.seconds["inner"]
