@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.contract import ACTIVATIONS, MAX_TOKENS
-from tiercache.kernels.cuda import launches, tiles
+from tiercache.kernels.cuda import down_launches, launches, mma_launches, tiles
 from tiercache.kernels.cuda.backend import CudaKernels
-from tiercache.kernels.cuda.launches import Blocks, Slices
+from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes
@@ -49,6 +49,12 @@ def kernels(library: Path) -> CudaKernels:
     return CudaKernels(CPU, Emulation(library), switch=24)
 
 
+@pytest.fixture(scope="session")
+def older(library: Path) -> CudaKernels:
+    """As `kernels`, for a card whose matrix units take no bytes."""
+    return CudaKernels(CPU, Emulation(library, capability=(7, 5)), switch=24)
+
+
 SHAPES = {
     "rows": st.integers(1, 40),
     "columns": st.one_of(st.integers(1, 300), st.integers(1000, 1100), st.integers(2040, 2200)),
@@ -75,6 +81,27 @@ def test_product_is_the_reference(
     kernels.matmul(kernels.quantize_activations(x, weight.group), strided(weight, gap) if gap else weight, out, rows)
     magnitude = 1 + x.float().abs() @ spans(weight, rows).T
     assert_close(out, 1 + x.double() @ dense(weight, rows).double().T, magnitude)
+
+
+@settings(max_examples=60)
+@given(st.fixed_dictionaries(SHAPES), KINDS, st.sampled_from((0, 1, 4, 8)), st.sampled_from(ACTIVATIONS))
+def test_older_cards_come_to_the_same(
+    kernels: CudaKernels, older: CudaKernels, shape: dict[str, Any], kind: torch.dtype, gap: int, activation: str
+) -> None:
+    weight = matrix(shape["rows"], shape["columns"], shape["group"], shape["precision"], shape["seed"])
+    placed, x = strided(weight, gap), activations(shape["tokens"], weight.columns, kind, shape["seed"])
+    results = []
+    for each in (kernels, older):
+        out, ffn = torch.zeros(shape["tokens"], weight.rows), torch.zeros(shape["tokens"], weight.columns)
+        given_x = each.quantize_activations(x, weight.group)
+        each.matmul(given_x, placed, out)
+        each.ffn(given_x, [placed, placed], placed, activation, ffn)
+        results.append((out, ffn))
+    magnitude = x.float().abs() @ spans(weight).T
+    assert_close(results[1][0], x.double() @ dense(weight).double().T, magnitude)
+    assert_close(results[0][0], results[1][0], magnitude)
+    inner = (1 + magnitude) ** (3 if activation == "relu2" else 2)
+    assert_close(results[0][1], results[1][1], 2 * inner @ spans(weight))
 
 
 @settings(max_examples=120)
@@ -167,7 +194,7 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group:
         kernels.matmul(kernels.quantize_activations(x[:, :columns], group), placed, out)
         kernels.matmul_transposed(x[:, :30], placed, down)
         results.append(torch.cat([out, down], 1))
-    assert found[0] == (4 if group == 32 else 8)  # 33 groups of 32: an odd number of 12 bytes
+    assert found[0] == (4 if group == 32 else 16)  # 33 groups of 32: an odd number of 12 bytes
     assert found[2:] == [4, 0]
     for other in results[1:]:
         assert torch.equal(results[0], other)
@@ -250,10 +277,12 @@ def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) 
     emulation: Any = kernels._launcher
     names = {
         "rows_3_8_4": launches.RowsArguments,
-        "down_1_1_1": launches.DownArguments,
+        "mma_3_8_64": mma_launches.MmaArguments,
+        "digits": mma_launches.DigitsArguments,
+        "down_1_1_32": down_launches.DownArguments,
         "decode_2_0_0": launches.DecodeArguments,
         "prepare": launches.PrepareArguments,
-        "sum": launches.SumArguments,
+        "sum": down_launches.SumArguments,
         "gather": launches.GatherArguments,
         "hadamard": launches.HadamardArguments,
     }
@@ -270,9 +299,11 @@ def test_grids_fit_every_card() -> None:
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count
-        slices = Slices.of(count, 28672, mps)
-        call = launches.down_call(found, 3, 0, (), 0, count, Blocks.of(tokens), slices)
+        slices = Slices.of(count, 64, 448, mps)
+        call = down_launches.down_call(found, 3, Activations(0, 0, tokens, 8, (0, 0, 0)), (), 0, count, slices)
         assert call.shared_bytes <= 48 << 10
+        assert call.grid[0] * slices.wide * 64 >= 28672 * min(tokens, 4)  # words of 16 columns, shared out
+        assert slices.wide * slices.classes <= call.threads
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
         launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), -1, 82)

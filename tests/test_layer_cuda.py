@@ -48,6 +48,12 @@ def kernels(library: Path) -> CudaKernels:
     return CudaKernels(CPU, Emulation(library), switch=33)
 
 
+@pytest.fixture(scope="session")
+def older(library: Path) -> CudaKernels:
+    """The same on a card without matrix units for bytes."""
+    return CudaKernels(CPU, Emulation(library, capability=(6, 1)), switch=33)
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -140,8 +146,9 @@ SHAPES = [
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 33, 64])
 @pytest.mark.parametrize(("heads", "hidden"), SHAPES)
 def test_what_is_projected_is_the_reference(
-    kernels: CudaKernels, heads: tuple[int, int, int], hidden: int, tokens: int
+    kernels: CudaKernels, older: CudaKernels, heads: tuple[int, int, int], hidden: int, tokens: int
 ) -> None:
+    kernels = (kernels, older)[(tokens // 2 + heads[1]) % 2]
     dtype, full = DTYPES[(tokens + heads[2] // 8) % 3], (tokens + heads[0]) % 2 == 0
     weights = attention_weights(dtype, heads, hidden, ("int3", "int4", "int8")[tokens % 3], full)
     x = (3 * random(tokens, hidden + 4)).to(dtype)[:, 1:-3]
@@ -158,8 +165,9 @@ def test_what_is_projected_is_the_reference(
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 33, 64])
 @pytest.mark.parametrize(("heads", "hidden"), SHAPES)
 def test_what_is_attended_to_is_the_reference(
-    kernels: CudaKernels, heads: tuple[int, int, int], hidden: int, tokens: int
+    kernels: CudaKernels, older: CudaKernels, heads: tuple[int, int, int], hidden: int, tokens: int
 ) -> None:
+    kernels = (kernels, older)[(tokens // 2 + heads[1]) % 2]
     dtype, full = DTYPES[(tokens + heads[2] // 8) % 3], (tokens + heads[0]) % 2 == 0
     weights = attention_weights(dtype, heads, hidden, ("int3", "int4", "int8")[tokens % 3], full)
     x, queries = (3 * random(tokens, hidden)).to(dtype), 2 * random(tokens, heads[0], heads[2], seed=1)
@@ -177,8 +185,9 @@ def test_what_is_attended_to_is_the_reference(
 @pytest.mark.parametrize("precisions", [("int4",) * 3, ("int3", "int3", "int8"), ("int4", "int8", "int3")])
 @pytest.mark.parametrize("shape", [(192, 320), (1100, 90)])
 def test_the_feed_forward_half_is_the_reference(
-    kernels: CudaKernels, shape: tuple[int, int], precisions: tuple[str, str, str], tokens: int
+    kernels: CudaKernels, older: CudaKernels, shape: tuple[int, int], precisions: tuple[str, str, str], tokens: int
 ) -> None:
+    kernels = (kernels, older)[(tokens // 2 + shape[0] // 4) % 2]
     dtype = DTYPES[(tokens + len(set(precisions))) % 3]
     activation = ACTIVATIONS[(tokens + shape[0]) % len(ACTIVATIONS)]
     weights = feed_forward_weights(dtype, shape, activation, precisions, tokens % 2 == 0)
@@ -197,13 +206,13 @@ def passes(kernels: CudaKernels, dtype: torch.dtype, x: Tensor, cache: tuple[Ten
     return block.forward(attention.attend(x, queries, *known, None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_is_the_same_in_any_company(library: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("capability", [(6, 1), (9, 0)])
+def test_a_token_is_the_same_in_any_company(library: Path, capability: tuple[int, int]) -> None:
+    dtype = torch.bfloat16 if capability == (9, 0) else torch.float16
     x = random(33, 192).to(dtype)
     results = []
     for steps, mps in (([33], 1), ([1] * 33, 1), ([2, 7, 1, 3, 8, 12], 1), ([1] * 33, 100), ([20, 13], 100)):
-        kernels = CudaKernels(CPU, Emulation(library, multiprocessors=mps), switch=33)
-        kernels._card.launcher.multiprocessors = mps
+        kernels = CudaKernels(CPU, Emulation(library, False, mps, capability), switch=33)
         cache, at, outs = cached(2, 1100, 32, dtype), 1060, []
         for tokens in steps:
             outs.append(passes(kernels, dtype, x[at - 1060 : at - 1060 + tokens], cache, at))
@@ -265,9 +274,10 @@ def test_what_is_masked_out_counts_for_nothing(kernels: CudaKernels) -> None:
     assert torch.equal(spoiled[1], after[1])
 
 
+@pytest.mark.parametrize("capability", [(6, 1), (9, 0)])
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-def test_a_layer_is_few_launches(library: Path, tokens: int) -> None:
-    launcher = Emulation(library)
+def test_a_layer_is_few_launches(library: Path, tokens: int, capability: tuple[int, int]) -> None:
+    launcher = Emulation(library, capability=capability)
     kernels = CudaKernels(CPU, launcher)
     attention, block = kernels.attention(attention_weights()), kernels.feed_forward(feed_forward_weights())
     keys, values = cached(2, 200, 32, torch.float32)

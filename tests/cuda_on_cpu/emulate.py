@@ -16,7 +16,7 @@ from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Call
 
 HERE = Path(__file__).parent
-UNITS = ("rows", "down", "decode", "attention")
+UNITS = ("rows", "mma", "down", "decode", "attention")
 SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda" / "source"
 # No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
 FLAGS = (
@@ -79,12 +79,14 @@ class Emulation:
         library: what `build` made.
         far: treat all tensors as though they lay across a link.
         multiprocessors: a small number, so that small shapes reach all grids.
+        capability: of the card that is emulated: from 8.0 on products are the matrix units'.
     """
 
-    capability = (0, 0)
-
-    def __init__(self, library: Path, far: bool = False, multiprocessors: int = 1) -> None:
+    def __init__(
+        self, library: Path, far: bool = False, multiprocessors: int = 1, capability: tuple[int, int] = (9, 0)
+    ) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.capability = capability
         self.far, self.multiprocessors = far, multiprocessors
         self.launched: list[Call] = []
         self.refused: torch.Tensor | None = None

@@ -25,6 +25,7 @@ struct Fiber {
 
 Fiber fibers[MOST_THREADS];
 float slots[2][MOST_THREADS]; /* two: a fast lane is at most one shuffle ahead */
+unsigned operands[2][MOST_THREADS][6]; /* of a matrix instruction, likewise */
 ucontext_t unused;
 jmp_buf scheduler;
 void (*kernel)(const void *);
@@ -87,11 +88,29 @@ bool run_block(unsigned threads, unsigned char *stacks) {
 
 void shim_block_barrier() { wait_at(AT_BLOCK_BARRIER); }
 
-float shim_shuffle_xor(float value, int far) {
+float shim_shuffle(float value, int from) {
     float *slot = slots[fibers[threadIdx.x].shuffles++ & 1];
     slot[threadIdx.x] = value;
     wait_at(AT_WARP_BARRIER);
-    return slot[threadIdx.x ^ far];
+    return slot[(threadIdx.x & ~31u) + from];
+}
+
+float shim_shuffle_xor(float value, int far) { return shim_shuffle(value, (threadIdx.x & 31) ^ far); }
+
+/* sums[16 x 8] += a[16 x 32] b[32 x 8], of unsigned and of signed bytes, as lanes hold them on a card. */
+void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned x, unsigned y) {
+    const unsigned self = threadIdx.x, warp = self & ~31u, lane = self & 31;
+    unsigned(*const all)[6] = operands[fibers[self].shuffles++ & 1];
+    const unsigned own[6] = {first[0], first[1], second[0], second[1], x, y};
+    memcpy(all[self], own, sizeof own);
+    wait_at(AT_WARP_BARRIER);
+    for (unsigned i = 0; i < 4; ++i) /* rows lane / 4, and 8 on; columns 2 (lane % 4), and the next */
+        for (unsigned k = 0; k < 32; ++k) {
+            const unsigned *const a = all[warp + lane / 4 * 4 + k % 16 / 4];
+            const unsigned *const b = all[warp + (lane % 4 * 2 + i % 2) * 4 + k % 16 / 4];
+            const unsigned code = a[k / 16 * 2 + i / 2] >> k % 4 * 8 & 255, digit = b[4 + k / 16] >> k % 4 * 8 & 255;
+            sums[i] += (int)code * (int)(signed char)digit;
+        }
 }
 
 /* Called before an access whose address its width does not allow: a host forgives it, a card does not. */

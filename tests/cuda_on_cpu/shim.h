@@ -20,12 +20,16 @@ extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 extern unsigned char *shim_shared;
 void shim_block_barrier();
 float shim_shuffle_xor(float value, int far);
+float shim_shuffle(float value, int from);
+void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned x, unsigned y);
 
 #define __device__
 #define __forceinline__ inline
 #define __restrict__
 #define SHARED(type, name) type *const name = (type *)shim_shared
 #define KERNEL(name, Arguments) SHIM_KERNEL(name, Arguments)
+#define WIDE_KERNEL(name, Arguments) SHIM_KERNEL(name, Arguments)
+#define KERNEL_OF(blocks, name, Arguments) SHIM_KERNEL(name, Arguments)
 #define SHIM_KERNEL(name, Arguments) \
     static void name##_body(const Arguments &a); \
     extern "C" void name(const void *a) { name##_body(*(const Arguments *)a); } \
@@ -34,11 +38,20 @@ float shim_shuffle_xor(float value, int far);
 
 static inline void __syncthreads() { shim_block_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
+static inline float __shfl_sync(unsigned, float value, int from) { return shim_shuffle(value, from); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+static inline int __float2int_rn(float value) { return (int)lrintf(value); }
+
+static inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
 
 static inline float __int_as_float(int bits) {
     float value;
@@ -46,10 +59,8 @@ static inline float __int_as_float(int bits) {
     return value;
 }
 
-static inline int shim_float_as_int(float value) {
-    int bits;
-    memcpy(&bits, &value, 4);
-    return bits;
+static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
+    return (unsigned)(((unsigned long long)high << 32 | low) >> (by & 31));
 }
 
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -67,7 +78,7 @@ static inline float shim_half_to_float(unsigned short bits) {
 }
 
 static inline unsigned short shim_float_to_half(float value) { /* to the nearest, ties to even */
-    const unsigned bits = (unsigned)shim_float_as_int(value), sign = bits >> 16 & 0x8000u;
+    const unsigned bits = (unsigned)__float_as_int(value), sign = bits >> 16 & 0x8000u;
     const float size = fabsf(value);
     if (size != size) return 0x7fff;
     if (size >= 65520.0f) return (unsigned short)(sign | 0x7c00u);

@@ -142,9 +142,9 @@ class CudaAttention(Attention):
     def _ready_to_project(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int) -> _Projecting:
         padded = Blocks.of(tokens).padded
         sizes = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
-        packed = packed_sizes(tokens, self._hidden, self._group)
+        packed = packed_sizes(tokens, self._hidden, self._group, self._card)
         *inputs, q, k, v = self._card.scratch.pieces(stream, [*packed, *sizes])
-        to = layer_calls.packed(inputs[0], inputs[1], self._group, (tokens, self._hidden))
+        to = layer_calls.packed(inputs, self._group, (tokens, self._hidden), self._card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
         rotate.found[:] = q, k, v
@@ -158,13 +158,14 @@ class CudaAttention(Attention):
     def _ready_to_attend(
         self, tokens: int, kind: torch.dtype, kept: torch.dtype, stream: int, units: Units
     ) -> _Attending:
-        columns, padded = self._heads.columns, Blocks.of(tokens).padded
-        packed, found = packed_sizes(tokens, columns, self._w.outward.group), bytes_of_floats(padded, self._hidden)
+        columns, group, card = self._heads.columns, self._w.outward.group, self._card
+        packed = packed_sizes(tokens, columns, group, card)
+        found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
         weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
         sizes = [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
-        *inputs, product, attended, weight = self._card.scratch.pieces(stream, sizes)
+        *inputs, product, attended, weight = card.scratch.pieces(stream, sizes)
         attention = self._attention(tokens, attended, weight)
-        to = layer_calls.packed(inputs[0], inputs[1], self._w.outward.group, (tokens, columns))
+        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
         leave = self._leaving(tokens, Blocks.of(tokens).size, KINDS[kind], product)
         calls = (
             layer_calls.attention_call(attention, KINDS[kept], units),
@@ -195,7 +196,7 @@ class CudaAttention(Attention):
         attention = self._attention(tokens, attended.data_ptr(), weights.data_ptr())
         _point(attention, queries, *kept, mask)
         launcher.launch(layer_calls.attention_call(attention, KINDS[kept[0].dtype], units))
-        to = layer_calls.packed(inputs.data_ptr(), 0, 0, (tokens, heads.columns))
+        to = layer_calls.packed((inputs.data_ptr(), 0), 0, (tokens, heads.columns))
         found = attended.data_ptr(), weights.data_ptr()
         launcher.launch(layer_calls.combine_call(found, self._outward_factors, units, heads.size, to))
         product = self._outward.found(QuantizedActivations(tokens, heads.columns, self._w.outward.group, (inputs,)))

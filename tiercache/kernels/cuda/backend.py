@@ -22,21 +22,21 @@ from tiercache.kernels import contract
 from tiercache.kernels.activation import activate, check_activation
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
-from tiercache.kernels.cuda import launches
+from tiercache.kernels.cuda import down_launches, launches, mma_launches
 from tiercache.kernels.cuda.attention import CudaAttention
 from tiercache.kernels.cuda.card import KINDS, Card, Scratch
+from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.feed_forward import CudaFeedForward
-from tiercache.kernels.cuda.launches import Blocks, Slices
+from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.precision import full_precision
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
-DEFAULT_SWITCH = 32
-"""Tokens up to which blocks of 8 are faster than decoding. Counted, measured on no card: decoding moves 17 times an
-int4 matrix's bytes (it writes and reads fp32), a block about twice them."""
+DEFAULT_SWITCH = 64
+"""Tokens up to which blocks of 8 are used, whose bits no company changes: as many as the largest drafted tree has."""
 
 
 class CudaKernels(Kernels):
@@ -57,6 +57,7 @@ class CudaKernels(Kernels):
             device = launcher.device
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
+        self._by_matrix_units = launcher.capability >= mma_launches.LEAST_CAPABILITY
         self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
         self._card = Card(launcher, device, self._switch, self, Scratch(device), threading.Lock())
@@ -66,6 +67,8 @@ class CudaKernels(Kernels):
         self._check_input(x, columns)
         if tokens > self._switch:
             return QuantizedActivations(tokens, columns, group, (x.float(),))
+        if self._by_matrix_units:
+            return self._digits(x, group)
         blocks, chunks = Blocks.of(tokens), launches.chunks_of(columns)
         packed = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS)
         sums = self._empty(blocks.count, chunks, blocks.size, launches.CHUNK_COLUMNS // group)
@@ -76,6 +79,19 @@ class CudaKernels(Kernels):
                 launches.prepare_call(self._at(x), strides, KINDS[x.dtype], (tokens, columns), group, into)
             )
         return QuantizedActivations(tokens, columns, group, (packed, sums))
+
+    def _digits(self, x: Tensor, group: int) -> QuantizedActivations:
+        """Of x [tokens, columns], for matrix units."""
+        tokens, columns = x.shape
+        size = mma_launches.digit_bytes(tokens, columns, group)
+        digits = torch.empty(size, dtype=torch.uint8, device=self.device)
+        factors = self._empty(mma_launches.factor_count(tokens, columns, group))
+        if tokens:
+            into, strides = (digits.data_ptr(), factors.data_ptr()), (x.stride(0), x.stride(1))
+            kind = KINDS[x.dtype]
+            call = mma_launches.digits_call(self._at(x), strides, kind, (tokens, columns), group, into)
+            self._launcher.launch(call)
+        return QuantizedActivations(tokens, columns, group, (digits, factors))
 
     def hadamard(self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None) -> Tensor:
         contract.check_transform(x, before, after)
@@ -98,8 +114,20 @@ class CudaKernels(Kernels):
     def matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: Selection = None) -> None:
         self._check_input(x, contract.checked_rows(rows, weight))
         contract.check_output(out, x.shape[0], weight.columns, self.device)
-        for some, (near,), chosen in self._tiles(x.shape[0], (weight,), rows):
-            self._matmul_transposed(x[:, some], near, out, chosen)
+        lists, tokens = RowLists.of(rows, self.device), x.shape[0]
+        if tokens > self._switch:
+            for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists):
+                with full_precision():
+                    out += x[:, some].float() @ self._decoded(near, chosen)
+            return
+        slices = self._slices(weight, lists)
+        partial = self._partial(weight, tokens, slices)
+        for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists, slices.size):
+            whole = 1 << (tokens - 1).bit_length()  # one block
+            strides = (0, x.stride(0), x.stride(1))
+            given = Activations(self._at(x[:, some]), KINDS[x.dtype], tokens, whole, strides)
+            self._spread(given, near, partial[some.start // slices.size :], chosen, slices)
+        self._add_up(partial, tokens, weight, out)
 
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
@@ -113,13 +141,19 @@ class CudaKernels(Kernels):
             _check_prepared(x, each)
         contract.checked_rows(rows, down, *inward)
         contract.check_output(out, x.tokens, down.columns, self.device)
-        fused = x.tokens <= self._switch and len({len(each.planes) for each in inward}) == 1
-        for _, near, chosen in self._tiles(x.tokens, (*inward, down), rows):
-            if fused:
-                hidden = self._hidden(x, near[:-1], activation, chosen)
-                self._spread(hidden, x.tokens, near[-1], out, chosen)
-            else:
-                self._matmul_transposed(self._act(x, near[:-1], activation, chosen), near[-1], out, chosen)
+        lists = RowLists.of(rows, self.device)
+        if x.tokens > self._switch or len({len(each.planes) for each in inward}) > 1:
+            hidden = self._act(x, inward, activation, rows)
+            self.matmul_transposed(hidden, down, out, rows)
+            return
+        slices = self._slices(down, lists)
+        partial = self._partial(down, x.tokens, slices)
+        for some, near, chosen in self._tiler.tiles(x.tokens, (*inward, down), lists, slices.size):
+            hidden = self._hidden(x, near[:-1], activation, chosen)
+            strides = (hidden.stride(0), 1, hidden.stride(1))
+            given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
+            self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices)
+        self._add_up(partial, x.tokens, down, out)
 
     def attention(self, weights: AttentionWeights) -> Attention:
         return CudaAttention(weights, self._card)
@@ -157,9 +191,13 @@ class CudaKernels(Kernels):
         packed, sums = x.data
         matrices = [launches.matrix(weight, self._at) for weight in weights]
         given = (packed.data_ptr(), sums.data_ptr())
-        shape, planes = (rows.count(weights[0]), x.tokens, x.columns), len(weights[0].planes)
-        how = (shape, activation, self._launcher.multiprocessors)
-        self._launcher.launch(launches.rows_call(matrices, planes, given, rows.pointers(planes), out, *how))
+        count, planes = rows.count(weights[0]), len(weights[0].planes)
+        what = (matrices, planes, given, rows.pointers(planes), out)
+        if self._by_matrix_units:
+            self._launcher.launch(mma_launches.mma_call(*what, (count, x.tokens), activation))
+        else:
+            how = ((count, x.tokens, x.columns), activation, self._launcher.multiprocessors)
+            self._launcher.launch(launches.rows_call(*what, *how))
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
@@ -168,37 +206,34 @@ class CudaKernels(Kernels):
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
 
-    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
+    def _act(self, x: QuantizedActivations, inward: Parts, activation: str, rows: Selection) -> Tensor:
         """The same as [tokens, rows], matrix by matrix: for many tokens, or precisions that differ."""
-        count = rows.count(inward[0])
+        count = contract.checked_rows(rows, *inward)
         parts = [torch.zeros(x.tokens, count, device=self.device, dtype=torch.float32) for _ in inward]
         for weight, part in zip(inward, parts, strict=True):
-            self._matmul(x, weight, part, rows)
+            self.matmul(x, weight, part, rows)
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _matmul_transposed(self, x: Tensor, weight: Planes, out: Tensor, rows: RowLists) -> None:
-        tokens = x.shape[0]
-        if tokens > self._switch:
-            with full_precision():
-                out += x.float() @ self._decoded(weight, rows)
-            return
-        blocks = Blocks.of(tokens)
-        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks.padded - tokens))
-        packed = padded.view(blocks.count, blocks.size, -1).transpose(1, 2).contiguous()
-        self._spread(packed, tokens, weight, out, rows)
+    def _slices(self, weight: Planes, rows: RowLists) -> Slices:
+        return Slices.of(rows.count(weight), weight.group, weight.scales.shape[1], self._launcher.multiprocessors)
 
-    def _spread(self, x: Tensor, tokens: int, weight: Planes, out: Tensor, rows: RowLists) -> None:
-        """out += x W for x [blocks, rows, tokens of a block]: slices of the rows, then their sum."""
-        found, blocks, count = launches.matrix(weight, self._at), Blocks.of(tokens), x.shape[1]
-        padded = found.groups * found.group
-        slices = Slices.of(count, padded, self._launcher.multiprocessors)
-        partial = self._empty(slices.count, blocks.padded, padded)
-        planes = len(weight.planes)
-        given = (x.data_ptr(), rows.pointers(planes), partial.data_ptr())
-        self._launcher.launch(launches.down_call(found, planes, *given, count, blocks, slices))
-        into = out.data_ptr(), out.stride(0)
-        self._launcher.launch(launches.sum_call(partial.data_ptr(), into, tokens, weight.columns, padded, slices.count))
+    def _partial(self, weight: Planes, tokens: int, slices: Slices) -> Tensor:
+        """Room for the sums of all slices: [slices, padded tokens, padded columns]."""
+        return self._empty(slices.count, down_launches.padded_tokens(tokens), weight.scales.shape[1] * weight.group)
+
+    def _spread(self, x: Activations, weight: Planes, partial: Tensor, rows: RowLists, slices: Slices) -> None:
+        """x W, slice for slice of the rows, into the first of `partial`."""
+        found, planes = launches.matrix(weight, self._at), len(weight.planes)
+        given = (x, rows.pointers(planes), partial.data_ptr(), rows.count(weight), slices)
+        self._launcher.launch(down_launches.down_call(found, planes, *given))
+
+    def _add_up(self, partial: Tensor, tokens: int, weight: Planes, out: Tensor) -> None:
+        """out += the sum of the slices."""
+        if tokens and len(partial):
+            into, columns = (out.data_ptr(), out.stride(0)), (weight.columns, partial.shape[2])
+            call = down_launches.sum_call(partial.data_ptr(), into, tokens, columns, len(partial))
+            self._launcher.launch(call)
 
     def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:
         """The weights in fp32 [rows, columns]."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.cuda.driver import Driver
+from tiercache.kernels.cuda.mma_launches import LEAST_CAPABILITY
 
 KINDS: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2})
 """Numbers of the dtypes in the kernels."""
@@ -72,6 +73,11 @@ class Card:
     kernels: Kernels
     scratch: Scratch
     lock: threading.Lock
+
+    @property
+    def by_matrix_units(self) -> bool:
+        """Whether products along the input are mma.cu's, else they are rows.cu's."""
+        return self.launcher.capability >= LEAST_CAPABILITY
 
     def floats(self, *shape: int) -> Tensor:
         """Memory for fp32 on the card."""

@@ -28,8 +28,8 @@ MOST_PIECES = 16
 """Matrices of one gather."""
 
 _TILE_BYTES = 33 << 10  # of x in shared memory: a chunk for 8 tokens, or 8 for one; three blocks fit a multiprocessor
-_GRID_Y = 65535  # CUDA's limit
-_RowLists = ctypes.c_void_p * 4  # `RowLists` of planes.cuh
+GRID_Y = 65535  # CUDA's limit
+RowListArguments = ctypes.c_void_p * 4  # `RowLists` of planes.cuh
 
 Address = Callable[[Tensor], int]
 """Where a kernel finds a tensor's bytes."""
@@ -67,22 +67,10 @@ class RowsArguments(ctypes.Structure):
     _fields_ = (
         ("matrix", MatrixArguments * 2),
         *((name, ctypes.c_void_p) for name in ("x", "sums")),
-        ("rows", _RowLists),
+        ("rows", RowListArguments),
         ("out", ctypes.c_void_p),
         ("out_pitch", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("count", "tokens", "matrices", "chunks", "tile_chunks", "activation")),
-    )
-
-
-class DownArguments(ctypes.Structure):
-    """Of down.cu."""
-
-    _fields_ = (
-        ("matrix", MatrixArguments),
-        ("x", ctypes.c_void_p),
-        ("rows", _RowLists),
-        ("partial", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("count", "per_slice")),
     )
 
 
@@ -91,7 +79,7 @@ class DecodeArguments(ctypes.Structure):
 
     _fields_ = (
         ("matrix", MatrixArguments),
-        ("rows", _RowLists),
+        ("rows", RowListArguments),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("columns", "count")),
     )
@@ -105,16 +93,6 @@ class PrepareArguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("pitch", "stride")),
         *((name, ctypes.c_void_p) for name in ("out", "sums")),
         *((name, ctypes.c_int) for name in ("kind", "columns", "group", "tokens", "padded_tokens", "chunks")),
-    )
-
-
-class SumArguments(ctypes.Structure):
-    """Of common.cu."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("partial", "out")),
-        ("out_pitch", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("slices", "padded_tokens", "padded_columns", "columns")),
     )
 
 
@@ -159,25 +137,6 @@ class Blocks:
         return self.count * self.size
 
 
-@dataclass(frozen=True)
-class Slices:
-    """Rows cut into slices of `size` each, for sums across the rows."""
-
-    count: int
-    size: int
-
-    @staticmethod
-    def of(rows: int, padded_columns: int, multiprocessors: int) -> Slices:
-        """About four blocks a multiprocessor, yet eight rows or more a warp.
-
-        Whatever the tokens and wherever the planes are, so that neither changes the order of a sum.
-        """
-        strips = -(-padded_columns // (16 * 32))
-        wanted = min(-(-4 * multiprocessors // strips), -(-rows // (8 * WARPS)))
-        size = -(-rows // max(1, wanted))
-        return Slices(-(-rows // size), size)
-
-
 def chunks_of(columns: int) -> int:
     """Chunks of a row of x."""
     return -(-columns // CHUNK_COLUMNS)
@@ -198,7 +157,7 @@ def matrix(planes: Planes, address: Address) -> MatrixArguments:
     # Rows of whole groups keep what they begin with: a group of 32 has 12 bytes of the first plane and 4 of the second
     # (so an odd number of them is aligned to 4), a group of 64 has 24 and 8. Places within a row are then aligned, too.
     if (found.scales | found.scales_pitch) % 4 == 0:
-        found.aligned = 8 if bits % 8 == 0 else 4 if bits % 4 == 0 else 0
+        found.aligned = next((each for each in (16, 8, 4) if bits % each == 0), 0)
     return found
 
 
@@ -225,37 +184,13 @@ def rows_call(
     chunk_bytes = blocks.size * 4 * (CHUNK_COLUMNS + CHUNK_COLUMNS // matrices[0].group)
     tile_chunks = min(chunks, max(1, _TILE_BYTES // chunk_bytes))
     grid = (blocks.count, -(-items // (WARPS * per_warp)), 1)
-    if grid[1] > _GRID_Y:
-        raise UsageError(f"{count} rows in one call; cut them into calls of {_GRID_Y * WARPS}")
+    if grid[1] > GRID_Y:
+        raise UsageError(f"{count} rows in one call; cut them into calls of {GRID_Y * WARPS}")
     arguments = RowsArguments(
-        *((MatrixArguments * 2)(*matrices), *x, _RowLists(*rows), *out),
+        *((MatrixArguments * 2)(*matrices), *x, RowListArguments(*rows), *out),
         *(count, tokens, len(matrices), chunks, tile_chunks, activation),
     )
     return Call(f"rows_{planes}_{blocks.size}_{per_warp}", grid, tile_chunks * chunk_bytes, arguments)
-
-
-def down_call(
-    found: MatrixArguments,
-    planes: int,
-    x: int,
-    rows: Sequence[int],
-    partial: int,
-    count: int,
-    blocks: Blocks,
-    slices: Slices,
-) -> Call:
-    """Of down.cu: x is [blocks, count, size]; partial [slices, blocks, size, padded columns]."""
-    split = 2 if blocks.size > 4 else 1  # of a word among lanes
-    strips = -(-found.groups * found.group * split // (16 * 32))
-    shared_bytes = WARPS // 2 * blocks.size * (16 // split) * 32 * 4
-    arguments = DownArguments(found, x, _RowLists(*rows), partial, count, slices.size)
-    return Call(f"down_{planes}_{blocks.size}_1", (strips, slices.count, blocks.count), shared_bytes, arguments)
-
-
-def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: int, padded_columns: int, parts: int) -> Call:
-    """Of common.cu: adds `parts` slices for padded tokens; out is (address, pitch in elements)."""
-    arguments = SumArguments(partial, *out, parts, Blocks.of(tokens).padded, padded_columns, columns)
-    return Call("sum", (-(-columns // THREADS), tokens, 1), 0, arguments)
 
 
 def prepare_call(
@@ -279,7 +214,7 @@ def decode_call(found: MatrixArguments, planes: int, rows: Sequence[int], shape:
     """Of decode.cu: `shape` (rows, columns) into fp32 [rows, padded columns]."""
     count, columns = shape
     words = found.groups * found.group // 16
-    arguments = DecodeArguments(found, _RowLists(*rows), out, columns, count)
+    arguments = DecodeArguments(found, RowListArguments(*rows), out, columns, count)
     return Call(f"decode_{planes}_0_0", (count, -(-words // THREADS), 1), 0, arguments)
 
 

@@ -6,6 +6,7 @@ Knows addresses and shapes. The addresses of a pass may stay null: whoever keeps
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiercache.errors import UsageError
@@ -28,7 +29,7 @@ class PackedArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "sums")),
-        *((name, ctypes.c_int) for name in ("group", "padded_tokens", "chunks", "tokens", "columns")),
+        *((name, ctypes.c_int) for name in ("group", "digits", "padded_tokens", "chunks", "tokens", "columns")),
     )
 
 
@@ -160,10 +161,14 @@ class Units:
         return Units(slices, 1, SPAN, queries, tiles)
 
 
-def packed(out: int, sums: int, group: int, shape: tuple[int, int]) -> PackedArguments:
-    """Inputs (tokens, columns) as rows.cu wants them; plain fp32 rows at `out` for a group of 0."""
+def packed(inputs: Sequence[int], group: int, shape: tuple[int, int], digits: bool = False) -> PackedArguments:
+    """Inputs (tokens, columns) as products want them; plain fp32 rows at the first address for a group of 0.
+
+    `digits`: as mma.cu wants them, else as rows.cu does.
+    """
     tokens, columns = shape
-    return PackedArguments(out, sums, group, Blocks.of(tokens).size, chunks_of(columns), tokens, columns)
+    size = Blocks.of(tokens).size
+    return PackedArguments(inputs[0], inputs[1], group, digits, size, chunks_of(columns), tokens, columns)
 
 
 def enter_call(x: tuple[int, int, int], norm: tuple[int, int, float], factors: int, to: PackedArguments) -> Call:

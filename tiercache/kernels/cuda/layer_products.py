@@ -13,7 +13,7 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
 from tiercache.kernels.contract import ACTIVATIONS, QuantizedActivations
-from tiercache.kernels.cuda import launches, layer_calls
+from tiercache.kernels.cuda import launches, layer_calls, mma_launches
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.launches import CHUNK_COLUMNS, Blocks, chunks_of
 from tiercache.quant.planes import Planes
@@ -28,11 +28,9 @@ class Product:
         self.planes, self._card = planes, card
         self._matrix = launches.matrix(planes, card.launcher.address)
 
-    def call(self, packed: Sequence[int], out: int, tokens: int) -> launches.Call:
-        """Products with packed inputs (numbers, sums), as [blocks, rows, tokens of a block] at `out`."""
-        shape = self.planes.rows, tokens, self.planes.columns
-        how = (shape, _STORE, self._card.launcher.multiprocessors)
-        return launches.rows_call([self._matrix], len(self.planes.planes), (packed[0], packed[1]), (), (out, 0), *how)
+    def call(self, inputs: Sequence[int], out: int, tokens: int) -> launches.Call:
+        """Products with packed inputs, as [blocks, rows, tokens of a block] at `out`."""
+        return products_call([self._matrix], self.planes, inputs, out, tokens, _STORE, self._card)
 
     def found(self, x: QuantizedActivations) -> Tensor:
         """Products of any number of tokens: fp32 [tokens, rows]."""
@@ -41,8 +39,28 @@ class Product:
         return out
 
 
-def packed_sizes(tokens: int, columns: int, group: int) -> tuple[int, int]:
-    """Bytes of inputs as rows.cu wants them: of the numbers, of the sums."""
+def products_call(
+    matrices: Sequence[launches.MatrixArguments],
+    planes: Planes,
+    inputs: Sequence[int],
+    out: int,
+    tokens: int,
+    activation: int,
+    card: Card,
+) -> launches.Call:
+    """Products of one or two matrices like `planes` with packed inputs, behind an activation."""
+    given = (matrices, len(planes.planes), (inputs[0], inputs[1]), (), (out, 0))
+    if card.by_matrix_units:
+        return mma_launches.mma_call(*given, (planes.rows, tokens), activation)
+    shape = planes.rows, tokens, planes.columns
+    return launches.rows_call(*given, shape, activation, card.launcher.multiprocessors)
+
+
+def packed_sizes(tokens: int, columns: int, group: int, card: Card) -> tuple[int, int]:
+    """Bytes of inputs as products want them: of the numbers, and of what stands beside them."""
+    if card.by_matrix_units:
+        beside = mma_launches.factor_count(tokens, columns, group)
+        return mma_launches.digit_bytes(tokens, columns, group), bytes_of_floats(beside)
     padded, chunks = Blocks.of(tokens).padded, chunks_of(columns)
     return (
         bytes_of_floats(padded, chunks, CHUNK_COLUMNS),
@@ -67,10 +85,11 @@ def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, c
     tokens, columns = x.shape
     if tokens > card.switch:
         data: tuple[Tensor, ...] = (card.floats(tokens, columns),)
-        to = layer_calls.packed(data[0].data_ptr(), 0, 0, (tokens, columns))
+        to = layer_calls.packed((data[0].data_ptr(), 0), 0, (tokens, columns))
     else:
-        data = tuple(card.floats(size // 4) for size in packed_sizes(tokens, columns, group))
-        to = layer_calls.packed(data[0].data_ptr(), data[1].data_ptr(), group, (tokens, columns))
+        data = tuple(card.floats(size // 4) for size in packed_sizes(tokens, columns, group, card))
+        inputs = [each.data_ptr() for each in data]
+        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
     call = layer_calls.enter_call((x.data_ptr(), x.stride(0), KINDS[x.dtype]), norm, factors, to)
     card.launcher.launch(call)
     return QuantizedActivations(tokens, columns, group, data)

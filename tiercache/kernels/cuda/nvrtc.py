@@ -21,27 +21,34 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh", "numbers.cuh", "attention.cuh")
+_HEADERS = ("planes.cuh", "mma.cuh", "quads.cuh", "numbers.cuh", "attention.cuh")
+_BY_GROUP = ("mma", "down")  # compiled group by group: a store has one as a rule, and a compiler takes seconds for each
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What is compiled at once: a file of `source`, for one number of planes (0: of any).
+    """What is compiled at once: a file of `source`, for one number of planes (0: of any) and one group (0: of any).
 
-    In attention.cu the number stands for a dtype.
+    In attention.cu the number of planes stands for a dtype.
     """
 
     file: str
     planes: int = 0
+    group: int = 0
 
     @staticmethod
     def of(kernel: str) -> SourceUnit:
-        """The unit that holds the kernel of that name: `rows_2_4_4` is in rows.cu, for two planes."""
-        file, _, rest = kernel.partition("_")
-        if not rest:
+        """The unit that holds the kernel of that name.
+
+        `rows_2_4_4` is in rows.cu, for two planes; `mma_2_1_64` in mma.cu, for two planes in groups of 64;
+        `layer_enter` in layer.cu.
+        """
+        file, *numbers = kernel.split("_")
+        if not numbers:
             return SourceUnit("common.cu")
-        return SourceUnit(f"{file}.cu", int(rest[0]) if rest[0].isdigit() else 0)
+        planes = int(numbers[0]) if numbers[0].isdigit() else 0
+        return SourceUnit(f"{file}.cu", planes, int(numbers[2]) if file in _BY_GROUP else 0)
 
 
 def source(file: str) -> bytes:
@@ -126,7 +133,8 @@ class Nvrtc:
 
 def _options(unit: SourceUnit, target: str) -> list[str]:
     planes = [f"-DPLANES={unit.planes}"] if unit.planes else []
-    return [f"--gpu-architecture={target}", "--std=c++17", *planes]
+    group = [f"-DONLY_GROUP={unit.group}"] if unit.group else []
+    return [f"--gpu-architecture={target}", "--std=c++17", *planes, *group]
 
 
 def library_paths() -> list[Path | str]:
@@ -192,7 +200,7 @@ def image(unit: SourceUnit, compiler: Nvrtc, target: str, folder: Path) -> bytes
     parts = [source(name) for name in (unit.file, *_HEADERS)]
     parts += [" ".join(_options(unit, target)).encode(), repr(compiler.version).encode()]
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    path = folder / f"{Path(unit.file).stem}-{unit.planes}-{target}-{digest[:16]}.bin"
+    path = folder / f"{Path(unit.file).stem}-{unit.planes}-{unit.group}-{target}-{digest[:16]}.bin"
     try:
         return path.read_bytes()
     except FileNotFoundError:

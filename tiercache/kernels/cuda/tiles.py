@@ -28,26 +28,27 @@ class Tiler:
     def __init__(self, launcher: Driver, device: torch.device, switch: int) -> None:
         self._launcher, self._device, self._switch = launcher, device, switch
 
-    def tiles(self, tokens: int, weights: Sequence[Planes], rows: RowLists) -> Iterator[Tile]:
-        """The selection cut up for passes over it.
+    def tiles(self, tokens: int, weights: Sequence[Planes], rows: RowLists, unit: int = 1) -> Iterator[Tile]:
+        """The selection cut up for passes over it, before multiples of `unit` rows.
 
-        One pass takes all. More than one read planes again and again, so far planes are first brought near, in tiles;
-        the cut is the same for near ones, for where planes lie must not change the order of a sum.
+        One pass takes all. More than one read planes again and again, so far planes are first brought near, in tiles.
         """
         count = rows.count(weights[0])
         if not count or not tokens:
             return
-        if tokens <= FEW_TOKENS:
+        near_enough = tokens <= self._switch and all(self._is_near(weight) for weight in weights)
+        if tokens <= FEW_TOKENS or near_enough:
             yield slice(0, count), list(weights), rows
             return
         padded = sum(weight.scales.shape[1] * weight.group for weight in weights)
-        step = max(1, SCRATCH_BYTES // (padded * (4 if tokens > self._switch else _STORED_BYTES)))
+        most = SCRATCH_BYTES // (padded * (4 if tokens > self._switch else _STORED_BYTES))
+        step = max(1, most // unit) * unit
         for start in range(0, count, step):
             some = slice(start, min(count, start + step))
             near, chosen = list(weights), rows.cut(some)
             if not rows:
                 near = [_rows_of(weight, some) for weight in weights]
-            if tokens <= self._switch and not all(self._is_near(weight) for weight in near):
+            if tokens <= self._switch:
                 near, chosen = [self._brought_near(weight, chosen) for weight in near], RowLists()
             yield some, near, chosen
 

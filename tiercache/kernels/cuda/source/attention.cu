@@ -42,7 +42,8 @@ static __device__ __forceinline__ void take(const byte *from, int aligned, Eight
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const byte *const at = from + 16 * i + 4 * j;
-            w[j] = BYTES == 4 ? *(const unsigned *)at : *(const half_bits *)at | (unsigned)*(const half_bits *)(at + 2) << 16;
+            const half_bits *const halves = (const half_bits *)at;
+            w[j] = BYTES == 4 ? *(const unsigned *)at : halves[0] | (unsigned)halves[1] << 16;
         }
         taken.part[i].x = w[0], taken.part[i].y = w[1], taken.part[i].z = w[2], taken.part[i].w = w[3];
     }
@@ -91,8 +92,9 @@ static __device__ __forceinline__ float second_of(const Two &taken) {
 }
 
 template <int QUERIES> struct Places { /* in shared memory */
-    float *queries, *weights, *sums, *top, *total; /* [QUERIES, head_dim], [QUERIES, SLICE], [WARPS, QUERIES, head_dim] */
-    int *token;                                    /* of each query; -1: it is padding */
+    float *queries, *weights, *sums; /* [QUERIES, head_dim], [QUERIES, SLICE], [WARPS, QUERIES, head_dim] */
+    float *top, *total;              /* of each query */
+    int *token;                      /* of each query; -1: it is padding */
 };
 
 template <int QUERIES>

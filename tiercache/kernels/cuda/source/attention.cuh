@@ -10,7 +10,7 @@
 
 enum { SLICE = 64, SPAN = 8 }; /* slots, slices */
 
-template <int N> struct Attended { /* exponentials less `top`: their sum, and their sums times N numbers of the values */
+template <int N> struct Attended { /* exponentials less `top`: their sum, and their sum times N numbers of values */
     float top, total, value[N];
 };
 

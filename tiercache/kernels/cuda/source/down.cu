@@ -1,96 +1,199 @@
-/* Products across the rows, for up to 8 tokens a pass: out[t, c] += sum over i of x[t, i] W[rows[i], c].
+/* Products across the rows: out[t, c] += sum over i of x[t, i] W[rows[i], c].
  *
- * A block owns a strip of columns and a slice of the rows; its warps take the slice's rows in turn, each lane the
- * columns of one word (for 8 tokens: of half a word, or the sums would not fit the registers). Of a row a warp loads
- * 128 bytes of 2-bit codes, one full request over a link, 64 of each plane of single bits, whose words two lanes share,
- * and 256 of the 4-bit plane (for 8 tokens half of each). Warps are added up in shared memory, slices by `sum`, both in
- * a fixed order: no atomics, the same bits each time. fp32 for the reason given in rows.cu.
+ * A block owns a slice of the rows and a strip of columns. Its threads stand in `classes` lines of `wide` threads; a
+ * line takes every `classes`-th row of the slice, each of its threads W words of it: for one token a whole group of 64,
+ * 16 bytes of 2-bit codes in one load. Of a row of 4096 columns 64 threads take all, 8 lines read 8 rows at once, and
+ * the next row's bytes are on their way while this one is multiplied. For more tokens threads own fewer words, so that
+ * the sums fit the registers, and more blocks share the columns: slices and lines, and so the order of a sum, stay the
+ * same. Lines are added up in shared memory, slices by `sum`, both in a fixed order: no atomics.
+ *
+ * A weight is base + slope * code, so that a thread multiplies x by the slope once a row and adds x times the base to
+ * one sum of its own: a weight costs a byte permutation and a multiply-add a token. fp32 on all cards: x times the
+ * slope differs from group to group, which is why matrix units of bytes (mma.cu) do not serve here.
  */
 #include "planes.cuh"
 
+enum { LINE_THREADS = 512, X_ROWS = 128 };
+
 struct DownArguments {
     Matrix matrix;
-    const float *x;   /* [blocks, count, T] */
+    const byte *x;
+    long long block_stride, token_stride, row_stride; /* in elements: between blocks, tokens of a block, rows */
     RowLists rows;
-    float *partial;   /* [slices, blocks, T, padded columns] */
-    int count, per_slice;
+    float *partial; /* [slices, padded tokens, padded columns] */
+    int kind;       /* of x: 0 fp32, 1 fp16, 2 bf16 */
+    int block_shift, tokens, /* a block of x has 1 << block_shift tokens */
+        padded_tokens, count, per_slice, wide, classes;
 };
 
-template <int T, int INDEX, int QUARTERS>
-static __device__ __forceinline__ void spread(unsigned codes, Line line, const float *x, float (*sum)[QUARTERS][4]) {
-    const float w[4] = {
-        fmaf(line.slope, code_float<0>(codes), line.base), fmaf(line.slope, code_float<1>(codes), line.base),
-        fmaf(line.slope, code_float<2>(codes), line.base), fmaf(line.slope, code_float<3>(codes), line.base)};
-#pragma unroll
-    for (int t = 0; t < T; ++t)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sum[t][INDEX][k] = fmaf(x[t], w[k], sum[t][INDEX][k]);
+template <int W, int GROUP> struct Held { /* W words of a row, as they lie */
+    static constexpr int SINGLES = W < GROUP / 32 ? W : GROUP / 32;
+    unsigned top[W], mid[SINGLES], bit[SINGLES], even[W], odd[W], scales;
+};
+
+struct Unit { /* where a thread's words lie in any row, in bytes */
+    int top, mid, bit, low, scales, first; /* first: the group's word that is the first */
+};
+
+template <int W, int GROUP> static __device__ __forceinline__ Unit unit_of(const Matrix &m, int unit) {
+    constexpr int UNITS = GROUP / 16 / W, SINGLES = GROUP / 32; /* of a group */
+    const int group = unit / UNITS, first = unit % UNITS * W;
+    Unit at;
+    at.top = 4 * W * unit;
+    at.bit = 4 * (group * SINGLES + first % SINGLES);
+    at.mid = GROUP / 4 * m.groups + at.bit;
+    at.low = group * (GROUP / 2) + 4 * first;
+    at.scales = 4 * group;
+    at.first = first;
+    return at;
 }
 
-/* Adds row `item` of the selection, times x, to a lane's sums. `half` picks the quarters half, half + SPLIT, ... */
-template <int T, int SPLIT>
-static __device__ __forceinline__ void add_row(const DownArguments &given, int item, const Place &place, int half,
-                                               const float *from, float (*sum)[4 / SPLIT][4]) {
-    const Word word = word_of(given.matrix, given.rows, item, place);
-    const Line line = line_of(word.scales);
-    const unsigned pairs = lower_pairs(word.mid, word.bit, place.second);
-    float x[T];
-#pragma unroll
-    for (int t = 0; t < T; ++t) x[t] = from[t];
-    if (SPLIT == 1) {
-        const unsigned even = upper_codes(word.top, pairs, 0), odd = upper_codes(word.top, pairs, 1);
-        spread<T, 0, 4 / SPLIT>(merged<false>(even, word.even), line, x, sum);
-        spread<T, 1, 4 / SPLIT>(merged<false>(odd, word.odd), line, x, sum);
-        spread<T, 4 / SPLIT - 2, 4 / SPLIT>(merged<true>(even, word.even), line, x, sum);
-        spread<T, 4 / SPLIT - 1, 4 / SPLIT>(merged<true>(odd, word.odd), line, x, sum);
-    } else {
-        const unsigned h = upper_codes(word.top, pairs, half), c = half ? word.odd : word.even;
-        spread<T, 0, 4 / SPLIT>(merged<false>(h, c), line, x, sum);
-        spread<T, 1, 4 / SPLIT>(merged<true>(h, c), line, x, sum);
-    }
-}
-
-template <int T> static __device__ __forceinline__ void down_kernel(const DownArguments &a) {
-    constexpr int SPLIT = T > 4 ? 2 : 1, QUARTERS = 4 / SPLIT, SUMS = T * QUARTERS * 4;
-    SHARED(float, shared); /* [WARPS / 2, SUMS, 32] */
+template <int ALIGNED, int W, int GROUP>
+static __device__ __forceinline__ void hold(const DownArguments &a, int item, const Unit &at, Held<W, GROUP> &held) {
+    constexpr int SINGLES = Held<W, GROUP>::SINGLES;
     const Matrix &m = a.matrix;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, unit = blockIdx.x * 32 + lane;
-    const int word = unit / SPLIT, half = unit % SPLIT, words = m.groups * (m.group >> 4);
-    const int start = blockIdx.y * a.per_slice, end = min(a.count, start + a.per_slice);
-    const float *const x = a.x + (long long)blockIdx.z * a.count * T;
-    float sum[T][QUARTERS][4] = {};
-    if (word < words) {
-        const Place place = place_of(m, word);
-#pragma unroll 2
-        for (int i = start + warp; i < end; i += WARPS)
-            add_row<T, SPLIT>(a, i, place, half, x + (long long)i * T, sum);
+    const byte *const top = m.plane[0] + row_of(a.rows, 0, item) * (int)m.pitch[0];
+    load_words<ALIGNED, W>(top + at.top, held.top);
+    if (PLANES > 2) {
+        const byte *const low = m.plane[2] + row_of(a.rows, 2, item) * (int)m.pitch[2] + at.low;
+        load_words<ALIGNED, W>(low, held.even);
+        load_words<ALIGNED, W>(low + GROUP / 4, held.odd);
     }
-    float *const flat = &sum[0][0][0];
-    for (int left = WARPS / 2; left; left /= 2) { /* the upper half of the warps hands over to the lower */
-        float *const slot = shared + (warp % left) * SUMS * 32 + lane;
-        if (warp >= left && warp < 2 * left)
-#pragma unroll
-            for (int e = 0; e < SUMS; ++e) slot[e * 32] = flat[e];
-        __syncthreads();
-        if (warp < left)
-#pragma unroll
-            for (int e = 0; e < SUMS; ++e) flat[e] += slot[e * 32];
-        __syncthreads();
-    }
-    if (warp != 0 || word >= words) return;
-    const int padded = m.groups * m.group, in_group = m.group >> 4;
-    const long long block = (long long)blockIdx.y * gridDim.z + blockIdx.z;
+    load_words<ALIGNED, SINGLES>(top + at.mid, held.mid);
+    if (PLANES > 1)
+        load_words<ALIGNED, SINGLES>(m.plane[1] + row_of(a.rows, 1, item) * (int)m.pitch[1] + at.bit, held.bit);
+    load_words<ALIGNED, 1>(m.scales + row_of(a.rows, 3, item) * (int)m.scales_pitch + at.scales, &held.scales);
+}
+
+template <int T> static __device__ __forceinline__ void spread(unsigned codes, const float *x, float (*sum)[4]) {
+    const float w[4] = {code_float<0>(codes), code_float<1>(codes), code_float<2>(codes), code_float<3>(codes)};
 #pragma unroll
     for (int t = 0; t < T; ++t)
 #pragma unroll
-        for (int i = 0; i < QUARTERS; ++i) {
-            const int q = half + SPLIT * i;
-            const int column = word / in_group * m.group + q * (m.group >> 2) + 4 * (word % in_group);
-            *(float4 *)(a.partial + (block * T + t) * padded + column) =
-                make_float4(sum[t][i][0], sum[t][i][1], sum[t][i][2], sum[t][i][3]);
-        }
+        for (int k = 0; k < 4; ++k) sum[t][k] = fmaf(x[t], w[k], sum[t][k]);
 }
 
-#define DOWN(T) \
-    KERNEL(JOIN(down, PLANES, T, 1), DownArguments) { down_kernel<T>(a); }
-DOWN(1) DOWN(2) DOWN(4) DOWN(8)
+/* sum: [word, quarter, token, column]; bases: [token]. */
+template <int T, int W, int GROUP>
+static __device__ __forceinline__ void add_row(const Held<W, GROUP> &held, int first, const float *x,
+                                               float (*sum)[4][T][4], float *bases) {
+    const Line line = line_of(held.scales);
+    float scaled[T];
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+        scaled[t] = x[t] * line.slope;
+        bases[t] = fmaf(x[t], line.base, bases[t]);
+    }
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+        constexpr int SINGLES = GROUP / 32; /* of a group; with W of them or more, which half is known here */
+        const int second = W > SINGLES ? w >= SINGLES : first >= SINGLES, single = W > SINGLES ? w % SINGLES : w;
+        const unsigned bit = PLANES > 1 ? held.bit[single] : 0, pairs = lower_pairs(held.mid[single], bit, second);
+        const unsigned even = upper_codes(held.top[w], pairs, 0), odd = upper_codes(held.top[w], pairs, 1);
+        const unsigned c = PLANES > 2 ? held.even[w] : 0, d = PLANES > 2 ? held.odd[w] : 0;
+        spread<T>(merged<false>(even, c), scaled, sum[w][0]);
+        spread<T>(merged<false>(odd, d), scaled, sum[w][1]);
+        spread<T>(merged<true>(even, c), scaled, sum[w][2]);
+        spread<T>(merged<true>(odd, d), scaled, sum[w][3]);
+    }
+}
+
+static __device__ __forceinline__ float given(const DownArguments &a, int token, int item) {
+    if (token >= a.tokens) return 0.0f;
+    const int within = token & ((1 << a.block_shift) - 1);
+    const long long at = (token >> a.block_shift) * a.block_stride + within * a.token_stride;
+    const long long i = at + item * a.row_stride;
+    if (a.kind == 0) return ((const float *)a.x)[i];
+    const half_bits bits = ((const half_bits *)a.x)[i];
+    return a.kind == 1 ? half_to_float(bits) : __int_as_float((int)((unsigned)bits << 16));
+}
+
+/* The rows of a slice, X_ROWS at a time, of which x lies in shared memory meanwhile. */
+template <int T, int W, int GROUP, int ALIGNED>
+static __device__ __forceinline__ void add_rows(const DownArguments &a, const Unit &at, bool takes, float *shared,
+                                                float (*sum)[4][T][4], float *bases) {
+    const int line = threadIdx.x / a.wide, start = blockIdx.y * a.per_slice, end = min(a.count, start + a.per_slice);
+    for (int from = start; from < end; from += X_ROWS) {
+        const int to = min(end, from + X_ROWS);
+        Held<W, GROUP> held, next;
+        if (takes && from + line < to) hold<ALIGNED, W, GROUP>(a, from + line, at, held);
+        __syncthreads(); /* everyone has left x before */
+#pragma unroll 1
+        for (int i = threadIdx.x; i < (to - from) * T; i += LINE_THREADS)
+            shared[i] = given(a, (int)blockIdx.z * T + i % T, from + i / T);
+        __syncthreads();
+        if (!takes) continue;
+#pragma unroll 1
+        for (int item = from + line; item < to; item += a.classes) {
+            if (item + a.classes < to) hold<ALIGNED, W, GROUP>(a, item + a.classes, at, next);
+            float x[T];
+            for (int t = 0; t < T; ++t) x[t] = shared[(item - from) * T + t];
+            add_row<T, W, GROUP>(held, at.first, x, sum, bases);
+            held = next;
+        }
+    }
+}
+
+/* Adds up the lines, four times four neighbouring sums a thread at once, and writes them. */
+template <int T, int W, int GROUP>
+static __device__ __forceinline__ void finish(const DownArguments &a, int unit, int units, float4 *shared,
+                                              const float (*sum)[4][T][4], const float *bases) {
+    constexpr int UNITS = GROUP / 16 / W; /* of a group */
+    const int line = threadIdx.x / a.wide, place = threadIdx.x % a.wide, group = unit / UNITS;
+    const int first = group * GROUP + unit % UNITS * W * 4;
+#pragma unroll
+    for (int round = 0; round < W * T; ++round) {
+        __syncthreads();
+        if (line < a.classes)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int e = 4 * round + j, t = e % T, q = e / T % 4, w = e / (4 * T);
+                const float *const four = sum[w][q][t], base = bases[t];
+                shared[(line * 4 + j) * a.wide + place] =
+                    make_float4(four[0] + base, four[1] + base, four[2] + base, four[3] + base);
+            }
+        __syncthreads();
+        if (unit >= units) continue;
+#pragma unroll 1
+        for (int j = line; j < 4; j += a.classes) {
+            const int e = 4 * round + j, t = e % T, q = e / T % 4, w = e / (4 * T), token = (int)blockIdx.z * T + t;
+            if (line >= a.classes || token >= a.padded_tokens) continue;
+            float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+            for (int other = 0; other < a.classes; ++other) {
+                const float4 more = shared[(other * 4 + j) * a.wide + place];
+                total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+            }
+            const long long row = (long long)blockIdx.y * a.padded_tokens + token;
+            *(float4 *)(a.partial + row * a.matrix.groups * GROUP + first + q * (GROUP / 4) + 4 * w) = total;
+        }
+    }
+}
+
+template <int T, int GROUP> static __device__ __forceinline__ void down_kernel(const DownArguments &a) {
+    constexpr int MOST = GROUP / 16, W = 4 / T < MOST ? 4 / T : MOST;
+    SHARED(float, shared); /* [X_ROWS, T], then float4 [classes, 4, wide] */
+    const int units = a.matrix.groups * (GROUP / 16 / W), place = threadIdx.x % a.wide;
+    const int unit = blockIdx.x * a.wide + place;
+    const bool takes = (int)threadIdx.x < a.wide * a.classes && unit < units;
+    const Unit at = unit_of<W, GROUP>(a.matrix, unit < units ? unit : 0);
+    float sum[W][4][T][4] = {}, bases[T] = {};
+    if (a.matrix.aligned == 16)
+        add_rows<T, W, GROUP, 16>(a, at, takes, shared, sum, bases);
+    else
+        add_rows<T, W, GROUP, 0>(a, at, takes, shared, sum, bases);
+    finish<T, W, GROUP>(a, unit, units, (float4 *)shared, sum, bases);
+}
+
+#define DOWN(T, GROUP) \
+    WIDE_KERNEL(JOIN(down, PLANES, T, GROUP), DownArguments) { down_kernel<T, GROUP>(a); }
+#define DOWNS(GROUP) DOWN(1, GROUP) DOWN(2, GROUP) DOWN(4, GROUP)
+#if IS_COMPILED(32)
+DOWNS(32)
+#endif
+#if IS_COMPILED(64)
+DOWNS(64)
+#endif
+#if IS_COMPILED(128)
+DOWNS(128)
+#endif

@@ -17,7 +17,8 @@ struct EnterArguments {
 };
 
 /* A thread's share of the sum of squares of a row. Known widths, or no load begins before the last one is there. */
-template <bool WIDE, int KIND> static __device__ __forceinline__ float squares(const byte *x, long long row, int columns) {
+template <bool WIDE, int KIND>
+static __device__ __forceinline__ float squares(const byte *x, long long row, int columns) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int c = 4 * threadIdx.x; c < columns; c += 4 * THREADS) {
@@ -186,7 +187,8 @@ KERNEL(layer_leave, LeaveArguments) {
     const float *const found = a.found + ((long long)blockIdx.y * a.columns + column) * a.padded_tokens;
     for (int t = 0; t < a.padded_tokens && first + t < a.tokens; ++t) {
         const float sum = a.bias ? found[t] + bias : found[t];
-        put(a.out, (long long)(first + t) * a.columns + column, a.kind, number(a.x, (first + t) * a.pitch + column, a.kind) + sum);
+        const float x = number(a.x, (first + t) * a.pitch + column, a.kind);
+        put(a.out, (long long)(first + t) * a.columns + column, a.kind, x + sum);
     }
 }
 
@@ -201,7 +203,8 @@ struct SettleArguments {
 
 /* Four columns of a slice after another from `first`, added up. */
 template <bool WIDE>
-static __device__ __forceinline__ float4 slices(const SettleArguments &a, long long at, int column, int first, int end) {
+static __device__ __forceinline__ float4 slices(const SettleArguments &a, long long at, int column, int first,
+                                                int end) {
     const long long apart = (long long)a.padded_tokens * a.padded_columns;
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8

@@ -8,14 +8,6 @@ enum { FLOAT, HALF, BFLOAT }; /* as backend.py numbers dtypes */
 
 static __device__ __forceinline__ float minus_infinity() { return __int_as_float((int)0xff800000u); }
 
-static __device__ __forceinline__ int bits_of(float v) {
-#ifdef __CUDACC_RTC__
-    return __float_as_int(v);
-#else
-    return shim_float_as_int(v);
-#endif
-}
-
 static __device__ __forceinline__ half_bits float_to_half(float v) {
 #ifdef __CUDACC_RTC__
     half_bits bits; /* a conversion, not fp16 arithmetic: every card has it */
@@ -29,7 +21,7 @@ static __device__ __forceinline__ half_bits float_to_half(float v) {
 static __device__ __forceinline__ float bfloat_to_float(unsigned bits) { return __int_as_float((int)(bits << 16)); }
 
 static __device__ __forceinline__ half_bits float_to_bfloat(float v) {
-    const unsigned bits = (unsigned)bits_of(v);
+    const unsigned bits = (unsigned)__float_as_int(v);
     if (v != v) return 0x7fc0;
     return (half_bits)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
 }
@@ -53,11 +45,13 @@ static __device__ __forceinline__ void put(byte *x, long long at, int kind, floa
 
 /* Whether all rows begin where loads of four numbers may: for all threads alike. */
 static __device__ __forceinline__ bool wide(const byte *x, long long pitch, int columns, int kind) {
-    return columns % 4 == 0 && (((unsigned long long)x | pitch * (kind == FLOAT ? 4 : 2)) & (kind == FLOAT ? 15 : 7)) == 0;
+    const int bytes = kind == FLOAT ? 4 : 2;
+    return columns % 4 == 0 && (((unsigned long long)x | pitch * bytes) & (4 * bytes - 1)) == 0;
 }
 
 /* Four numbers from `column` of a row of so many columns; zeros behind its end. */
-static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind, bool wide) {
+static __device__ __forceinline__ float4 four(const byte *x, long long row, int column, int columns, int kind,
+                                              bool wide) {
     const long long at = row + column;
     if (wide) {
         if (column >= columns) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -66,7 +60,8 @@ static __device__ __forceinline__ float4 four(const byte *x, long long row, int 
         return make_float4(widened(kind, (half_bits)(bits.x & 0xffffu)), widened(kind, (half_bits)(bits.x >> 16)),
                            widened(kind, (half_bits)(bits.y & 0xffffu)), widened(kind, (half_bits)(bits.y >> 16)));
     }
-    return make_float4(column < columns ? number(x, at, kind) : 0.0f, column + 1 < columns ? number(x, at + 1, kind) : 0.0f,
+    return make_float4(column < columns ? number(x, at, kind) : 0.0f,
+                       column + 1 < columns ? number(x, at + 1, kind) : 0.0f,
                        column + 2 < columns ? number(x, at + 2, kind) : 0.0f,
                        column + 3 < columns ? number(x, at + 3, kind) : 0.0f);
 }
@@ -99,12 +94,52 @@ static __device__ __forceinline__ float4 transformed(float4 v, bool whole) {
     return make_float4(0.125f * w.x, 0.125f * w.y, 0.125f * w.z, 0.125f * w.w);
 }
 
-struct Packed {  /* where inputs of rows.cu go, as `prepare` leaves them */
-    float4 *out; /* [blocks, chunks, T, 8 (word of the lane, quarter), 32 lanes], or plain [tokens, columns] */
-    float *sums; /* [blocks, chunks, T, groups a chunk] */
+struct Packed { /* where inputs of products go */
+    void *out;   /* as `prepare` or `digits` leave them, or plain [tokens, columns] */
+    void *sums;  /* [blocks, chunks, T, groups a chunk], or the factors of `digits` */
     int group;   /* 0: plain */
+    int digits;  /* whether they are for mma.cu */
     int padded_tokens, chunks, tokens, columns;
 };
+
+static __device__ __forceinline__ int larger_bits(float a, float b) {
+    return max(__float_as_int(a) & 0x7fffffff, __float_as_int(b) & 0x7fffffff);
+}
+
+/* Four columns as `digits` of common.cu makes them; the grid is high as the padded tokens. */
+static __device__ __forceinline__ void store_digits(const Packed &p, int token, int column, float4 v) {
+    const int threads = p.group >> 2, groups = (p.columns + p.group - 1) / p.group, group = column / p.group;
+    int largest = max(larger_bits(v.x, v.y), larger_bits(v.z, v.w));
+    for (int far = 1; far < threads; far *= 2)
+        largest = max(largest, __float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(largest), far)));
+    const int exponent = max(largest >> 23, 22), finite = exponent != 255;
+    const float inverse = __int_as_float((275 - exponent) << 23); /* 2^21 over the power of two below the largest */
+    const float x[4] = {v.x, v.y, v.z, v.w};
+    int sum = 0;
+    unsigned bytes[3] = {0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int whole = finite ? __float2int_rn(x[k] * inverse) : 0;
+        const int lowest = ((whole + 128) & 255) - 128, rest = (whole - lowest) / 256;
+        const int middle = ((rest + 128) & 255) - 128, high = (rest - middle) / 256;
+        sum += whole;
+        bytes[0] |= (unsigned)(high & 255) << 8 * k, bytes[1] |= (unsigned)(middle & 255) << 8 * k;
+        bytes[2] |= (unsigned)(lowest & 255) << 8 * k;
+    }
+    for (int far = 1; far < threads; far *= 2)
+        sum += __float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(sum), far));
+    if (group < groups) {
+        const int within = column % p.group, i = 4 * (within % threads / 4) + within / threads;
+        const long long cell = (long long)token * groups + group;
+        unsigned *const to = (unsigned *)((byte *)p.out + cell * 3 * p.group) + i;
+#pragma unroll
+        for (int piece = 0; piece < 3; ++piece) to[piece * threads] = bytes[piece];
+        const float step = __int_as_float(finite ? (exponent - 21) << 23 : 0x7fc00000);
+        if (within == 0) ((float2 *)p.sums)[cell] = make_float2(step, step * (float)sum);
+    }
+    if (blockIdx.x == 0 && token == 0 && threadIdx.x < 32)
+        ((unsigned *)((byte *)p.out + (long long)gridDim.y * groups * 3 * p.group))[threadIdx.x] = 0;
+}
 
 /* Stores a lane's four columns of a token. All lanes of the warp call it; lanes lie side by side. */
 static __device__ __forceinline__ void store_packed(const Packed &p, int token, int column, float4 v) {
@@ -116,16 +151,17 @@ static __device__ __forceinline__ void store_packed(const Packed &p, int token, 
             if (column + i < p.columns) to[i] = w[i];
         return;
     }
+    if (p.digits) return store_digits(p, token, column, v);
     float sum = (v.x + v.y) + (v.z + v.w);
     for (int far = 1; far < p.group / 4; far *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
     const int chunk = column / CHUNK_COLUMNS;
     if (chunk >= p.chunks) return;
     const int group = column / p.group, within = column % p.group, quarter = p.group >> 2;
     const int word = group * (p.group >> 4) + within % quarter / 4, e = 4 * (word & 1) + within / quarter;
-    const long long at = ((long long)(token / p.padded_tokens) * p.chunks + chunk) * p.padded_tokens + token % p.padded_tokens;
-    p.out[at * 256 + e * 32 + (word >> 1 & 31)] = v;
-    const int groups = CHUNK_COLUMNS / p.group;
-    if (within == 0) p.sums[at * groups + group % groups] = sum;
+    const int block = token / p.padded_tokens, t = token % p.padded_tokens, groups = CHUNK_COLUMNS / p.group;
+    const long long at = ((long long)block * p.chunks + chunk) * p.padded_tokens + t;
+    ((float4 *)p.out)[at * 256 + e * 32 + (word >> 1 & 31)] = v;
+    if (within == 0) ((float *)p.sums)[at * groups + group % groups] = sum;
 }
 
 #endif

@@ -16,14 +16,29 @@
 #define TIERCACHE_PLANES_CUH
 
 #ifdef __CUDACC_RTC__
+/* Holds a pointer in registers: not computed anew where it is used. For addresses that `fetch` reads. */
+#define KEEP(pointer) asm("" : "+l"(pointer))
 #define KERNEL(name, Arguments) extern "C" __global__ void __launch_bounds__(256) name(const Arguments a)
+/* So few registers that that many blocks fit a multiprocessor. */
+#define KERNEL_OF(blocks, name, Arguments) \
+    extern "C" __global__ void __launch_bounds__(256, blocks) name(const __grid_constant__ Arguments a)
+#define WIDE_KERNEL(name, Arguments) \
+    extern "C" __global__ void __launch_bounds__(512) name(const Arguments a)
 #define SHARED(type, name) extern __shared__ type name[]
 #else
 #include "shim.h"
+#define KEEP(pointer)
 #endif
 
 #define JOIN_(a, b, c, d) a##_##b##_##c##_##d
 #define JOIN(a, b, c, d) JOIN_(a, b, c, d)
+
+/* Whether kernels of a group are wanted: those of ONLY_GROUP, or all. */
+#ifdef ONLY_GROUP
+#define IS_COMPILED(group) (ONLY_GROUP == group)
+#else
+#define IS_COMPILED(group) 1
+#endif
 
 #ifndef PLANES
 #define PLANES 3 /* of the kernels that do not look at any */
@@ -42,7 +57,7 @@ struct Matrix {
     const byte *scales;
     long long scales_pitch;
     int groups, group; /* groups in a row, columns in a group */
-    int aligned;       /* to 8 or 4 bytes, planes and pitches; scales to 4; else 0 */
+    int aligned;       /* to 16, 8 or 4 bytes, planes and pitches; scales to 4; else 0 */
     int padding;
 };
 
@@ -66,31 +81,93 @@ static __device__ __forceinline__ float half_to_float(half_bits bits) {
 #endif
 }
 
-static __device__ __forceinline__ unsigned word_of_bytes(const byte *at) {
-    return at[0] | at[1] << 8 | at[2] << 16 | (unsigned)at[3] << 24;
+/* What no kernel writes: 4, 8 or 16 bytes. */
+static __device__ __forceinline__ unsigned fetch_word(const byte *at) {
+#ifdef __CUDACC_RTC__
+    unsigned word;
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
+    return word;
+#else
+    return *(const unsigned *)at;
+#endif
 }
 
-/* Four bytes; bundles may start anywhere, and a word that straddles is taken byte by byte. ALIGNED is known when this
- * is compiled: kernels branch on it once for all loads of a step, so that none waits for the one before. */
+static __device__ __forceinline__ uint2 fetch_two(const byte *at) {
+#ifdef __CUDACC_RTC__
+    uint2 words;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(at));
+    return words;
+#else
+    return *(const uint2 *)at;
+#endif
+}
+
+static __device__ __forceinline__ uint4 fetch_four(const byte *at) {
+#ifdef __CUDACC_RTC__
+    uint4 words;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+        : "l"(at));
+    return words;
+#else
+    return *(const uint4 *)at;
+#endif
+}
+
+/* From the one or two aligned words that hold them, neither of which lies wholly outside. */
+static __device__ __forceinline__ unsigned word_of_bytes(const byte *at) {
+    const unsigned off = (unsigned)(unsigned long long)at & 3;
+    return __funnelshift_r(fetch_word(at - off), fetch_word(at + (3 - (off + 3) % 4)), 8 * off);
+}
+
+/* Four bytes; bundles may start anywhere, and a word that straddles two is put together. ALIGNED is known when this is
+ * compiled: kernels branch on it once for all loads of a step, so that none waits for the one before. */
 template <int ALIGNED> static __device__ __forceinline__ unsigned load_word(const byte *at) {
-    return ALIGNED ? *(const unsigned *)at : word_of_bytes(at);
+    return ALIGNED ? fetch_word(at) : word_of_bytes(at);
 }
 
 template <int ALIGNED> static __device__ __forceinline__ uint2 load_two(const byte *at) {
-    if (ALIGNED == 8) return *(const uint2 *)at;
+    if (ALIGNED == 8) return fetch_two(at);
     return make_uint2(load_word<ALIGNED>(at), load_word<ALIGNED>(at + 4));
+}
+
+/* N words: 16 bytes a load, or one word. */
+template <int ALIGNED, int N> static __device__ __forceinline__ void load_words(const byte *at, unsigned *to) {
+    constexpr int WIDTH = ALIGNED < 16 ? 1 : N % 4 ? N : 4;
+#pragma unroll
+    for (int i = 0; i < N; i += WIDTH) {
+        if (WIDTH == 4) {
+            const uint4 four = fetch_four(at + 4 * i);
+            to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+        } else if (WIDTH == 2) {
+            const uint2 two = fetch_two(at + 4 * i);
+            to[i] = two.x, to[i + 1] = two.y;
+        } else {
+            to[i] = load_word<ALIGNED>(at + 4 * i);
+        }
+    }
+}
+
+/* Bits of a where the mask has them, else of b: one instruction, which the compiler would not keep. */
+static __device__ __forceinline__ unsigned chosen_bits(unsigned a, unsigned b, unsigned mask) {
+#ifdef __CUDACC_RTC__
+    unsigned bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(bits) : "r"(a), "r"(b), "r"(mask));
+    return bits;
+#else
+    return (a & mask) | (b & ~mask);
+#endif
 }
 
 /* The lower 2 bits of h, as a 2-bit plane's word: `mid` above `bit`. `second` (0 or 1) says which bits of both are this
  * word's. At one plane the last bit of h is unknown and comes as 0. */
 static __device__ __forceinline__ unsigned lower_pairs(unsigned mid, unsigned bit, int second) {
-    const unsigned upper = mid << (1 - second) & 0xaaaaaaaau;
-    return PLANES > 1 ? upper | (bit >> second & 0x55555555u) : upper;
+    return PLANES > 1 ? chosen_bits(mid << (1 - second), bit >> second, 0xaaaaaaaau) : mid << (1 - second) & 0xaaaaaaaau;
 }
 
 /* h of quarters `odd` (0 or 1) and odd + 2, as the 4-bit plane has c: in the low and in the high nibbles of a word. */
 static __device__ __forceinline__ unsigned upper_codes(unsigned top, unsigned pairs, int odd) {
-    return (top << (2 - 2 * odd) & 0xccccccccu) | (pairs >> (2 * odd) & 0x33333333u);
+    return chosen_bits(top << (2 - 2 * odd), pairs >> (2 * odd), 0xccccccccu);
 }
 
 /* Codes of a quarter as four bytes, from the low or HIGH nibbles of words of h and c. Three planes: 12 h + c, one
@@ -124,6 +201,31 @@ static __device__ __forceinline__ Line line_of(unsigned scales) {
     line.base = lo + OFFSET * step;
     line.slope = UNIT * step;
     return line;
+}
+
+/* Codes of a quarter as four bytes, whole: 12 h + c, or h where c is not known. */
+template <bool HIGH> static __device__ __forceinline__ unsigned code_bytes(unsigned h, unsigned c) {
+    return PLANES < 3 ? (HIGH ? h >> 4 : h) & 0x0f0f0f0fu : merged<HIGH>(h, c);
+}
+
+/* The same line for whole codes: weight = base + slope * code. */
+static __device__ __forceinline__ Line code_line(unsigned scales) {
+    const float lo = half_to_float((half_bits)(scales & 0xffffu)), step = half_to_float((half_bits)(scales >> 16));
+    Line line;
+    line.base = lo + (PLANES == 1 ? 13.5f : PLANES == 2 ? 7.5f : 0.0f) * step;
+    line.slope = (PLANES < 3 ? CELL : 1) * step;
+    return line;
+}
+
+static __device__ __forceinline__ float activated(float v, int activation) {
+    switch (activation) { /* the order of contract.ACTIVATIONS; NaN stays NaN */
+    case 0: return v / (1.0f + expf(-v));
+    case 1: return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+    case 2: return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
+    case 3: return v < 0.0f ? 0.0f : v;
+    case 4: return v < 0.0f ? 0.0f : v * v;
+    default: return v;
+    }
 }
 
 struct Place { /* of a word in any row: in bytes from the beginnings of planes and scales */

@@ -26,17 +26,6 @@ struct RowsArguments {
     int activation;     /* -1: add sums to out */
 };
 
-static __device__ __forceinline__ float activated(float v, int activation) {
-    switch (activation) { /* the order of contract.ACTIVATIONS; NaN stays NaN */
-    case 0: return v / (1.0f + expf(-v));
-    case 1: return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-    case 2: return 0.5f * v * (1.0f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case 3: return v < 0.0f ? 0.0f : v;
-    case 4: return v < 0.0f ? 0.0f : v * v;
-    default: return v;
-    }
-}
-
 template <int R> struct Rows { /* where R rows lie */
     const byte *top[R], *bit[R], *low[R], *scales[R];
 };
@@ -118,7 +107,7 @@ static __device__ __forceinline__ void two_words(const Rows<R> &at, const Span &
                                                  const float *sums, float (*total)[T]) {
     const int shift = span.groups_shift, within = span.unit & ((1 << shift) - 1);
     Taken<R> taken;
-    if (aligned == 8)
+    if (aligned >= 8)
         take<8, R>(at, span, taken);
     else if (aligned == 4)
         take<4, R>(at, span, taken);
