@@ -32,7 +32,7 @@ class GrowingCache:
     def append(self, cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a cache's layer, the new ones [1, heads, tokens, width] last: what `update` gives."""
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
-        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.ndim != 4:
+        if type(layer) is not DynamicLayer or not layer.is_initialized or getattr(layer.keys, "ndim", 0) != 4:
             kept: tuple[Tensor, Tensor] = cache.update(keys, values, index)
             return kept
         held: tuple[Any, Any] = layer.keys, layer.values
