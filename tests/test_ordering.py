@@ -314,6 +314,16 @@ def test_memory_is_locked_for_the_device_that_copies() -> None:
         assert ordering.unlocked_for == [torch.device("cuda", 1)]
 
 
+def test_what_torch_keeps_of_a_card_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS's workspace is an allocation of torch's, which `empty_cache` alone leaves."""
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: told.append("workspaces"), raising=False)
+    with recording():
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("cache"))
+        CudaDevice(CPU).release_cache()
+    assert told == ["workspaces", "cache"]
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "planes", "mixed"])
 def test_an_allocation_that_fails_leaves_nothing(
     kind: str, checkpoint: Folders, plane_store: Folders, monkeypatch: pytest.MonkeyPatch
