@@ -50,7 +50,7 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
         "common.cu": ["prepare", "digits", "sum", "gather"],
-        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8)],
+        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8, *([32] if unit.group > 32 else []))],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "decode.cu": [f"decode_{p}_0_0"],
@@ -140,7 +140,7 @@ def test_calls_reach_a_driver(
     kernels.matmul_transposed(out, weight, down)
     assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
     assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
-    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "rows", "down"}
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "mma", "down"}
     library.stub_refuse(ctypes.c_uint64(weight.scales.data_ptr()))
     with pytest.raises(UsageError, match="pageable memory"):
         kernels.matmul_transposed(out, weight, down)

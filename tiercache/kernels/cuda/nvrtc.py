@@ -21,7 +21,7 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh", "mma.cuh", "quads.cuh")
+_HEADERS = ("planes.cuh", "mma.cuh", "quads.cuh", "many.cuh")
 _BY_GROUP = (
     "mma",
     "down",
