@@ -200,20 +200,30 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group:
         assert torch.equal(results[0], other)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_token_is_the_same_in_any_company(library: Path, precision: str) -> None:
-    weight, x = matrix(150, 1500, 64, precision), torch.randn(20, 1500)
-    few, many = (CudaKernels(CPU, Emulation(library, multiprocessors=n), switch=24) for n in (1, 100))
-    together, down = torch.zeros(20, 150), torch.zeros(20, 1500)
-    few.matmul(few.quantize_activations(x, 64), weight, together)
-    few.matmul_transposed(x[:, :150], weight, down)
-    for start, tokens in ((0, 1), (3, 2), (5, 3), (7, 8)):
-        some = x[start : start + tokens]
-        alone, across = torch.zeros(tokens, 150), torch.zeros(tokens, 1500)
-        many.matmul(many.quantize_activations(some, 64), weight, alone)  # another grid, too
-        few.matmul_transposed(some[:, :150], weight, across)
-        assert torch.equal(alone, together[start : start + tokens])
-        assert torch.equal(across, down[start : start + tokens])
+def test_a_token_is_the_same_in_any_company(
+    library: Path, monkeypatch: Any, precision: str, group: int, capability: tuple[int, int]
+) -> None:
+    """Whatever the number of tokens; and on a card of any size, across the rows on one size of card."""
+    monkeypatch.setattr(tiles, "SCRATCH_BYTES", 60_000)  # several tiles
+    weight, x = matrix(90, 1300, group, precision), torch.randn(41, 1300)
+    alike: dict[int, Tensor] = {}
+    for far, size in ((False, 1), (True, 1), (False, 3)):
+        launcher = Emulation(library, far, multiprocessors=size, capability=capability)
+        kernels = CudaKernels(CPU, launcher, switch=41)
+        down = matrix(90, 70 * size, group, precision, 1)  # its slices depend on the card's size
+        for tokens in (1, 2, 4, 7, 8, 9, 41):
+            out, across, ffn = torch.zeros(tokens, 90), *torch.zeros(2, tokens, 70 * size)
+            given_x = kernels.quantize_activations(x[:tokens], group)
+            kernels.matmul(given_x, weight, out)
+            kernels.matmul_transposed(out, down, across)
+            kernels.ffn(given_x, [weight, weight], down, "silu", ffn)
+            for token in range(tokens):
+                assert torch.equal(alike.setdefault(token, out[token]), out[token])
+                both = torch.cat([across[token], ffn[token]])
+                assert torch.equal(alike.setdefault(100 * size + token, both), both)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])

@@ -54,7 +54,7 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
         "common.cu": ["prepare", "digits", "sum", "gather"],
         "layer.cu": [f"layer_{name}" for name in ("enter", "rotate", "combine", "leave", "settle")],
         "attention.cu": [f"attention_{p}_{q}_{n}" for n in (1, 2, 4) for q in (1, 4, 8) if q * n < 32],
-        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8)],
+        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8, *([32] if unit.group > 32 else []))],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "decode.cu": [f"decode_{p}_0_0"],

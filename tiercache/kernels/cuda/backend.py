@@ -1,9 +1,12 @@
 """The backend for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
 
-Up to 8 tokens the kernels read planes once and multiply in fp32 (why fp32: rows.cu). More tokens go in blocks of 8, or
-above `switch` tokens by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit
-weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums
-are made, depends on shapes alone, never on where planes lie or how they are aligned: no placement changes a bit.
+Up to `switch` tokens the kernels read planes as they are and a token's results have the same bits however many came
+with it. From capability 8.0 on, products along the input are the matrix units' (mma.cu): activations as whole numbers
+of 23 bits, groups' sums exact, the rest fp32. Older cards, and all cards across the rows, multiply in fp32 (why:
+rows.cu, down.cu). More tokens go by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for
+a 16-bit weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order
+sums are made, depends on shapes and the card alone, never on where planes lie or how they are aligned: no placement
+changes a bit.
 
 Planes and scales may lie on the device or in page-locked host memory; kernels read the latter over the link, planes
 once per call.
@@ -36,7 +39,7 @@ from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
 DEFAULT_SWITCH = 64
-"""Tokens up to which blocks of 8 are used, whose bits no company changes: as many as the largest drafted tree has."""
+"""Tokens up to which planes are multiplied as they are, with bits that no company changes: a largest drafted tree's."""
 
 
 class CudaKernels(Kernels):
@@ -194,14 +197,15 @@ class CudaKernels(Kernels):
         count, planes = rows.count(weights[0]), len(weights[0].planes)
         what = (matrices, planes, given, rows.pointers(planes), out)
         if self._by_matrix_units:
-            self._launcher.launch(mma_launches.mma_call(*what, (count, x.tokens), activation))
+            call = mma_launches.mma_call(*what, (count, x.tokens), (activation, self._launcher.multiprocessors))
         else:
-            how = ((count, x.tokens, x.columns), activation, self._launcher.multiprocessors)
-            self._launcher.launch(launches.rows_call(*what, *how))
+            shape = (count, x.tokens, x.columns)
+            call = launches.rows_call(*what, shape, activation, self._launcher.multiprocessors)
+        self._launcher.launch(call)
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
-        blocks = Blocks.of(x.tokens)
+        blocks = mma_launches.blocks_of(x.tokens, x.group) if self._by_matrix_units else Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden

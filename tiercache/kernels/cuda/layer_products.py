@@ -51,7 +51,7 @@ def products_call(
     """Products of one or two matrices like `planes` with packed inputs, behind an activation."""
     given = (matrices, len(planes.planes), (inputs[0], inputs[1]), (), (out, 0))
     if card.by_matrix_units:
-        return mma_launches.mma_call(*given, (planes.rows, tokens), activation)
+        return mma_launches.mma_call(*given, (planes.rows, tokens), (activation, card.launcher.multiprocessors))
     shape = planes.rows, tokens, planes.columns
     return launches.rows_call(*given, shape, activation, card.launcher.multiprocessors)
 
@@ -66,6 +66,12 @@ def packed_sizes(tokens: int, columns: int, group: int, card: Card) -> tuple[int
         bytes_of_floats(padded, chunks, CHUNK_COLUMNS),
         bytes_of_floats(padded, chunks, CHUNK_COLUMNS // group),
     )
+
+
+def packed(inputs: Sequence[int], group: int, shape: tuple[int, int], card: Card) -> layer_calls.PackedArguments:
+    """Inputs (tokens, columns) at addresses of such sizes."""
+    size = card.blocks(shape[0], group).size
+    return layer_calls.packed(inputs, group, shape, size, card.by_matrix_units)
 
 
 def rows_of(x: Tensor, columns: int, card: Card) -> Tensor:
@@ -88,8 +94,7 @@ def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, c
         to = layer_calls.packed((data[0].data_ptr(), 0), 0, (tokens, columns))
     else:
         data = tuple(card.floats(size // 4) for size in packed_sizes(tokens, columns, group, card))
-        inputs = [each.data_ptr() for each in data]
-        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
+        to = packed([each.data_ptr() for each in data], group, (tokens, columns), card)
     call = layer_calls.enter_call((x.data_ptr(), x.stride(0), KINDS[x.dtype]), norm, factors, to)
     card.launcher.launch(call)
     return QuantizedActivations(tokens, columns, group, data)

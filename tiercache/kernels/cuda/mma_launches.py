@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tiercache.errors import UsageError
 from tiercache.kernels.cuda.launches import (
+    FEW_TOKENS,
     GRID_Y,
     THREADS,
     WARPS,
@@ -28,7 +29,10 @@ PIECES = 3
 ZEROS = 128
 """Bytes at the end of the activations."""
 
-_ROWS = 16  # of a block
+_ROWS = 16  # of an instruction
+_MANY = 32  # tokens of a block, where there are more than a few
+_SHARERS = 4  # warps that share the parts of 16 rows, where blocks would be few
+_SMALL_GROUP = 32  # which the kernel for many tokens does not take
 
 
 class MmaArguments(ctypes.Structure):
@@ -40,7 +44,7 @@ class MmaArguments(ctypes.Structure):
         ("rows", RowListArguments),
         ("out", ctypes.c_void_p),
         ("out_pitch", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("count", "tokens", "matrices", "activation")),
+        *((name, ctypes.c_int) for name in ("count", "tokens", "matrices", "activation", "sharers", "padding")),
     )
 
 
@@ -55,14 +59,21 @@ class DigitsArguments(ctypes.Structure):
     )
 
 
+def blocks_of(tokens: int, group: int) -> Blocks:
+    """Tokens cut into blocks of 1, 2, 4 or 8, or more than 8 into blocks of 32, the last one padded."""
+    if tokens <= FEW_TOKENS or group == _SMALL_GROUP:
+        return Blocks.of(tokens)
+    return Blocks(-(-tokens // _MANY), _MANY)
+
+
 def digit_bytes(tokens: int, columns: int, group: int) -> int:
     """Bytes that the activations take, prepared."""
-    return Blocks.of(tokens).padded * -(-columns // group) * PIECES * group + ZEROS
+    return blocks_of(tokens, group).padded * -(-columns // group) * PIECES * group + ZEROS
 
 
 def factor_count(tokens: int, columns: int, group: int) -> int:
     """Floats beside them."""
-    return 2 * Blocks.of(tokens).padded * -(-columns // group)
+    return 2 * blocks_of(tokens, group).padded * -(-columns // group)
 
 
 def digits_call(
@@ -71,7 +82,7 @@ def digits_call(
     """Of common.cu: x of that shape, strides and kind (0 fp32, 1 fp16, 2 bf16) into (digits, factors)."""
     groups = -(-shape[1] // group)
     arguments = DigitsArguments(x, *strides, *into, kind, shape[1], group, shape[0], groups)
-    return Call("digits", (-(-groups * group // (4 * THREADS)), Blocks.of(shape[0]).padded, 1), 0, arguments)
+    return Call("digits", (-(-groups * group // (4 * THREADS)), blocks_of(shape[0], group).padded, 1), 0, arguments)
 
 
 def mma_call(
@@ -81,20 +92,26 @@ def mma_call(
     rows: Sequence[int],
     out: tuple[int, int],
     shape: tuple[int, int],
-    activation: int,
+    how: tuple[int, int],
 ) -> Call:
     """Of mma.cu: x is (digits, factors), out (address, pitch in elements), `shape` (rows, tokens).
 
-    `activation` -1 adds to out. `rows`: addresses of the lists for the three planes and the scales; nothing for all.
+    `how` is (activation, multiprocessors); activation -1 adds to out. `rows`: addresses of the lists for the three
+    planes and the scales; nothing for all.
     """
-    count, tokens = shape
-    blocks, high = Blocks.of(tokens), _ROWS // len(matrices)
+    (count, tokens), (activation, multiprocessors) = shape, how
+    blocks, high = blocks_of(tokens, matrices[0].group), _ROWS // len(matrices)
+    sharers, shared_bytes = WARPS, 4 * WARPS * _ROWS * blocks.size  # a block's warps share the parts of its rows
+    if blocks.size == _MANY:
+        wide = -(-count // (high * WARPS)) * blocks.count  # blocks in which each warp has rows of its own
+        sharers = 1 if wide >= multiprocessors else _SHARERS
+        shared_bytes *= WARPS // sharers if sharers > 1 else 1
+    high *= WARPS // sharers
     grid = (blocks.count, -(-count // high), 1)
     if grid[1] > GRID_Y:
         raise UsageError(f"{count} rows in one call; cut them into calls of {GRID_Y * high}")
     arguments = MmaArguments(
         *((MatrixArguments * 2)(*matrices), *x, RowListArguments(*rows), *out),
-        *(count, tokens, len(matrices), activation),
+        *(count, tokens, len(matrices), activation, sharers, 0),
     )
-    name = f"mma_{planes}_{blocks.size}_{matrices[0].group}"
-    return Call(name, grid, 4 * WARPS * _ROWS * blocks.size, arguments)
+    return Call(f"mma_{planes}_{blocks.size}_{matrices[0].group}", grid, shared_bytes, arguments)

@@ -13,7 +13,7 @@
  * matrix, the lowest bytes of group t for two tokens. Each lane then finds the sums of its own group in its own
  * registers. At int4 that is 1.3 instructions a weight for one token, where fp32 takes 3.
  */
-#include "quads.cuh"
+#include "many.cuh"
 
 template <int W> struct Codes { /* a lane's group of two rows, as it lies */
     unsigned top[2][W], mid[2][W / 2], bit[2][W / 2], low[2][2 * W], scales[2];
@@ -169,17 +169,19 @@ template <int T, int GROUP> static __device__ __forceinline__ void mma_kernel(co
 
 #define MMA(T, GROUP, BLOCKS) \
     KERNEL_OF(BLOCKS, JOIN(mma, PLANES, T, GROUP), MmaArguments) { mma_kernel<T, GROUP>(a); }
-#define MMAS(GROUP, FEW, MANY) MMA(1, GROUP, FEW) MMA(2, GROUP, FEW) MMA(4, GROUP, MANY) MMA(8, GROUP, 2)
+#define MMA_MANY(GROUP, BLOCKS) \
+    KERNEL_OF(BLOCKS, JOIN(mma, PLANES, 32, GROUP), MmaArguments) { many_kernel<GROUP>(a); }
+#define MMAS(GROUP, FEW, MORE) MMA(1, GROUP, FEW) MMA(2, GROUP, FEW) MMA(4, GROUP, MORE) MMA(8, GROUP, 2)
 #if IS_COMPILED(32)
 MMAS(32, 3, 2)
 #endif
 #if IS_COMPILED(64) && PLANES < 3
-MMAS(64, 3, 2)
+MMAS(64, 3, 2) MMA_MANY(64, 2)
 #elif IS_COMPILED(64)
-MMAS(64, 2, 1)
+MMAS(64, 2, 1) MMA_MANY(64, 2)
 #endif
 #if IS_COMPILED(128) && PLANES < 3
-MMAS(128, 2, 1)
+MMAS(128, 2, 1) MMA_MANY(128, 1)
 #elif IS_COMPILED(128)
-MMAS(128, 1, 1)
+MMAS(128, 1, 1) MMA_MANY(128, 1)
 #endif

@@ -12,6 +12,7 @@ struct MmaArguments {
     float *out;            /* [tokens, count], or hidden [blocks, count, T] */
     long long out_pitch;
     int count, tokens, matrices, activation; /* -1: add sums to out */
+    int sharers, padding;                    /* warps that share the parts of 16 rows, in many.cuh */
 };
 
 struct Lines { /* where two rows lie */

@@ -45,12 +45,8 @@ static __device__ __forceinline__ void quad_bytes(const Quads<W> &codes, int j, 
     quarter[2][r] = code_bytes<true>(even, codes.even[j][i]), quarter[3][r] = code_bytes<true>(odd, codes.odd[j][i]);
 }
 
-/* `total`: [row, token] of 2 own and the next. */
-template <int W, int ALIGNED>
-static __device__ __forceinline__ void add_quads(const MmaArguments &a, Lines at, const Span &span,
-                                                 float (*total)[2]) {
-    constexpr int GROUP = 16 * W;
-    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4, groups = span.groups;
+/* Where the lane's own first words lie. */
+template <int W> static __device__ __forceinline__ void to_own_words(Lines &at, int own) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         at.top[r] += 4 * own, at.mid[r] += 4 * (own % (W / 2));
@@ -61,6 +57,36 @@ static __device__ __forceinline__ void add_quads(const MmaArguments &a, Lines at
         if (PLANES > 1) KEEP(at.bit[r]);
         if (PLANES > 2) KEEP(at.low[r]);
     }
+}
+
+/* Codes of the lane's words of a group, of both rows, times the digits of 8 tokens. */
+template <int W>
+static __device__ __forceinline__ void dots_of(const unsigned (*quarter)[4][2], const byte *x, int (*dots)[4]) {
+#pragma unroll
+    for (int i = 0; i < W / 4; ++i)
+#pragma unroll
+        for (int piece = 0; piece < 3; ++piece) {
+            const uint4 b = fetch_four(x + piece * 16 * W + 64 * i);
+            mma(dots[piece], quarter[i][0], quarter[i][1], b.x, b.y);
+            mma(dots[piece], quarter[i][2], quarter[i][3], b.z, b.w);
+        }
+}
+
+/* What a group adds to the sum of row r and token t of the lane's two; `factor`: bits of its size and sum. */
+static __device__ __forceinline__ float value_of(const int (*dots)[4], int r, int t, float slope, float base,
+                                                 uint2 factor) {
+    const int at = 2 * r + t;
+    const float dot = fmaf((float)dots[0][at], 65536.0f, fmaf((float)dots[1][at], 256.0f, (float)dots[2][at]));
+    return fmaf(slope, dot * __int_as_float((int)factor.x), base * __int_as_float((int)factor.y));
+}
+
+/* `total`: [row, token] of 2 own and the next. */
+template <int W, int ALIGNED>
+static __device__ __forceinline__ void add_quads(const MmaArguments &a, Lines at, const Span &span,
+                                                 float (*total)[2]) {
+    constexpr int GROUP = 16 * W;
+    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4, groups = span.groups;
+    to_own_words<W>(at, own);
     const byte *x = a.digits + ((long long)blockIdx.x * 8 + g) * groups * 3 * GROUP + 16 * own;
     const byte *factors = (const byte *)(a.factors + ((long long)blockIdx.x * 8 + 2 * own) * groups);
     const long long apart = 8ll * groups; /* tokens' factors */
@@ -75,19 +101,14 @@ static __device__ __forceinline__ void add_quads(const MmaArguments &a, Lines at
         for (int j = 0; j < 4; ++j) {
             const int group = min(4 * step + j, groups - 1);
             const byte *const here = x + (long long)group * (3 * GROUP);
-            int dots[3][4] = {};
+            unsigned quarter[W / 4][4][2];
 #pragma unroll
             for (int i = 0; i < W / 4; ++i) {
-                unsigned quarter[4][2];
-                quad_bytes<W>(codes[0], j, i, own, 0, quarter);
-                quad_bytes<W>(codes[1], j, i, own, 1, quarter);
-#pragma unroll
-                for (int piece = 0; piece < 3; ++piece) {
-                    const uint4 b = fetch_four(here + piece * GROUP + 64 * i);
-                    mma(dots[piece], quarter[0], quarter[1], b.x, b.y);
-                    mma(dots[piece], quarter[2], quarter[3], b.z, b.w);
-                }
+                quad_bytes<W>(codes[0], j, i, own, 0, quarter[i]);
+                quad_bytes<W>(codes[1], j, i, own, 1, quarter[i]);
             }
+            int dots[3][4] = {};
+            dots_of<W>(quarter, here, dots);
             const byte *const factor = factors + 8ll * group;
             const uint2 bits[2] = {fetch_two(factor), fetch_two(factor + apart)};
 #pragma unroll
@@ -96,11 +117,7 @@ static __device__ __forceinline__ void add_quads(const MmaArguments &a, Lines at
                 const float base = __shfl_sync(0xffffffffu, codes[r].line.base, (threadIdx.x & 28) + j);
 #pragma unroll
                 for (int t = 0; t < 2; ++t) {
-                    const float size = __int_as_float((int)bits[t].x), added = __int_as_float((int)bits[t].y);
-                    const int *const lowest = &dots[2][2 * r + t];
-                    const float dot = fmaf((float)dots[0][2 * r + t], 65536.0f,
-                                           fmaf((float)dots[1][2 * r + t], 256.0f, (float)*lowest));
-                    const float value = 4 * step + j < groups ? fmaf(slope, dot * size, base * added) : 0.0f;
+                    const float value = 4 * step + j < groups ? value_of(dots, r, t, slope, base, bits[t]) : 0.0f;
                     pair[r][t] = j % 2 ? pair[r][t] + value : value;
                     if (j == 1) sum[r][t] = pair[r][t];
                     if (j == 3) total[r][t] += sum[r][t] + pair[r][t];
