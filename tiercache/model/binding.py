@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
-from tiercache.model.fused_layer import FusedLayer, Fusing, fusable
+from tiercache.model.fused_layer import FusedLayer, Fusing
+from tiercache.model.layer_parts import fusable
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
