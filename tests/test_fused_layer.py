@@ -13,6 +13,7 @@ from torch import Tensor
 import tiercache
 from tiercache.bench import overhead
 from tiercache.compat import DynamicCache, cache_kwargs, cache_out
+from tiercache.model import fused_layer
 from tiercache.model.growing_cache import GrowingCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +101,23 @@ def test_what_kernels_do_not_do_goes_module_by_module(plane_store: Folders) -> N
         assert counts(model) == (8, 7)
     for other in (two[:1], two[1:], hooked):
         assert (other - one).abs().max() < 2e-3 * one.abs().max()
+
+
+@pytest.mark.parametrize("dram", ["64MiB", None])
+def test_weights_on_another_device_are_left_to_the_modules(
+    dram: str | None, plane_store: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in passes of a card whose CPU multiplies what does not stay in HBM; no unit is asked for or counted twice."""
+    store = plane_store("llama")
+    dram = dram or str(least(store, "dram"))
+    with opened(store, kernels="unfused", dram=dram) as model:
+        wanted, apart = steps(model), model.tiercache.stats().tiers["dram"]
+    monkeypatch.setattr(fused_layer, "_on", lambda device, slots: False)
+    with opened(store, dram=dram) as model:
+        found, here = steps(model), model.tiercache.stats().tiers["dram"]
+        assert counts(model) == (0, 15)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert (here.hits + here.misses, here.needed_bytes) == (apart.hits + apart.misses, apart.needed_bytes)
 
 
 def test_hidden_states_are_those_of_the_layers(plane_store: Folders) -> None:

@@ -146,25 +146,21 @@ class Binder:
         return slots if all(slots) else None
 
     def counted(self, modules: Sequence[str]) -> Sequence[int]:
-        """The units of which these modules tell that they are used."""
+        """The units that stay of which these modules tell that they are used."""
         known = [self._known[module] for module in modules]
-        return [unit for use, _, first in known if first for unit in use.weight.units]
+        return [unit for use, staying, first in known if staying and first for unit in use.weight.units]
 
     def hit(self, units: Sequence[int]) -> None:
-        """Units that stay are used."""
-        if units:
+        """Units that stay are used; those of resident passes are counted by whoever runs such passes."""
+        if units and not self.resident:
             self._supply.hit(units)
 
     def take(self, module: str) -> Sequence[torch.Tensor]:
-        """The slots of a module's weight, for as long as the module is at work."""
-        use, staying, first = self._known[module]
+        """The slots of a module's weight, for as long as the module is at work; see `hit` for those that stay."""
+        use, staying, _ = self._known[module]
         if self.resident:
             return use.resident
-        if staying:
-            if first:
-                self._supply.hit(use.weight.units)
-            return staying
-        return self._acquire(use.weight.units)
+        return staying or self._acquire(use.weight.units)
 
     def give_back(self, module: str) -> None:
         """A module is done; units that are not needed again are released."""
@@ -181,8 +177,11 @@ class Binder:
         self._counted.add(units)
 
     def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
+        counted = self.counted([use.module])
+
         def begin(module: nn.Module, arguments: object) -> None:
             slots = self.take(use.module)
+            self.hit(counted)
             if forward is not None:
                 forward.slots = slots
                 return

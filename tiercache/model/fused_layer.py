@@ -41,13 +41,13 @@ class Slots(Protocol):
         """The slots of modules' weights in passes like the one at hand, if all of them stay as long as the model."""
 
     def counted(self, modules: Sequence[str]) -> Sequence[int]:
-        """The units of which these modules tell that they are used; others' are told by others."""
+        """The units that stay of which these modules tell that they are used; others' are told by others."""
 
     def hit(self, units: Sequence[int]) -> None:
         """Units that stay are used, for the statistics."""
 
     def take(self, module: str) -> Sequence[Tensor]:
-        """The slots of its units, or of the first planes in a pass that does with those."""
+        """The slots of its units, or of the first planes in a pass that does with those; it tells of none that stay."""
 
     def give_back(self, module: str) -> None:
         """They are not needed any more."""
@@ -98,18 +98,21 @@ class FusedLayer:
         if arguments or rotary is None or not self._takes(hidden_states, cache, mask, named):
             self._count(False)
             return self._forward(hidden_states, *arguments, **named)
-        self._count(True)
+        half = self._attends.begin(hidden_states.device)
+        self._count(half is not None)
+        if half is None:
+            return self._forward(hidden_states, *arguments, **named)
         x = hidden_states[0]
-        half = self._attends.begin()
         queries, keys, values = half.project(x, rotary[0][0], rotary[1][0])
         if cache is not None:
             keys, values = self._cache.append(cache, keys, values, self._index)
         x = half.attend(x, queries, keys, values, None if mask is None else mask[0, 0])
         self._attends.end()
-        if not self._parts.feed_forward:
+        feeds = self._feeds.begin(x.device) if self._parts.feed_forward else None
+        if feeds is None:
             hidden = x[None]
             return hidden + self._norms.mlp(self._norms.post_attention_layernorm(hidden))
-        x = self._feeds.begin().forward(x)
+        x = feeds.forward(x)
         self._feeds.end()
         return x[None]
 
@@ -194,19 +197,22 @@ class _Slotted(Generic[Half]):
         self._staying: dict[bool, Half | None] = {}  # by whether the pass is resident; None: they come and go
         self._counted, self._taken = slots.counted(modules), False
 
-    def begin(self) -> Half:
-        """The half, until `end`."""
+    def begin(self, device: torch.device) -> Half | None:
+        """The half, until `end`; None where some of its weights are to be multiplied on another device."""
         resident = self._slots.resident
         if resident not in self._staying:
             staying = self._slots.staying(self._modules)
-            self._staying[resident] = None if staying is None else self._new(staying)
+            here = staying is not None and _on(device, staying)
+            self._staying[resident] = self._new(staying) if here and staying is not None else None
         half = self._staying[resident]
         if half is not None:
-            if not resident:  # those are counted by whoever runs such passes
-                self._slots.hit(self._counted)
+            self._slots.hit(self._counted)
             return half
-        self._taken = True
         slots = [self._slots.take(module) for module in self._modules]
+        if not _on(device, slots):
+            return None  # what was taken is there for the modules, which give it back
+        self._taken = True
+        self._slots.hit(self._counted)
         where = tuple([slot.data_ptr() for some in slots for slot in some])
         half = self._known.get(where)
         if half is None:
@@ -221,6 +227,11 @@ class _Slotted(Generic[Half]):
             self._taken = False
             for module in self._modules:
                 self._slots.give_back(module)
+
+
+def _on(device: torch.device, slots: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether all slots are on a device."""
+    return all(slot.device == device for some in slots for slot in some)
 
 
 def _epsilon(norm: Any) -> float:
