@@ -5,17 +5,18 @@ Prints a table of each, and one line of JSON last.
 
 import json
 import sys
+import time
 
 import torch
 from torch import Tensor
 
 from benchmarks import kernels as with_peers
 from tiercache.bench import kernels, kernels_report
-from tiercache.bench.timing_device import Effort, TimingCuda
+from tiercache.bench.timing_device import Effort, TimingCuda, TimingDevice
 from tiercache.tiers.slab import Slab
 
 BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
-NEAR = kernels.Options(token_counts=(1, 8, 16, 32, 64), effort=BRIEF, show_progress=False)
+NEAR = kernels.Options(token_counts=(1, 8, 32, 64), effort=BRIEF, show_progress=False)
 FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
 
 
@@ -30,7 +31,7 @@ class PinnedDevice(TimingCuda):
     def memory(self, nbytes: int) -> Tensor:
         """Pinned; what was handed out before is not pinned any more."""
         self.close()
-        self._slab = Slab(nbytes, torch.device("cpu"), pinned=True)
+        self._slab = Slab(nbytes, torch.device("cpu"), pinned_for=self.torch_device)
         return self._slab.bytes
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
@@ -48,17 +49,25 @@ class PinnedDevice(TimingCuda):
 
 
 def main() -> None:
-    """Time the matrices of a 7B."""
+    """Time the matrices of a 7B on the card."""
     card = torch.device("cuda", torch.cuda.current_device())
-    near = with_peers.bench(NEAR, [TimingCuda(card)])
-    print(kernels_report.report(near), file=sys.stderr, flush=True)
     pinned = PinnedDevice(card)
     try:
-        far = kernels.bench(FAR, [pinned])
+        measure(TimingCuda(card), pinned, NEAR, FAR)
     finally:
         pinned.close()
-    print(kernels_report.report(far), file=sys.stderr, flush=True)
-    print(json.dumps({**near, "stands": near["stands"] + far["stands"], "results": near["results"] + far["results"]}))
+
+
+def measure(card: TimingDevice, pinned: TimingDevice, near: kernels.Options, far: kernels.Options) -> None:
+    """Time a card's kernels on its own memory, and on pinned main memory."""
+    found = []
+    for options, device, bench in ((near, card, with_peers.bench), (far, pinned, kernels.bench)):
+        begin = time.perf_counter()
+        found.append(bench(options, [device]))
+        print(kernels_report.report(found[-1]), file=sys.stderr, flush=True)
+        print(f"{device.label}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    both = {name: found[0][name] + found[1][name] for name in ("stands", "results")}
+    print(json.dumps(found[0] | both))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import tiercache
+from tiercache.tiers.device import Device, device_of
 
 HBM = "4GiB"
 TOKEN_COUNTS = (1, 8, 64)
@@ -29,30 +30,34 @@ SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEvent
 
 
 def main() -> None:
-    """Open the store, run passes of each token count behind a short prefill."""
+    """Measure a store on the card."""
+    measure(Path(sys.argv[1]), torch.device("cuda", 0))
+
+
+def measure(place: Path, at: torch.device) -> None:
+    """Open the store, run passes of each token count."""
     found = []
-    with tiercache.offload(
-        Path(sys.argv[1]), precision="int4", hbm=HBM, device="cuda", context=128, logits=64
-    ) as model:
+    with tiercache.offload(place, precision="int4", hbm=HBM, device=str(at), context=128, logits=64) as model:
         layers = model.config.num_hidden_layers
         for tokens in TOKEN_COUNTS:
-            ids = (torch.arange(tokens, device="cuda") * 7 % 1000)[None]
+            ids = (torch.arange(tokens, device=at) * 7 % 1000)[None]
             once = partial(model, input_ids=ids, use_cache=False)
-            row = {"tokens": tokens, "layers": layers, **_profiled(once)}
+            row = {"tokens": tokens, "layers": layers, **_profiled(once, device_of(at))}
             found.append(row)
             print(json.dumps(row, indent=1), file=sys.stderr, flush=True)
     print(json.dumps({"schema": "tiercache.gpu-launches/1", "passes": found}))
 
 
-def _profiled(once: Callable[[], object]) -> dict[str, Any]:
+def _profiled(once: Callable[[], object], device: Device) -> dict[str, Any]:
     """Milliseconds of a pass without the profiler; calls and milliseconds on the card, by the profiler."""
     with torch.inference_mode():
         once()
-        seconds = [_seconds(once) for _ in range(TIMED)]
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        seconds = [_seconds(once, device) for _ in range(TIMED)]
+        activities = [ProfilerActivity.CPU, *([] if device.on_host else [ProfilerActivity.CUDA])]
+        with profile(activities=activities) as profiler:
             for _ in range(PASSES):
                 once()
-            torch.cuda.synchronize()
+            device.synchronize()
     calls: Counter[str] = Counter()
     on_card: Counter[str] = Counter()
     for event in profiler.events():
@@ -70,11 +75,11 @@ def _profiled(once: Callable[[], object]) -> dict[str, Any]:
     }
 
 
-def _seconds(once: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+def _seconds(once: Callable[[], object], device: Device) -> float:
+    device.synchronize()
     begin = time.perf_counter()
     once()
-    torch.cuda.synchronize()
+    device.synchronize()
     return time.perf_counter() - begin
 
 

@@ -43,6 +43,7 @@ def disk_read(
     *,
     settings: Sequence[tuple[int, int]] = ((4, 2 << 20), (8, 1 << 20), (2, 4 << 20)),
     limit_bytes: int = 1 << 30,
+    limit_s: float = float("inf"),
 ) -> ReadRoof:
     """Read `path` from its start with each setting of (threads, chunk bytes); the best rate counts.
 
@@ -50,13 +51,14 @@ def disk_read(
         path: a file; larger than any cache of the device, to be honest.
         settings: what to try.
         limit_bytes: the most to read per setting.
+        limit_s: when to begin no more reads of a setting, for a disk that would take long over all bytes.
     """
     descriptor, direct = open_direct(path)
     try:
         size = min(os.fstat(descriptor).st_size, limit_bytes) // BLOCK_BYTES * BLOCK_BYTES
         best = (0.0, *settings[0])
         for threads, chunk_bytes in settings:
-            best = max(best, (_read_all(descriptor, size, threads, chunk_bytes), threads, chunk_bytes))
+            best = max(best, (_read_all(descriptor, size, threads, chunk_bytes, limit_s), threads, chunk_bytes))
     finally:
         os.close(descriptor)
     return ReadRoof(*best, direct)
@@ -114,11 +116,14 @@ def dram_read(
     return statistics.median(rates)
 
 
-def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int) -> float:
-    """GB/s of reading the first `size` bytes in chunks, `threads` at a time."""
+def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int, limit_s: float) -> float:
+    """GB/s of reading the first `size` bytes in chunks, `threads` at a time; the first chunk is read however long."""
     local = threading.local()
+    begin = time.perf_counter()
 
     def read(offset: int) -> int:
+        if offset and time.perf_counter() - begin > limit_s:
+            return 0
         if not hasattr(local, "buffer"):
             local.buffer = map_huge_pages(chunk_bytes)
         return os.preadv(descriptor, [local.buffer[: min(chunk_bytes, size - offset)]], offset)

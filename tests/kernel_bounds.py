@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tiercache.kernels.reference import activate
+from tiercache.kernels.activation import activate
 from tiercache.quant.planes import Planes, decode, num_groups, plane_row_bytes, scale_row_bytes
 from tiercache.store.manifest import PlaneWeight
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from cuda_on_cpu.cases import assert_close, dense, matrix, spans
 from cuda_on_cpu.emulate import build
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
-from tiercache.kernels.cuda import driver, mma_launches, nvrtc
+from tiercache.kernels.cuda import driver, launches, mma_launches, nvrtc
 from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.kernels.cuda.driver import Driver
 
@@ -25,8 +26,11 @@ def compiler() -> nvrtc.Nvrtc:
 
 
 PLANES, GROUPS = (1, 2, 3), (32, 64, 128)
-UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in ("rows", "decode") for planes in PLANES]
-UNITS += [nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "down") for p in PLANES for group in GROUPS]
+NAMES = ("rows", "decode", "attention")
+UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in NAMES for planes in PLANES]
+UNITS += [
+    nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "dots", "down") for p in PLANES for group in GROUPS
+]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
@@ -35,10 +39,10 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     assert target == f"sm_{architecture}"
     newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
     units = [unit for unit in UNITS if unit.planes == 3 or architecture in (52, 90)]
-    units = [unit for unit in units if newest or unit.file != "mma.cu"]
+    units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu")]
     units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
     # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card and for one with units.
-    for unit in [nvrtc.SourceUnit("common.cu"), *units]:
+    for unit in [nvrtc.SourceUnit("common.cu"), nvrtc.SourceUnit("layer.cu"), *units]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
         for kernel in kernels_of(unit):
@@ -50,7 +54,10 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
     p = unit.planes
     return {
         "common.cu": ["prepare", "digits", "sum", "gather"],
-        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8, *([32] if unit.group > 32 else []))],
+        "layer.cu": [f"layer_{name}" for name in ("enter", "rotate", "combine", "leave", "settle")],
+        "attention.cu": [f"attention_{p}_{q}_{n}" for n in (1, 2, 4) for q in (1, 4, 8) if q * n < 32],
+        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2)],
+        "dots.cu": [f"dots_{p}_1_{unit.group}"],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "decode.cu": [f"decode_{p}_0_0"],
@@ -130,6 +137,7 @@ def test_calls_reach_a_driver(
         "current_stream": SimpleNamespace(cuda_stream=0x123456789A),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
     monkeypatch.setattr(driver, "compilers", lambda: [compiler])
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name == "libcuda.so.1" else loaded(name))
     made = Driver(torch.device("cuda"), tmp_path / "kept")
@@ -141,6 +149,9 @@ def test_calls_reach_a_driver(
     assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
     assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
     assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "mma", "down"}
+    with ThreadPoolExecutor(1) as pool:  # a thread that torch has not worked in has no context
+        pool.submit(kernels.matmul, kernels.quantize_activations(x, 64), weight, out).result()
+    assert_close(out, 2 * x @ dense(weight).T, 2 * x.abs() @ spans(weight).T)
     library.stub_refuse(ctypes.c_uint64(weight.scales.data_ptr()))
     with pytest.raises(UsageError, match="pageable memory"):
         kernels.matmul_transposed(out, weight, down)
@@ -150,3 +161,18 @@ def test_calls_reach_a_driver(
         kept.write_bytes(b"spoiled")
     with pytest.raises(EnvironmentUnsupportedError, match=r"stub says no.*empty it"):
         CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).quantize_activations(x, 64)
+
+
+def test_a_driver_before_launch_configurations_is_served(tmp_path_factory: pytest.TempPathFactory) -> None:
+    library = ctypes.CDLL(str(build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")))
+    asked: list[tuple[object, ...]] = []
+    old = SimpleNamespace(cuLaunchKernel=lambda *given: asked.append(given) or 0)
+    bound = driver.Bound(
+        launches.decode_call(launches.MatrixArguments(groups=4, group=64), 2, (), (9, 256), 0), stream=7
+    )
+    assert driver._launching(old)(bound.config, 5, bound.packed, None) == 0  # type: ignore[arg-type]
+    assert asked == [(5, 9, 1, 1, 256, 1, 1, 0, 7, bound.packed, None)]
+    bound.resize((4, 2, 1))
+    driver._launching(old)(bound.config, 5, bound.packed, None)  # type: ignore[arg-type]
+    assert asked[1][1:4] == bound.grid == (4, 2, 1)
+    assert driver._launching(library) is library.cuLaunchKernelEx

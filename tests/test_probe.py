@@ -32,7 +32,7 @@ from tiercache.engine.machine import Machine
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, UsageError
 from tiercache.store.format import Piece
 from tiercache.store.reader import Reader, aligned_buffer
-from tiercache.tiers.device import CpuDevice, Device
+from tiercache.tiers.device import CpuDevice
 
 GIB = 1 << 30
 PICO = Path(__file__).parents[1] / "examples" / "pico" / "checkpoint"
@@ -198,12 +198,12 @@ def test_a_machine_that_becomes_faster_is_measured_anew(tmp_path: Path, monkeypa
     monkeypatch.setattr(undisturbed.Pace, "now", lambda: undisturbed.Pace(next(paces), 1.0))
     usual = []
 
-    def once(folder: Path, device: Device, watch: undisturbed.Watch, *_: Any) -> Hardware:
-        usual.append(watch.usual.loop_s)
-        watch.sample(lambda: None, 99)
+    def once(probe: machine_probe._Probe) -> Hardware:
+        usual.append(probe._watch.usual.loop_s)
+        probe._watch.sample(lambda: None, 99)
         return machine()
 
-    monkeypatch.setattr(machine_probe, "_measured", once)
+    monkeypatch.setattr(machine_probe._Probe, "measure", once)
     assert machine_probe.probe_machine(tmp_path, CPU, show_progress=False) == machine()
     assert usual == [2.0, 1.0]
     watch = undisturbed.Watch(0.0, undisturbed.Pace(2.0, 1.0))
@@ -353,7 +353,7 @@ def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     told = [1.0, 10.0] * machine_probe.REPEATS
     watch = _watch(monkeypatch, [], patience_s=0.0)
     monkeypatch.setattr(watch, "by_turns", _usual)
-    monkeypatch.setattr(machine_probe, "Watch", lambda **_: watch)
+    monkeypatch.setattr(machine_probe, "Watch", lambda *_, **__: watch)
     monkeypatch.setattr(machine_probe, "_DISK_BYTES", 8 << 20)
     monkeypatch.setattr("profiler.probe.dram_read", lambda **_: told.pop())
     with pytest.raises(EnvironmentUnsupportedError, match=r"vary by .* probe again"):
@@ -365,12 +365,11 @@ def test_a_machine_that_is_never_quiet_is_refused(tmp_path: Path, monkeypatch: p
     for name, value in {"REPEATS": 1, "_DRAM_BYTES": 1 << 20, "_DISK_BYTES": 8 << 20, "_GEMM": 64}.items():
         monkeypatch.setattr(machine_probe, name, value)
     monkeypatch.setattr(machine_probe, "KINDS", ("int4",))
-    monkeypatch.setattr(machine_probe, "_TYPICAL", 0)
     monkeypatch.setattr(machine_probe, "TOO_NOISY", 100.0)
     monkeypatch.setattr(layer_probe, "SHAPES", tuple(layer_probe._shape(heads, 4) for heads in (2, 3, 4, 5)))
     monkeypatch.setattr(layer_probe, "ROUNDS", {1: 1, 9: 1})
     never = undisturbed.Pace(1e-9, 1e-9)
-    monkeypatch.setattr(machine_probe, "Watch", lambda **_: undisturbed.Watch(0.0, never))
+    monkeypatch.setattr(machine_probe, "Watch", lambda *_, **__: undisturbed.Watch(0.0, never))
     with pytest.raises(EnvironmentUnsupportedError, match=r"100% of the measurements .* probe again"):
         machine_probe.probe_machine(tmp_path, CPU, show_progress=False)
     assert not [*tmp_path.iterdir()]

@@ -19,6 +19,8 @@ int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &th
 int cuCtxPushCurrent_v2(void *context) { return context == &the_context ? ++entered, 0 : 201; }
 int cuCtxPopCurrent_v2(void **context) { return *context = &the_context, --entered, 0; }
 
+int cuCtxGetCurrent(void **context) { return *context = entered ? &the_context : 0, 0; }
+
 int cuGetErrorString(int, const char **text) { return *text = "stub says no", 0; }
 
 int cuPointerGetAttribute(void *data, int attribute, address at) {
@@ -46,5 +48,17 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     const unsigned grid[3] = {x, y, z};
     if (!entered || threads_y != 1 || threads_z != 1 || (address)stream != 0x123456789a || extra) return 1;
     return shim_launch((void (*)(const void *))function, grid, threads, shared_bytes, arguments[0]);
+}
+
+struct Config {
+    unsigned x, y, z, threads, threads_y, threads_z, shared_bytes;
+    void *stream, *attributes;
+    unsigned attribute_count;
+};
+
+int cuLaunchKernelEx(const Config *c, void *function, void **arguments, void **extra) {
+    if (c->attributes || c->attribute_count) return 1;
+    return cuLaunchKernel(function, c->x, c->y, c->z, c->threads, c->threads_y, c->threads_z, c->shared_bytes,
+                          c->stream, arguments, extra);
 }
 }

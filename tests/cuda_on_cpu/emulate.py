@@ -4,15 +4,19 @@ import concurrent.futures
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tiercache.errors import UsageError
+from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Call
 
 HERE = Path(__file__).parent
+UNITS = ("rows", "mma", "dots", "down", "decode", "attention")
 SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda" / "source"
 # No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
 FLAGS = (
@@ -36,9 +40,9 @@ def build(folder: Path) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("the emulation of the CUDA kernels is C++: it needs g++ beside gcc")
     folder.mkdir(exist_ok=True)
-    units = ("rows", "mma", "down", "decode")
-    jobs = [(f"{name}-{p}.o", SOURCE / f"{name}.cu", p) for name in units for p in (1, 2, 3)]
+    jobs = [(f"{name}-{p}.o", SOURCE / f"{name}.cu", p) for name in UNITS for p in (1, 2, 3)]
     jobs += [
+        ("layer.o", SOURCE / "layer.cu", 3),
         ("common.o", SOURCE / "common.cu", 3),
         ("shim.o", HERE / "shim.cpp", 3),
         ("driver.o", HERE / "driver.cpp", 3),
@@ -103,6 +107,13 @@ class Emulation:
         arguments = ctypes.addressof(call.arguments)
         code = self.library.shim_launch(kernel, grid, call.threads, call.shared_bytes, arguments)
         assert code == 0, f"{call.kernel}: {FAULTS[code]}"
+
+    def stream(self) -> int:
+        return 0
+
+    def run(self, calls: Sequence[Bound]) -> None:
+        for each in calls:
+            self.launch(replace(each.call, grid=each.grid))
 
     def argument_bytes(self, kernel: str) -> int:
         """Size of the kernel's argument as the C++ compiler lays it out."""

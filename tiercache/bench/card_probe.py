@@ -3,7 +3,7 @@
 Everything goes through `Device`, so the processor can stand in for a card. Knows no models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from profiler.figure import Figure, measured
 from profiler.hardware import Gpu, Hardware, Memory, catalogue
 from tiercache.bench.layer_probe import Roofs
-from tiercache.bench.overlap import overlap_of, together
+from tiercache.bench.overlap import overlap_of
 from tiercache.bench.undisturbed import Watch, seconds_of
-from tiercache.tiers.device import Copies, Device
+from tiercache.tiers.device import Device
 from tiercache.tiers.slab import Slab
 
 REPEATS = 7
@@ -24,6 +24,7 @@ BYTES = 256 << 20  # more than any card's cache
 BLOCKS = (64 << 10, 1 << 20, 16 << 20)
 GEMM = 4096  # rows, columns and tokens of a product that operations bind
 _QUEUED = 16  # calls before the card is waited for, so that launches and waiting do not show in roofs
+_LARGE, _SMALL = 2, 32  # copies of large and of small blocks before they are waited for
 _HEADS, _HEAD_DIM, _ATTENDED = 32, 128, 1024
 _TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,10 +68,11 @@ class CardProbe:
     Args:
         device: the card.
         watch: looks for what disturbs.
+        repeats: of each measurement.
     """
 
-    def __init__(self, device: Device, watch: Watch) -> None:
-        self._device, self._watch = device, watch
+    def __init__(self, device: Device, watch: Watch, repeats: int = REPEATS) -> None:
+        self._device, self._watch, self._repeats = device, watch, repeats
 
     def measure(self) -> CardFigures:
         """All of it, in some seconds.
@@ -95,29 +97,40 @@ class CardProbe:
 
     def _copies(self, dtype: torch.dtype) -> tuple[dict[str, Figure], Figure]:
         """Of large blocks in both directions, from pinned and pageable memory, and of small ones; and what overlaps."""
-        host, pinned = torch.device("cpu"), self._device.wants_pinned
+        host = torch.device("cpu")
         with ExitStack() as open_slabs:
 
             def slab(at: torch.device, *, pinned: bool = False) -> torch.Tensor:
-                made = Slab(BYTES, at, pinned=pinned)
+                made = Slab(BYTES, at, pinned_for=self._device.at if pinned else None)
                 open_slabs.callback(made.close)
                 return made.bytes.fill_(1)
 
             there, other = slab(self._device.at), slab(self._device.at)
-            fast, landing, pageable = slab(host, pinned=pinned), slab(host, pinned=pinned), slab(host)
-            rising, falling = self._device.copies(), self._device.copies()
-            up, down = partial(_copy, rising, there, fast), partial(_copy, falling, landing, other)
+            fast, landing, pageable = slab(host, pinned=True), slab(host, pinned=True), slab(host)
+            up, down = _Lane(self._device, there, fast), _Lane(self._device, landing, other)
+            slow = _Lane(self._device, there, pageable)
+            self._device.synchronize()  # what fills the memory runs on another stream
             found = {
-                "pinned, up": self._gbps(up, BYTES),
-                "pinned, down": self._gbps(down, BYTES),
-                "pinned, each way at once": self._gbps(partial(together, up, down), BYTES),
-                "pageable, up": self._gbps(partial(_copy, rising, there, pageable), BYTES),
+                "pinned, up": self._gbps((up,)),
+                "pinned, down": self._gbps((down,)),
+                "pinned, each way at once": self._gbps((up, down)),
+                "pageable, up": self._gbps((slow,), copies=1),
             }
             for block in BLOCKS:
-                once = partial(_copy, rising, there[:block], fast[:block])
-                found[f"pinned, up, {block >> 10} KiB"] = self._gbps(once, block)
+                found[f"pinned, up, {block >> 10} KiB"] = self._gbps((up.of(block),), _SMALL)
             beside = "copies up beside products of the card"
-            return found, overlap_of(self._watch, self._queued(self._product(dtype)), up, beside)
+            product = self._product(dtype)
+            compute, bring = self._queued(product), partial(_all_at_once, (up,), _LARGE)
+
+            def both() -> None:
+                up.queue(_LARGE)
+                for _ in range(_QUEUED):
+                    product()
+                up.wait()
+                self._device.synchronize_stream()
+
+            both()
+            return found, overlap_of(self._watch, compute, bring, both, beside, self._repeats)
 
     def _memory(self) -> Figure:
         """The card's own, as a sum reads it."""
@@ -145,7 +158,7 @@ class CardProbe:
         """1e9 of what a call reads or computes, a second."""
         once = self._queued(work)
         once()
-        return self._watch.sample(lambda: _QUEUED * amount / seconds_of(once) / 1e9, REPEATS)
+        return self._watch.sample(lambda: _QUEUED * amount / seconds_of(once) / 1e9, self._repeats)
 
     def _queued(self, work: Callable[[], object]) -> Callable[[], None]:
         def once() -> None:
@@ -155,12 +168,39 @@ class CardProbe:
 
         return once
 
-    def _gbps(self, once: Callable[[], object], nbytes: int) -> Figure:
+    def _gbps(self, lanes: Sequence["_Lane"], copies: int = _LARGE) -> Figure:
+        """1e9 bytes a second of each lane, all at once."""
+        once = partial(_all_at_once, lanes, copies)
         once()
-        rates = self._watch.sample(lambda: nbytes / seconds_of(once) / 1e9, REPEATS)
-        return measured(rates, f"copies of {nbytes >> 10} KiB")
+        rates = self._watch.sample(lambda: copies * lanes[0].nbytes / seconds_of(once) / 1e9, self._repeats)
+        return measured(rates, f"{copies} copies of {lanes[0].nbytes >> 10} KiB, one wait")
 
 
-def _copy(copies: Copies, target: torch.Tensor, source: torch.Tensor) -> None:
-    with copies.after(None):
-        target.copy_(source, non_blocking=True)
+class _Lane:
+    """Copies from one piece of memory to another, in an order of their own."""
+
+    def __init__(self, device: Device, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._device, self._target, self._source, self._order = device, target, source, device.copies()
+        self.nbytes = source.nbytes
+
+    def of(self, nbytes: int) -> "_Lane":
+        """Of the first bytes alone."""
+        return _Lane(self._device, self._target[:nbytes], self._source[:nbytes])
+
+    def queue(self, copies: int = 1) -> None:
+        """So many more."""
+        with self._order.after():
+            for _ in range(copies):
+                self._target.copy_(self._source, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        self._order.wait()
+
+
+def _all_at_once(lanes: Sequence[_Lane], copies: int) -> None:
+    """So many copies of each lane, all queued before any is waited for."""
+    for lane in lanes:
+        lane.queue(copies)
+    for lane in lanes:
+        lane.wait()

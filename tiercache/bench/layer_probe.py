@@ -52,6 +52,7 @@ def _shape(heads: int, layers: int) -> Shape:
 # The first two have no bytes to speak of, and tell a pass from its layers.
 SHAPES = (_shape(2, 2), _shape(2, 10), _shape(6, 12), _shape(12, 8), _shape(24, 4), _shape(32, 2))
 _READ = 2  # of these, the one that is also read from the SSD: many units, and next to no bytes
+_QUICK_SHAPES, _QUICK_ROUNDS = (0, 1, 2, 4), 3  # four sizes tell four parts apart; passes of each token count
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,18 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         folder: on the disk that stores lie on.
         device: that computes.
         hbm: it has an HBM tier above main memory: the card's own memory, or a region of main memory that stands in.
+        quick: fewer sizes, fewer passes.
     """
 
-    def __init__(self, roofs: Roofs, watch: Watch, folder: Path, device: Device, *, hbm: bool) -> None:
+    def __init__(
+        self, roofs: Roofs, watch: Watch, folder: Path, device: Device, *, hbm: bool, quick: bool = False
+    ) -> None:
         self._roofs, self._watch, self._device, self._hbm = roofs, watch, device, hbm
         self._rounds = CARD_ROUNDS if hbm else ROUNDS
+        self._shapes: tuple[Shape, ...] = SHAPES
+        if quick:
+            self._rounds = {tokens: min(count, _QUICK_ROUNDS) for tokens, count in self._rounds.items()}
+            self._shapes = tuple(SHAPES[place] for place in _QUICK_SHAPES if place < len(SHAPES))
         self._folder = Path(tempfile.mkdtemp(dir=folder, prefix=".tiercache-probe-"))
 
     def __exit__(
@@ -102,7 +110,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
 
     def rates(self, precision: str) -> MatmulRates:
         """What layers with weights of a precision take."""
-        samples = [self._sample(shape, precision) for shape in SHAPES]
+        samples = [self._sample(shape, precision) for shape in self._shapes]
         source = f"passes of models of {len(samples)} sizes, {precision}"
         passes, layers, activations, gbps = {}, {}, {}, {}
         for tokens in self._rounds:
@@ -138,7 +146,7 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         Found with so many tokens that the units are there before they are wanted.
         Brought to the fastest tier: read from the SSD or, with an HBM tier, copied up.
         """
-        shape, needs = SHAPES[_READ], resident.workload.needs
+        shape, needs = self._shapes[_READ], resident.workload.needs
         nbytes = starved_bytes(resident.workload, hbm=self._hbm)
         tiers = (nbytes, _MEMORY_BYTES) if self._hbm else (None, nbytes)
         plan = fill_tiers(needs, hbm_bytes=tiers[0], dram_bytes=tiers[1])

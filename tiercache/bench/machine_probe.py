@@ -3,7 +3,10 @@
 Every figure is a median with its spread.
 """
 
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from profiler.host_memory import host_memory
 from profiler.hugepages import map_huge_pages
 from profiler.matmul_rates import MatmulRates
 from profiler.read_rates import ReadRate
+from tiercache.bench.card_probe import REPEATS as CARD_REPEATS
 from tiercache.bench.card_probe import CardProbe
 from tiercache.bench.layer_probe import KINDS, LayerProbe, Roofs
-from tiercache.bench.overlap import overlap_of
-from tiercache.bench.undisturbed import FasterError, Pace, Watch
+from tiercache.bench.overlap import REPEATS as OVERLAP_REPEATS
+from tiercache.bench.overlap import overlap_of, together
+from tiercache.bench.undisturbed import FasterError, Watch
 from tiercache.config.sizes import human
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.progress import bar, note
@@ -39,14 +44,20 @@ _READS = (
     *((threads, DEFAULT.read_bytes) for threads in (1, 2, 8)),
     *((8, 1 << 20), (1, 4 << 10)),
 )
-_TYPICAL = KINDS.index("int8")  # whose overheads stand where a kind is not asked for
+_TYPICAL = "int8"  # whose overheads stand where a kind is not asked for
+_FIRST = ("int8", "int4", "source", "int3")  # where there may be no time for all
 _LEAST_READS = 256  # of one measurement of small reads; large ones read the file once
 _HEADS, _HEAD_DIM, _ATTENDED = 16, 64, 512
 _GEMM = 2048  # rows, columns and tokens of a product that operations bind, not bytes
 
 
 def probe_machine(
-    folder: Path, device: torch.device, *, noisy: bool = False, show_progress: bool | None = None
+    folder: Path,
+    device: torch.device,
+    *,
+    noisy: bool = False,
+    quick: bool = False,
+    show_progress: bool | None = None,
 ) -> Hardware:
     """Measure for one to three minutes.
 
@@ -54,104 +65,174 @@ def probe_machine(
         folder: on the disk that stores lie on; a file is written there and removed again.
         device: that computes.
         noisy: keep the figures of a machine that is never quiet; their spread tells how far they may be off.
-        show_progress: draw a bar; None means where standard error is a terminal.
+        quick: in less than a minute, with fewer sizes and repeats, and little patience with other programs.
+        show_progress: draw a bar, and tell what each step took; None draws it where standard error is a terminal.
 
     Raises:
         EnvironmentUnsupportedError: the folder takes no file, or other programs make the figures worthless.
     """
-    usual: Pace | None = None
+    effort, usual, restart = QUICK if quick else FULL, None, not quick
     while True:  # it ends: each time the usual pace is a quarter faster than before
-        watch = Watch(usual=usual, may_restart=True)
+        in_all_s, look_on_s = effort.patience_in_all_s, effort.look_on_s
+        watch = Watch(effort.patience_s, usual, may_restart=restart, in_all_s=in_all_s, look_on_s=look_on_s)
         try:
-            return _measured(folder, device_of(device), watch, noisy, show_progress)
+            return _Probe(folder, device_of(device), watch, effort, noisy, show_progress).measure()
         except FasterError as error:
             usual = error.pace
             note("the machine has become faster; measuring again", show=show_progress)
 
 
-def _measured(folder: Path, device: Device, watch: Watch, noisy: bool, show_progress: bool | None) -> Hardware:
-    with bar("measuring this machine", 3 + len(KINDS), show=show_progress) as advance:
-        reads, overlap = _disk(folder, watch)
-        advance(2)
-        dram, attention, gemm = _dram(watch, noisy), _attention(watch), _gemm(watch)
-        advance(1)
-        card = None if device.on_host else CardProbe(device, watch).measure()
-        roofs = Roofs(dram.value, gemm.value, attention.value) if card is None else card.roofs
-        with LayerProbe(roofs, watch, folder, device, hbm=card is not None) as layers:
-            rates: list[MatmulRates] = []
-            for kind in KINDS:
-                rates.append(layers.rates(kind))
-                advance(1)
-    if watch.share_disturbed > TOO_DISTURBED and not noisy:
-        raise EnvironmentUnsupportedError(
-            f"{watch.share_disturbed:.0%} of the measurements were disturbed, {TOO_DISTURBED:.0%} are allowed: other "
-            "programs, or other guests of this machine's host, use the processor; probe again when they are "
-            "done, or keep what was measured all the same with --noisy"
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        repeats: of each measurement; None as many as this file says.
+        read_s: that one measurement of reads may take.
+        patience_s, patience_in_all_s, look_on_s: see `Watch`.
+        layers_s: after which no more kinds of weights are begun; those left out go by the nearest.
+        quick: see `LayerProbe`.
+    """
+
+    repeats: int | None = None
+    read_s: float = 1.0
+    patience_s: float = 4.0
+    patience_in_all_s: float = 90.0
+    look_on_s: float | None = None
+    layers_s: float = float("inf")
+    quick: bool = False
+
+
+FULL = Effort()
+QUICK = Effort(repeats=3, read_s=0.1, patience_s=0.3, patience_in_all_s=5.0, look_on_s=3.0, layers_s=25.0, quick=True)
+
+
+class _Probe:
+    """One try; see `probe_machine`."""
+
+    def __init__(
+        self, folder: Path, device: Device, watch: Watch, effort: Effort, noisy: bool, show_progress: bool | None
+    ) -> None:
+        self._folder, self._device, self._watch, self._effort = folder, device, watch, effort
+        self._noisy, self._show_progress = noisy, show_progress
+        self._repeats = effort.repeats or REPEATS
+
+    def measure(self) -> Hardware:
+        """All of it."""
+        with bar("measuring this machine", 3 + len(KINDS), show=self._show_progress) as advance:
+            with self._step("reads of the disk"):
+                reads, overlap = self._disk()
+            advance(2)
+            with self._step("main memory and the processor"):
+                dram, attention, gemm = self._dram(), _attention(self._watch), _gemm(self._watch)
+            advance(1)
+            card = None
+            if not self._device.on_host:
+                with self._step("the card and its link"):
+                    card = CardProbe(self._device, self._watch, self._effort.repeats or CARD_REPEATS).measure()
+            roofs = Roofs(dram.value, gemm.value, attention.value) if card is None else card.roofs
+            rates = self._layers(roofs, advance, hbm=card is not None)
+        self._refuse_noise()
+        typical, watch = rates.get(_TYPICAL) or next(iter(rates.values())), self._watch
+        found = Hardware(
+            gpu=None,
+            dram=Memory(host_memory().free_bytes, dram),
+            cpu_gflops=gemm,
+            ssd_gbps=next(rate.gbps for rate in reads if (rate.threads, rate.block_bytes) == _LOADER),
+            overlap=overlap,
+            layer_s=typical.layer_s[1],
+            pass_s=typical.pass_s[1],
+            unit_s=typical.unit_s or Figure(0.0),
+            matmuls=tuple(rates.values()),
+            reads=reads,
+            attention_gflops=attention,
+            loop_s=Figure(watch.usual.loop_s, "measured", "a loop of plain Python"),
+            handover_s=Figure(watch.usual.handover_s, "measured", "a small matrix, turned on its side"),
         )
-    found = Hardware(
-        gpu=None,
-        dram=Memory(host_memory().free_bytes, dram),
-        cpu_gflops=gemm,
-        ssd_gbps=next(rate.gbps for rate in reads if (rate.threads, rate.block_bytes) == _LOADER),
-        overlap=overlap,
-        layer_s=rates[_TYPICAL].layer_s[1],
-        pass_s=rates[_TYPICAL].pass_s[1],
-        unit_s=rates[_TYPICAL].unit_s or Figure(0.0),
-        matmuls=tuple(rates),
-        reads=reads,
-        attention_gflops=attention,
-        loop_s=Figure(watch.usual.loop_s, "measured", "a loop of plain Python"),
-        handover_s=Figure(watch.usual.handover_s, "measured", "a small matrix, turned on its side"),
-    )
-    return found if card is None else card.beside(found)
+        return found if card is None else card.beside(found)
 
+    @contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        """Tell what is measured, and what it took."""
+        begin = time.perf_counter()
+        note(f"measuring {what}", show=bool(self._show_progress))
+        yield
+        note(f"measured {what} in {time.perf_counter() - begin:.1f} s", show=bool(self._show_progress))
 
-def _dram(watch: Watch, noisy: bool) -> Figure:
-    """Once more where other programs were in the way."""
-    memory = map_huge_pages(_DRAM_BYTES)
-    torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
-    for _ in range(2):
-        rates = watch.sample(partial(probe.dram_read, repeats=1, memory=memory), REPEATS)
-        found = measured(rates, "vector reads on all cores")
-        if found.spread <= TOO_NOISY or noisy:
-            return found
-    raise EnvironmentUnsupportedError(
-        f"reads of main memory vary by {found.spread:.0%} around {found.value:.1f} GB/s, {TOO_NOISY:.0%} are allowed: "
-        "other programs use it; probe again when they are done"
-    )
+    def _layers(self, roofs: Roofs, advance: Callable[[int], None], *, hbm: bool) -> dict[str, MatmulRates]:
+        """By kind of weights."""
+        begin, rates = time.perf_counter(), dict[str, MatmulRates]()
+        with LayerProbe(roofs, self._watch, self._folder, self._device, hbm=hbm, quick=self._effort.quick) as layers:
+            for kind in sorted(KINDS, key=_FIRST.index) if self._effort.quick else KINDS:
+                if rates and time.perf_counter() - begin > self._effort.layers_s:
+                    note(f"no time is left for layers at {kind}", show=bool(self._show_progress))
+                    continue
+                with self._step(f"layers at {kind}"):
+                    rates[kind] = layers.rates(kind)
+                advance(1)
+        return rates
 
+    def _refuse_noise(self) -> None:
+        share = self._watch.share_disturbed
+        if share > TOO_DISTURBED and not self._noisy:
+            raise EnvironmentUnsupportedError(
+                f"{share:.0%} of the measurements were disturbed, {TOO_DISTURBED:.0%} are allowed: other "
+                "programs, or other guests of this machine's host, use the processor; probe again when they are "
+                "done, or keep what was measured all the same with --noisy"
+            )
 
-def _disk(folder: Path, watch: Watch) -> tuple[tuple[ReadRate, ...], Figure]:
-    """The rates of direct reads, and what of them overlaps with products."""
-    try:
-        with probe.sample_file(folder, _DISK_BYTES) as file:
-            reads = [_reads(watch, file, *setting) for setting in _READS]
-            return tuple(reads), _overlap(watch, file)
-    except OSError as error:
+    def _dram(self) -> Figure:
+        """Once more where other programs were in the way."""
+        memory = map_huge_pages(_DRAM_BYTES)
+        torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+        for _ in range(2):
+            rates = self._watch.sample(partial(probe.dram_read, repeats=1, memory=memory), self._repeats)
+            found = measured(rates, "vector reads on all cores")
+            if found.spread <= TOO_NOISY or self._noisy:
+                return found
         raise EnvironmentUnsupportedError(
-            f"{folder} takes no file of {human(_DISK_BYTES)} to read ({error.strerror}); name another with --folder"
-        ) from error
+            f"reads of main memory vary by {found.spread:.0%} around {found.value:.1f} GB/s, {TOO_NOISY:.0%} are "
+            "allowed: other programs use it; probe again when they are done"
+        )
 
+    def _disk(self) -> tuple[tuple[ReadRate, ...], Figure]:
+        """The rates of direct reads, and what of them overlaps with products."""
+        try:
+            with probe.sample_file(self._folder, _DISK_BYTES) as file:
+                reads = [self._reads(file, *setting) for setting in _READS]
+                return tuple(reads), self._overlap(file)
+        except OSError as error:
+            raise EnvironmentUnsupportedError(
+                f"{self._folder} takes no file of {human(_DISK_BYTES)} to read ({error.strerror}); name another with "
+                "--folder"
+            ) from error
 
-def _reads(watch: Watch, file: Path, threads: int, block_bytes: int) -> ReadRate:
-    limit = min(_DISK_BYTES, max(_LEAST_READS * block_bytes, _DISK_BYTES // 8))
-    if block_bytes < _DISK_BYTES // 4096:
-        limit = _LEAST_READS * block_bytes
-    once = partial(probe.disk_read, file, settings=((threads, block_bytes),), limit_bytes=limit)
-    source = f"direct reads, {threads} threads, {block_bytes >> 10} KiB each"
-    return ReadRate(threads, block_bytes, measured(watch.sample(lambda: once().gbps, REPEATS), source))
+    def _reads(self, file: Path, threads: int, block_bytes: int) -> ReadRate:
+        limit = min(_DISK_BYTES, max(_LEAST_READS * block_bytes, _DISK_BYTES // 8))
+        if block_bytes < _DISK_BYTES // 4096:
+            limit = _LEAST_READS * block_bytes
+        settings, limit_s = ((threads, block_bytes),), self._effort.read_s
+        once = partial(probe.disk_read, file, settings=settings, limit_bytes=limit, limit_s=limit_s)
+        source = f"direct reads, {threads} threads, {block_bytes >> 10} KiB each"
+        rates = self._watch.sample(lambda: once().gbps, self._repeats)
+        return ReadRate(threads, block_bytes, measured(rates, source))
 
+    def _overlap(self, file: Path) -> Figure:
+        """What of reads overlaps with products of the CPU."""
+        left, right = (torch.randn(768, 768) for _ in range(2))
 
-def _overlap(watch: Watch, file: Path) -> Figure:
-    """What of reads overlaps with products of the CPU."""
-    left, right = (torch.randn(768, 768) for _ in range(2))
+        def compute() -> None:
+            for _ in range(24):
+                left @ right
 
-    def compute() -> None:
-        for _ in range(24):
-            left @ right
-
-    read = partial(probe.disk_read, file, settings=(_LOADER,))
-    return overlap_of(watch, compute, read, "direct reads beside products of the CPU")
+        # As many bytes each time, and no more than the time allows: what is compared must be the same work.
+        settings = (_LOADER,)
+        quick = probe.disk_read(file, settings=settings, limit_s=self._effort.read_s)
+        nbytes = min(_DISK_BYTES, max(_LOADER[1], int(quick.gbps * 1e9 * self._effort.read_s)))
+        read = partial(probe.disk_read, file, settings=settings, limit_bytes=nbytes)
+        both = partial(together, compute, read)
+        source = "direct reads beside products of the CPU"
+        return overlap_of(self._watch, compute, read, both, source, self._effort.repeats or OVERLAP_REPEATS)
 
 
 def _attention(watch: Watch) -> Figure:

@@ -8,21 +8,30 @@ from profiler.figure import Figure
 from tiercache.bench.undisturbed import Watch, seconds_of
 
 REPEATS = 7
+Work = Callable[[], object]
 
 
-def overlap_of(watch: Watch, compute: Callable[[], object], bring: Callable[[], object], source: str) -> Figure:
-    """w of: bringing and computing at once take w max + (1 - w) sum of what each takes alone."""
-    works = {name: partial(seconds_of, work) for name, work in (("a", compute), ("b", bring))}
-    works["both"] = partial(seconds_of, partial(together, compute, bring))
-    found = watch.by_turns(works, dict.fromkeys(works, REPEATS))
+def overlap_of(watch: Watch, compute: Work, bring: Work, both: Work, source: str, repeats: int = REPEATS) -> Figure:
+    """w of: bringing and computing at once take w max + (1 - w) sum of what each takes alone.
+
+    Args:
+        watch: looks for what disturbs.
+        compute, bring: each of them alone, until it is done.
+        both: both at once, until both are done. Where a card does the work, one thread queues both and waits once: a
+            thread of each takes milliseconds to begin, and then nothing is seen to overlap.
+        source: what is measured, in words.
+        repeats: of each.
+    """
+    works = {name: partial(seconds_of, work) for name, work in (("a", compute), ("b", bring), ("both", both))}
+    found = watch.by_turns(works, dict.fromkeys(works, repeats))
     # The least of each: what disturbs one of three is no w.
-    computed, brought, both = (min(sample.what for sample in found[name]) for name in works)
-    share = (computed + brought - both) / min(computed, brought)
+    computed, brought, together_s = (min(sample.what for sample in found[name]) for name in works)
+    share = (computed + brought - together_s) / min(computed, brought)
     return Figure(min(max(share, 0.0), 1.0), "measured", source)
 
 
-def together(first: Callable[[], object], second: Callable[[], object]) -> None:
-    """Run both at once, the second on a thread of its own, until both are done."""
+def together(first: Work, second: Work) -> None:
+    """Run both at once on the processor, the second on a thread of its own, until both are done."""
     beside = threading.Thread(target=second)
     beside.start()
     first()

@@ -87,14 +87,24 @@ class Watch:
         patience_s: how much longer each measurement may take for it.
         usual: the pace that counts as usual; None takes the fastest of a few seconds.
         may_restart: raise where the machine turns out to be faster than that; otherwise it is not as usual then.
+        in_all_s: how much longer all measurements together may take for it.
+        look_on_s: how long to look for the usual pace where it is seen but now and then; None for a good while.
 
     Attributes:
         usual: the pace that counts as usual.
     """
 
-    def __init__(self, patience_s: float = 4.0, usual: Pace | None = None, *, may_restart: bool = False) -> None:
-        self.usual = usual or _fastest_pace()
-        self._patience_s, self._may_restart = patience_s, may_restart
+    def __init__(
+        self,
+        patience_s: float = 4.0,
+        usual: Pace | None = None,
+        *,
+        may_restart: bool = False,
+        in_all_s: float = float("inf"),
+        look_on_s: float | None = None,
+    ) -> None:
+        self.usual = usual or _fastest_pace(_LOOK_ON_S if look_on_s is None else look_on_s)
+        self._patience_s, self._may_restart, self._in_all_s = patience_s, may_restart, in_all_s
         self._samples = self._disturbed = 0
 
     @property
@@ -114,7 +124,7 @@ class Watch:
         """
         found: dict[K, list[Sample[T]]] = {key: [] for key in works}
         lacking = [key for key in works for _ in range(counts[key])]
-        left_s = self._patience_s
+        begin_s = left_s = min(self._patience_s, max(self._in_all_s, 0.0))
         before, left_s = self._wait(left_s)
         while lacking:
             for key in dict.fromkeys(lacking):
@@ -131,6 +141,7 @@ class Watch:
                 before = after
                 if after.off(self.usual) > AS_USUAL:
                     before, left_s = self._wait(left_s)
+        self._in_all_s -= begin_s - left_s
         return {key: self._best(each, counts[key]) for key, each in found.items()}
 
     def timed(
@@ -172,14 +183,14 @@ class Watch:
         return pace
 
 
-def _fastest_pace() -> Pace:
+def _fastest_pace(look_on_s: float) -> Pace:
     """The fastest that was seen in a few seconds; in more where the machine changes."""
     begin, found = time.perf_counter(), [Pace.now()]
     while True:
         fastest = min(found, key=lambda pace: pace.slowness)
         took_s = time.perf_counter() - begin
         mostly = median(pace.off(fastest) for pace in found) <= AS_USUAL
-        if took_s > _LOOK_ON_S or (took_s > _LOOK_S and mostly):
+        if took_s > look_on_s or (took_s > _LOOK_S and mostly):
             return fastest
         found.append(Pace.now())
 

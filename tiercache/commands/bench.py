@@ -45,14 +45,30 @@ def model_command(
     seed: Annotated[int, typer.Option(help="Of the weights and the prompt.")] = 0,
     folder: Annotated[Path, typer.Option(help="Where models are made, and found again.")] = Path("tiercache-bench"),
     keep: Annotated[bool, typer.Option(help="Leave the model in the folder.")] = True,
+    show_overhead: Annotated[
+        bool, typer.Option("--overhead", help="Tell instead what a layer costs, by cause, at int4 by default.")
+    ] = False,
+    place: Annotated[
+        Path | None, typer.Option("--model", help="With --overhead: a checkpoint or store instead of a shape.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time a model of random weights against the roofs of the disk and of main memory."""
     begin("bench model", as_json, quiet)
+    given = {name: value for name, value in ctx.params.items() if name not in ("show_overhead", "place")}
+    given = arguments({**given, "folder": folder})
+    if show_overhead:
+        from tiercache.bench import overhead
+
+        named = ("shape", "precision", "hbm", "dram", "seed", "folder", "show_progress")
+        found = overhead.bench(overhead.Options(model=place, **{name: given[name] for name in named if name in given}))
+        tell(overhead.report(found), found, as_json=True, quiet=quiet)
+        return
+    if place is not None:
+        raise UsageError("--model is for --overhead; the benchmark of passes makes models of random weights: --shape")
     from tiercache.bench import model
 
-    given = arguments({**ctx.params, "folder": folder})
     chosen = {"precision": "source" if bytes_per_token is None else STORE_PRECISION, **given}
     result = model.bench(model.Options(**chosen))
     tell(model.report(result), result, as_json=True, quiet=quiet)  # a benchmark always ends with its line

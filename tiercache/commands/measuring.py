@@ -23,6 +23,7 @@ def probe_command(
     folder: _Folder = Path(),
     device: _Device = "auto",
     noisy: _Noisy = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less than a minute: fewer sizes and repeats.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,7 +34,8 @@ def probe_command(
     from tiercache.engine.machine import resolve_device
 
     at = resolve_device(device)
-    machine = probe_machine(folder.expanduser(), at, noisy=noisy, show_progress=progress(as_json, quiet))
+    show = progress(as_json, quiet)
+    machine = probe_machine(folder.expanduser(), at, noisy=noisy, quick=quick, show_progress=show)
     path = probe_cache.keep(machine, at)
     if not quiet and not as_json:
         console().print(_figures(machine))

@@ -21,7 +21,7 @@ CALIBRATION_TOKENS = 16_384
 Precision = Literal["source", "int8", "int4", "int3"]
 STORE_PRECISION: Final = "int8"
 """What is read of a plane store where no precision is named: all of its planes."""
-KernelChoice = Literal["auto", "fast", "decode"]
+KernelChoice = Literal["auto", "fast", "unfused", "decode"]
 Mode = Literal["exact", "mixed"]
 
 

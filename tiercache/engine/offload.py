@@ -70,8 +70,9 @@ def offload(
         store: the plane store's folder; made there if missing. By default one in the cache folder.
         device: "auto", "cpu", "cuda" or "cuda:N".
         checks: verify every checksum of the store first.
-        kernels: "fast" multiplies by planes as they lie; "decode" makes a weight of each first, which is slow, and
-            equal to the bit to the rounded model in transformers; "auto" is fast where it can be, and warns where not.
+        kernels: "fast" multiplies by planes as they lie, whole layers at a time where it can; "unfused" does so module
+            by module; "decode" makes a weight of each first, which is slow, and equal to the bit to the rounded model
+            in transformers; "auto" is fast where it can be, and warns where not.
         cpu_tokens: up to how many tokens a pass lets the CPU multiply, where they lie in DRAM, the planes that do not
             stay in HBM, instead of copying them up; 0 for never. None measures it where the CPU stands in for the HBM
             tier, and means 0 on a GPU, whose sums differ from the CPU's in the last bits.

@@ -129,12 +129,14 @@ def _attach(
     table = opened.table(stack, tiers, device)
     uses = [_placed(use, tiers, run) for use in placed.asked.uses]
     workspace = Slab(placed.asked.workspace_bytes, device).bytes
-    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing)
+    fuse = None if placed.config.kernels == "unfused" else stats.count_layer
+    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing, fuse)
     embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
     attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
     stack.callback(attachment.close)
 
     def start(tokens: int, resident: bool) -> None:
+        tiers.follow_stream()
         attachment.begin_pass(resident=resident)
         if resident:  # what is on its way for the next exact pass goes on
             stats.resident_bytes += run.resident_bytes

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
+from tiercache.kernels.activation import FUNCTIONS
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.quant.planes import PLANE_BITS, Planes
 from tiercache.tiers.device import on_host
 
@@ -25,8 +27,8 @@ MAX_TOKENS = 512
 
 _KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
-"""Names of the gates' activations."""
+ACTIVATIONS = tuple(FUNCTIONS)
+"""Names of the gates' activations, in the order in which kernels number them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,26 @@ class Kernels(Protocol):
     ) -> None:
         """out += down(act(gate x) * up x), or down(act(fc x)) with one inward matrix; out is fp32 [tokens, hidden]."""
 
+    def linear(self, x: Tensor, weight: Planes, factors: Tensor | None) -> Tensor:
+        """x times a matrix whose rows lie along the inputs, with all that goes before: [tokens, rows], dtype of x.
+
+        Args:
+            x: [tokens, columns], fp32, fp16 or bf16.
+            weight: the matrix.
+            factors: what inputs are multiplied by before the Hadamard transform, fp32 [columns]; None for ones.
+        """
+        out = torch.zeros(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
+        self.matmul(self.quantize_activations(self.hadamard(x, factors), weight.group), weight, out)
+        return out.to(x.dtype)
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        """The attention half of a layer over some weights, which must stay where they lie while it is used."""
+        raise NotImplementedError
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        """The feed-forward half of a layer; see `attention`."""
+        raise NotImplementedError
+
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """Copy rows of byte matrices [n, width] into `out` (uint8), all of the first piece's, then the next's.
 
@@ -159,12 +181,6 @@ def checked_index(rows: Tensor, available: int, what: str = "a matrix") -> int:
 def _check_list(rows: Tensor) -> None:
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise UsageError(f"rows is {rows.dtype} {list(rows.shape)}, expected a list of int32 or int64")
-
-
-def check_activation(name: str) -> None:
-    """Refuse the name of an activation that there is not."""
-    if name not in ACTIVATIONS:
-        raise UsageError(f"unknown activation {name!r}; there are {', '.join(ACTIVATIONS)}")
 
 
 def check_output(out: Tensor, tokens: int, features: int, device: torch.device) -> None:

@@ -1,39 +1,18 @@
 """The backend that says what is right: plain torch over decoded weights, in fp32 or fp64, on any device. Slow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tiercache.kernels import contract
+from tiercache.kernels.activation import activate
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import Kernels, Parts, QuantizedActivations, Selection, SlotRows
+from tiercache.kernels.reference_blocks import ReferenceAttention, ReferenceFeedForward
 from tiercache.quant import hadamard
 from tiercache.quant.planes import Planes, decode
-
-_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-        "relu": functional.relu,
-        "relu2": lambda x: functional.relu(x).square(),
-        "identity": lambda x: x,
-    }
-)
-
-
-def activate(name: str, x: Tensor) -> Tensor:
-    """The activation called `name`.
-
-    Raises:
-        UsageError: there is none.
-    """
-    contract.check_activation(name)
-    return _FUNCTIONS[name](x)
 
 
 class ReferenceKernels(Kernels):
@@ -76,6 +55,12 @@ class ReferenceKernels(Kernels):
             hidden = hidden * (x.data[0] @ self._weights(more, rows).T)
         contract.check_output(out, x.tokens, down.columns, self.device)
         out += hidden @ self._weights(down, rows)
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        return ReferenceAttention(weights, self._dtype)
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        return ReferenceFeedForward(weights, self._dtype)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         at = 0

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
+from tiercache.model.fused_layer import FusedLayer, fusable
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
@@ -60,6 +61,7 @@ class Bindings:
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
+        fuse: whole layers are run by the kernels where they can be; is told of every layer's call whether it was fused.
         choosing: in mixed mode, by which modules outside of decoder layers, the head, choose tokens.
     """
 
@@ -68,6 +70,7 @@ class Bindings:
     workspace: torch.Tensor
     kernels: Mapping[str, Kernels]
     choosing: Choosing | None = None
+    fuse: Callable[[bool], None] | None = None
 
 
 class Binder:
@@ -77,8 +80,9 @@ class Binder:
         self._supply, self._workspace = bindings.supply, bindings.workspace
         self._held: dict[int, torch.Tensor] = {}
         self._counted: set[tuple[int, ...]] = set()  # units of which a module tells that they are used
+        self._known: dict[str, tuple[Use, tuple[torch.Tensor, ...], bool]] = {}
         self._bound: nn.Parameter | None = None
-        self._resident = False
+        self.passes, self.resident = 0, False  # see `fused_layer.Slots`
         self._hooks: list[RemovableHandle] = []
         self._forwards, self._planes = Replacements(), list[PlaneForward]()
         self._inputs = Inputs()
@@ -86,6 +90,7 @@ class Binder:
         named = [(use, model.get_submodule(use.module)) for use in uses]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
+            self._know(use)
             forward = self._plane_forward(use, module, bindings, pairs.get(use.module))
             if forward is not None:
                 self._forwards.put(module.__dict__, "forward", forward)
@@ -94,6 +99,11 @@ class Binder:
                 self._forwards.put(module.__dict__, "forward", folding(module))
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
+        if bindings.fuse is not None and bindings.kernels:
+            for parts in fusable(model, {use.module: use.weight for use in uses}):
+                self._forwards.put(
+                    parts.layer.__dict__, "forward", FusedLayer(parts, self, bindings.kernels, bindings.fuse)
+                )
 
     def _plane_forward(
         self, use: Use, module: nn.Module, bindings: Bindings, partner: tuple[str, PlaneWeight] | None
@@ -107,7 +117,7 @@ class Binder:
 
     def begin_pass(self, *, resident: bool) -> None:
         """A pass begins; `resident`: it multiplies by the planes that stay."""
-        self._resident = resident
+        self.passes, self.resident = self.passes + 1, resident
 
     def release_all(self) -> None:
         """Release what an interrupted pass still held."""
@@ -128,21 +138,50 @@ class Binder:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
+    def staying(self, modules: Sequence[str]) -> Sequence[Sequence[torch.Tensor]] | None:
+        """The slots of modules' weights in passes like the one at hand, if all of them stay as long as the model."""
+        known = [self._known[module] for module in modules]
+        slots = [use.resident if self.resident else staying for use, staying, _ in known]
+        return slots if all(slots) else None
+
+    def counted(self, modules: Sequence[str]) -> Sequence[int]:
+        """The units of which these modules tell that they are used."""
+        known = [self._known[module] for module in modules]
+        return [unit for use, _, first in known if first for unit in use.weight.units]
+
+    def hit(self, units: Sequence[int]) -> None:
+        """Units that stay are used."""
+        if units:
+            self._supply.hit(units)
+
+    def take(self, module: str) -> Sequence[torch.Tensor]:
+        """The slots of a module's weight, for as long as the module is at work."""
+        use, staying, first = self._known[module]
+        if self.resident:
+            return use.resident
+        if staying:
+            if first:
+                self._supply.hit(use.weight.units)
+            return staying
+        return self._acquire(use.weight.units)
+
+    def give_back(self, module: str) -> None:
+        """A module is done; units that are not needed again are released."""
+        use, staying, _ = self._known[module]
+        if use.last and not staying:
+            for key in use.weight.units:
+                if self._held.pop(key, None) is not None:
+                    self._supply.release(key)
+
+    def _know(self, use: Use) -> None:
+        """Look up what of a module's weight stays, and whether it is the first to tell that its units are used."""
         units = use.weight.units
-        staying = self._staying(units)
-        first = units not in self._counted
+        self._known[use.module] = use, self._staying(units), units not in self._counted
         self._counted.add(units)
 
+    def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
         def begin(module: nn.Module, arguments: object) -> None:
-            if self._resident:
-                slots = use.resident
-            elif staying:
-                slots = staying
-                if first:
-                    self._supply.hit(units)
-            else:
-                slots = self._acquire(units)
+            slots = self.take(use.module)
             if forward is not None:
                 forward.slots = slots
                 return
@@ -164,17 +203,13 @@ class Binder:
         return tuple([self._held[key] for key in units])
 
     def _end(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object, object], None]:
-        units = use.weight.units if use.last else ()
-
         def end(module: nn.Module, arguments: object, output: object) -> None:
             if forward is not None:
                 forward.slots = ()
             else:
                 hide(weight_of(module))
                 self._bound = None
-            for key in units:
-                if self._held.pop(key, None) is not None:
-                    self._supply.release(key)
+            self.give_back(use.module)
 
         return end
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tiercache.compat import Conv1D
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
+from tiercache.model.meta_model import layer_of
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
@@ -98,6 +99,7 @@ class PlaneForward:
         self._name, self._module, self._weight = name, module, weight
         self._kernels, self._inputs, self._partner = kernels, inputs, partner
         self._down = is_down(module, weight)
+        self._alone = not self._down and weight.parts == 1 and layer_of(name) is None  # no other has its inputs
         self._features = weight.columns if self._down else weight.rows * len(weight.own)
         self.slots: Sequence[Tensor] = ()
         self._placed: dict[int, tuple[list[int], list[Planes]]] = {}
@@ -122,6 +124,9 @@ class PlaneForward:
                 piece = tokens[at : at + MAX_TOKENS]
                 result[at : at + MAX_TOKENS] = self._matmul(piece, piece, slots, alone=True)
             return result.to(_result_dtype(x))
+        if self._alone and slots[0].device == x.device and _result_dtype(x) == x.dtype != torch.float64:
+            (planes,) = self._parts(slots)
+            return self._kernels[x.device.type].linear(tokens, planes, self._weight.input_factors(slots[0]))
         return self._matmul(x, tokens, slots).to(x.device, _result_dtype(x))
 
     def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:

@@ -43,6 +43,7 @@ class ShortlistForward(PlaneForward):
     ) -> None:
         super().__init__(name, module, weight, kernels, inputs)
         self._choosing = choosing
+        self._alone = False  # it multiplies in its own way
 
     def _matmul(self, x: Tensor, tokens: Tensor, slots: Sequence[Tensor], *, alone: bool = False) -> Tensor:
         if not self._choosing.chooses(MAX_TOKENS if alone else len(tokens)):  # alone: a piece of a longer pass

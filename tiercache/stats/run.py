@@ -62,6 +62,8 @@ class Stats(Shown):
     Attributes:
         tiers: counters by tier, fastest first.
         kernels: who multiplies: "torch" for original weights, "decode", or the backend of the plane kernels.
+        fused_layers, unfused_layers: calls of decoder layers that the kernels ran as one piece, and of others of the
+            same kind, which ran module by module. Layers that are never fused count nowhere.
         passes: forward passes, and the tokens they carried.
         cpu_tokens: passes of up to so many tokens had what does not stay in HBM multiplied by the CPU, in DRAM.
         cpu_passes: how many passes did.
@@ -90,6 +92,8 @@ class Stats(Shown):
     tiers: dict[str, TierStats]
     lossy: bool = False
     kernels: str = "torch"
+    fused_layers: int = 0
+    unfused_layers: int = 0
     cpu_tokens: int = 0
     cpu_passes: int = 0
     passes: int = 0
@@ -123,6 +127,13 @@ class Stats(Shown):
         if drafted is not None:
             return drafted
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    def count_layer(self, fused: bool) -> None:
+        """A call of a decoder layer."""
+        if fused:
+            self.fused_layers += 1
+        else:
+            self.unfused_layers += 1
 
     def add_prefill(self, seconds: float) -> None:
         """A pass that begins a text."""

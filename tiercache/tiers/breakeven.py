@@ -29,7 +29,7 @@ def measure_breakeven(kernels: Kernels, planes: int, device: torch.device) -> in
 
     `kernels` are the CPU's, and the weights have so many `planes`.
     """
-    lower = Slab(_BYTES, torch.device("cpu"), pinned=device_of(device).wants_pinned)
+    lower = Slab(_BYTES, torch.device("cpu"), pinned_for=device)
     try:
         weight = _matrix(lower.bytes, planes)
         used = weight.rows * _row_bytes(planes)

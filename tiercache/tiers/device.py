@@ -3,7 +3,8 @@
 No other module of tiers, models and kernels tests what kind of device it has. Knows torch; nothing of tiers or planes.
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,12 +26,21 @@ def on_gpu(device: torch.device) -> bool:
 
 
 class Copies:
-    """The order in which one thread copies to a device: each copy is done when its call returns."""
+    """The order of copies to a device or from it: each is done when its call returns."""
 
     @contextmanager
-    def after(self, event: Event | None) -> Iterator[None]:
-        """Copies made within begin after `event` and are done when this ends."""
+    def after(self, events: Iterable[Event] = ()) -> Iterator[None]:
+        """Copies queued within begin after the events, and after what this object has queued before."""
         yield
+
+    def arrival(self) -> Event | None:
+        """An event after all that was queued so far; None where it is done already."""
+        return None
+
+    def wait(self) -> None:
+        """Sleep until all that was queued so far is done."""
+        if (event := self.arrival()) is not None:
+            event.synchronize()
 
 
 class StreamCopies(Copies):
@@ -45,14 +55,91 @@ class StreamCopies(Copies):
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
-    def after(self, event: Event | None) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            if event is not None:
+    def after(self, events: Iterable[Event] = ()) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):  # and its device
+            for event in events:
                 self._stream.wait_event(event)
             yield
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        copied.synchronize()
+
+    def arrival(self) -> Event:
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return event
+
+
+class PinnedMemory:
+    """Main memory that a device copies from and to at full speed: page-locked until `unlock`, or as long as it lives.
+
+    Locked memory is never given back to the system: should nobody unlock it, that is done when the last tensor over it
+    goes. torch's own pinned allocator rounds up and keeps what it has.
+
+    Args:
+        nbytes: how much; its first byte lies at a multiple of 2 MiB.
+        device: that copies.
+
+    Attributes:
+        bytes: uint8.
+
+    Raises:
+        RuntimeError: it cannot be had.
+    """
+
+    def __init__(self, nbytes: int, device: "Device") -> None:
+        pages = np.frombuffer(map_huge_pages(nbytes), np.uint8)
+        holder = _Holder(pages)
+        lock = _Lock(device, pages)
+        self.unlock = weakref.finalize(holder, lock.release)
+        self.unlock.atexit = False  # type: ignore[misc]  # the process gives it back
+        self.bytes = torch.from_numpy(np.asarray(holder))
+        lock.take()
+
+
+class _Holder:
+    """What numpy's arrays and torch's tensors over some memory keep alive."""
+
+    def __init__(self, pages: "np.typing.NDArray[np.uint8]") -> None:
+        self.__array_interface__ = pages.__array_interface__
+        self._pages = pages
+
+
+class _Lock:
+    """A page lock; it keeps the memory."""
+
+    def __init__(self, device: "Device", pages: "np.typing.NDArray[np.uint8]") -> None:
+        self._device, self._pages, self._taken = device, pages, False
+
+    def take(self) -> None:
+        if not self._pages.nbytes:
+            return
+        self._taken = True  # before: Ctrl-C may come between the call and the next line
+        try:
+            self._device.register(self._pages.ctypes.data, self._pages.nbytes)
+        except RuntimeError:
+            self._taken = False
+            raise
+
+    def release(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._device.synchronize()  # a copy may still be reading, or writing
+            self._device.unregister(self._pages.ctypes.data)
+
+
+class Standstill:
+    """For how long a stream stood still for an event.
+
+    Args:
+        begin, end: recorded on it before and after; None where it did not stand.
+    """
+
+    def __init__(self, begin: Event | None, end: Event | None) -> None:
+        self._begin, self._end = begin, end
+
+    def seconds(self) -> float | None:
+        """None while nobody knows."""
+        if self._begin is None or self._end is None:
+            return 0.0
+        return float(self._begin.elapsed_time(self._end)) / 1e3 if self._end.query() else None
 
 
 class Device:
@@ -86,8 +173,22 @@ class Device:
         return Copies()
 
     def last_use(self) -> Event | None:
-        """An event after everything queued so far; None where nothing is ever queued."""
+        """An event after everything that the current stream has queued; None where nothing is ever queued."""
         return None
+
+    def follow(self, last: object) -> object:
+        """The current stream. What it queues from now on begins after what `last`, found so before, has queued."""
+        return None
+
+    def stand_until(self, event: Event) -> Standstill:
+        """What the current stream queues from now on begins after the event; the caller need not wait."""
+        raise NotImplementedError
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Page-lock main memory for copies of this device; see `PinnedMemory`."""
+
+    def unregister(self, address: int) -> None:
+        """Unlock what `register` has locked."""
 
     def synchronize(self) -> None:
         """Wait for all that is queued."""
@@ -133,7 +234,7 @@ class CudaDevice(Device):
         return StreamCopies(self.at)
 
     def last_use(self) -> Event:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self.at))
         return event
 
@@ -142,6 +243,32 @@ class CudaDevice(Device):
 
     def synchronize_stream(self) -> None:
         torch.cuda.current_stream(self.at).synchronize()
+
+    def follow(self, last: object) -> object:
+        stream = torch.cuda.current_stream(self.at)
+        if isinstance(last, torch.cuda.Stream) and last != stream:
+            stream.wait_stream(last)
+        return stream
+
+    def stand_until(self, event: Event) -> Standstill:
+        stream = torch.cuda.current_stream(self.at)
+        if event.query():
+            return Standstill(None, None)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(stream)
+        stream.wait_event(event)
+        end.record(stream)
+        return Standstill(begin, end)
+
+    def register(self, address: int, nbytes: int) -> None:
+        with torch.cuda.device(self.at):  # under another one that would open a context there
+            code = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+        if int(code) != 0:
+            raise RuntimeError(f"cudaHostRegister gives error {int(code)}")
+
+    def unregister(self, address: int) -> None:
+        with torch.cuda.device(self.at):
+            torch.cuda.cudart().cudaHostUnregister(address)
 
     def free_bytes(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.at)
@@ -154,7 +281,8 @@ class CudaDevice(Device):
         torch.cuda.reset_peak_memory_stats(self.at)
 
     def release_cache(self) -> None:
-        torch.cuda.empty_cache()
+        with torch.cuda.device(self.at):
+            torch.cuda.empty_cache()
 
 
 def device_of(at: torch.device) -> Device:
@@ -162,20 +290,3 @@ def device_of(at: torch.device) -> Device:
     if on_host(at):
         return CpuDevice(at)
     return CudaDevice(at) if on_gpu(at) else Device(at)
-
-
-def pin(memory: torch.Tensor) -> int:
-    """Page-lock memory that is there already, for `unpin`. torch's own pinned allocator rounds up and keeps it.
-
-    Raises:
-        RuntimeError: it cannot be had.
-    """
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    if int(code) != 0:
-        raise RuntimeError(f"cudaHostRegister gives error {int(code)}")
-    return memory.data_ptr()
-
-
-def unpin(address: int) -> None:
-    """Unlock what `pin` has locked."""
-    torch.cuda.cudart().cudaHostUnregister(address)

@@ -3,9 +3,12 @@
 Knows layers and planes by number, rows of bytes, slots; never modules or what the bytes mean. A slot is a row of a
 slab. One slab holds a plane's slots of all layers and, behind them, the passing rows: neurons fetched for one token.
 
-Ordering: everything happens on the computing thread. A fetch gathers rows in the tier below into one staging buffer,
-copies the buffer to the passing rows, and copies rows that stay from there into their slots. Kernels queued later on
-the same stream see all of it. An evicted row is overwritten only after the matmuls queued before have read it.
+Ordering: everything happens on the computing thread and its current stream; the tiers' owner has the stream of a pass
+follow that of the pass before. A fetch gathers rows in the tier below into the plane's staging memory, copies that to
+the passing rows, and copies rows that stay from there into their slots. Kernels queued later on the same stream see all
+of it. An evicted row is overwritten only after the matmuls queued before have read it. A plane's staging memory is
+written again once the copy before has read it: the thread sleeps until then, while other planes' kernels and copies are
+under way.
 """
 
 import time
@@ -22,11 +25,12 @@ from policies.hot import hottest
 from policies.neurons import NeuronResidency
 from tiercache.kernels.contract import Kernels
 from tiercache.stats.neurons import NeuronStats
-from tiercache.tiers.device import device_of
+from tiercache.tiers.device import Device, Event, device_of
 from tiercache.tiers.link import Link
 from tiercache.tiers.slab import Slab
 
 PlaneRows = Callable[[int, int], Tensor]
+INDEX_BYTES = 8  # of a row's number
 NEURONS_PER_SUM = 512
 """The CPU's kernels sum the products of so many neurons before they add them to others."""
 
@@ -76,6 +80,49 @@ class Caching:
     hot: np.ndarray | None = None
 
 
+class _Staging:
+    """Pinned main memory that rows are gathered into, a piece for each plane, with the event that frees the piece.
+
+    Args:
+        plan: tells the most that each plane fetches at a time.
+        device: that copies from it.
+    """
+
+    def __init__(self, plan: SlotPlan, device: Device) -> None:
+        self._device = device
+        self._sizes = [count * width for count, width in zip(plan.passing, plan.widths, strict=True)]
+        indices = [INDEX_BYTES * count for count in plan.passing]
+        self._slab = Slab(sum(indices) + sum(self._sizes), torch.device("cpu"), pinned_for=device.at)
+        parts = self._slab.bytes.split([*indices, *self._sizes])  # indices first: they are aligned then
+        self._indices = [part.view(torch.int64) for part in parts[: len(indices)]]
+        self._rows = parts[len(indices) :]
+        self._read_until: dict[int, Event | None] = {}
+
+    def rows(self, plane: int, count: int, width: int) -> Tensor:
+        """Memory for rows, once nothing reads it any more."""
+        self._wait(plane)
+        rows: Tensor = self._rows[plane]
+        return rows[: count * width].view(count, width)
+
+    def index(self, plane: int, index: Tensor) -> Tensor:
+        """A copy of an index; the one before must have been read as well, with the rows that were kept by it."""
+        kept: Tensor = self._indices[plane]
+        return kept[: index.numel()].copy_(index)
+
+    def copied(self, plane: int) -> None:
+        """The current stream reads the plane's piece until here."""
+        self._read_until[plane] = self._device.last_use()
+
+    def close(self) -> None:
+        """Unlock the memory, once the device has done all that it was asked for."""
+        self._slab.close()
+
+    def _wait(self, plane: int) -> None:
+        event = self._read_until.pop(plane, None)
+        if event is not None:
+            event.synchronize()
+
+
 class NeuronSlots:
     """See the module. Planes are counted from the first that has slots.
 
@@ -111,9 +158,7 @@ class NeuronSlots:
             self._base.append([sum(counts[:layer]) for layer in range(len(counts) + 1)])
             at += rows * width
         self._device = device_of(memory.device)
-        largest = max((count * width for count, width in zip(plan.passing, plan.widths, strict=True)), default=0)
-        self._pinned = None if self._device.on_host else Slab(largest, torch.device("cpu"), pinned=True)
-        self._staging = None if self._pinned is None else self._pinned.bytes
+        self._staging = None if self._device.on_host else _Staging(plan, self._device)
         self._residencies = [
             [self._residency(layer, plane) for plane in range(len(plan.widths))] for layer in range(len(plan.slots))
         ]
@@ -125,9 +170,10 @@ class NeuronSlots:
         return NeuronResidency(self.plan.neurons, slots, policy, max_fetches=self._caching.max_fetches)
 
     def close(self) -> None:
-        """Unlock the staging memory; harmless when done twice."""
-        if self._pinned is not None:
-            self._pinned.close()
+        """Wait for the device and unlock the staging memory; harmless when done twice."""
+        self._device.synchronize()  # kernels may still read the slots, whose memory is the caller's
+        if self._staging is not None:
+            self._staging.close()
 
     def fill(self) -> None:
         """Before the first pass: fetch the neurons most often wanted into the slots, where that is known."""
@@ -217,12 +263,11 @@ class NeuronSlots:
         target = behind.view(-1)[: neurons.size * width].view(-1, width)
         if not neurons.size:
             return target
-        staging = target if self._staging is None else self._staging[: neurons.size * width].view(-1, width)
-        if self._staging is not None:  # an earlier copy may still read it
-            self._device.synchronize_stream()
+        staging = target if self._staging is None else self._staging.rows(plane, neurons.size, width)
         self._kernels.gather([source], torch.from_numpy(neurons), staging.view(-1))
         if self._staging is not None:
             target.copy_(staging, non_blocking=True)
+            self._staging.copied(plane)
         self._link.carry(neurons.size * width, began_at)
         return target
 
@@ -231,7 +276,10 @@ class NeuronSlots:
         if not slots.size:
             return
         kept, passing = self.slabs[plane].tensor_split([self._behind(plane)])
-        index = torch.from_numpy(slots + self._base[plane][layer]).to(kept.device)
+        index = torch.from_numpy(slots + self._base[plane][layer])
+        if self._staging is not None:
+            index = self._staging.index(plane, index).to(kept.device, non_blocking=True)
+            self._staging.copied(plane)
         kept.index_copy_(0, index, passing[: slots.size])
 
     def _count(self, plane: int, hits: int, wanted: int, moved: int, lacking: int, residency: NeuronResidency) -> None:

@@ -64,9 +64,12 @@ class TierChoice(Supply):
 
     def begin(self, *, on_cpu: bool) -> None:
         """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
-        if on_cpu != self._on_cpu:
-            self._on_cpu = on_cpu
-            (self._upper.pause if on_cpu else self._upper.resume)()
+        if on_cpu:  # in this order: after Ctrl-C anywhere in it no pass uses the lower tier beside the copies
+            self._upper.pause()
+            self._on_cpu = True
+        else:
+            self._on_cpu = False
+            self._upper.resume()
 
     def acquire(self, key: Key) -> torch.Tensor:
         if not self._on_cpu or self._upper.pinned_slot(key) is not None:
@@ -112,6 +115,8 @@ class TierStack:
         self._payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
         self._sizes = {key: unit.slot_bytes for key, unit in enumerate(manifest.units)}
         self._observe, self.link = observe, link or Link()
+        self._device = device_of(device)
+        self._stream = self._device.follow(None)
         self.stats: dict[str, TierStats] = {}
         self.weights, self._spans = _layout(manifest, device, memory is not None, not plan.has_hbm)
         with ExitStack() as stack:
@@ -125,11 +130,16 @@ class TierStack:
             if plan.hbm is not None:
                 transfer = Transfer(lower, self._spans, device, self.link)
                 stack.callback(transfer.close)
-                self._hbm = self._make_tier("hbm", plan.hbm, Slab(plan.hbm.slab_bytes, device), transfer.fill, _copied)
+                slab = Slab(plan.hbm.slab_bytes, device)
+                self._hbm = self._make_tier("hbm", plan.hbm, slab, transfer.fill, _copied, transfer.settle)
                 stack.callback(self._hbm.close)
                 self.top = TierChoice(self._hbm, lower)
             self.stats["dram"] = lower.stats
             self._closing = stack.pop_all()
+
+    def follow_stream(self) -> None:
+        """A pass begins, maybe on another stream than the one before: it comes after what that one has queued."""
+        self._stream = self._device.follow(self._stream)
 
     def begin(self, *, on_cpu: bool) -> None:
         """A pass begins; `on_cpu`: the CPU multiplies, in DRAM, the units that do not stay in HBM."""
@@ -175,14 +185,22 @@ class TierStack:
 
     def _make_dram(self, plan: Plan, device: torch.device) -> Tier:
         """While HBM is being filled, all of DRAM is a ring that its units pass through."""
-        slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned=device_of(device).wants_pinned)
+        slab = Slab(plan.dram.slab_bytes, torch.device("cpu"), pinned_for=device)
         tier = self._make_tier("dram", plan.dram, slab, self._read, waited_for_ssd)
         if plan.hbm is not None:
             passing = UnitPlacement((), 0, plan.dram.slab_bytes)
             tier.decide(Residency(plan.hbm.placement.pinned, self._sizes, passing, once=True))
         return tier
 
-    def _make_tier(self, name: str, plan: TierPlan, slab: Slab, fill: Fill, cause: Cause) -> Tier:
+    def _make_tier(
+        self,
+        name: str,
+        plan: TierPlan,
+        slab: Slab,
+        fill: Fill,
+        cause: Cause,
+        settle: Callable[[], None] = lambda: None,
+    ) -> Tier:
         reserved = dict(plan.reserved_bytes)
         if plan.neuron_bytes:
             reserved["neuron slots"] = plan.neuron_bytes
@@ -190,7 +208,7 @@ class TierStack:
         stats.peak_bytes = sum(reserved.values())
         self.stats[name] = stats
         residency, observe = Residency(plan.order, self._sizes, plan.placement), partial(self._observe, name)
-        return Tier(slab, residency, self._payload, fill, stats, cause=cause, observe=observe)
+        return Tier(slab, residency, self._payload, fill, stats, cause=cause, observe=observe, settle=settle)
 
     def _read(self, key: Key, slot: torch.Tensor, after: object) -> Pending:
         return self._reader.read(self._units[key].pieces, slot.numpy())

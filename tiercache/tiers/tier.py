@@ -4,12 +4,15 @@ Knows keys, slots and bytes; never layers or models. A `Fill` fills the slots: t
 transfer in the HBM tier. Where tiers are stacked, the upper tier's loads are the lower tier's requests.
 
 Ordering: one consumer at a time calls `acquire` and `release` (the computing thread, or the thread of the tier
-above). A slot is filled by one ticket, and is given to the consumer only when that ticket is done; it is filled
-again only after `release`, and, when the consumer is a GPU, after the event recorded there.
+above). A slot is filled by one ticket, and is given to the consumer only when that ticket is done or, when the consumer
+is a GPU, when its current stream has been told to stand still until then. It is filled again only after `release` and,
+when the consumer is a GPU, after the event recorded there: the bytes of each slot have an event of their own, so
+passes may come on any stream.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +22,8 @@ from policies.residency import Residency
 from policies.types import Key, Load
 from tiercache.errors import ClosedError, DoesNotFitError
 from tiercache.stats.run import TierStats
-from tiercache.tiers.device import Event, device_of
+from tiercache.tiers.device import Event, Standstill, device_of
+from tiercache.tiers.last_reads import LastReads, Read
 from tiercache.tiers.slab import Slab
 
 _CLOSED = "the tiers are closed; open the model again with tiercache.offload(...)"
@@ -49,17 +53,21 @@ class Pending(Protocol):
     """Bytes on their way."""
 
     def done(self) -> bool:
-        """Whether they have arrived."""
+        """Whether `wait` would return at once."""
 
-    def wait(self) -> None:
-        """Block until they have; raise what went wrong."""
+    def wait(self) -> Standstill | None:
+        """Block until they are there for what the caller does next, be it on a GPU's stream; raise what went wrong.
+
+        Returns:
+            how long the stream stands still for them; None where nothing but the caller waits.
+        """
 
     def cancel(self) -> None:
         """Give up; return when nothing writes any more."""
 
 
-# Begins to bring the bytes of a key into a slot, after the event of the slot's last reader on a GPU.
-Fill = Callable[[Key, torch.Tensor, Event | None], Pending]
+# Begins to bring the bytes of a key into a slot, after the events of those bytes' last readers on a GPU.
+Fill = Callable[[Key, torch.Tensor, Sequence[Event]], Pending]
 Cause = Callable[[Pending, float], Mapping[str, float]]
 
 
@@ -77,7 +85,7 @@ class _Failed:
     def done(self) -> bool:
         return True
 
-    def wait(self) -> None:
+    def wait(self) -> Standstill | None:
         raise self.error
 
     def cancel(self) -> None:
@@ -86,8 +94,10 @@ class _Failed:
 
 @dataclass
 class _Arrival:
+    load: Load
     slot: torch.Tensor
     pending: Pending
+    after: list[Read]
 
 
 class Tier(Supply):
@@ -101,6 +111,7 @@ class Tier(Supply):
         stats: where to count.
         cause: splits a wait that began at a time and is over now by what it was for.
         observe: is told each decision as (event, key), for replays.
+        settle: returns when nothing uses the tier below any more, of all that `fill` was asked for.
     """
 
     def __init__(
@@ -113,14 +124,15 @@ class Tier(Supply):
         *,
         cause: Cause,
         observe: Callable[[str, Key], None] = lambda event, key: None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._slab, self._residency, self._payload, self._fill = slab, residency, payload, fill
         self._device = device_of(slab.bytes.device)
-        self.stats, self._cause, self._observe = stats, cause, observe
+        self.stats, self._cause, self._observe, self._settle = stats, cause, observe, settle
         self._arrivals: dict[Key, _Arrival] = {}
         self._ready: dict[Key, torch.Tensor] = {}  # the slots of keys that stay
-        self._read_until: Event | None = None
-        self._closed = self._paused = False
+        self._reads, self._standing = LastReads(), deque[Standstill]()
+        self._closed = self._paused = self._settled = False
 
     def decide(self, residency: Residency) -> None:
         """Let another `Residency` decide from now on; everything the last one loaded is forgotten."""
@@ -136,6 +148,7 @@ class Tier(Supply):
             self._arrivals[load.key].pending.wait()
             self._ready[load.key] = self._arrivals[load.key].slot
             loaded(self._payload[load.key])
+        self._settle()  # they are there for any stream, and nobody is asked to wait again
 
     def pinned_slot(self, key: Key) -> torch.Tensor | None:
         return self._ready.get(key)  # None as well before it has arrived
@@ -160,16 +173,19 @@ class Tier(Supply):
         self.count(key, hit=answer.hit)
         self.prefetch()
         try:
-            self._residency.hold(key)
+            load = self._residency.hold(key)
         except KeyError as error:
             raise DoesNotFitError(
                 f"unit {key} finds no room while others are in use; run whole passes, or raise the tier's budget"
             ) from error
+        if key not in self._arrivals:  # Ctrl-C came between the decision and its load
+            self._begin(load)
         arrival = self._arrivals[key]
         try:
             if not arrival.pending.done():
                 self._stall(arrival.pending)
-            arrival.pending.wait()
+            if (standstill := arrival.pending.wait()) is not None:
+                self._standing.append(standstill)
         except BaseException:  # a failed read, or Ctrl-C in the wait: the bytes are free again for the next pass
             self._give_up(key)
             raise
@@ -190,9 +206,10 @@ class Tier(Supply):
         """The consumer is done with `key`, or will be once the work it has queued on the GPU is."""
         if self._closed or key in self._ready:  # what stays frees no room
             return
-        self._read_until = self._device.last_use()
+        if (arrival := self._arrivals.pop(key, None)) is not None:
+            self._reads.add(arrival.load, self._device.last_use())
         self._residency.release(key)
-        self._arrivals.pop(key, None)
+        self._book_standstills()
         self._observe("evict", key)
         self.prefetch()
 
@@ -204,20 +221,28 @@ class Tier(Supply):
             self._begin(load)
 
     def pause(self) -> None:
-        """Between passes: give up what is on its way, and load nothing until `resume`; what stays is handed out."""
+        """Between passes: give up what is on its way, and load nothing until `resume`; what stays is handed out.
+
+        When it returns nothing uses the tier below. After Ctrl-C within it is to be called again.
+        """
+        if self._settled:
+            return
         self._paused = True
         passing = [key for key in self._arrivals if key not in self._ready]
         try:
             self._drop(tuple(passing))
         finally:  # after Ctrl-C in the wait for a copy as well: later copies come after it, in the one thread
             for key in passing:
-                self._arrivals.pop(key, None)
+                self._forget(key)
             self._residency.restart()
+        self._settle()
+        self._settled = True
 
     def resume(self) -> None:
-        """Prefetch again what passes through."""
-        self._paused = False
-        self.prefetch()
+        """Prefetch again what passes through; harmless when nothing is paused."""
+        if self._paused:
+            self._paused = self._settled = False
+            self.prefetch()
 
     def close(self) -> None:
         """Wait for what is under way and give the memory back; harmless when done twice."""
@@ -225,32 +250,49 @@ class Tier(Supply):
         self._ready.clear()  # a slot keeps all of the slab
         while self._arrivals:
             self._arrivals.popitem()[1].pending.cancel()
+        self._settle()
+        self._device.synchronize()  # kernels on whatever stream: the memory is anybody's from here on
         self._slab.close()
         self._slab = Slab(0, torch.device("cpu"))
 
     def _give_up(self, key: Key) -> None:
-        self._arrivals.pop(key).pending.cancel()
+        if (arrival := self._forget(key)) is not None:
+            arrival.pending.cancel()
         self._residency.release(key)
         self._observe("drop", key)
 
     def _begin(self, load: Load) -> None:
         slot = self._slab.slot(load.offset, load.nbytes)
         self._observe("load", load.key)
+        after = self._reads.over(load)
         try:
-            pending = self._fill(load.key, slot, self._read_until)
+            pending = self._fill(load.key, slot, [read.until for read in after])
         except Exception as error:  # it comes out where the key is waited for
             pending = _Failed(error)
-        self._arrivals[load.key] = _Arrival(slot, pending)
+        self._arrivals[load.key] = _Arrival(load, slot, pending, after)
+        self._reads.covered(load)  # not before: after Ctrl-C in between somebody else waits, too
         self.stats.loaded_bytes += self._payload[load.key]
         used = self._residency.used_bytes + sum(self.stats.reserved_bytes.values())
         self.stats.peak_bytes = max(self.stats.peak_bytes, used)
 
     def _drop(self, keys: tuple[Key, ...]) -> None:
         for key in keys:
-            if (arrival := self._arrivals.pop(key, None)) is not None:
+            if (arrival := self._forget(key)) is not None:
                 arrival.pending.cancel()
             self.stats.dropped_bytes += self._payload[key]
             self._observe("drop", key)
+
+    def _forget(self, key: Key) -> _Arrival | None:
+        """A load that is given up may never have waited for the readers of its bytes: the next one must."""
+        if (arrival := self._arrivals.pop(key, None)) is not None:
+            self._reads.put_back(arrival.after)
+        return arrival
+
+    def _book_standstills(self) -> None:
+        """What a GPU's stream is known to have stood still for copies."""
+        while self._standing and (seconds := self._standing[0].seconds()) is not None:
+            self._standing.popleft()
+            self.stats.stall_s.update({"link": seconds} if seconds else {})
 
     def _stall(self, pending: Pending) -> None:
         begin = time.perf_counter()

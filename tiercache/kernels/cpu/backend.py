@@ -14,8 +14,11 @@ from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.activation import check_activation
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
+from tiercache.kernels.cpu.layer import Calls, CpuAttention, CpuFeedForward, declare
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
 from tiercache.quant.planes import Planes, num_groups
@@ -43,12 +46,14 @@ class CpuKernels(Kernels):
         path = build.library(self.isa)
         self.name, self.device = f"cpu ({self.isa})", torch.device("cpu")
         self._library = load(path)
+        declare(self._library)
         self._few = self._library.tc_few()
         self._threads = threads
-        self._parallel = openmp()
+        self._parallel = self._library.tc_pool() or openmp()
         self._teams: dict[int, CTeam] = {}
         self._sizes: dict[tuple[int, int, int], int] = {}
         self._views = Views()
+        self._calls = Calls(self._library, self._views, self._team)
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         contract.check_activations(x)
@@ -117,7 +122,7 @@ class CpuKernels(Kernels):
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        contract.check_activation(activation)
+        check_activation(activation)
         count = contract.checked_rows(rows, down, *inward)
         contract.check_output(out, x.tokens, down.columns, self.device)
         for weight in inward:
@@ -134,6 +139,26 @@ class CpuKernels(Kernels):
         where = (data, scratch.data_ptr(), out.data_ptr(), row_stride(out), byref(self._team()))
         self._library.tc_ffn(byref(first), byref(last), kind, x.tokens, few, *where)
         del lists
+
+    def linear(self, x: Tensor, weight: Planes, factors: Tensor | None) -> Tensor:
+        contract.check_activations(x, weight.columns)
+        contract.check_transform(x, factors)
+        check_on_host("x", x)
+        matrix, tokens = self._views.matrix(weight), x.shape[0]
+        source, keep = input_view(x)
+        out = torch.empty(tokens, weight.rows, dtype=x.dtype, device="cpu")
+        scratch = self._calls.scratch(self._library.tc_linear_scratch(byref(matrix), tokens))
+        first = None if factors is None else factors.data_ptr()
+        where = (first, scratch.data_ptr(), out.data_ptr(), byref(self._team()))
+        self._library.tc_linear(byref(matrix), byref(source), *where)
+        del keep
+        return out
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        return CpuAttention(weights, self._calls)
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        return CpuFeedForward(weights, self._calls)
 
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         for what, tensor in (("rows", rows), ("out", out)):

@@ -15,7 +15,8 @@ from tiercache.kernels.cpu.library import CInput, CMatrix
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of dtypes in the C code."""
 
 
 class Views:
@@ -68,7 +69,7 @@ def input_view(x: Tensor) -> tuple[CInput, Tensor]:
     """Activations, and the tensor that has to outlive their view."""
     if x.numel() and x.stride(1) != 1:
         x = x.contiguous()
-    return CInput(x.data_ptr(), x.stride(0), _KINDS[x.dtype], x.shape[0]), x
+    return CInput(x.data_ptr(), x.stride(0), KINDS[x.dtype], x.shape[0]), x
 
 
 def row_stride(out: Tensor) -> int:

@@ -14,29 +14,32 @@ once per call.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.activation import activate, check_activation
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cuda import down_launches, launches, mma_launches
+from tiercache.kernels.cuda.attention import CudaAttention
+from tiercache.kernels.cuda.card import KINDS, Card, Scratch
 from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.driver import Driver
+from tiercache.kernels.cuda.feed_forward import CudaFeedForward
 from tiercache.kernels.cuda.launches import Blocks
+from tiercache.kernels.cuda.precision import full_precision
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
-from tiercache.kernels.reference import activate
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
 DEFAULT_SWITCH = 64
 """Tokens up to which planes are multiplied as they are, with bits that no company changes: a largest drafted tree's."""
-
-_KINDS = (torch.float32, torch.float16, torch.bfloat16)  # in the order of common.cu's `kind`
 
 
 class CudaKernels(Kernels):
@@ -60,6 +63,7 @@ class CudaKernels(Kernels):
         self._by_matrix_units = launcher.capability >= mma_launches.LEAST_CAPABILITY
         self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
+        self._card = Card(launcher, device, self._switch, self, Scratch(device), threading.Lock())
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         tokens, columns = x.shape
@@ -75,7 +79,7 @@ class CudaKernels(Kernels):
             into = (packed.data_ptr(), sums.data_ptr())
             strides = (x.stride(0), x.stride(1))
             self._launcher.launch(
-                launches.prepare_call(self._at(x), strides, _KINDS.index(x.dtype), (tokens, columns), group, into)
+                launches.prepare_call(self._at(x), strides, KINDS[x.dtype], (tokens, columns), group, into)
             )
         return QuantizedActivations(tokens, columns, group, (packed, sums))
 
@@ -87,7 +91,7 @@ class CudaKernels(Kernels):
         factors = self._empty(mma_launches.factor_count(tokens, columns, group))
         if tokens:
             into, strides = (digits.data_ptr(), factors.data_ptr()), (x.stride(0), x.stride(1))
-            kind = _KINDS.index(x.dtype)
+            kind = KINDS[x.dtype]
             call = mma_launches.digits_call(self._at(x), strides, kind, (tokens, columns), group, into)
             self._launcher.launch(call)
         return QuantizedActivations(tokens, columns, group, (digits, factors))
@@ -99,7 +103,7 @@ class CudaKernels(Kernels):
         out = self._empty(*x.shape)
         if out.numel():
             first, last = (0 if factor is None else self._at(factor) for factor in (before, after))
-            shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), _KINDS.index(x.dtype)
+            shape, strides, kind = (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1)), KINDS[x.dtype]
             call = launches.hadamard_call(self._at(x), strides, kind, shape, (first, last), out.data_ptr())
             self._launcher.launch(call)
         return out
@@ -116,7 +120,7 @@ class CudaKernels(Kernels):
         lists, tokens = RowLists.of(rows, self.device), x.shape[0]
         if tokens > self._switch:
             for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists):
-                with _full_precision():
+                with full_precision():
                     out += x[:, some].float() @ self._decoded(near, chosen)
             return
         slices = self._slices(weight, lists)
@@ -124,14 +128,14 @@ class CudaKernels(Kernels):
         for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists, slices.size):
             whole = 1 << (tokens - 1).bit_length()  # one block
             strides = (0, x.stride(0), x.stride(1))
-            given = Activations(self._at(x[:, some]), _KINDS.index(x.dtype), tokens, whole, strides)
+            given = Activations(self._at(x[:, some]), KINDS[x.dtype], tokens, whole, strides)
             self._spread(given, near, partial[some.start // slices.size :], chosen, slices)
         self._add_up(partial, tokens, weight, out)
 
     def ffn(
         self, x: QuantizedActivations, inward: Parts, down: Planes, activation: str, out: Tensor, rows: Selection = None
     ) -> None:
-        contract.check_activation(activation)
+        check_activation(activation)
         if not 1 <= len(inward) <= 2 or any(each.rows != down.rows for each in inward):
             raise UsageError(
                 f"{[each.rows for each in (*inward, down)]} rows; need 1 or 2 inward matrices as high as down"
@@ -154,6 +158,12 @@ class CudaKernels(Kernels):
             self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices)
         self._add_up(partial, x.tokens, down, out)
 
+    def attention(self, weights: AttentionWeights) -> Attention:
+        return CudaAttention(weights, self._card)
+
+    def feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
+        return CudaFeedForward(weights, self._card)
+
     def gather(self, pieces: Sequence[Tensor], rows: Tensor, out: Tensor) -> None:
         """See `contract.Kernels`. Pieces and `out` may lie on the device or in page-locked host memory."""
         nbytes = rows.numel() * sum(piece.shape[1] for piece in pieces)
@@ -173,7 +183,7 @@ class CudaKernels(Kernels):
 
     def _matmul(self, x: QuantizedActivations, weight: Planes, out: Tensor, rows: RowLists) -> None:
         if x.tokens > self._switch:
-            with _full_precision():
+            with full_precision():
                 out += x.data[0] @ self._decoded(weight, rows).T
             return
         self._launch_rows(x, [weight], (out.data_ptr(), out.stride(0)), rows, -1)
@@ -195,7 +205,7 @@ class CudaKernels(Kernels):
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
-        blocks = mma_launches.blocks_of(x.tokens, x.group) if self._by_matrix_units else Blocks.of(x.tokens)
+        blocks = Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden
@@ -254,16 +264,3 @@ def _check_prepared(x: QuantizedActivations, weight: Planes) -> None:
         raise UsageError(
             f"x has {x.columns} columns prepared in groups of {x.group}, the matrix {weight.columns} in {weight.group}"
         )
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """torch's fp32 products are that, whatever the program has allowed: TF32 keeps 11 bits."""
-    owner = torch.backends.cuda.matmul
-    name, full = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(owner, name)
-    setattr(owner, name, full)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,46 @@ from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for,
 from tiercache.tiers.device import on_gpu
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
+
+
+class _LaunchConfig(ctypes.Structure):
+    """`CUlaunchConfig` of the driver."""
+
+    _fields_ = (
+        *((name, _NUMBER) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")),
+        ("stream", _POINTER),
+        ("attributes", _POINTER),
+        ("attribute_count", _NUMBER),
+    )
+
+
+class Bound:
+    """A call made ready for one stream, to be launched again and again at the cost of one call of the driver.
+
+    Attributes:
+        call: what it was made of; its arguments may be rewritten between launches, for a launch copies them.
+        function: the kernel's handle; None until it was launched first.
+        config, packed: addresses of what the driver is given.
+    """
+
+    __slots__ = ("_config", "_packed", "call", "config", "function", "packed")
+
+    def __init__(self, call: Call, stream: int) -> None:
+        self.call = call
+        self._config = _LaunchConfig(*call.grid, call.threads, 1, 1, call.shared_bytes, stream)
+        self._packed = (_POINTER * 1)(ctypes.addressof(call.arguments))
+        self.config, self.packed = ctypes.addressof(self._config), ctypes.addressof(self._packed)
+        self.function: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Blocks in x, y, z."""
+        return self._config.x, self._config.y, self._config.z
+
+    def resize(self, grid: tuple[int, int, int]) -> None:
+        """Launch so many blocks from now on."""
+        self._config.x, self._config.y, self._config.z = grid
 
 
 class Driver:
@@ -34,6 +75,7 @@ class Driver:
         device: the CUDA device.
         capability: the card's compute capability.
         multiprocessors: how many it has.
+        stream: gives the handle of torch's current stream there.
 
     Args:
         device: the CUDA device.
@@ -58,14 +100,16 @@ class Driver:
         self._compiler, self._target = compiler_for(self.capability, compilers())
         self._folder = folder or cache_folder()
         self._library = _library()
+        self._launch, self.stream = _launching(self._library), _current_stream(self.device)
         self._lock = threading.Lock()  # over the two tables
         self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
-        self._functions: dict[str, ctypes.c_void_p] = {}
-        self._context = ctypes.c_void_p()
-        number = ctypes.c_int()
+        self._functions: dict[str, int] = {}
+        self._here = threading.local()
+        context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
         retain = self._library.cuDevicePrimaryCtxRetain  # torch's own context, which it keeps until the process ends
-        self._check(retain(ctypes.byref(self._context), number), "opening the device")
+        self._check(retain(ctypes.byref(context), number), "opening the device")
+        self._context = context.value
 
     def address(self, tensor: Tensor) -> int:
         """Where a kernel finds the tensor's bytes.
@@ -73,10 +117,10 @@ class Driver:
         Raises:
             UsageError: it cannot reach them.
         """
-        if on_gpu(tensor.device):
-            if tensor.device != self.device:
-                raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
+        if tensor.device == self.device:
             return tensor.data_ptr()
+        if on_gpu(tensor.device):
+            raise UsageError(f"a tensor on {tensor.device} for the kernels of {self.device}; move it there")
         if not tensor.numel():
             return 0
         found = ctypes.c_void_p()
@@ -96,16 +140,35 @@ class Driver:
 
     def launch(self, call: Call) -> None:
         """Enqueue a call; what it reads and writes is in use until the stream has got there."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        packed = (ctypes.c_void_p * 1)(ctypes.addressof(call.arguments))  # the driver copies it before it returns
-        with self._current():
-            function = self._function(call.kernel)
-            code = self._library.cuLaunchKernel(
-                function, *call.grid, call.threads, 1, 1, call.shared_bytes, stream, packed, None
-            )
-        self._check(code, f"launching {call.kernel} on a grid of {call.grid}")
+        self.run((Bound(call, self.stream()),))
 
-    def _function(self, kernel: str) -> ctypes.c_void_p:
+    def run(self, calls: Sequence[Bound]) -> None:
+        """Enqueue calls one after another, each on the stream it was made ready for."""
+        with_context = not self._is_current()
+        if with_context:
+            self._check(self._library.cuCtxPushCurrent_v2(self._context), "entering the device")
+        try:
+            launch = self._launch
+            for each in calls:
+                if each.function is None:
+                    each.function = self._functions.get(each.call.kernel) or self._function(each.call.kernel)
+                code = launch(each.config, each.function, each.packed, None)
+                if code:
+                    self._check(code, f"launching {each.call.kernel} on a grid of {each.grid}")
+        finally:
+            if with_context:
+                self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    def _is_current(self) -> bool:
+        """Whether the device's context is this thread's: a fresh thread has none until torch has worked in it."""
+        here = self._here
+        if not hasattr(here, "found"):
+            here.found = ctypes.c_void_p()
+            here.at = ctypes.addressof(here.found)
+        self._library.cuCtxGetCurrent(here.at)
+        return bool(here.found.value == self._context)
+
+    def _function(self, kernel: str) -> int:
         """The kernel's handle; the context is current."""
         with self._lock:
             if kernel not in self._functions:
@@ -119,12 +182,12 @@ class Driver:
                 function = ctypes.c_void_p()
                 get = self._library.cuModuleGetFunction
                 self._check(get(ctypes.byref(function), self._modules[unit], kernel.encode()), f"finding {kernel}")
-                self._functions[kernel] = function
+                self._functions[kernel] = function.value or 0
             return self._functions[kernel]
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """The device's context is this thread's: a fresh thread has none until torch has worked in it."""
+        """The device's context is this thread's."""
         self._check(self._library.cuCtxPushCurrent_v2(self._context), "entering the device")
         try:
             yield
@@ -150,6 +213,41 @@ def _library() -> ctypes.CDLL:
     code = library.cuInit(0)
     if code:
         raise EnvironmentUnsupportedError(f"the CUDA driver does not start (error {code}); see nvidia-smi")
-    numbers = [ctypes.c_uint] * 7
-    library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *numbers, *[ctypes.c_void_p] * 3]
+    by_reference, address = ctypes.c_void_p, ctypes.c_uint64
+    for name, kinds in {
+        "cuDeviceGet": (by_reference, ctypes.c_int),
+        "cuDevicePrimaryCtxRetain": (by_reference, ctypes.c_int),
+        "cuCtxGetCurrent": (by_reference,),
+        "cuCtxPushCurrent_v2": (_POINTER,),
+        "cuCtxPopCurrent_v2": (by_reference,),
+        "cuGetErrorString": (ctypes.c_int, by_reference),
+        "cuPointerGetAttribute": (by_reference, ctypes.c_int, address),
+        "cuModuleLoadData": (by_reference, ctypes.c_char_p),
+        "cuModuleGetFunction": (by_reference, _POINTER, ctypes.c_char_p),
+        "cuLaunchKernel": (_POINTER, *[_NUMBER] * 7, *[_POINTER] * 3),
+    }.items():
+        getattr(library, name).argtypes = kinds
     return library
+
+
+def _launching(library: ctypes.CDLL) -> Callable[..., int]:
+    """cuLaunchKernelEx, which has four arguments to pack and not eleven; for drivers before CUDA 11.8 what it does."""
+    if hasattr(library, "cuLaunchKernelEx"):
+        library.cuLaunchKernelEx.argtypes = [_POINTER] * 4
+        launch: Callable[..., int] = library.cuLaunchKernelEx
+        return launch
+
+    def unpacked(config: int, function: int, packed: int, extra: None) -> int:
+        c = _LaunchConfig.from_address(config)
+        sizes = c.x, c.y, c.z, c.threads, c.threads_y, c.threads_z, c.shared_bytes
+        return int(library.cuLaunchKernel(function, *sizes, c.stream, packed, extra))
+
+    return unpacked
+
+
+def _current_stream(device: torch.device) -> Callable[[], int]:
+    """What gives the handle of torch's current stream on the device."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what torch's own compiler calls: no objects made
+    if raw is not None:
+        return partial(raw, device.index)
+    return lambda: int(torch.cuda.current_stream(device).cuda_stream)

@@ -21,17 +21,17 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh", "mma.cuh", "quads.cuh", "many.cuh")
-_BY_GROUP = (
-    "mma",
-    "down",
-)  # compiled group by group: a store has one as a rule, and the compiler takes seconds for each
+_HEADERS = ("planes.cuh", "products.cuh", "staged.cuh", "numbers.cuh", "attention.cuh")
+_BY_GROUP = ("mma", "dots", "down")  # compiled group by group: a store has one as a rule, and each takes seconds
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """What is compiled at once: a file of `source`, for one number of planes (0: of any) and one group (0: of any)."""
+    """What is compiled at once: a file of `source`, for one number of planes (0: of any) and one group (0: of any).
+
+    In attention.cu the number of planes stands for a dtype.
+    """
 
     file: str
     planes: int = 0
@@ -41,12 +41,14 @@ class SourceUnit:
     def of(kernel: str) -> SourceUnit:
         """The unit that holds the kernel of that name.
 
-        `rows_2_4_4` is in rows.cu, for two planes; `mma_2_1_64` in mma.cu, for two planes in groups of 64.
+        `rows_2_4_4` is in rows.cu, for two planes; `mma_2_1_64` in mma.cu, for two planes in groups of 64;
+        `layer_enter` in layer.cu.
         """
         file, *numbers = kernel.split("_")
         if not numbers:
             return SourceUnit("common.cu")
-        return SourceUnit(f"{file}.cu", int(numbers[0]), int(numbers[2]) if file in _BY_GROUP else 0)
+        planes = int(numbers[0]) if numbers[0].isdigit() else 0
+        return SourceUnit(f"{file}.cu", planes, int(numbers[2]) if file in _BY_GROUP else 0)
 
 
 def source(file: str) -> bytes:

@@ -1,13 +1,5 @@
 /* Entry points: cut a product into items, give them to the team, run the path that this file was compiled for. */
-#include <stdlib.h>
-
-#include "generic.h"
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define FAST 1
-#include "avx512_down.h"
-#else
-#define FAST 0
-#endif
+#define _GNU_SOURCE
 
 #ifdef __GNUC__
 #define EXPORT __attribute__((visibility("default")))
@@ -15,8 +7,19 @@
 #define EXPORT
 #endif
 
+#include "generic.h"
+#include "pool.h"
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FAST 1
+#include "avx512_down.h"
+#else
+#define FAST 0
+#endif
+#include "vectors.h"
+
 #define SMALL (1 << 19) /* weights times tokens below which waking a thread takes as long as the work */
 #define FEW_ROWS 64 /* rows of one item when there are few tokens */
+#define GATED 512   /* neurons of one item */
 
 /* Up to how many tokens a matrix is walked once for each, from the cache; `few` of the other functions. */
 EXPORT int32_t tc_few(void) { return FEW; }
@@ -236,7 +239,7 @@ enum { SILU, GELU, GELU_TANH, RELU, RELU2, IDENTITY };
 
 static float activate(int32_t kind, float x) {
     switch (kind) {
-        case SILU: return x / (1.0f + expf(-x));
+        case SILU: return x / (1.0f + exp16(all16(-x))[0]);
         case GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
         case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
         case RELU: return x != x ? x : x > 0.0f ? x : 0.0f;
@@ -252,12 +255,30 @@ typedef struct {
     int32_t kind, parts;
 } Gating;
 
-static void gate_token(void *context, int64_t token) {
+/* to = activate(gate) * up of `count` neurons, which lie in turn (gate, up), or activate(x) of `count` numbers. */
+static void gate(const float *from, int32_t kind, int32_t parts, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; kind == SILU && i + 16 <= count; i += 16) {
+        const Floats a = load16(from + parts * i), b = parts == 2 ? load16(from + 2 * i + 16) : a;
+        const Floats x = parts == 2 ? EVEN(a, b) : a;
+        const Floats y = x / (all16(1.0f) + exp16(-x));
+        store16(to + i, parts == 2 ? y * ODD(a, b) : y);
+    }
+    for (; i < count; i++)
+        to[i] = parts == 2 ? activate(kind, from[2 * i]) * from[2 * i + 1] : activate(kind, from[i]);
+}
+
+static void gate_some(void *context, int64_t item) {
     const Gating *job = context;
-    const float *from = job->hidden + token * job->rows * job->parts;
-    float *to = job->to + token * job->rows;
-    for (int64_t i = 0; i < job->rows; i++)
-        to[i] = job->parts == 2 ? activate(job->kind, from[2 * i]) * from[2 * i + 1] : activate(job->kind, from[i]);
+    const int64_t cuts = (job->rows + GATED - 1) / GATED, token = item / cuts, first = item % cuts * GATED;
+    const int64_t count = job->rows - first < GATED ? job->rows - first : GATED;
+    const float *from = job->hidden + (token * job->rows + first) * job->parts;
+    gate(from, job->kind, job->parts, count, job->to + token * job->rows + first);
+}
+
+static void run_gating(Gating *gating, int64_t tokens, const Team *team) {
+    const Team some = team_for(team, gating->rows, 8, tokens); /* an activation takes as long as some products */
+    share(&some, gate_some, gating, tokens * ((gating->rows + GATED - 1) / GATED));
 }
 
 /* Floats of scratch that `tc_ffn` wants. */
@@ -274,8 +295,7 @@ EXPORT void tc_ffn(const Matrix *inward, const Matrix *down, int32_t kind, int32
     memset(hidden, 0, sizeof(float) * (size_t)(tokens * inward->rows));
     tc_product(inward, tokens, few, prepared, hidden, inward->rows, team);
     Gating gating = {hidden, scratch, rows, kind, inward->parts};
-    const Team some = team_for(team, rows, 8, tokens); /* an activation takes as long as some products */
-    share(&some, gate_token, &gating, tokens);
+    run_gating(&gating, tokens, team);
     const Input input = {scratch, rows, 0, tokens};
     tc_product_down(down, &input, scratch + 3 * tokens * rows, out, stride, team);
 }
@@ -288,17 +308,6 @@ typedef struct {
 } Transform;
 
 enum { TURN = 64 };
-
-/* 64 numbers times H / 8; the order of the sums is that of tiercache/hadamard.py. */
-static void transform_block(float *v) {
-    for (int32_t apart = 1; apart < TURN; apart *= 2)
-        for (int32_t first = 0; first < TURN; first += 2 * apart)
-            for (int32_t i = first; i < first + apart; i++) {
-                const float a = v[i], b = v[i + apart];
-                v[i] = a + b, v[i + apart] = a - b;
-            }
-    for (int32_t i = 0; i < TURN; i++) v[i] *= 0.125f;
-}
 
 static void transform_token(void *context, int64_t token) {
     const Transform *job = context;
@@ -344,3 +353,5 @@ EXPORT void tc_gather(const uint8_t *from, int64_t stride, int64_t width, const 
     Copy job = {from, to, stride, width, rows, index};
     share(team, copy_rows, &job, (rows + COPY_ROWS - 1) / COPY_ROWS);
 }
+
+#include "layer.h"

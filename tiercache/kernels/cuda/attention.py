@@ -1,0 +1,289 @@
+"""The attention half of a layer on a card.
+
+Few launches and little Python: all that stays the same from pass to pass is made once for each number of tokens, and a
+pass writes what changes into it. A token's results have the same bits however many tokens come with it, as long as all
+passes have as many as `switch` or fewer: a plain pass and a tree pass in which a token's slots lie at the same places
+agree to the bit. Where the same tokens lie at other slots, sums are made in another order, and results are as close as
+fp32 sums in any order are. A token that may attend to nothing gets zeros for its attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiercache.errors import UsageError
+from tiercache.kernels.blocks import Attention, AttentionWeights
+from tiercache.kernels.contract import QuantizedActivations
+from tiercache.kernels.cuda import layer_calls
+from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
+from tiercache.kernels.cuda.driver import Bound
+from tiercache.kernels.cuda.launches import Blocks
+from tiercache.kernels.cuda.layer_calls import (
+    SLICE,
+    AttentionArguments,
+    EnterArguments,
+    Heads,
+    LeaveArguments,
+    RotateArguments,
+    Units,
+)
+from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
+
+_DENSE = torch.contiguous_format
+
+
+@dataclass(frozen=True, eq=False)
+class _Projecting:
+    """The calls of `project` for some tokens, and the arguments that change."""
+
+    calls: tuple[Bound, ...]
+    enter: EnterArguments
+    rotate: RotateArguments
+
+
+@dataclass(eq=False)
+class _Attending:
+    """The calls of `attend` for some tokens, and the arguments that change."""
+
+    calls: tuple[Bound, ...]
+    units: Units
+    attention: AttentionArguments
+    leave: LeaveArguments
+
+
+class CudaAttention(Attention):
+    """See `blocks.Attention` and the module.
+
+    Raises:
+        UsageError: heads or weights that the kernels do not take.
+    """
+
+    def __init__(self, weights: AttentionWeights, card: Card) -> None:
+        w = self._w = weights
+        self._card, self._heads = card, Heads(w.heads, w.key_heads, w.head_dim)
+        self._hidden, self._group = w.inward[0].columns, w.inward[0].group
+        _check(w, self._heads)
+        self._inward = [Product(planes, card) for planes in w.inward]
+        self._outward = Product(w.outward, card)
+        self._norm = card.vector("the norm", w.norm, self._hidden), KINDS[w.norm.dtype], w.eps
+        self._factors = card.vector("factors", w.factors, self._hidden, fp32=True)
+        columns = self._heads.columns
+        self._outward_factors = card.vector("outward factors", w.outward_factors, columns, fp32=True)
+        self._outward_bias = card.vector("outward bias", w.outward_bias, self._hidden)
+        self._biases = [card.vector("a bias", b, p.rows) for b, p in zip(w.biases, w.inward, strict=True)]
+        norms = w.head_norms or (None, None)
+        self._head_norms = [card.vector("a norm of heads", norm, w.head_dim) for norm in norms]
+        self._projecting: dict[tuple[int, torch.dtype, torch.dtype, int], _Projecting] = {}
+        self._attending: dict[tuple[int, torch.dtype, torch.dtype, int], _Attending] = {}
+        self._units: dict[tuple[int, int], Units] = {}
+        self._shaped: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = rows_of(x, self._hidden, self._card)
+        tokens = x.shape[0]
+        cos, sin = _turn(cos, tokens, self._heads.size, self._card), _turn(sin, tokens, self._heads.size, self._card)
+        if cos.dtype != sin.dtype:
+            raise UsageError(f"cos is {cos.dtype}, sin {sin.dtype}; give both in one dtype")
+        queries, keys = (torch.empty_like(each, memory_format=_DENSE) for each in self._projected(tokens, x.dtype))
+        values = torch.empty_like(keys)
+        if not tokens:
+            return queries, keys, values
+        if tokens > self._card.switch:
+            self._project_many(x, (cos, sin), (queries, keys, values))
+            return queries, keys, values
+        stream = self._card.launcher.stream()
+        with self._card.lock:
+            ready = self._projecting.get((tokens, x.dtype, cos.dtype, stream))
+            if ready is None:
+                ready = self._ready_to_project(tokens, x.dtype, cos.dtype, stream)
+            enter = ready.enter
+            enter.x, enter.pitch = x.data_ptr(), x.stride(0)
+            _write(ready.rotate, (cos, sin), (queries, keys, values))
+            self._card.launcher.run(ready.calls)
+        return queries, keys, values
+
+    def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        x = rows_of(x, self._hidden, self._card)
+        tokens, slots = x.shape[0], keys.shape[2]
+        self._check_attended(tokens, queries, keys, values, mask)
+        out = torch.empty_like(x, memory_format=_DENSE)
+        if not tokens:
+            return out
+        if mask is not None and mask.stride(1) != 1:
+            mask = mask.contiguous()
+        if tokens > self._card.switch:
+            self._attend_many(x, queries.contiguous(), (keys, values), mask, out)
+            return out
+        queries = queries.contiguous()
+        units = self._units_of(tokens, slots)
+        stream = self._card.launcher.stream()
+        with self._card.lock:
+            ready = self._attending.get((tokens, x.dtype, keys.dtype, stream))
+            if ready is None or ready.units is not units:
+                ready = self._ready_to_attend(tokens, x.dtype, keys.dtype, stream, units)
+            _point(ready.attention, queries, keys, values, mask)
+            leave = ready.leave
+            leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
+            self._card.launcher.run(ready.calls)
+        return out
+
+    def _projected(self, tokens: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What queries and keys are like, of one number each: `empty_like` is the cheapest way to memory."""
+        known = self._shaped.get((tokens, kind))
+        if known is None:
+            heads, one = self._heads, torch.empty(1, dtype=kind, device=self._card.device)
+            queries = one.float().expand(tokens, heads.queries, heads.size)
+            known = self._shaped[tokens, kind] = queries, one.expand(1, heads.keys, tokens, heads.size)
+        return known
+
+    def _ready_to_project(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int) -> _Projecting:
+        padded = Blocks.of(tokens).padded
+        sizes = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
+        packed = packed_sizes(tokens, self._hidden, self._group, self._card)
+        *inputs, q, k, v = self._card.scratch.pieces(stream, [*packed, *sizes])
+        to = layer_calls.packed(inputs, self._group, (tokens, self._hidden), self._card.by_matrix_units)
+        enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
+        rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
+        rotate.found[:] = q, k, v
+        products = [product.call(inputs, at, tokens) for product, at in zip(self._inward, (q, k, v), strict=True)]
+        calls = tuple(Bound(call, stream) for call in (enter, *products, layer_calls.rotate_call(rotate)))
+        assert isinstance(enter.arguments, EnterArguments)
+        ready = _Projecting(calls, enter.arguments, rotate)
+        self._projecting[tokens, kind, turn, stream] = ready
+        return ready
+
+    def _ready_to_attend(
+        self, tokens: int, kind: torch.dtype, kept: torch.dtype, stream: int, units: Units
+    ) -> _Attending:
+        columns, group, card = self._heads.columns, self._w.outward.group, self._card
+        packed = packed_sizes(tokens, columns, group, card)
+        found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
+        weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
+        sizes = [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
+        *inputs, product, attended, weight = card.scratch.pieces(stream, sizes)
+        attention = self._attention(tokens, attended, weight)
+        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
+        leave = self._leaving(tokens, Blocks.of(tokens).size, KINDS[kind], product)
+        calls = (
+            layer_calls.attention_call(attention, KINDS[kept], units),
+            layer_calls.combine_call((attended, weight), self._outward_factors, units, self._heads.size, to),
+            self._outward.call(inputs, product, tokens),
+            layer_calls.leave_call(leave),
+        )
+        ready = _Attending(tuple(Bound(call, stream) for call in calls), units, attention, leave)
+        self._attending[tokens, kind, kept, stream] = ready
+        return ready
+
+    def _project_many(self, x: Tensor, turns: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor, Tensor]) -> None:
+        ready = entered(x, self._norm, self._factors, self._group, self._card)
+        found = [product.found(ready) for product in self._inward]
+        rotate = self._rotation(len(x), 1, KINDS[x.dtype], KINDS[turns[0].dtype])
+        rotate.found[:] = [each.data_ptr() for each in found]
+        _write(rotate, turns, made)
+        self._card.launcher.launch(layer_calls.rotate_call(rotate))
+
+    def _attend_many(
+        self, x: Tensor, queries: Tensor, kept: tuple[Tensor, Tensor], mask: Tensor | None, out: Tensor
+    ) -> None:
+        tokens, heads, launcher = len(x), self._heads, self._card.launcher
+        units = self._units_of(tokens, kept[0].shape[2])
+        attended = self._card.floats(units.count, tokens, heads.columns)
+        weights = self._card.floats(units.count, tokens, heads.queries, 2)
+        inputs = self._card.floats(tokens, heads.columns)
+        attention = self._attention(tokens, attended.data_ptr(), weights.data_ptr())
+        _point(attention, queries, *kept, mask)
+        launcher.launch(layer_calls.attention_call(attention, KINDS[kept[0].dtype], units))
+        to = layer_calls.packed((inputs.data_ptr(), 0), 0, (tokens, heads.columns))
+        found = attended.data_ptr(), weights.data_ptr()
+        launcher.launch(layer_calls.combine_call(found, self._outward_factors, units, heads.size, to))
+        product = self._outward.found(QuantizedActivations(tokens, heads.columns, self._w.outward.group, (inputs,)))
+        leave = self._leaving(tokens, 1, KINDS[x.dtype], product.data_ptr())
+        leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
+        launcher.launch(layer_calls.leave_call(leave))
+
+    def _units_of(self, tokens: int, slots: int) -> Units:
+        """How slots are cut up: one object for all numbers of slots that are cut alike."""
+        known = self._units.get((tokens, -(-slots // SLICE)))
+        if known is None:
+            known = Units.of(tokens, slots, self._heads, self._card.launcher.multiprocessors)
+            self._units[tokens, -(-slots // SLICE)] = known
+        return known
+
+    def _rotation(self, tokens: int, size: int, kind: int, turn: int) -> RotateArguments:
+        heads = self._heads
+        made = RotateArguments(eps=self._w.eps, heads=heads.queries, key_heads=heads.keys, head_dim=heads.size)
+        made.bias[:], made.norm[:] = self._biases, self._head_norms
+        made.tokens, made.padded_tokens = tokens, size
+        made.kind, made.weight_kind, made.turn_kind = kind, self._norm[1], turn
+        return made
+
+    def _attention(self, tokens: int, attended: int, weights: int) -> AttentionArguments:
+        heads = self._heads
+        shape = {"tokens": tokens, "heads": heads.queries, "key_heads": heads.keys, "head_dim": heads.size}
+        return AttentionArguments(attended=attended, weights=weights, scaling=self._w.scaling, **shape)
+
+    def _leaving(self, tokens: int, size: int, kind: int, found: int) -> LeaveArguments:
+        made = LeaveArguments(bias=self._outward_bias, found=found, kind=kind, bias_kind=self._norm[1])
+        made.tokens, made.columns, made.padded_tokens = tokens, self._hidden, size
+        return made
+
+    def _check_attended(self, tokens: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        heads, slots, device = self._heads, keys.shape[2], self._card.device
+        good = queries.dtype == torch.float32 and queries.shape == (tokens, heads.queries, heads.size)
+        good = good and keys.shape == (1, heads.keys, slots, heads.size) and slots > 0
+        good = good and keys.dtype in KINDS and keys.stride(3) == 1
+        good = good and values.shape == keys.shape and values.dtype == keys.dtype and values.stride(3) == 1
+        if not good or not queries.device == keys.device == values.device == device:
+            found = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in (queries, keys, values))
+            raise UsageError(
+                f"queries, keys, values are {found}; expected fp32 [{tokens}, {heads.queries}, {heads.size}] and twice "
+                f"[1, {heads.keys}, slots, {heads.size}] of one dtype, numbers of a slot in one piece, on {device}"
+            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (tokens, slots) or mask.device != device):
+            raise UsageError(
+                f"the mask is {mask.dtype} {list(mask.shape)} on {mask.device}, expected bool [{tokens}, {slots}] "
+                f"on {device}"
+            )
+
+
+def _check(w: AttentionWeights, heads: Heads) -> None:
+    hidden, group = w.inward[0].columns, w.inward[0].group
+    for name, planes in zip(("queries", "keys", "values"), w.inward, strict=True):
+        count = heads.queries if name == "queries" else heads.keys
+        check_matrix(f"the matrix of {name}", planes, count * heads.size, hidden, group)
+    check_matrix("the matrix of the outputs", w.outward, hidden, heads.columns, w.outward.group)
+    for each in (*w.biases, *(w.head_norms or ()), w.outward_bias):
+        if each is not None and each.dtype != w.norm.dtype:
+            raise UsageError(
+                f"a bias or a norm is {each.dtype}, the norm before is {w.norm.dtype}; give all in one dtype"
+            )
+
+
+def _turn(given: Tensor, tokens: int, size: int, card: Card) -> Tensor:
+    """cos or sin, its rows in one piece."""
+    if given.shape != (tokens, size) or given.dtype not in KINDS or given.device != card.device:
+        raise UsageError(
+            f"cos and sin are {given.dtype} {list(given.shape)} on {given.device}, expected fp32, fp16 or bf16 "
+            f"[{tokens}, {size}] on {card.device}"
+        )
+    return given if given.stride(1) == 1 else given.contiguous()
+
+
+def _write(into: RotateArguments, turns: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor, Tensor]) -> None:
+    cos, sin = turns
+    into.cos, into.cos_pitch, into.sin, into.sin_pitch = cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0)
+    into.queries, into.keys, into.values = (each.data_ptr() for each in made)
+
+
+def _point(into: AttentionArguments, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    at, other = keys.data_ptr(), values.data_ptr()
+    _, key_head, key_slot, _ = keys.stride()
+    _, value_head, value_slot, _ = values.stride()
+    into.queries, into.keys, into.values, into.slots = queries.data_ptr(), at, other, keys.shape[2]
+    into.key_head, into.key_slot, into.value_head, into.value_slot = key_head, key_slot, value_head, value_slot
+    strides = (key_head | key_slot | value_head | value_slot) * keys.element_size()
+    into.aligned = not (at | other | strides) % 16
+    into.mask, into.mask_pitch = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
