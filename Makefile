@@ -101,6 +101,7 @@ bench: peers
 	$(BIN)/python -m benchmarks.kernels --kernel-shapes $(BENCH_KERNELS)
 	$(BIN)/python -m benchmarks.mixed --shape $(BENCH_SHAPE) --folder $(BENCH_DIR)
 	$(BIN)/python -m benchmarks.policy_cost
+	$(BIN)/python -m benchmarks.round_cost
 	$(BIN)/python -m benchmarks.drafters --dram 1GiB
 	$(BIN)/python -m benchmarks.drafters --hbm 80MB --dram 1GiB --link-gbps 0.4 --widen 1024x2048x8 --prompts 1 \
 		--plain-tokens 32 --drafter-names ngram,resident,auto --folder $(BENCH_DIR)

@@ -173,7 +173,9 @@ class Card:
     def opened(self, place: Path, precision: Any, hbm: int, row: Row | None = None, **options: Any) -> Iterator[Any]:
         """An offloaded model; `row` is told the budget, and what of it the card held at most."""
         chosen = {"context": CONTEXT, "logits": 65, "dram": "1GiB", "device": str(self.at)} | options
+        self.reserved_bytes()  # what models before have left as garbage is not this one's
         before = torch.cuda.memory_allocated(self.at) if self._counted else 0
+        self._device.reset_peak()
         with tiercache.offload(place, precision=precision, hbm=str(hbm), **chosen) as model:
             yield model
             if row is not None and self._counted:

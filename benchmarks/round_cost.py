@@ -29,7 +29,6 @@ from policies import budgeter
 from policies.acceptance import RANKS, trials
 from policies.budgeter import Budgeter
 from policies.drafting import DrafterProfile, RoundPlan
-from tiercache.decode import scheduler as scheduling
 from tiercache.decode import verify
 from tiercache.decode.loop import DecodeLoop
 from tiercache.decode.request import Request
@@ -63,11 +62,10 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (Request, "shaped", "accept: processors"),
     (verify, "_likeliest", "accept: likeliest"),
     (Request, "write", "accept: write"),
-    (GumbelNoise, "__call__", "noise"),
+    (GumbelNoise, "added", "accept: noise"),
     (DrafterScheduler, "propose", "scheduler"),
     (DrafterScheduler, "observe", "scheduler"),
     (DrafterScheduler, "tell", "likeliest of all rows"),
-    (scheduling, "trials", "count ranks"),
     (Union, "propose", "merge trees"),
     (Union, "observe", "judge trees"),
     *((kind, "propose", f"{kind.name}: propose") for kind in (SuffixAutomaton, AdaptiveTrigram, TokenRecycling)),
@@ -183,12 +181,16 @@ class MadeUpRun(TreeRun):
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, mask: object, keep: int) -> torch.Tensor:
         with self._clock.part(_PASSES):
             super()._forward(ids, positions, mask, keep)
-            first = self._bank[:1] if not self._tokens else self._bank[torch.arange(keep) * 7 % _BANK]
-            logits = first.clone()
-            for row, node in enumerate(range(len(self._tokens) - keep, len(self._tokens)) if self._tokens else (-1,)):
-                place = self.length + ids.shape[1] if node < 0 else self.length + self._depths[node] + 1
+            logits = self._bank[torch.arange(keep) * 7 % _BANK].clone()
+            for row, place in enumerate(self._places(ids.shape[1], keep)):
                 logits[row, self._text[place % len(self._text)]] += _SURE
             return logits
+
+    def _places(self, tokens: int, keep: int) -> list[int]:
+        """Where in the text that stands which follows each of the last `keep` tokens of a pass."""
+        if not self._tokens:  # more of the text
+            return list(range(self.length + tokens - keep + 1, self.length + tokens + 1))
+        return [self.length + depth + 1 for depth in self._depths[-keep:]]
 
 
 def measure(size: Size, make: Callable[[], Drafter], processors: Sequence[Any], *, sampled: bool) -> Clock:

@@ -8,14 +8,14 @@ into.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from tiercache.kernels.reference import ReferenceKernels
@@ -233,22 +233,10 @@ def stream(chosen: Stream) -> Iterator[None]:
     before = getattr(Stream.current, "stream", None)
     Stream.current.stream = chosen
     try:
-        with nothing() if before is not None or isinstance(_mode(), Watching) else Watching():
+        with nullcontext() if isinstance(_get_current_dispatch_mode(), Watching) else Watching():
             yield
     finally:
         Stream.current.stream = before
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    """Nothing around."""
-    yield
-
-
-def _mode() -> object:
-    from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-    return _get_current_dispatch_mode()
 
 
 class Watching(TorchDispatchMode):
@@ -396,6 +384,3 @@ def recording() -> Iterator[Ordering]:
                 yield ordering
         finally:
             _CURRENT.pop()
-
-
-Plant = Callable[[pytest.MonkeyPatch], None]

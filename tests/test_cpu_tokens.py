@@ -63,7 +63,7 @@ def test_the_same_bits_wherever_they_are_multiplied(hbm_spare: int, plane_store:
 
 def test_what_passes_is_not_copied_at_all_when_all_is_multiplied_below(plane_store: Callable[..., Path]) -> None:
     store = plane_store("llama")
-    hbm = small(store)
+    hbm = small(store) + 25_000
     _, stats = run(store, hbm=hbm, cpu_tokens=512)
     upper = stats.tiers["hbm"]
     # main memory was asked for what stays in HBM, once, and for all that passes, in each pass

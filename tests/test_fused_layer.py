@@ -12,7 +12,8 @@ from torch import Tensor
 
 import tiercache
 from tiercache.bench import overhead
-from tiercache.compat import cache_kwargs, cache_out
+from tiercache.compat import DynamicCache, cache_kwargs, cache_out
+from tiercache.model.growing_cache import GrowingCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,6 +123,42 @@ def test_a_tree_has_the_bits_of_its_paths_in_bf16(checkpoint: Folders, tmp_path:
         drafted = model.generate(prompt, max_new_tokens=40, do_sample=False)
         assert model.tiercache.stats().drafting.rounds < 40
     assert torch.equal(plain, drafted)
+
+
+def test_a_growing_cache_holds_what_transformers_does_and_never_changes_what_it_gave() -> None:
+    grows, plain = GrowingCache(64), DynamicCache()
+    mine, kept = DynamicCache(), []
+    generator = torch.Generator().manual_seed(3)
+    for step in range(60):
+        new = torch.randn(2, 1, 2, 1 + step % 3 % 2, 8, generator=generator)
+        if step % 7 == 3:  # a crop of one token
+            for cache in (plain, mine):
+                layer = cache.layers[0]
+                layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+        inference = torch.inference_mode() if step % 5 == 0 else torch.no_grad()
+        with inference:
+            wanted = plain.update(*new, 0)
+            found = grows.append(mine, *new, 0)
+        kept.append((found, [part.clone() for part in found]))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert mine.get_seq_length() == plain.get_seq_length()
+    for views, copies in kept:
+        assert all(torch.equal(a, b) for a, b in zip(views, copies, strict=True))
+    slots = mine.layers[0].keys.untyped_storage().nbytes() // (2 * 8 * 4)
+    assert mine.get_seq_length() <= slots <= mine.get_seq_length() + 16
+
+
+def test_caches_that_share_what_they_hold_stay_apart() -> None:
+    grows, one, other = GrowingCache(64), DynamicCache(), DynamicCache()
+    first = torch.ones(1, 1, 4, 8)
+    for cache in (one, other):
+        grows.append(cache, first, first, 0)
+    grows.append(one, 2 * first, 2 * first, 0)
+    other.layers[0].keys, other.layers[0].values = one.layers[0].keys, one.layers[0].values
+    a, _ = grows.append(one, 3 * first, 3 * first, 0)
+    b, _ = grows.append(other, 4 * first, 4 * first, 0)
+    assert a[0, 0, :, 0].tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    assert b[0, 0, :, 0].tolist() == [1] * 4 + [2] * 4 + [4] * 4
 
 
 def test_overhead_adds_up(tmp_path: Path) -> None:

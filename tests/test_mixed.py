@@ -133,10 +133,11 @@ def test_half_precision_activations(plane_store: Folders, tmp_path: Path) -> Non
 def test_exact_passes_are_those_of_the_exact_mode(name: str, plane_store: Folders) -> None:
     store, recipe = plane_store(name), recipes(name)[1]
     passes = [IDS[:, :1], IDS[:, :4], IDS, IDS.repeat(4, 1)]
-    with tiercache.offload(store, precision="int8", dram="256MiB", context=CONTEXT) as model, torch.no_grad():
+    options = {"precision": "int8", "dram": "256MiB", "context": CONTEXT, "kernels": "unfused"}
+    with tiercache.offload(store, **options) as model, torch.no_grad():
         want = [model(ids).logits for ids in passes]
     for hbm in (None, "64MiB") if name in ("llama", "gpt2") else ("64MiB",):
-        with mixed(store, recipe, hbm=hbm) as model, torch.no_grad():
+        with mixed(store, recipe, hbm=hbm, kernels="unfused") as model, torch.no_grad():
             for ids, exact in zip(passes, want, strict=True):
                 plain = model(ids).logits
                 assert torch.equal(plain, exact) == (ids.numel() > 4), "passes of many tokens are dense of themselves"

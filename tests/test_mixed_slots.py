@@ -167,11 +167,12 @@ def test_more_neurons_than_pass_at_once(tmp_path: Path) -> None:
     tiercache.convert(tmp_path / "checkpoint", tmp_path / "store")
     recipe = Recipe("product", 1, 2, (0.1, 0.2, 0.1))
     passes = [ALONE[:, :1], ALONE, BOTH]
-    with tiercache.offload(tmp_path / "store", precision="int8", dram="256MiB", context=64) as model, torch.no_grad():
+    options = {"precision": "int8", "dram": "256MiB", "context": 64, "kernels": "unfused"}
+    with tiercache.offload(tmp_path / "store", **options) as model, torch.no_grad():
         want = [model(ids).logits for ids in passes]
-    with mixed(tmp_path / "store", recipe) as model, model.tiercache.every_token(), torch.no_grad():
+    with mixed(tmp_path / "store", recipe, kernels="unfused") as model, model.tiercache.every_token(), torch.no_grad():
         every = model(BOTH).logits
-    with mixed(tmp_path / "store", recipe, hbm=PLENTY) as model, torch.no_grad():
+    with mixed(tmp_path / "store", recipe, hbm=PLENTY, kernels="unfused") as model, torch.no_grad():
         assert model.tiercache.mixed.slots.at_once == 512
         with model.tiercache.passes("exact"):
             assert all(torch.equal(model(ids).logits, exact) for ids, exact in zip(passes, want, strict=True))

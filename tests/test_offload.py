@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUDGETS = (
     {"dram": "64MiB"},
     {"hbm": "64MiB", "dram": "8MiB"},
-    {"spare": 90_000},
+    {"spare": 95_000},
     {"hbm_spare": 80_000, "spare": 70_000},
     {"hbm_spare": 200_000, "spare": 400_000},
 )

@@ -1,5 +1,6 @@
 """The quick parts of a round of drafting, each against the slow one that says the same."""
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import round_cost
 from tiercache.decode import verify
 from tiercache.decode.request import Request
 from tiercache.draft import noise
@@ -73,6 +75,23 @@ def test_the_noise_of_a_token_is_that_of_its_row() -> None:
             torch.testing.assert_close(found, rows(position), rtol=3e-7, atol=1e-7)
             kept = rows.of(position)
             assert [kept(token) for token in range(500)] == rows(position).tolist()
+
+
+@pytest.mark.parametrize("left", [0, 1, 9, 60, 200, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_noise_that_is_added_to_few_scores_is_that_of_all(left: int, dtype: torch.dtype) -> None:
+    noisy, rows = GumbelNoise(4, 500), GumbelNoise(4, 500)
+    banned = torch.full((500,), -math.inf, dtype=dtype)
+    banned[torch.randperm(500, generator=torch.Generator().manual_seed(left))[:left]] = 1.5
+    before = banned.clone()
+    for position in (3, 3, 1 << 33):
+        found, wanted = noisy.added(banned, position), banned + rows(position)
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=3e-7, atol=1e-7)
+    assert torch.equal(banned, before)
+    if left:
+        banned[7] = math.nan
+        assert noisy.added(banned, 5)[7].isnan()
 
 
 def test_the_noise_of_a_token_whose_number_rounds_to_one_is_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +175,29 @@ def test_a_processor_may_change_its_scores_in_place() -> None:
     row = torch.zeros(5)
     assert request.shaped(row)[3] == -math.inf
     assert row[3] == 0
+
+
+def test_the_benchmark_of_a_round_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    before = [getattr(owner, method) for owner, method, _ in round_cost._PARTS]
+    round_cost.main(["--vocabulary", "3000", "--rounds", "8", "--nodes", "6"])
+    assert before == [getattr(owner, method) for owner, method, _ in round_cost._PARTS]
+    *_, line = capsys.readouterr().out.splitlines()
+    found = json.loads(line)["us"]
+    ngrams, model = found["n-grams, greedy"], found["the model's own planes, greedy"]
+    parts = {name for _, _, name in round_cost._PARTS}
+    assert parts == ngrams.keys() | model.keys() | found["n-grams, temperature and top p"].keys()
+    assert all(took >= 0 for table in found.values() for took in table.values())
+    assert ngrams["likeliest of all rows"] > 0 < model["resident: grow"]
+    assert found["the budgeter"]["a plan"] > found["the budgeter"]["decide, median"]
+
+
+def test_a_made_up_target_says_what_its_text_says() -> None:
+    size = round_cost.Size(vocabulary=2000, layers=1, prompt=40, nodes=4)
+    text = round_cost.words(100)
+    run = round_cost.MadeUpRun(round_cost._model(size), text, size, clock := round_cost.Clock())
+    clock.begin_round()
+    assert run.prefill(torch.tensor(text[:39]), 2).argmax(-1).tolist() == text[38:40]
+    rows = run.run([text[39], text[40], 7, text[41]], [-1, 0, 0, 1])
+    assert rows.argmax(-1).tolist() == [text[40], text[41], text[41], text[42]]
+    run.commit([0, 1])
+    assert run.run([text[41]], [-1]).argmax(-1).tolist() == [text[42]]

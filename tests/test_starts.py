@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 
 import tiercache
+from benchmarks import first_token
 from tiercache.kv.cache import cache_of
 from tiercache.model import meta_model, trace
 from tiercache.model.trace import MetaTrace, trace_on_meta
@@ -128,3 +129,15 @@ def test_the_model_of_a_store_is_built_once(plane_store: Callable[..., Path], mo
     monkeypatch.setattr(meta_model, "build", lambda *given: built.append("") or build(*given))
     with tiercache.offload(folder, precision="int8", context=32, show_progress=False):
         assert len(built) == 1
+
+
+def test_the_benchmark_of_starts_times_first_byte_and_end() -> None:
+    slow = "import time; print('x', flush=True); time.sleep(0.3)"
+    found = first_token.start([sys.executable, "-c", slow], HOUSE)
+    assert 0 < found.first_s < found.whole_s - 0.2
+    assert found.processor_s > 0
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        first_token.start([sys.executable, "-c", "raise SystemExit(3)"], HOUSE)
+    table, line = first_token.report({"one": [found, found]}).rsplit("\n", 1)
+    assert "one" in table
+    assert json.loads(line)["one"][1]["whole_s"] == found.whole_s

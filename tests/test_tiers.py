@@ -32,9 +32,10 @@ from tiercache.store.format import BLOCK_BYTES
 from tiercache.store.manifest import Manifest, PlainWeight
 from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
+from tiercache.tiers.arrivals import Pending
 from tiercache.tiers.slab import Slab
 from tiercache.tiers.stack import CallersTier, TierStack
-from tiercache.tiers.tier import Pending, Tier, waited_for_ssd
+from tiercache.tiers.tier import Tier, waited_for_ssd
 from tiercache.tiers.transfer import CopyTicket, Span, Transfer
 
 CPU = torch.device("cpu")

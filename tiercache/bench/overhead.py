@@ -25,6 +25,7 @@ from tiercache.engine.machine import resolve_device
 from tiercache.engine.offload import open_offloaded
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.select import select
+from tiercache.model.growing_cache import GrowingCache
 from tiercache.model.meta_model import layer_of
 from tiercache.tiers.device import device_of
 
@@ -209,9 +210,10 @@ def _watched_kernels(kernels: Kernels, watch: Stopwatch) -> Iterator[None]:
 @contextmanager
 def _watched_modules(model: Any, watch: Stopwatch) -> Iterator[None]:
     """Within, layers, the head and the KV cache are watched."""
-    kind: Any = DynamicLayer
-    update = kind.update
-    kind.update = watch.watched(lambda *given, **named: update(*given, **named), "KV cache")
+    kinds: Any = ((DynamicLayer, "update"), (GrowingCache, "append"))
+    methods = [getattr(kind, name) for kind, name in kinds]
+    for kind, name in kinds:
+        setattr(kind, name, watch.watched(getattr(kind, name), "KV cache"))
     before = []
     for name, module in model.named_modules():
         head = module is model.get_output_embeddings()
@@ -221,7 +223,8 @@ def _watched_modules(model: Any, watch: Stopwatch) -> Iterator[None]:
     try:
         yield
     finally:
-        kind.update = update
+        for (kind, name), method in zip(kinds, methods, strict=True):
+            setattr(kind, name, method)
         for module, forward in before:
             if forward is None:
                 del module.forward

@@ -258,7 +258,7 @@ class _Noisy(transformers.LogitsProcessor):
         """Scores [1, vocabulary] of the token after `input_ids` [1, length]."""
         if self._kept is not None:
             self._kept.append(scores)
-        return scores + self._noise(input_ids.shape[1] - self._padding)
+        return self._noise.added(scores[0], input_ids.shape[1] - self._padding)[None]
 
 
 def _undrafted(drafting: DraftingGenerate, name: str) -> Callable[..., Any]:

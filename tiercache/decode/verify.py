@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tiercache.draft.base import Noise
+from tiercache.draft.noise import GumbelNoise
 from tiercache.draft.tree import ROOT, DraftTree, Order
 from tiercache.errors import DraftError, UsageError
 from tiercache.tiers.device import on_host
@@ -80,7 +81,11 @@ class TargetWalk(Rule):
         self._noise = noise
 
     def _choose(self, tree: DraftTree, node: int, scores: Tensor, position: int) -> tuple[int, int | None]:
-        return _likeliest(tree, node, scores if self._noise is None else scores + self._noise(position))
+        if isinstance(self._noise, GumbelNoise):
+            scores = self._noise.added(scores, position)
+        elif self._noise is not None:
+            scores = scores + self._noise(position)
+        return _likeliest(tree, node, scores)
 
 
 class Rejection(Rule):

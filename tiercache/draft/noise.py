@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tiercache.tiers.device import on_host
+
 # Odd constants and shifts of splitmix64 (Steele, Lea and Flood, 2014), all modulo 2**64.
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _WORD = 1 << 64
@@ -23,6 +25,7 @@ _MASK = _WORD - 1
 KEPT_POSITIONS = 18
 """Positions whose noise is kept: those of one round, from the root to a leaf 16 tokens deep, and the token after it."""
 
+_FEW = 8  # noise is made of the scores alone that are not banned, where these are less than such a share of all
 _AT_ONCE, _NUMBERS = 8, 1 << 14  # positions made together: no more, and no more numbers; small arrays cost by the call
 
 
@@ -53,23 +56,38 @@ class GumbelNoise:
 
     def of(self, position: int) -> Callable[[int], float]:
         """What gives the noise of single tokens at a position, where a row of all tokens would be work for nothing."""
-        if position in self._kept:
-            found: Callable[[int], float] = self._kept[position].numpy(force=True).item
+        row = self._kept.get(position)
+        if row is not None and on_host(row.device):
+            found: Callable[[int], float] = row.numpy().item
             return found
         return partial(_gumbel, _mix(self._key + position))
+
+    def added(self, scores: torch.Tensor, position: int) -> torch.Tensor:
+        """The scores [vocabulary] of the token at a position with its noise; for few of them no whole row is made."""
+        if position not in self._kept and scores.dtype in (torch.float32, torch.float64):
+            allowed = (scores != -torch.inf).nonzero()[:, 0]
+            if len(allowed) * _FEW < len(scores):
+                bits = self._tokens[allowed.numpy(force=True)] + np.uint64(_mix(self._key + position))
+                return scores.index_add(0, allowed, _gumbels(bits).to(scores))
+        return scores + self(position)
 
     def _make(self, positions: range) -> torch.Tensor:
         """The noise of several positions [positions, vocabulary]."""
         bits = self._tokens + np.array([_mix(self._key + position) for position in positions], np.uint64)[:, None]
-        _mix_each(bits)
-        bits >>= np.uint64(11)
-        uniform = torch.from_numpy(bits.astype(np.float64)).add_(0.5).mul_(2.0**-53)  # within (0, 1)
-        found = uniform.log_().neg_().log_().neg_().to(torch.float32)
+        found = _gumbels(bits)
         return found if self._device is None else found.to(self._device)
 
 
+def _gumbels(bits: NDArray[np.uint64]) -> torch.Tensor:
+    """Noise from the bits that tell token and position, which it changes."""
+    _mix_each(bits)
+    bits >>= np.uint64(11)
+    uniform = torch.from_numpy(bits.astype(np.float64)).add_(0.5).mul_(2.0**-53)  # within (0, 1)
+    return uniform.log_().neg_().log_().neg_().to(torch.float32)
+
+
 def _gumbel(key: int, token: int) -> float:
-    """The noise of one token at the position of a key, as `GumbelNoise._make` makes it of all."""
+    """What `_gumbels` makes of one token at the position of a key."""
     value = ((token + 1) * _GOLDEN + key + _GOLDEN) & _MASK  # `_mix`, for it is asked for thousands
     value = ((value ^ value >> 30) * _MIX_1) & _MASK
     value = ((value ^ value >> 27) * _MIX_2) & _MASK

@@ -17,7 +17,7 @@ from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
-from tiercache.model.fused_layer import fusable
+from tiercache.model.layer_parts import fusable
 from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES

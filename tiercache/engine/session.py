@@ -28,6 +28,7 @@ from tiercache.kv.cache import support
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Bindings, Use
 from tiercache.model.embedding import EmbeddingRows, FileRows
+from tiercache.model.fused_layer import Fusing
 from tiercache.model.pass_hooks import PassHooks
 from tiercache.progress import note
 from tiercache.stats.run import Stats, peak_rss_bytes
@@ -129,8 +130,9 @@ def _attach(
     table = opened.table(stack, tiers, device)
     uses = [_placed(use, tiers, run) for use in placed.asked.uses]
     workspace = Slab(placed.asked.workspace_bytes, device).bytes
-    fuse = stats.count_layer if placed.config.fuses else None
-    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing, fuse)
+    slots = drafting.widened(placed.config).context
+    fusing = Fusing(stats.count_layer, slots) if placed.config.fuses else None
+    bindings = Bindings(uses, tiers.top, workspace, machine.kernels, run.choosing, fusing)
     embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
     attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
     stack.callback(attachment.close)
@@ -148,7 +150,7 @@ def _attach(
     hooks = PassHooks(
         model,
         stats,
-        context=drafting.widened(placed.config).context,
+        context=slots,
         logits=placed.config.logits,
         passes=run.next_pass,
         start=start,

@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
-from tiercache.model.fused_layer import FusedLayer, fusable
+from tiercache.model.fused_layer import FusedLayer, Fusing
+from tiercache.model.layer_parts import fusable
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
@@ -61,7 +62,7 @@ class Bindings:
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
-        fuse: whole layers are run by the kernels where they can be; is told of every layer's call whether it was fused.
+        fusing: whole layers are run by the kernels where they can be; None: module by module.
         choosing: in mixed mode, by which modules outside of decoder layers, the head, choose tokens.
     """
 
@@ -70,7 +71,7 @@ class Bindings:
     workspace: torch.Tensor
     kernels: Mapping[str, Kernels]
     choosing: Choosing | None = None
-    fuse: Callable[[bool], None] | None = None
+    fusing: Fusing | None = None
 
 
 class Binder:
@@ -99,10 +100,10 @@ class Binder:
                 self._forwards.put(module.__dict__, "forward", folding(module))
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
-        if bindings.fuse is not None and bindings.kernels:
+        if bindings.fusing is not None and bindings.kernels:
             for parts in fusable(model, {use.module: use.weight for use in uses}):
                 self._forwards.put(
-                    parts.layer.__dict__, "forward", FusedLayer(parts, self, bindings.kernels, bindings.fuse)
+                    parts.layer.__dict__, "forward", FusedLayer(parts, self, bindings.kernels, bindings.fusing)
                 )
 
     def _plane_forward(

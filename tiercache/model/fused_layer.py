@@ -3,7 +3,7 @@
 The layer stays the same object; while it is attached, its `forward` is an instance of `FusedLayer`, which goes back to
 the layer's own forward, and so to its modules, wherever a call wants what the kernels do not do.
 
-Knows transformers' Llama-like layers, planes and kernels; not where slots come from.
+Knows layers, planes and kernels; not where slots come from.
 """
 
 from collections import OrderedDict
@@ -15,23 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tiercache.compat import attention_of, cache_in
-from tiercache.kernels.activation import FUNCTIONS
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import MAX_TOKENS, Kernels
-from tiercache.model.linear import is_down
+from tiercache.model.growing_cache import GrowingCache
+from tiercache.model.layer_parts import DOWN, GATED, INWARD, OUTWARD, LayerParts, activation_name
 from tiercache.quant.planes import Planes
-from tiercache.store.manifest import PlaneWeight
 
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-"""Layers of transformers whose forward is the one that `kernels.blocks` tells."""
-
-_INWARD, _OUTWARD = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"
-_GATED, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 _PLACES = 8  # of a half's slots that are remembered: a ring comes back to the same few
 
 Half = TypeVar("Half", Attention, FeedForward)
-
-_ACTIVATIONS: Mapping[str, str] = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
 class Slots(Protocol):
@@ -62,72 +54,16 @@ class Slots(Protocol):
 
 
 @dataclass(frozen=True)
-class LayerParts:
-    """What of a layer can be fused.
+class Fusing:
+    """How layers are fused.
 
     Attributes:
-        name: of the layer among the model's modules.
-        layer: itself.
-        weights: of its linear modules, by their names within the layer.
-        feed_forward: whether the feed-forward half can be fused too.
+        count: is told of every call of a layer whether it was fused.
+        context: tokens that a KV cache was reserved for.
     """
 
-    name: str
-    layer: nn.Module
-    weights: Mapping[str, PlaneWeight]
-    feed_forward: bool
-
-    @property
-    def halves(self) -> list[list[str]]:
-        """The modules of each half, by their names in the model: a call holds the weights of all of them."""
-        halves = [(*_INWARD, _OUTWARD), *([(*_GATED, _DOWN)] if self.feed_forward else [])]
-        return [[f"{self.name}.{part}" for part in half] for half in halves]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the layer computes in."""
-        return next(self.layer.get_submodule("input_layernorm").parameters()).dtype
-
-
-def fusable(model: nn.Module, weights: Mapping[str, object]) -> list[LayerParts]:
-    """The layers of which at least the attention half can be fused; `weights` by the names of linear modules."""
-    found = []
-    for name, layer in model.named_modules():
-        if type(layer).__name__ not in _LAYERS or not type(layer).__module__.startswith("transformers.models."):
-            continue
-        own = {part: weights.get(f"{name}.{part}") for part in (*_INWARD, _OUTWARD, *_GATED, _DOWN)}
-        planes = {part: weight for part, weight in own.items() if isinstance(weight, PlaneWeight)}
-        if _attends(layer, planes):
-            found.append(LayerParts(name, layer, planes, _feeds_forward(layer, planes)))
-    return found
-
-
-def _attends(layer: nn.Module, weights: Mapping[str, PlaneWeight]) -> bool:
-    """Whether the matrices of attention lie as the kernels want them."""
-    matrices = [weights.get(part) for part in (*_INWARD, _OUTWARD)]
-    if any(weight is None or len(weight.own) != 1 for weight in matrices):
-        return False
-    modules = [layer.get_submodule(part) for part in (*_INWARD, _OUTWARD)]
-    if any(is_down(module, weight) for module, weight in zip(modules, matrices, strict=True) if weight is not None):
-        return False
-    inward = [weights[part] for part in _INWARD]
-    return len({(weight.group, weight.inputs) for weight in inward}) == 1
-
-
-def _feeds_forward(layer: nn.Module, weights: Mapping[str, PlaneWeight]) -> bool:
-    """Whether the feed-forward block is one unit of gate, up and down without biases."""
-    if any(part not in weights for part in (*_GATED, _DOWN)) or activation_name(layer) is None:
-        return False
-    units = {weights[part].units for part in (*_GATED, _DOWN)}
-    biased = any(layer.get_submodule(part).bias is not None for part in (*_GATED, _DOWN))
-    return len(units) == 1 and not biased and is_down(layer.get_submodule(_DOWN), weights[_DOWN])
-
-
-def activation_name(layer: nn.Module) -> str | None:
-    """What the kernels call the activation of a layer's feed-forward block; None where they have none like it."""
-    name = getattr(layer.get_submodule("self_attn").config, "hidden_act", None)
-    name = _ACTIVATIONS.get(name, name) if isinstance(name, str) else None
-    return name if name in FUNCTIONS else None
+    count: Callable[[bool], None]
+    context: int
 
 
 class FusedLayer:
@@ -137,13 +73,12 @@ class FusedLayer:
         parts: of the layer.
         slots: where weights come from.
         kernels: by the kind of device that slots are on.
-        count: is told of every call whether it was fused.
+        fusing: how.
     """
 
-    def __init__(
-        self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], count: Callable[[bool], None]
-    ) -> None:
-        self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, count
+    def __init__(self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], fusing: Fusing) -> None:
+        self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, fusing.count
+        self._cache = GrowingCache(fusing.context)
         self._forward = parts.layer.forward
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
@@ -168,7 +103,7 @@ class FusedLayer:
         half = self._attends.begin()
         queries, keys, values = half.project(x, rotary[0][0], rotary[1][0])
         if cache is not None:
-            keys, values = cache.update(keys, values, self._index)
+            keys, values = self._cache.append(cache, keys, values, self._index)
         x = half.attend(x, queries, keys, values, None if mask is None else mask[0, 0])
         self._attends.end()
         if not self._parts.feed_forward:
@@ -202,10 +137,10 @@ class FusedLayer:
 
     def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
         module, weights = self._attention, self._parts.weights
-        queries, keys, values, outward = map(self._planes, (*_INWARD, _OUTWARD), slots)
+        queries, keys, values, outward = map(self._planes, (*INWARD, OUTWARD), slots)
         heads, key_heads = (queries.rows // module.head_dim, keys.rows // module.head_dim)
         norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None
-        inputs, outputs = weights[_INWARD[0]], weights[_OUTWARD]
+        inputs, outputs = weights[INWARD[0]], weights[OUTWARD]
         made = AttentionWeights(
             norm=self._norms.input_layernorm.weight.data,
             eps=_epsilon(self._norms.input_layernorm),
@@ -225,15 +160,15 @@ class FusedLayer:
 
     def _new_feed_forward(self, slots: Sequence[Sequence[Tensor]]) -> FeedForward:
         weights, name = self._parts.weights, activation_name(self._parts.layer)
-        gate, up, down = map(self._planes, (*_GATED, _DOWN), slots)
+        gate, up, down = map(self._planes, (*GATED, DOWN), slots)
         assert name is not None
         made = FeedForwardWeights(
             norm=self._norms.post_attention_layernorm.weight.data,
             eps=_epsilon(self._norms.post_attention_layernorm),
             inward=(gate, up),
-            factors=weights[_GATED[0]].input_factors(slots[0][0]),
+            factors=weights[GATED[0]].input_factors(slots[0][0]),
             down=down,
-            down_factors=weights[_DOWN].output_factors(slots[2][0]),
+            down_factors=weights[DOWN].output_factors(slots[2][0]),
             activation=name,
         )
         return self._kernels[slots[0][0].device.type].feed_forward(made)

@@ -118,8 +118,8 @@ class Tier(Supply):
             raise ClosedError(_CLOSED)
         for key in keys:
             self.count(key, hit=True)
-        if not self._residency.all_stay:
-            self.prefetch()
+            if not self._residency.all_stay:  # after each, as a replay of the trace does
+                self.prefetch()
 
     def acquire(self, key: Key) -> torch.Tensor:
         """The slot with the bytes of `key`, valid until `release`; waits for them if need be."""

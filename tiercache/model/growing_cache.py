@@ -1,0 +1,74 @@
+"""Appends to transformers' own KV cache in place: its dynamic layers copy all keys and values for each new token.
+
+The cache stays transformers': after each append its layer holds plain tensors [1, heads, tokens, width], views of a
+buffer with room behind them. What a view shows is never written again, so whoever keeps one keeps what it showed. A
+layer whose tensors are not the last ones that were put in (it was cropped, reordered, copied) gets a buffer anew.
+
+Knows transformers' caches; nothing of models.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tiercache.compat import DynamicLayer
+
+_LEAST = 16  # slots of room in a new buffer; and a sixteenth of what it holds, so that copying it is rare
+
+
+class GrowingCache:
+    """Room behind the keys and values of one layer of a model, in each cache that it has met.
+
+    Args:
+        most: tokens that a KV cache was reserved for: buffers do not outgrow it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: WeakKeyDictionary[Any, _Room] = WeakKeyDictionary()
+
+    def append(self, cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a cache's layer, the new ones [1, heads, tokens, width] last: what `update` gives."""
+        layer: Any = cache.layers[index] if index < len(cache.layers) else None
+        if type(layer) is not DynamicLayer or not layer.is_initialized or getattr(layer.keys, "ndim", 0) != 4:
+            kept: tuple[Tensor, Tensor] = cache.update(keys, values, index)
+            return kept
+        held: tuple[Any, Any] = layer.keys, layer.values
+        room = self._known.get(layer)
+        if room is None or not room.fits(*held, keys.shape[2]):
+            needed = held[0].shape[2] + keys.shape[2]
+            slots = max(needed, min(needed + max(_LEAST, needed // 16), self._most))
+            room = self._known[layer] = _Room(*held, slots)
+        layer.keys, layer.values = found = room.append(keys, values)
+        return found
+
+
+class _Room:
+    """Buffers of keys and values, filled from the front."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: int) -> None:
+        self._length = keys.shape[2]
+        self._buffers = [part.new_empty((*part.shape[:2], slots, part.shape[3])) for part in (keys, values)]
+        for buffer, part in zip(self._buffers, (keys, values), strict=True):
+            buffer[:, :, : self._length] = part
+        self._newest: tuple[Tensor, Tensor] = keys, values
+
+    def fits(self, keys: Tensor, values: Tensor, new: int) -> bool:
+        """Whether these are the tensors that were put in last, and so many more tokens can be written behind them."""
+        if keys is not self._newest[0] or values is not self._newest[1]:
+            return False
+        buffer = self._buffers[0]  # one that was made in inference mode can be written to only there
+        writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+        return writable and self._length + new <= buffer.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write behind what is there; views of all."""
+        begin, new = self._length, keys.shape[2]
+        first, second = self._buffers
+        first.narrow(2, begin, new).copy_(keys)  # not by slices: Python takes longer for those than the copy takes
+        second.narrow(2, begin, new).copy_(values)
+        self._length = end = begin + new
+        self._newest = first.narrow(2, 0, end), second.narrow(2, 0, end)
+        return self._newest
