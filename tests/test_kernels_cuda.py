@@ -200,30 +200,31 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group:
         assert torch.equal(results[0], other)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("capability", "group"), [((7, 5), 64), *(((8, 0), group) for group in (32, 64, 128))], ids=str
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_token_is_the_same_in_any_company(
     library: Path, monkeypatch: Any, precision: str, group: int, capability: tuple[int, int]
 ) -> None:
-    """Whatever the number of tokens; and on a card of any size, across the rows on one size of card."""
+    """Whatever the number of tokens; along the input on a card of any size, across the rows on one size of card."""
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 60_000)  # several tiles
-    weight, x = matrix(90, 1300, group, precision), torch.randn(41, 1300)
-    alike: dict[int, Tensor] = {}
+    weight, x = matrix(20, 2300, group, precision), torch.randn(20, 2300)
+    up, down = matrix(80, 300, group, precision), matrix(80, 70, group, precision, 1)
+    alike: dict[tuple[int, int], Tensor] = {}
     for far, size in ((False, 1), (True, 1), (False, 3)):
         launcher = Emulation(library, far, multiprocessors=size, capability=capability)
-        kernels = CudaKernels(CPU, launcher, switch=41)
-        down = matrix(90, 70 * size, group, precision, 1)  # its slices depend on the card's size
-        for tokens in (1, 2, 4, 7, 8, 9, 41):
-            out, across, ffn = torch.zeros(tokens, 90), *torch.zeros(2, tokens, 70 * size)
-            given_x = kernels.quantize_activations(x[:tokens], group)
-            kernels.matmul(given_x, weight, out)
-            kernels.matmul_transposed(out, down, across)
-            kernels.ffn(given_x, [weight, weight], down, "silu", ffn)
+        kernels = CudaKernels(CPU, launcher, switch=20)
+        for tokens in (1, 2, 4, 9, 20):
+            out, across, ffn = torch.zeros(tokens, 20), *torch.zeros(2, tokens, 70)
+            kernels.matmul(kernels.quantize_activations(x[:tokens], group), weight, out)
+            kernels.matmul_transposed(x[:tokens, :80], down, across)
+            given_x = kernels.quantize_activations(x[:tokens, :300], group)
+            kernels.ffn(given_x, [up, up], down, "silu", ffn)
             for token in range(tokens):
-                assert torch.equal(alike.setdefault(token, out[token]), out[token])
                 both = torch.cat([across[token], ffn[token]])
-                assert torch.equal(alike.setdefault(100 * size + token, both), both)
+                assert torch.equal(alike.setdefault((token, 0), out[token]), out[token])
+                assert torch.equal(alike.setdefault((token, size), both), both)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])
@@ -287,7 +288,8 @@ def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) 
     emulation: Any = kernels._launcher
     names = {
         "rows_3_8_4": launches.RowsArguments,
-        "mma_3_8_64": mma_launches.MmaArguments,
+        "mma_3_2_64": mma_launches.ProductArguments,
+        "dots_3_1_64": mma_launches.ProductArguments,
         "digits": mma_launches.DigitsArguments,
         "down_1_1_32": down_launches.DownArguments,
         "decode_2_0_0": launches.DecodeArguments,

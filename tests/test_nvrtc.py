@@ -28,7 +28,9 @@ def compiler() -> nvrtc.Nvrtc:
 PLANES, GROUPS = (1, 2, 3), (32, 64, 128)
 NAMES = ("rows", "decode", "attention")
 UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in NAMES for planes in PLANES]
-UNITS += [nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "down") for p in PLANES for group in GROUPS]
+UNITS += [
+    nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "dots", "down") for p in PLANES for group in GROUPS
+]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
@@ -37,7 +39,7 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     assert target == f"sm_{architecture}"
     newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
     units = [unit for unit in UNITS if unit.planes == 3 or architecture in (52, 90)]
-    units = [unit for unit in units if newest or unit.file != "mma.cu"]
+    units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu")]
     units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
     # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card and for one with units.
     for unit in [nvrtc.SourceUnit("common.cu"), nvrtc.SourceUnit("layer.cu"), *units]:
@@ -54,7 +56,8 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
         "common.cu": ["prepare", "digits", "sum", "gather"],
         "layer.cu": [f"layer_{name}" for name in ("enter", "rotate", "combine", "leave", "settle")],
         "attention.cu": [f"attention_{p}_{q}_{n}" for n in (1, 2, 4) for q in (1, 4, 8) if q * n < 32],
-        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2, 4, 8, *([32] if unit.group > 32 else []))],
+        "mma.cu": [f"mma_{p}_{t}_{unit.group}" for t in (1, 2)],
+        "dots.cu": [f"dots_{p}_1_{unit.group}"],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "decode.cu": [f"decode_{p}_0_0"],

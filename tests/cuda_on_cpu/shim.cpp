@@ -87,6 +87,7 @@ bool run_block(unsigned threads, unsigned char *stacks) {
 } // namespace
 
 void shim_block_barrier() { wait_at(AT_BLOCK_BARRIER); }
+void shim_warp_barrier() { wait_at(AT_WARP_BARRIER); }
 
 float shim_shuffle(float value, int from) {
     float *slot = slots[fibers[threadIdx.x].shuffles++ & 1];

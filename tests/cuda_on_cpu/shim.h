@@ -19,6 +19,7 @@ struct uint3 { unsigned x, y, z; };
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 extern unsigned char *shim_shared;
 void shim_block_barrier();
+void shim_warp_barrier();
 float shim_shuffle_xor(float value, int far);
 float shim_shuffle(float value, int from);
 void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned x, unsigned y);
@@ -28,8 +29,7 @@ void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned
 #define __restrict__
 #define SHARED(type, name) type *const name = (type *)shim_shared
 #define KERNEL(name, Arguments) SHIM_KERNEL(name, Arguments)
-#define WIDE_KERNEL(name, Arguments) SHIM_KERNEL(name, Arguments)
-#define KERNEL_OF(blocks, name, Arguments) SHIM_KERNEL(name, Arguments)
+#define SIZED_KERNEL(threads, blocks, name, Arguments) SHIM_KERNEL(name, Arguments)
 #define SHIM_KERNEL(name, Arguments) \
     static void name##_body(const Arguments &a); \
     extern "C" void name(const void *a) { name##_body(*(const Arguments *)a); } \
@@ -37,6 +37,7 @@ void shim_mma(int *sums, const unsigned *first, const unsigned *second, unsigned
     static void name##_body(const Arguments &a)
 
 static inline void __syncthreads() { shim_block_barrier(); }
+static inline void __syncwarp() { shim_warp_barrier(); }
 static inline float __shfl_xor_sync(unsigned, float value, int far) { return shim_shuffle_xor(value, far); }
 static inline float __shfl_sync(unsigned, float value, int from) { return shim_shuffle(value, from); }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -61,6 +62,12 @@ static inline float __int_as_float(int bits) {
 
 static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
     return (unsigned)(((unsigned long long)high << 32 | low) >> (by & 31));
+}
+
+/* sum + codes * digits, of four unsigned and four signed bytes. */
+static inline int shim_dot4(unsigned codes, unsigned digits, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (int)(codes >> i & 255) * (int)(signed char)(digits >> i & 255);
+    return sum;
 }
 
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {

@@ -20,6 +20,7 @@ from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cuda import layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.driver import Bound
+from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import (
     SLICE,
     AttentionArguments,
@@ -29,7 +30,7 @@ from tiercache.kernels.cuda.layer_calls import (
     RotateArguments,
     Units,
 )
-from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed, packed_sizes, rows_of
+from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
 
 _DENSE = torch.contiguous_format
 
@@ -139,13 +140,13 @@ class CudaAttention(Attention):
         return known
 
     def _ready_to_project(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int) -> _Projecting:
-        blocks = self._card.blocks(tokens, self._group)
-        sizes = [bytes_of_floats(blocks.padded, product.planes.rows) for product in self._inward]
-        inward = packed_sizes(tokens, self._hidden, self._group, self._card)
-        *inputs, q, k, v = self._card.scratch.pieces(stream, [*inward, *sizes])
-        to = packed(inputs, self._group, (tokens, self._hidden), self._card)
+        padded = Blocks.of(tokens).padded
+        sizes = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
+        packed = packed_sizes(tokens, self._hidden, self._group, self._card)
+        *inputs, q, k, v = self._card.scratch.pieces(stream, [*packed, *sizes])
+        to = layer_calls.packed(inputs, self._group, (tokens, self._hidden), self._card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
-        rotate = self._rotation(tokens, blocks.size, KINDS[kind], KINDS[turn])
+        rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
         rotate.found[:] = q, k, v
         products = [product.call(inputs, at, tokens) for product, at in zip(self._inward, (q, k, v), strict=True)]
         calls = tuple(Bound(call, stream) for call in (enter, *products, layer_calls.rotate_call(rotate)))
@@ -158,14 +159,14 @@ class CudaAttention(Attention):
         self, tokens: int, kind: torch.dtype, kept: torch.dtype, stream: int, units: Units
     ) -> _Attending:
         columns, group, card = self._heads.columns, self._w.outward.group, self._card
-        blocks, inward = card.blocks(tokens, group), packed_sizes(tokens, columns, group, card)
-        found = bytes_of_floats(blocks.padded, self._hidden)
+        packed = packed_sizes(tokens, columns, group, card)
+        found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
         weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
-        sizes = [*inward, found, bytes_of_floats(units.count, tokens, columns), weights]
+        sizes = [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
         *inputs, product, attended, weight = card.scratch.pieces(stream, sizes)
         attention = self._attention(tokens, attended, weight)
-        to = packed(inputs, group, (tokens, columns), card)
-        leave = self._leaving(tokens, blocks.size, KINDS[kind], product)
+        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
+        leave = self._leaving(tokens, Blocks.of(tokens).size, KINDS[kind], product)
         calls = (
             layer_calls.attention_call(attention, KINDS[kept], units),
             layer_calls.combine_call((attended, weight), self._outward_factors, units, self._heads.size, to),

@@ -205,7 +205,7 @@ class CudaKernels(Kernels):
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:
         """act(gate x) * up x in one launch: [blocks, rows, tokens of a block]."""
-        blocks = mma_launches.blocks_of(x.tokens, x.group) if self._by_matrix_units else Blocks.of(x.tokens)
+        blocks = Blocks.of(x.tokens)
         hidden = self._empty(blocks.count, rows.count(inward[0]), blocks.size)
         self._launch_rows(x, inward, (hidden.data_ptr(), 0), rows, ACTIVATIONS.index(activation))
         return hidden

@@ -16,8 +16,7 @@ from torch import Tensor
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.cuda.driver import Driver
-from tiercache.kernels.cuda.launches import Blocks
-from tiercache.kernels.cuda.mma_launches import LEAST_CAPABILITY, blocks_of
+from tiercache.kernels.cuda.mma_launches import LEAST_CAPABILITY
 
 KINDS: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.float16: 1, torch.bfloat16: 2})
 """Numbers of the dtypes in the kernels."""
@@ -79,10 +78,6 @@ class Card:
     def by_matrix_units(self) -> bool:
         """Whether products along the input are mma.cu's, else they are rows.cu's."""
         return self.launcher.capability >= LEAST_CAPABILITY
-
-    def blocks(self, tokens: int, group: int) -> Blocks:
-        """How products along the input, of matrices in such groups, cut up tokens."""
-        return blocks_of(tokens, group) if self.by_matrix_units else Blocks.of(tokens)
 
     def floats(self, *shape: int) -> Tensor:
         """Memory for fp32 on the card."""

@@ -15,6 +15,8 @@ from tiercache.kernels.cuda.launches import Call, MatrixArguments, RowListArgume
 LINE_THREADS = 512
 _MOST_TOKENS = 4  # of a block
 _MOST_WORDS = 4  # of a thread, of 16 columns each
+_X_ROWS = 128  # whose places and activations are in shared memory at once
+_ROW_BYTES = 32
 _SUM_COLUMNS = 32
 _LEAST_ROWS = 4  # of a line
 
@@ -98,7 +100,7 @@ def down_call(
     """
     block, padded = _block(x.tokens), padded_tokens(x.tokens)
     units = found.groups * (found.group // 16) // min(_MOST_WORDS // block, found.group // 16)
-    shared_bytes = max(slices.classes * slices.wide * 64, 4 * 128 * block)
+    shared_bytes = max(slices.classes * slices.wide * 64, _X_ROWS * (_ROW_BYTES + 4 * block))
     arguments = DownArguments(
         *(found, x.address, *x.strides, RowListArguments(*rows), partial),
         *(x.kind, x.block.bit_length() - 1, x.tokens, padded),

@@ -17,8 +17,9 @@ from tiercache.kernels.cuda import down_launches, launches, layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.driver import Bound
+from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import EnterArguments, SettleArguments
-from tiercache.kernels.cuda.layer_products import check_matrix, entered, packed, packed_sizes, products_call, rows_of
+from tiercache.kernels.cuda.layer_products import check_matrix, entered, packed_sizes, products_call, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,21 +73,20 @@ class CudaFeedForward(FeedForward):
         return out
 
     def _made_ready(self, tokens: int, kind: torch.dtype, stream: int) -> _Ready:
-        down, card = self._w.down, self._card
-        blocks = card.blocks(tokens, self._group)
+        size, down, card = Blocks.of(tokens).size, self._w.down, self._card
         padded, room = self._down.groups * self._down.group, down_launches.padded_tokens(tokens)
         slices = Slices.of(self._neurons, down.group, self._down.groups, card.launcher.multiprocessors)
-        sizes = [bytes_of_floats(blocks.padded, self._neurons), bytes_of_floats(slices.count, room, padded)]
-        inward = packed_sizes(tokens, self._hidden, self._group, card)
-        *inputs, inner, partial = card.scratch.pieces(stream, [*inward, *sizes])
-        to = packed(inputs, self._group, (tokens, self._hidden), card)
+        sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(slices.count, room, padded)]
+        inputs = packed_sizes(tokens, self._hidden, self._group, card)
+        *packed, inner, partial = card.scratch.pieces(stream, [*inputs, *sizes])
+        to = layer_calls.packed(packed, self._group, (tokens, self._hidden), card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         activation = ACTIVATIONS.index(self._w.activation)
-        given = Activations(inner, 0, tokens, blocks.size, (self._neurons * blocks.size, 1, blocks.size))
+        given = Activations(inner, 0, tokens, size, (self._neurons * size, 1, size))
         settle = self._settling(KINDS[kind], partial, (slices.count, room, padded))
         calls = (
             enter,
-            products_call(self._inward, self._w.inward[0], inputs, inner, tokens, activation, card),
+            products_call(self._inward, self._w.inward[0], packed, inner, tokens, activation, card),
             down_launches.down_call(self._down, len(down.planes), given, (), partial, self._neurons, slices),
             layer_calls.settle_call(settle, tokens),
         )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiercache.errors import UsageError
-from tiercache.kernels.cuda.launches import CHUNK_COLUMNS, THREADS, Call, chunks_of
+from tiercache.kernels.cuda.launches import CHUNK_COLUMNS, THREADS, Blocks, Call, chunks_of
+from tiercache.kernels.cuda.mma_launches import PackedArguments
 
 SLICE = 64
 """Slots that attention sums up at once."""
@@ -22,15 +23,6 @@ MOST_HEAD = 256
 """Numbers of a head, at most; a multiple of 8."""
 
 _PER_BLOCK = 64  # threads of kernels that do four columns each and want many blocks
-
-
-class PackedArguments(ctypes.Structure):
-    """`Packed` of numbers.cuh."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "sums")),
-        *((name, ctypes.c_int) for name in ("group", "digits", "padded_tokens", "chunks", "tokens", "columns")),
-    )
 
 
 class EnterArguments(ctypes.Structure):
@@ -161,25 +153,21 @@ class Units:
         return Units(slices, 1, SPAN, queries, tiles)
 
 
-def packed(
-    inputs: Sequence[int], group: int, shape: tuple[int, int], size: int = 1, digits: bool = False
-) -> PackedArguments:
+def packed(inputs: Sequence[int], group: int, shape: tuple[int, int], digits: bool = False) -> PackedArguments:
     """Inputs (tokens, columns) as products want them; plain fp32 rows at the first address for a group of 0.
 
-    `size`: tokens of a block. `digits`: as mma.cu wants them, else as rows.cu does.
+    `digits`: as mma.cu wants them, else as rows.cu does.
     """
     tokens, columns = shape
+    size = Blocks.of(tokens).size
     return PackedArguments(inputs[0], inputs[1], group, digits, size, chunks_of(columns), tokens, columns)
-
-
-def _padded(to: PackedArguments) -> int:
-    return int(-(-to.tokens // to.padded_tokens) * to.padded_tokens)
 
 
 def enter_call(x: tuple[int, int, int], norm: tuple[int, int, float], factors: int, to: PackedArguments) -> Call:
     """Of layer.cu: x is (address, pitch, kind), the norm (address, kind, eps); factors 0 for none."""
+    rows = Blocks.of(to.tokens).padded if to.group else to.tokens
     arguments = EnterArguments(x[0], x[1], norm[0], factors, to, norm[2], x[2], norm[1])
-    return Call("layer_enter", (to.chunks, _padded(to), 1), 4 * THREADS // 32, arguments)
+    return Call("layer_enter", (to.chunks, rows, 1), 4 * THREADS // 32, arguments)
 
 
 def rotate_call(arguments: RotateArguments) -> Call:
@@ -200,9 +188,10 @@ def attention_call(arguments: AttentionArguments, kind: int, units: Units) -> Ca
 
 def combine_call(found: tuple[int, int], factors: int, units: Units, size: int, to: PackedArguments) -> Call:
     """Of layer.cu: what attention.cu found (attended, weights) in heads of that size, into `to`."""
+    rows = Blocks.of(to.tokens).padded if to.group else to.tokens
     arguments = CombineArguments(*found, factors, to, units.count, units.per_span, size)
     blocks = to.chunks * (CHUNK_COLUMNS // (4 * _PER_BLOCK))
-    return Call("layer_combine", (blocks, _padded(to), 1), 0, arguments, threads=_PER_BLOCK)
+    return Call("layer_combine", (blocks, rows, 1), 0, arguments, threads=_PER_BLOCK)
 
 
 def leave_call(arguments: LeaveArguments) -> Call:

@@ -68,12 +68,6 @@ def packed_sizes(tokens: int, columns: int, group: int, card: Card) -> tuple[int
     )
 
 
-def packed(inputs: Sequence[int], group: int, shape: tuple[int, int], card: Card) -> layer_calls.PackedArguments:
-    """Inputs (tokens, columns) at addresses of such sizes."""
-    size = card.blocks(shape[0], group).size
-    return layer_calls.packed(inputs, group, shape, size, card.by_matrix_units)
-
-
 def rows_of(x: Tensor, columns: int, card: Card) -> Tensor:
     """x, its rows in one piece.
 
@@ -94,7 +88,8 @@ def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, c
         to = layer_calls.packed((data[0].data_ptr(), 0), 0, (tokens, columns))
     else:
         data = tuple(card.floats(size // 4) for size in packed_sizes(tokens, columns, group, card))
-        to = packed([each.data_ptr() for each in data], group, (tokens, columns), card)
+        inputs = [each.data_ptr() for each in data]
+        to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
     call = layer_calls.enter_call((x.data_ptr(), x.stride(0), KINDS[x.dtype]), norm, factors, to)
     card.launcher.launch(call)
     return QuantizedActivations(tokens, columns, group, data)

@@ -1,5 +1,5 @@
 /* Kernels that look at no plane: activations made ready, slices added up, rows copied. */
-#include "planes.cuh"
+#include "numbers.cuh"
 
 struct PrepareArguments {
     const byte *x;
@@ -45,47 +45,17 @@ KERNEL(prepare, PrepareArguments) { prepare_kernel(a); }
 struct DigitsArguments {
     const byte *x;
     long long pitch, stride; /* elements from token to token, from column to column */
-    byte *digits;            /* [padded tokens, groups, 3, group] and 128 zeros: for each word of mma.cu, 4 quarters */
-    float2 *factors;         /* [padded tokens, groups]: size of a step, and the group's sum */
-    int kind;                /* 0 fp32, 1 fp16, 2 bf16 */
-    int columns, group, tokens, groups;
+    Packed to;
+    int kind, padding; /* 0 fp32, 1 fp16, 2 bf16 */
 };
 
-/* Four columns a thread as whole numbers below 2^22, in steps of the power of two that the group's largest allows, and
- * those as three bytes. A group with NaN or infinity has a step of NaN. */
+/* x for dots.cu and mma.cu, four columns a thread. */
 KERNEL(digits, DigitsArguments) {
-    const PrepareArguments from = {a.x, a.pitch, a.stride, 0, 0, a.kind, a.columns, a.group, a.tokens, 0, 0};
-    const int threads = a.group >> 2, at = blockIdx.x * THREADS + threadIdx.x, group = at / threads, i = at % threads;
-    const int column = group * a.group + i % 4 * threads + i / 4 * 4, token = blockIdx.y;
-    float x[4];
-    int largest = 0, sum = 0, whole[4];
-    for (int k = 0; k < 4; ++k) {
-        x[k] = element(from, token, column + k);
-        largest = max(largest, __float_as_int(x[k]) & 0x7fffffff);
-    }
-    for (int far = 1; far < threads; far *= 2)
-        largest = max(largest, __float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(largest), far)));
-    const int exponent = max(largest >> 23, 22), finite = exponent != 255;
-    const float inverse = __int_as_float((275 - exponent) << 23); /* 2^21 over the power of two below the largest */
-    for (int k = 0; k < 4; ++k) sum += whole[k] = finite ? __float2int_rn(x[k] * inverse) : 0;
-    for (int far = 1; far < threads; far *= 2)
-        sum += __float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(sum), far));
-    if (group < a.groups) {
-        const long long cell = (long long)token * a.groups + group;
-        unsigned *const to = (unsigned *)(a.digits + cell * 3 * a.group) + i;
-        unsigned bytes[3] = {0, 0, 0};
-        for (int k = 0; k < 4; ++k) {
-            const int lowest = ((whole[k] + 128) & 255) - 128, rest = (whole[k] - lowest) / 256;
-            const int middle = ((rest + 128) & 255) - 128, high = (rest - middle) / 256;
-            bytes[0] |= (unsigned)(high & 255) << 8 * k, bytes[1] |= (unsigned)(middle & 255) << 8 * k;
-            bytes[2] |= (unsigned)(lowest & 255) << 8 * k;
-        }
-        for (int piece = 0; piece < 3; ++piece) to[piece * threads] = bytes[piece];
-        const float step = __int_as_float(finite ? (exponent - 21) << 23 : 0x7fc00000);
-        if (i == 0) a.factors[cell] = make_float2(step, step * (float)sum);
-    }
-    if (blockIdx.x == 0 && token == 0 && threadIdx.x < 32)
-        ((unsigned *)(a.digits + (long long)gridDim.y * a.groups * 3 * a.group))[threadIdx.x] = 0;
+    const PrepareArguments from = {a.x, a.pitch, a.stride, 0, 0, a.kind, a.to.columns, 0, a.to.tokens, 0, 0};
+    const int column = 4 * (blockIdx.x * THREADS + threadIdx.x), token = blockIdx.y;
+    const float4 v = make_float4(element(from, token, column), element(from, token, column + 1),
+                                 element(from, token, column + 2), element(from, token, column + 3));
+    store_digits(a.to, token, column, v);
 }
 
 struct SumArguments {

@@ -49,20 +49,15 @@ template <int W, int GROUP> static __device__ __forceinline__ Unit unit_of(const
 }
 
 template <int ALIGNED, int W, int GROUP>
-static __device__ __forceinline__ void hold(const DownArguments &a, int item, const Unit &at, Held<W, GROUP> &held) {
+static __device__ __forceinline__ void hold(const Row &row, const Unit &at, Held<W, GROUP> &held) {
     constexpr int SINGLES = Held<W, GROUP>::SINGLES;
-    const Matrix &m = a.matrix;
-    const byte *const top = m.plane[0] + row_of(a.rows, 0, item) * (int)m.pitch[0];
+    const byte *const top = row.top, *const bit = row.bit, *const low = row.low, *const scales = row.scales;
     load_words<ALIGNED, W>(top + at.top, held.top);
-    if (PLANES > 2) {
-        const byte *const low = m.plane[2] + row_of(a.rows, 2, item) * (int)m.pitch[2] + at.low;
-        load_words<ALIGNED, W>(low, held.even);
-        load_words<ALIGNED, W>(low + GROUP / 4, held.odd);
-    }
+    if (PLANES > 2) load_words<ALIGNED, W>(low + at.low, held.even);
+    if (PLANES > 2) load_words<ALIGNED, W>(low + at.low + GROUP / 4, held.odd);
     load_words<ALIGNED, SINGLES>(top + at.mid, held.mid);
-    if (PLANES > 1)
-        load_words<ALIGNED, SINGLES>(m.plane[1] + row_of(a.rows, 1, item) * (int)m.pitch[1] + at.bit, held.bit);
-    load_words<ALIGNED, 1>(m.scales + row_of(a.rows, 3, item) * (int)m.scales_pitch + at.scales, &held.scales);
+    if (PLANES > 1) load_words<ALIGNED, SINGLES>(bit + at.bit, held.bit);
+    load_words<ALIGNED, 1>(scales + at.scales, &held.scales);
 }
 
 template <int T> static __device__ __forceinline__ void spread(unsigned codes, const float *x, float (*sum)[4]) {
@@ -108,28 +103,39 @@ static __device__ __forceinline__ float given(const DownArguments &a, int token,
     return a.kind == 1 ? half_to_float(bits) : __int_as_float((int)((unsigned)bits << 16));
 }
 
-/* The rows of a slice, X_ROWS at a time, of which x lies in shared memory meanwhile. */
+/* The rows of a slice, X_ROWS at a time, whose places and x lie in shared memory meanwhile. A few rows are on their way
+ * while the few before are multiplied. */
 template <int T, int W, int GROUP, int ALIGNED>
-static __device__ __forceinline__ void add_rows(const DownArguments &a, const Unit &at, bool takes, float *shared,
+static __device__ __forceinline__ void add_rows(const DownArguments &a, const Unit &at, bool takes, Row *rows,
                                                 float (*sum)[4][T][4], float *bases) {
+    constexpr int FEW = (W == 1 ? 4 : 2) / (PLANES < 3 ? 1 : 2);
+    float *const shared = (float *)(rows + X_ROWS);
     const int line = threadIdx.x / a.wide, start = blockIdx.y * a.per_slice, end = min(a.count, start + a.per_slice);
-    for (int from = start; from < end; from += X_ROWS) {
-        const int to = min(end, from + X_ROWS);
-        Held<W, GROUP> held, next;
-        if (takes && from + line < to) hold<ALIGNED, W, GROUP>(a, from + line, at, held);
-        __syncthreads(); /* everyone has left x before */
 #pragma unroll 1
-        for (int i = threadIdx.x; i < (to - from) * T; i += LINE_THREADS)
+    for (int from = start; from < end; from += X_ROWS) {
+        const int high = min(end - from, X_ROWS);
+        __syncthreads(); /* everyone has left x before */
+        for (int i = threadIdx.x; i < high; i += LINE_THREADS) rows[i] = row_place(a.matrix, a.rows, from + i);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < high * T; i += LINE_THREADS)
             shared[i] = given(a, (int)blockIdx.z * T + i % T, from + i / T);
         __syncthreads();
-        if (!takes) continue;
+        if (!takes || line >= high) continue;
+        Held<W, GROUP> held[FEW], next[FEW];
+#pragma unroll
+        for (int i = 0; i < FEW; ++i)
+            hold<ALIGNED, W, GROUP>(rows[min(line + i * a.classes, high - 1)], at, held[i]);
 #pragma unroll 1
-        for (int item = from + line; item < to; item += a.classes) {
-            if (item + a.classes < to) hold<ALIGNED, W, GROUP>(a, item + a.classes, at, next);
-            float x[T];
-            for (int t = 0; t < T; ++t) x[t] = shared[(item - from) * T + t];
-            add_row<T, W, GROUP>(held, at.first, x, sum, bases);
-            held = next;
+        for (int row = line; row < high; row += FEW * a.classes) {
+#pragma unroll
+            for (int i = 0; i < FEW; ++i) /* behind the end, the last one once more */
+                hold<ALIGNED, W, GROUP>(rows[min(row + (FEW + i) * a.classes, high - 1)], at, next[i]);
+#pragma unroll
+            for (int i = 0; i < FEW; ++i) {
+                const int here = row + i * a.classes;
+                if (here < high) add_row<T, W, GROUP>(held[i], at.first, shared + here * T, sum, bases);
+                held[i] = next[i];
+            }
         }
     }
 }
@@ -172,7 +178,7 @@ static __device__ __forceinline__ void finish(const DownArguments &a, int unit, 
 
 template <int T, int GROUP> static __device__ __forceinline__ void down_kernel(const DownArguments &a) {
     constexpr int MOST = GROUP / 16, W = 4 / T < MOST ? 4 / T : MOST;
-    SHARED(float, shared); /* [X_ROWS, T], then float4 [classes, 4, wide] */
+    SHARED(Row, shared); /* [X_ROWS] and float [X_ROWS, T], then float4 [classes, 4, wide] */
     const int units = a.matrix.groups * (GROUP / 16 / W), place = threadIdx.x % a.wide;
     const int unit = blockIdx.x * a.wide + place;
     const bool takes = (int)threadIdx.x < a.wide * a.classes && unit < units;
@@ -186,7 +192,7 @@ template <int T, int GROUP> static __device__ __forceinline__ void down_kernel(c
 }
 
 #define DOWN(T, GROUP) \
-    WIDE_KERNEL(JOIN(down, PLANES, T, GROUP), DownArguments) { down_kernel<T, GROUP>(a); }
+    SIZED_KERNEL(512, 1, JOIN(down, PLANES, T, GROUP), DownArguments) { down_kernel<T, GROUP>(a); }
 #define DOWNS(GROUP) DOWN(1, GROUP) DOWN(2, GROUP) DOWN(4, GROUP)
 #if IS_COMPILED(32)
 DOWNS(32)

@@ -1,187 +1,230 @@
-/* Products along the input by the matrix units of cards from compute capability 8.0 on: what rows.cu computes.
+/* Products along the input for 3 tokens and more, by the matrix units of cards from compute capability 8.0 on: see
+ * products.cuh.
  *
- * Activations come as whole numbers of 23 bits, in steps of a power of two for each token and group, and those as three
- * signed bytes (`digits` of common.cu). A group's sum of codes times digits is then an exact integer, whatever unit adds
- * it up and in whatever order. From there on sums are fp32 in one order, that of shapes alone: the values of 4
- * neighbouring groups (a step) as (0 + 1) + (2 + 3), steps one after another in each of WARPS parts of a row, parts one
- * after another. A token's bits depend neither on its company nor on the grid.
- *
- * A block owns 16 rows, a warp one of the 8 parts of each. In a step lane (g, t), 4 g + t, holds group t of rows g and
- * g + 8, straight from memory: 16 bytes of 2-bit codes of a group of 64 in one load. An instruction of 16 rows x 32 x 8
- * columns takes 8 codes of each of the four groups; they must not be mixed, so the matrix of digits is zero but where
- * a column belongs to the lane's own group. Columns 2 t and 2 t + 1 are the upper two bytes of group t; of a second
- * matrix, the lowest bytes of group t for two tokens. Each lane then finds the sums of its own group in its own
- * registers. At int4 that is 1.3 instructions a weight for one token, where fp32 takes 3.
+ * The instruction multiplies 16 rows x 32 columns by 32 columns x 8 tokens, one byte of the activations at a time. A
+ * warp takes 16 rows, STAGE columns after STAGE columns (staged.cuh), for up to 16 tokens: a lane then has the sums of
+ * rows g and g + 8 for tokens 2 own and the next. Four warps share the parts of 16 rows where blocks would be few, else
+ * each has rows of its own. The digits come by way of the cache, in the order in which lanes want them.
  */
-#include "many.cuh"
+#include "staged.cuh"
 
-template <int W> struct Codes { /* a lane's group of two rows, as it lies */
-    unsigned top[2][W], mid[2][W / 2], bit[2][W / 2], low[2][2 * W], scales[2];
-};
+enum { TILE = 8, MMA_THREADS = 128, MMA_WARPS = MMA_THREADS / 32 };
 
-template <int ALIGNED, int W> static __device__ __forceinline__ void take(const Lines &at, int group, Codes<W> &codes) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        load_words<ALIGNED, W>(at.top[r] + (long long)group * (4 * W), codes.top[r]);
-        if (PLANES > 2) load_words<ALIGNED, 2 * W>(at.low[r] + (long long)group * (8 * W), codes.low[r]);
-        load_words<ALIGNED, W / 2>(at.mid[r] + (long long)group * (2 * W), codes.mid[r]);
-        if (PLANES > 1) load_words<ALIGNED, W / 2>(at.bit[r] + (long long)group * (2 * W), codes.bit[r]);
-        load_words<ALIGNED, 1>(at.scales[r] + (long long)group * 4, &codes.scales[r]);
-    }
+#if !defined(__CUDACC_RTC__) || __CUDA_ARCH__ >= 800
+/* sums += codes * digits: `codes` of columns 4 own and the next of rows g and g + 8, and those 16 further on; x and y
+ * the same columns of the digits' token g; sums of rows g (0, 1) and g + 8 (2, 3) for tokens 2 own and the next. */
+static __device__ __forceinline__ void mma(int *sums, const unsigned *codes, unsigned x, unsigned y) {
+#ifdef __CUDACC_RTC__
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+                 : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x), "r"(y));
+#else
+    shim_mma(sums, codes, codes + 2, x, y);
+#endif
 }
 
-/* The codes of word w, a byte each: four quarters. */
-template <int W>
-static __device__ __forceinline__ void bytes_of(const Codes<W> &codes, int r, int w, unsigned (*quarter)[2]) {
-    const int single = w % (W / 2), second = w >= W / 2;
-    const unsigned pairs = lower_pairs(codes.mid[r][single], PLANES > 1 ? codes.bit[r][single] : 0, second);
-    const unsigned even = upper_codes(codes.top[r][w], pairs, 0), odd = upper_codes(codes.top[r][w], pairs, 1);
-    const unsigned c = PLANES > 2 ? codes.low[r][w] : 0, d = PLANES > 2 ? codes.low[r][W + w] : 0;
-    quarter[0][r] = code_bytes<false>(even, c), quarter[1][r] = code_bytes<false>(odd, d);
-    quarter[2][r] = code_bytes<true>(even, c), quarter[3][r] = code_bytes<true>(odd, d);
-}
-
-/* The sums of a lane's group for T tokens: `upper` of the upper two bytes, `lowest` of the lowest, of two tokens. */
-template <int T, int W> struct Sums {
-    int upper[T][4], lowest[(T + 1) / 2][4];
-};
-
-template <int T, int W>
-static __device__ __forceinline__ void multiply(const Codes<W> &codes, const byte *upper, const byte *lowest,
-                                                int token_bytes, Sums<T, W> &sums) {
+/* Sums two by two: `value` number j of GROUPS; true when the last has come and `value` is the sum of all. */
+template <int COUNT> static __device__ __forceinline__ bool pair_up(int j, float &value, float *waiting) {
 #pragma unroll
-    for (int w = 0; w < W; ++w) {
-        unsigned quarter[4][2];
-        bytes_of<W>(codes, 0, w, quarter);
-        bytes_of<W>(codes, 1, w, quarter);
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-            const uint4 x = fetch_four(upper + t * token_bytes + 16 * w);
-            mma(sums.upper[t], quarter[0], quarter[1], x.x, x.y);
-            mma(sums.upper[t], quarter[2], quarter[3], x.z, x.w);
+    for (int level = 0; 1 << level < COUNT; ++level) {
+        if (!(j >> level & 1)) {
+            waiting[level] = value;
+            return false;
         }
-#pragma unroll
-        for (int t = 0; t < (T + 1) / 2; ++t) {
-            const uint4 x = fetch_four(lowest + 2 * t * token_bytes + 16 * w);
-            mma(sums.lowest[t], quarter[0], quarter[1], x.x, x.y);
-            mma(sums.lowest[t], quarter[2], quarter[3], x.z, x.w);
-        }
+        value = waiting[level] + value;
     }
+    return true;
 }
 
-/* A lane's totals: of row own % 2 of its two, for every second token from own / 2 on (for one token, of that). */
-template <int T> struct Totals {
-    float of[(T + 1) / 2];
+struct Input { /* of a block of tokens, for this lane */
+    const byte *digits, *factors;
+    int tiles, steps, groups;
 };
 
-/* Adds a step to the totals, one group a lane; `here` says whether the lane's group is one. */
-template <int T, int W>
-static __device__ __forceinline__ void add_step(const Codes<W> &codes, const Sums<T, W> &sums, const byte *factors,
-                                                int groups, bool here, int own, Totals<T> &totals) {
-    Line line[2];
-    float both[T]; /* of this lane's group and the next or the one before */
+/* One step for one tile of tokens: sums of all its groups, [row, token]. */
+template <int GROUP>
+static __device__ __forceinline__ void multiply(const unsigned (*codes)[4], const byte *lines, const Input &x, int tile,
+                                                int step, float (*found)[2]) {
+    constexpr int GROUPS = STEP / GROUP, PIECES = GROUP == 32 ? 8 : 4; /* of digits in a step, of 4 words or half */
+    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4;
+    const byte *const digits = x.digits + (long long)(tile * x.steps + step) * 12 * 512;
+    float waiting[2][2][3];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) line[r] = code_line(codes.scales[r]);
+    for (int j = 0; j < GROUPS; ++j) {
+        int sums[3][4] = {};
 #pragma unroll
-    for (int t = 0; t < T; ++t) {
-        const uint2 bits = fetch_two(factors + 8ll * t * groups);
-        const float size = __int_as_float((int)bits.x), sum = __int_as_float((int)bits.y);
-        float value[2];
+        for (int i = j * PIECES / GROUPS; i < (j + 1) * PIECES / GROUPS; ++i)
+#pragma unroll
+            for (int piece = 0; piece < 3; ++piece) {
+                if (GROUP == 32) {
+                    const int at = 64 * g + 32 * (i & 1) + 8 * own; /* own / 2: a word; own % 2: its half */
+                    const uint2 two = fetch_two(digits + (i / 2 * 3 + piece) * 512 + at);
+                    mma(sums[piece], codes[i], two.x, two.y);
+                } else {
+                    const uint4 four = fetch_four(digits + (i * 3 + piece) * 512 + 16 * lane);
+                    mma(sums[piece], codes[2 * i % 8], four.x, four.y);
+                    mma(sums[piece], codes[(2 * i + 1) % 8], four.z, four.w);
+                }
+            }
+        const int group = min(step * GROUPS + j, x.groups - 1);
+        const uint4 factor = fetch_four(x.factors + 64ll * (tile * x.groups + group) + 16 * own);
+        const float size[2] = {__int_as_float((int)factor.x), __int_as_float((int)factor.z)};
+        const float sum[2] = {__int_as_float((int)factor.y), __int_as_float((int)factor.w)};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int *const upper = sums.upper[t] + 2 * r, lowest = sums.lowest[t / 2][2 * r + t % 2];
-            const float dot = fmaf((float)upper[0], 65536.0f, fmaf((float)upper[1], 256.0f, (float)lowest));
-            value[r] = here ? fmaf(line[r].slope, dot * size, line[r].base * sum) : 0.0f;
+            const float2 two = *(const float2 *)(lines + 8 * ((g + 8 * r) * (Staged<GROUP>::GROUPS + 1) + j));
+            const Line line = {two.x, two.y};
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const int at = 2 * r + t;
+                float value = value_of(sums[0][at], sums[1][at], sums[2][at], line, size[t], sum[t]);
+                value = step * GROUPS + j < x.groups ? value : 0.0f;
+                if (pair_up<GROUPS>(j, value, waiting[r][t])) found[r][t] = value;
+            }
         }
-        const float given = own % 2 ? value[0] : value[1];
-        both[t] = (own % 2 ? value[1] : value[0]) + __shfl_xor_sync(0xffffffffu, given, 1);
-    }
-#pragma unroll
-    for (int t = 0; t < T; t += 2) {
-        const float second = both[t + (T > 1)], given = own / 2 ? both[t] : second, kept = own / 2 ? second : both[t];
-        totals.of[t / 2] += kept + __shfl_xor_sync(0xffffffffu, given, 2);
     }
 }
 
-/* All steps of a warp; a path of its own for each alignment, so that the rarer one costs the other no registers. */
-template <int T, int GROUP, int ALIGNED>
-static __device__ __forceinline__ void add_steps(const MmaArguments &a, const Lines &at, const Span &span,
-                                                 Totals<T> &totals) {
-    constexpr int W = GROUP / 16;
-    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4, groups = span.groups;
-    const bool holds = own == g / 2, holds_lowest = holds && (T > 1 || g % 2 == 0); /* a column of its own group */
-    const int token_bytes = groups * 3 * GROUP, apart = holds ? token_bytes : 0;
-    const byte *const x = a.digits + (long long)blockIdx.x * T * token_bytes;
-    const byte *const zeros = a.digits + (long long)gridDim.x * T * token_bytes;
-    const byte *upper = holds ? x + (g % 2) * GROUP : zeros;
-    const byte *lowest = holds_lowest ? x + 2 * GROUP + (T > 1 ? g % 2 * token_bytes : 0) : zeros;
-    const byte *factors = (const byte *)(a.factors + (long long)blockIdx.x * T * groups);
-    KEEP(upper);
-    KEEP(lowest);
-    KEEP(factors);
-    for (int step = span.first; step < span.end; ++step) {
-        const int group = min(4 * step + own, groups - 1);
-        Codes<W> codes;
-        take<ALIGNED, W>(at, group, codes);
-        Sums<T, W> sums = {};
-        multiply<T, W>(codes, upper + (long long)group * (holds ? 3 * GROUP : 0),
-                       lowest + (long long)group * (holds_lowest ? 3 * GROUP : 0), apart, sums);
-        add_step<T, W>(codes, sums, factors + 8ll * group, groups, 4 * step + own < groups, own, totals);
+/* A stage for all tiles: `found` [tile, row, token]. */
+template <int TILES, int GROUP>
+static __device__ __forceinline__ void multiply_stage(const byte *stage, const Input &x, int number,
+                                                      float (*found)[2][2]) {
+    float first[TILES][2][2] = {};
+#pragma unroll 1
+    for (int s = 0; s < 2; ++s) {
+        const int step = 2 * number + s;
+        unsigned codes[8][4];
+        codes_of<GROUP>(stage, s, codes);
+        const byte *const lines = stage + Staged<GROUP>::LINES + 8 * s * (STEP / GROUP);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            float sums[2][2] = {};
+            if (tile < x.tiles && step < x.steps) multiply<GROUP>(codes, lines, x, tile, step, sums);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    found[tile][r][t] = first[tile][r][t] + sums[r][t];
+                    first[tile][r][t] = sums[r][t];
+                }
+        }
     }
 }
 
-template <int T, int GROUP, int ALIGNED>
-static __device__ __forceinline__ void add_part(const MmaArguments &a, const Lines &at, const Span &span,
-                                                float *part) {
-    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4;
-    if (T == 8 && GROUP > 32) {
-        float total[2][2] = {};
-        add_quads<(GROUP > 32 ? GROUP / 16 : 4), ALIGNED>(a, at, span, total);
+/* Four warps share 16 rows: a chunk at a time, whose stages are then added up in shared memory. */
+template <int TILES, int GROUP, int ALIGNED>
+static __device__ __forceinline__ void share_rows(const ProductArguments &a, const Input &x, int first, byte *stage,
+                                                  float *slots) {
+    constexpr int TOKENS = TILE * TILES, VALUES = 16 * TOKENS;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, own = lane % 4;
+    const int stages = (x.steps + 1) / 2, chunks = (stages + MMA_WARPS - 1) / MMA_WARPS;
+    float total[TILES] = {};
+    if (warp < stages) copy_stage<ALIGNED, GROUP>(a, first, warp, stage);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int number = chunk * MMA_WARPS + warp;
+        float found[TILES][2][2] = {};
+        copies_are_there();
+        __syncwarp();
+        if (number < stages) multiply_stage<TILES, GROUP>(stage, x, number, found);
+        __syncwarp();
+        if (number + MMA_WARPS < stages) copy_stage<ALIGNED, GROUP>(a, first, number + MMA_WARPS, stage);
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
+        for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-            for (int t = 0; t < 2; ++t) part[(g + 8 * r) * T + 2 * own + t] = total[r][t];
-    } else {
-        Totals<T> totals = {};
-        add_steps<T, GROUP, ALIGNED>(a, at, span, totals);
-        if (T > 1 || own < 2)
+            for (int r = 0; r < 2; ++r)
+                *(float2 *)(slots + warp * VALUES + (g + 8 * r) * TOKENS + tile * TILE + 2 * own) =
+                    make_float2(found[tile][r][0], found[tile][r][1]);
+        __syncthreads();
 #pragma unroll
-            for (int i = 0; i < (T + 1) / 2; ++i)
-                part[(g + 8 * (own % 2)) * T + 2 * i + (T > 1 ? own / 2 : 0)] = totals.of[i];
+        for (int i = 0; i < TILES; ++i) {
+            const float *const of = slots + threadIdx.x + i * MMA_THREADS;
+            total[i] += (of[0] + of[VALUES]) + (of[2 * VALUES] + of[3 * VALUES]);
+        }
+        __syncthreads();
     }
-}
-
-template <int T, int GROUP> static __device__ __forceinline__ void mma_kernel(const MmaArguments &a) {
-    SHARED(float, parts); /* [WARPS, 16, T] */
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, block = blockIdx.x;
-    const int groups = a.matrix[0].groups, steps = (groups + 3) / 4, each = (steps + WARPS - 1) / WARPS;
-    const int aligned = a.matrices == 1 ? a.matrix[0].aligned : min(a.matrix[0].aligned, a.matrix[1].aligned);
-    const int first = min(steps, warp * each);
-    const Span span = {first, min(steps, first + each), groups};
-    const Lines at = lines_at(a, (int)blockIdx.y * (a.matrices == 2 ? 8 : 16) + g);
-    if (aligned == 16)
-        add_part<T, GROUP, 16>(a, at, span, parts + warp * 16 * T);
-    else
-        add_part<T, GROUP, 0>(a, at, span, parts + warp * 16 * T);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) slots[threadIdx.x + i * MMA_THREADS] = total[i];
     __syncthreads();
-    finish<T>(a, parts, block, blockIdx.y);
+    for (int i = threadIdx.x; i < VALUES / a.matrices; i += MMA_THREADS) {
+        const int row = i / TOKENS, token = i % TOKENS;
+        put_result(a, first + row, (int)blockIdx.x * TOKENS + token, slots[i], a.matrices == 2 ? slots[i + VALUES / 2] : 0);
+    }
 }
 
-#define MMA(T, GROUP, BLOCKS) \
-    KERNEL_OF(BLOCKS, JOIN(mma, PLANES, T, GROUP), MmaArguments) { mma_kernel<T, GROUP>(a); }
-#define MMA_MANY(GROUP, BLOCKS) \
-    KERNEL_OF(BLOCKS, JOIN(mma, PLANES, 32, GROUP), MmaArguments) { many_kernel<GROUP>(a); }
-#define MMAS(GROUP, FEW, MORE) MMA(1, GROUP, FEW) MMA(2, GROUP, FEW) MMA(4, GROUP, MORE) MMA(8, GROUP, 2)
+/* A warp has 16 rows for itself. */
+template <int TILES, int GROUP, int ALIGNED>
+static __device__ __forceinline__ void own_rows(const ProductArguments &a, const Input &x, int first, byte *stage) {
+    const int lane = threadIdx.x & 31, g = lane / 4, own = lane % 4, stages = (x.steps + 1) / 2;
+    float total[TILES][2][2] = {}, waiting[TILES][2][2][2] = {};
+    copy_stage<ALIGNED, GROUP>(a, first, 0, stage);
+#pragma unroll 1
+    for (int number = 0; number < stages; ++number) {
+        float found[TILES][2][2];
+        copies_are_there();
+        __syncwarp();
+        multiply_stage<TILES, GROUP>(stage, x, number, found);
+        __syncwarp();
+        if (number + 1 < stages) copy_stage<ALIGNED, GROUP>(a, first, number + 1, stage);
+        const bool last = number + 1 == stages;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int at = 0; at < 4; ++at) {
+                float &value = found[tile][at / 2][at % 2];
+                bool whole = pair_up<4>(number & 3, value, waiting[tile][at / 2][at % 2]);
+                for (int none = number + 1; last && !whole; ++none) { /* behind the end, stages of zeros */
+                    value = 0.0f;
+                    whole = pair_up<4>(none & 3, value, waiting[tile][at / 2][at % 2]);
+                }
+                if (whole) total[tile][at / 2][at % 2] += value;
+            }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const int token = ((int)blockIdx.x * TILES + tile) * TILE + 2 * own + t;
+            put_result(a, first + g, token, total[tile][0][t], total[tile][1][t]);
+            if (a.matrices == 1) put_result(a, first + g + 8, token, total[tile][1][t], 0.0f);
+        }
+}
+
+template <int TILES, int GROUP, int ALIGNED>
+static __device__ __forceinline__ void mma_kernel(const ProductArguments &a, byte *shared) {
+    const int warp = threadIdx.x / 32, groups = a.matrix[0].groups, steps = (groups * GROUP + STEP - 1) / STEP;
+    const int left = a.tokens - (int)blockIdx.x * TILES * TILE, high = a.matrices == 2 ? 8 : 16;
+    byte *const stage = shared + warp * Staged<GROUP>::SIZE;
+    Input x = {a.digits, a.factors, min(TILES, (left + TILE - 1) / TILE), steps, groups};
+    x.digits += (long long)blockIdx.x * TILES * steps * 12 * 512;
+    x.factors += 64ll * blockIdx.x * TILES * groups;
+    KEEP(x.digits);
+    KEEP(x.factors);
+    if (TILES > 1 && a.sharers == 1) /* with few tokens, blocks are few */
+        own_rows<TILES, GROUP, ALIGNED>(a, x, ((int)blockIdx.y * MMA_WARPS + warp) * high, stage);
+    else
+        share_rows<TILES, GROUP, ALIGNED>(a, x, (int)blockIdx.y * high, stage,
+                                          (float *)(shared + MMA_WARPS * Staged<GROUP>::SIZE));
+}
+
+template <int TILES, int GROUP> static __device__ __forceinline__ void mma_kernel(const ProductArguments &a) {
+    SHARED(uint4, shared); /* a stage a warp, then float [MMA_WARPS, 16, TILE TILES] */
+    const int aligned = a.matrices == 1 ? a.matrix[0].aligned : min(a.matrix[0].aligned, a.matrix[1].aligned);
+    if (aligned == 16 && a.matrix[0].groups * GROUP % 128 == 0)
+        mma_kernel<TILES, GROUP, 16>(a, (byte *)shared);
+    else
+        mma_kernel<TILES, GROUP, 0>(a, (byte *)shared);
+}
+
+#define MMA(TILES, GROUP, BLOCKS) \
+    SIZED_KERNEL(128, BLOCKS, JOIN(mma, PLANES, TILES, GROUP), ProductArguments) { mma_kernel<TILES, GROUP>(a); }
 #if IS_COMPILED(32)
-MMAS(32, 3, 2)
+MMA(1, 32, 4) MMA(2, 32, 3)
 #endif
-#if IS_COMPILED(64) && PLANES < 3
-MMAS(64, 3, 2) MMA_MANY(64, 2)
-#elif IS_COMPILED(64)
-MMAS(64, 2, 1) MMA_MANY(64, 2)
+#if IS_COMPILED(64)
+MMA(1, 64, 4) MMA(2, 64, 3)
 #endif
-#if IS_COMPILED(128) && PLANES < 3
-MMAS(128, 2, 1) MMA_MANY(128, 1)
-#elif IS_COMPILED(128)
-MMAS(128, 1, 1) MMA_MANY(128, 1)
+#if IS_COMPILED(128)
+MMA(1, 128, 4) MMA(2, 128, 3)
+#endif
 #endif

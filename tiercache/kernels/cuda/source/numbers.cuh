@@ -98,7 +98,7 @@ struct Packed { /* where inputs of products go */
     void *out;   /* as `prepare` or `digits` leave them, or plain [tokens, columns] */
     void *sums;  /* [blocks, chunks, T, groups a chunk], or the factors of `digits` */
     int group;   /* 0: plain */
-    int digits;  /* whether they are for mma.cu */
+    int digits;  /* whether they are for dots.cu and mma.cu */
     int padded_tokens, chunks, tokens, columns;
 };
 
@@ -106,7 +106,20 @@ static __device__ __forceinline__ int larger_bits(float a, float b) {
     return max(__float_as_int(a) & 0x7fffffff, __float_as_int(b) & 0x7fffffff);
 }
 
-/* Four columns as `digits` of common.cu makes them; the grid is high as the padded tokens. */
+/* Where the digits of a word lie, the first byte of those of quarter 0; 16 bytes for four quarters. dots.cu wants
+ * [token, 2048 columns, piece, word of a lane, lane] for one token or two, mma.cu for more [8 tokens, 64 columns, piece,
+ * token, word]. */
+static __device__ __forceinline__ long long digit_place(const Packed &p, int token, int word, int piece) {
+    if (p.padded_tokens <= 2) {
+        const int chunks = (p.columns + 2047) / 2048;
+        return (((long long)token * chunks + word / 128) * 12 + piece * 4 + word % 4) * 512 + word / 4 % 32 * 16;
+    }
+    const int steps = (p.columns + 255) / 256;
+    return (((long long)(token / 8) * steps * 4 + word / 4) * 3 + piece) * 512 + token % 8 * 64 + word % 4 * 16;
+}
+
+/* Four columns as whole numbers below 2^22, in steps of the power of two that the group's largest allows, and those as
+ * three bytes. A group with NaN or infinity has a step of NaN. */
 static __device__ __forceinline__ void store_digits(const Packed &p, int token, int column, float4 v) {
     const int threads = p.group >> 2, groups = (p.columns + p.group - 1) / p.group, group = column / p.group;
     int largest = max(larger_bits(v.x, v.y), larger_bits(v.z, v.w));
@@ -128,17 +141,16 @@ static __device__ __forceinline__ void store_digits(const Packed &p, int token, 
     }
     for (int far = 1; far < threads; far *= 2)
         sum += __float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(sum), far));
-    if (group < groups) {
-        const int within = column % p.group, i = 4 * (within % threads / 4) + within / threads;
-        const long long cell = (long long)token * groups + group;
-        unsigned *const to = (unsigned *)((byte *)p.out + cell * 3 * p.group) + i;
+    if (group >= groups) return;
+    const int within = column % p.group, word = group * (p.group >> 4) + within % threads / 4;
 #pragma unroll
-        for (int piece = 0; piece < 3; ++piece) to[piece * threads] = bytes[piece];
-        const float step = __int_as_float(finite ? (exponent - 21) << 23 : 0x7fc00000);
-        if (within == 0) ((float2 *)p.sums)[cell] = make_float2(step, step * (float)sum);
-    }
-    if (blockIdx.x == 0 && token == 0 && threadIdx.x < 32)
-        ((unsigned *)((byte *)p.out + (long long)gridDim.y * groups * 3 * p.group))[threadIdx.x] = 0;
+    for (int piece = 0; piece < 3; ++piece)
+        *(unsigned *)((byte *)p.out + digit_place(p, token, word, piece) + 4 * (within / threads)) = bytes[piece];
+    if (within) return;
+    const long long cell = p.padded_tokens <= 2 ? (long long)token * groups + group
+                                                : ((long long)(token / 8) * groups + group) * 8 + token % 8;
+    const float step = __int_as_float(finite ? (exponent - 21) << 23 : 0x7fc00000);
+    ((float2 *)p.sums)[cell] = make_float2(step, step * (float)sum);
 }
 
 /* Stores a lane's four columns of a token. All lanes of the warp call it; lanes lie side by side. */

@@ -19,11 +19,9 @@
 /* Holds a pointer in registers: not computed anew where it is used. For addresses that `fetch` reads. */
 #define KEEP(pointer) asm("" : "+l"(pointer))
 #define KERNEL(name, Arguments) extern "C" __global__ void __launch_bounds__(256) name(const Arguments a)
-/* So few registers that that many blocks fit a multiprocessor. */
-#define KERNEL_OF(blocks, name, Arguments) \
-    extern "C" __global__ void __launch_bounds__(256, blocks) name(const __grid_constant__ Arguments a)
-#define WIDE_KERNEL(name, Arguments) \
-    extern "C" __global__ void __launch_bounds__(512) name(const Arguments a)
+/* Of blocks of so many threads, that many of which fit a multiprocessor. */
+#define SIZED_KERNEL(threads, blocks, name, Arguments) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Arguments a)
 #define SHARED(type, name) extern __shared__ type name[]
 #else
 #include "shim.h"
@@ -71,6 +69,19 @@ static __device__ __forceinline__ long long row_of(const RowLists &rows, int whi
     return rows.list[which] ? rows.list[which][item] : item;
 }
 
+struct alignas(16) Row { /* where it lies: 2-bit codes, single bits, 4-bit codes, scales */
+    const byte *top, *bit, *low, *scales;
+};
+
+static __device__ __forceinline__ Row row_place(const Matrix &m, const RowLists &rows, int item) {
+    Row row;
+    row.top = m.plane[0] + row_of(rows, 0, item) * m.pitch[0];
+    row.bit = PLANES > 1 ? m.plane[1] + row_of(rows, 1, item) * m.pitch[1] : 0;
+    row.low = PLANES > 2 ? m.plane[2] + row_of(rows, 2, item) * m.pitch[2] : 0;
+    row.scales = m.scales + row_of(rows, 3, item) * m.scales_pitch;
+    return row;
+}
+
 static __device__ __forceinline__ float half_to_float(half_bits bits) {
 #ifdef __CUDACC_RTC__
     float value; /* a conversion, not fp16 arithmetic: every card has it */
@@ -81,11 +92,11 @@ static __device__ __forceinline__ float half_to_float(half_bits bits) {
 #endif
 }
 
-/* What no kernel writes: 4, 8 or 16 bytes. */
+/* What no kernel writes meanwhile: 4, 8 or 16 bytes, loaded where the program says so. */
 static __device__ __forceinline__ unsigned fetch_word(const byte *at) {
 #ifdef __CUDACC_RTC__
     unsigned word;
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(at));
     return word;
 #else
     return *(const unsigned *)at;
@@ -95,7 +106,7 @@ static __device__ __forceinline__ unsigned fetch_word(const byte *at) {
 static __device__ __forceinline__ uint2 fetch_two(const byte *at) {
 #ifdef __CUDACC_RTC__
     uint2 words;
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(at));
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(at));
     return words;
 #else
     return *(const uint2 *)at;
@@ -105,7 +116,7 @@ static __device__ __forceinline__ uint2 fetch_two(const byte *at) {
 static __device__ __forceinline__ uint4 fetch_four(const byte *at) {
 #ifdef __CUDACC_RTC__
     uint4 words;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
         : "l"(at));
     return words;
