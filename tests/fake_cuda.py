@@ -367,6 +367,7 @@ def recording() -> Iterator[Ordering]:
             "synchronize": synchronize,
             "cudart": lambda: runtime,
             "empty_cache": lambda: None,
+            "is_initialized": lambda: True,
             "mem_get_info": lambda at=None: (HUGE, HUGE),
             "max_memory_reserved": lambda at=None: 0,
             "reset_peak_memory_stats": lambda at=None: None,

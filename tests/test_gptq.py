@@ -253,11 +253,11 @@ def _weights(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("hbm", [None, "64MiB"])
 def test_mixed_mode_with_every_neuron_at_int8_is_int8(stores: tuple[Path, Path], hbm: str | None) -> None:
     ids = torch.arange(3, 40)[None]
-    options: dict[str, Any] = {"precision": "int8", "context": 64, "logits": 64}
+    options: dict[str, Any] = {"precision": "int8", "context": 64, "logits": 64, "kernels": "unfused"}
     with tiercache.offload(stores[0], dram="256MiB", show_progress=False, **options) as model, torch.no_grad():
         want = model(ids).logits.float()
     recipe = Recipe("product", 1, 2, (1.0, 0.0, 0.0))
-    with mixed(stores[0], recipe, hbm=hbm, context=64, logits=64) as model, torch.no_grad():
+    with mixed(stores[0], recipe, hbm=hbm, context=64, logits=64, kernels="unfused") as model, torch.no_grad():
         found = model(ids).logits.float()
     assert float((found - want).abs().max()) < 0.01 * float(want.std())
 

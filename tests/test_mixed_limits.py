@@ -333,7 +333,7 @@ def given_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("hbm", [None, PLENTY, "1150KB"])
+@pytest.mark.parametrize("hbm", [None, PLENTY, "1250KB"])
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 def test_a_given_model_is_restored(ending: Callable[..., None], hbm: str | None, given_store: Path) -> None:
     model = build("llama-tied-bias")
@@ -384,7 +384,7 @@ def test_streaming_and_padded_batches(calibrated: Path) -> None:
     found = []
     ids, mask = torch.tensor([[0, 0, 5, 9], [7, 8, 11, 90]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for hbm in (None, PLENTY, "1150KB"):
+    for hbm in (None, PLENTY, "1250KB"):
         with open_mixed(calibrated, hbm=hbm) as model:
             heard = Heard()
             made = model.generate(IDS, streamer=heard, **greedy)

@@ -86,6 +86,7 @@ class Binder:
         self.passes, self.resident = 0, False  # see `fused_layer.Slots`
         self._hooks: list[RemovableHandle] = []
         self._forwards, self._planes = Replacements(), list[PlaneForward]()
+        self._layers: list[FusedLayer] = []
         self._inputs = Inputs()
         uses = [use for use in bindings.uses if not isinstance(use.weight, NeuronWeight)]
         named = [(use, model.get_submodule(use.module)) for use in uses]
@@ -102,9 +103,9 @@ class Binder:
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
         if bindings.fusing is not None and bindings.kernels:
             for parts in fusable(model, {use.module: use.weight for use in uses}):
-                self._forwards.put(
-                    parts.layer.__dict__, "forward", FusedLayer(parts, self, bindings.kernels, bindings.fusing)
-                )
+                layer = FusedLayer(parts, self, bindings.kernels, bindings.fusing)
+                self._layers.append(layer)
+                self._forwards.put(parts.layer.__dict__, "forward", layer)
 
     def _plane_forward(
         self, use: Use, module: nn.Module, bindings: Bindings, partner: tuple[str, PlaneWeight] | None
@@ -136,6 +137,8 @@ class Binder:
         """Remove the hooks."""
         self.release_all()
         self._forwards.restore()
+        while self._layers:
+            self._layers.pop().close()
         while self._hooks:
             self._hooks.pop().remove()
 

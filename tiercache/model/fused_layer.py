@@ -116,6 +116,11 @@ class FusedLayer:
         self._feeds.end()
         return x[None]
 
+    def close(self) -> None:
+        """Forget the halves, which keep the memory of their slots."""
+        self._attends.forget()
+        self._feeds.forget()
+
     def _takes(self, x: Tensor, cache: Any, mask: Tensor | None, named: Mapping[str, Any]) -> bool:
         """Whether the kernels do all that this call asks for."""
         if self._looked_at != self._slots.passes:
@@ -220,6 +225,11 @@ class _Slotted(Generic[Half]):
             if len(self._known) > _PLACES:
                 self._known.popitem(last=False)
         return half
+
+    def forget(self) -> None:
+        """Let go of every half."""
+        self._known.clear()
+        self._staying.clear()
 
     def end(self) -> None:
         """Give slots back; after an exception the end of the pass does so."""

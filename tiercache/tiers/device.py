@@ -281,6 +281,8 @@ class CudaDevice(Device):
         torch.cuda.reset_peak_memory_stats(self.at)
 
     def release_cache(self) -> None:
+        if not torch.cuda.is_initialized():
+            return  # nothing was ever on the device
         self.synchronize()
         # cuBLAS keeps a workspace of torch's, 36 MiB on an H200, and asks for it again. No public name clears it.
         clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
