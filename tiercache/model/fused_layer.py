@@ -117,9 +117,8 @@ class FusedLayer:
         return x[None]
 
     def close(self) -> None:
-        """Forget the halves, which keep the memory of their slots."""
-        self._attends.forget()
-        self._feeds.forget()
+        """Let go of halves and slots, which keep a tier's memory; the layer is not called any more."""
+        del self._attends, self._feeds, self._slots  # they refer to it in turn, and garbage is collected some time
 
     def _takes(self, x: Tensor, cache: Any, mask: Tensor | None, named: Mapping[str, Any]) -> bool:
         """Whether the kernels do all that this call asks for."""
@@ -225,11 +224,6 @@ class _Slotted(Generic[Half]):
             if len(self._known) > _PLACES:
                 self._known.popitem(last=False)
         return half
-
-    def forget(self) -> None:
-        """Let go of every half."""
-        self._known.clear()
-        self._staying.clear()
 
     def end(self) -> None:
         """Give slots back; after an exception the end of the pass does so."""
