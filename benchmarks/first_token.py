@@ -52,9 +52,10 @@ def start(command: Sequence[str], checkout: Path) -> Start:
     """
     before = _processor_s()
     began = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(checkout)}
-    ) as process:
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # In the checkout, for Python looks for modules where it stands first.
+    with subprocess.Popen(command, cwd=checkout, env=environment, **pipes) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)
         first_s = time.perf_counter() - began

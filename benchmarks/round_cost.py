@@ -49,7 +49,7 @@ from tiercache.kv.tree_pass import TreeRun
 from tiercache.stats.drafting import DraftStats
 
 _BANK = 256  # rows of random logits
-_SURE = 12.0  # how far the next word's logit lies above the others' spread
+_SURE = 16.0  # how far the next word's logit lies above the others' spread
 _PASSES = "passes"  # of the model: left out
 # Whose seconds are a part of their own, those of the parts within left out.
 _PARTS: tuple[tuple[Any, str, str], ...] = (

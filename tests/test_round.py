@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import round_cost
-from tiercache.decode import verify
+from tiercache.decode import verify, warpers
 from tiercache.decode.request import Request
 from tiercache.draft import noise
 from tiercache.draft.noise import GumbelNoise
@@ -164,6 +164,54 @@ def test_scores_without_processors_are_the_logits(keep: dict[str, bool], dtype: 
     assert shaped.dtype == torch.float32
     assert torch.equal(shaped, row.float())
     assert [len(request.scores), len(request.logits)] == [int("keep_scores" in keep), int("keep_logits" in keep)]
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 99),
+    st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999]),
+    st.integers(1, 3),
+    st.data(),
+)
+@example(3000, 1, 0.9, 1, None)
+def test_top_p_is_transformers_own(
+    tokens: int, seed: int, share: float, least: int, data: st.DataObject | None
+) -> None:
+    kind = "few" if data is None else data.draw(st.sampled_from(["few", "banned", "broken", "all different"]))
+    row = scores(1, tokens, seed, few=kind == "few")
+    if kind == "banned":
+        row[0, :: 1 + seed % 3] = -math.inf
+    if kind == "broken":
+        row[0, tokens // 2] = math.nan
+    warper = tf.TopPLogitsWarper(share, min_tokens_to_keep=least)
+    before = row.clone()
+    found, wanted = warpers.processed(warper, torch.tensor([[1]]), row), warper(torch.tensor([[1]]), row.clone())
+    assert torch.equal(found.nan_to_num(9.5), wanted.nan_to_num(9.5))
+    assert torch.equal(row.nan_to_num(9.5), before.nan_to_num(9.5))
+
+
+def test_top_p_asks_transformers_only_where_equals_are_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    whole = tf.TopPLogitsWarper.__call__
+    monkeypatch.setattr(
+        tf.TopPLogitsWarper, "__call__", lambda self, ids, row: asked.append(row) or whole(self, ids, row)
+    )
+    warper = tf.TopPLogitsWarper(0.6)
+    for row, parted in (([0.4, 0.3, 0.2, 0.1], False), ([0.3, 0.3, 0.2, 0.2], False), ([0.25] * 4, True)):
+        asked.clear()
+        left = warpers.processed(warper, torch.tensor([[1]]), torch.tensor([row]).log())
+        assert bool(asked) == parted
+        assert int((left > -math.inf).sum()) == (3 if parted else 2)
+
+
+def test_other_processors_are_asked_as_they_are() -> None:
+    class Own(tf.TopPLogitsWarper):
+        def __call__(self, ids: Tensor, row: Tensor) -> Tensor:
+            return row + ids[0, -1]
+
+    assert warpers.processed(Own(0.5), torch.tensor([[3]]), torch.zeros(1, 2)).tolist() == [[3.0, 3.0]]
+    half = torch.zeros(1, 4, dtype=torch.float64)
+    assert warpers.processed(tf.TopPLogitsWarper(0.5), torch.tensor([[3]]), half).dtype == torch.float64
 
 
 def test_a_processor_may_change_its_scores_in_place() -> None:

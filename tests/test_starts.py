@@ -131,11 +131,14 @@ def test_the_model_of_a_store_is_built_once(plane_store: Callable[..., Path], mo
         assert len(built) == 1
 
 
-def test_the_benchmark_of_starts_times_first_byte_and_end() -> None:
+def test_the_benchmark_of_starts_times_first_byte_and_end(tmp_path: Path) -> None:
     slow = "import time; print('x', flush=True); time.sleep(0.3)"
     found = first_token.start([sys.executable, "-c", slow], HOUSE)
     assert 0 < found.first_s < found.whole_s - 0.2
     assert found.processor_s > 0
+    (tmp_path / "tiercache.py").write_text("raise SystemExit(3)")  # the code of that checkout, not of this one
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        first_token.start([sys.executable, "-c", "import tiercache"], tmp_path)
     with pytest.raises(RuntimeError, match="ended with 3"):
         first_token.start([sys.executable, "-c", "raise SystemExit(3)"], HOUSE)
     table, line = first_token.report({"one": [found, found]}).rsplit("\n", 1)

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from tiercache.compat import logits_process
+from tiercache.decode.warpers import processed
 
 # Processors that look at each row's own tokens and logits and nothing else, so that a drafter may ask them of any
 # node; the others (guidance by a second pass, prefix functions, the user's own) are the verifier's alone.
@@ -67,7 +68,7 @@ class Request:
             self.logits.append(logits.clone())
         scores: Tensor = logits
         for processor in self.processors:
-            scores = processor(self.text, scores)
+            scores = processed(processor, self.text, scores)
         if self.keep_scores:
             self.scores.append(scores)
         return scores[0]

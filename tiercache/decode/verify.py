@@ -203,8 +203,9 @@ def _highest(scores: Tensor) -> tuple[float, int]:
         values = scores.numpy(force=True)
         token = int(values.argmax())
         return float(values[token]), token
-    best, place = scores.max(-1)
-    return float(best), int(place)
+    both = torch.stack([part.double() for part in scores.max(-1)])  # so that a card is waited for once
+    best, place = both.tolist()
+    return best, int(place)
 
 
 def _probabilities(scores: Tensor, node: int) -> Tensor:

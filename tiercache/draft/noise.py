@@ -65,10 +65,10 @@ class GumbelNoise:
     def added(self, scores: torch.Tensor, position: int) -> torch.Tensor:
         """The scores [vocabulary] of the token at a position with its noise; for few of them no whole row is made."""
         if position not in self._kept and scores.dtype in (torch.float32, torch.float64):
-            allowed = (scores != -torch.inf).nonzero()[:, 0]
+            allowed = np.flatnonzero(scores.numpy(force=True) != -np.inf)
             if len(allowed) * _FEW < len(scores):
-                bits = self._tokens[allowed.numpy(force=True)] + np.uint64(_mix(self._key + position))
-                return scores.index_add(0, allowed, _gumbels(bits).to(scores))
+                some = _gumbels(self._tokens[allowed] + np.uint64(_mix(self._key + position)))
+                return scores.index_add(0, torch.from_numpy(allowed).to(scores.device), some.to(scores))
         return scores + self(position)
 
     def _make(self, positions: range) -> torch.Tensor:
