@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the other worker wants th
 import architectures
 import pytest
 import torch
+from cuda_on_cpu import emulate
 from hypothesis import HealthCheck, settings
 
 from benchmarks.real import model as real
@@ -83,6 +84,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels compiled for the processor, built once."""
+    return emulate.build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from torch import Tensor
 import tiercache
 from tiercache.bench import overhead
 from tiercache.compat import DynamicCache, cache_kwargs, cache_out
+from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.model import fused_layer
 from tiercache.model.growing_cache import GrowingCache
 
@@ -118,6 +119,17 @@ def test_weights_on_another_device_are_left_to_the_modules(
         assert counts(model) == (0, 15)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert (here.hits + here.misses, here.needed_bytes) == (apart.hits + apart.misses, apart.needed_bytes)
+
+
+def test_heads_that_kernels_do_not_take_are_left_to_the_modules(
+    plane_store: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuKernels, "takes_heads", lambda *heads: False)
+    with opened(plane_store("llama")) as model:
+        found = steps(model)
+        assert counts(model) == (0, 0)
+    with opened(plane_store("llama"), kernels="unfused") as model:
+        assert all(torch.equal(a, b) for a, b in zip(found, steps(model), strict=True))
 
 
 def test_hidden_states_are_those_of_the_layers(plane_store: Folders) -> None:

@@ -1,7 +1,7 @@
 """The CUDA kernels against the reference: emulated on the CPU from the same source, and on a GPU where there is one."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_on_cpu.cases import PRECISIONS, activations, assert_close, dense, matrix, selection, spans, strided
 from cuda_on_cpu.edge import at_the_edge
-from cuda_on_cpu.emulate import Emulation, build
+from cuda_on_cpu.emulate import Emulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,34 +25,21 @@ from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.quant.planes import Planes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products by many threads that wait for one another would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emulated kernels, built once."""
-    return build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")
-
-
-@pytest.fixture(scope="session")
-def kernels(library: Path) -> CudaKernels:
+def kernels(emulated_cuda: Path) -> CudaKernels:
     """Kernels on the emulation; blocks of 8 up to 24 tokens, so that small tests reach both ways."""
-    return CudaKernels(CPU, Emulation(library), switch=24)
+    return CudaKernels(CPU, Emulation(emulated_cuda), switch=24)
 
 
 @pytest.fixture(scope="session")
-def older(library: Path) -> CudaKernels:
+def older(emulated_cuda: Path) -> CudaKernels:
     """As `kernels`, for a card whose matrix units take no bytes."""
-    return CudaKernels(CPU, Emulation(library, capability=(7, 5)), switch=24)
+    return CudaKernels(CPU, Emulation(emulated_cuda, capability=(7, 5)), switch=24)
 
 
 SHAPES = {
@@ -162,13 +149,13 @@ def test_one_row_of_everything(kernels: CudaKernels, precision: str, group: int)
 
 @pytest.mark.parametrize("tokens", [1, 8, 11, 25])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_placement_changes_a_bit(library: Path, monkeypatch: Any, tokens: int, precision: str) -> None:
+def test_no_placement_changes_a_bit(emulated_cuda: Path, monkeypatch: Any, tokens: int, precision: str) -> None:
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 100_000)  # several tiles
     up, down = matrix(150, 1100, 64, precision), matrix(150, 200, 64, precision, 1)
     rows = torch.randint(0, 150, (130,), dtype=torch.int32)
     results = []
     for far, gap in ((False, 0), (True, 0), (False, 3), (True, 8)):
-        kernels = CudaKernels(CPU, Emulation(library, far), switch=24)
+        kernels = CudaKernels(CPU, Emulation(emulated_cuda, far), switch=24)
         x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(1))
         w, v = (strided(each, gap) if gap else each for each in (up, down))
         quantized = kernels.quantize_activations(x, 64)
@@ -205,7 +192,7 @@ def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group:
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_token_is_the_same_in_any_company(
-    library: Path, monkeypatch: Any, precision: str, group: int, capability: tuple[int, int]
+    emulated_cuda: Path, monkeypatch: Any, precision: str, group: int, capability: tuple[int, int]
 ) -> None:
     """Whatever the number of tokens; along the input on a card of any size, across the rows on one size of card."""
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 60_000)  # several tiles
@@ -213,7 +200,7 @@ def test_a_token_is_the_same_in_any_company(
     up, down = matrix(80, 300, group, precision), matrix(80, 70, group, precision, 1)
     alike: dict[tuple[int, int], Tensor] = {}
     for far, size in ((False, 1), (True, 1), (False, 3)):
-        launcher = Emulation(library, far, multiprocessors=size, capability=capability)
+        launcher = Emulation(emulated_cuda, far, multiprocessors=size, capability=capability)
         kernels = CudaKernels(CPU, launcher, switch=20)
         for tokens in (1, 2, 4, 9, 20):
             out, across, ffn = torch.zeros(tokens, 20), *torch.zeros(2, tokens, 70)
@@ -279,9 +266,9 @@ def test_gather_is_the_reference(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], library: Path, precision: str) -> None:
+def test_no_byte_is_read_past_the_end(in_child: Callable[..., Any], emulated_cuda: Path, precision: str) -> None:
     for group in (32, 64, 128):
-        assert in_child(at_the_edge, str(library), precision, group)
+        assert in_child(at_the_edge, str(emulated_cuda), precision, group)
 
 
 def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) -> None:
@@ -321,8 +308,8 @@ def test_grids_fit_every_card() -> None:
         launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), -1, 82)
 
 
-def test_what_cannot_be_meant_is_refused(library: Path) -> None:
-    launcher = Emulation(library)
+def test_what_cannot_be_meant_is_refused(emulated_cuda: Path) -> None:
+    launcher = Emulation(emulated_cuda)
     kernels = CudaKernels(CPU, launcher)
     weight = matrix(4, 100, 64, "int4")
     x, out = kernels.quantize_activations(torch.randn(2, 100), 64), torch.zeros(2, 4)

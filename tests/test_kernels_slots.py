@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_cpu.emulate import Emulation
-from cuda_on_cpu.emulate import build as build_emulation
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_trials import DTYPES, OPERATIONS, REFERENCE, Case, allowed
@@ -29,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session", params=DIALECTS)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param.startswith("cuda"):
-        library: Path = build_emulation(tmp_path_factory.getbasetemp() / "cuda-on-cpu")
+        library: Path = request.getfixturevalue("emulated_cuda")
         far = "far" in request.param
         return CudaKernels(CPU, Emulation(library, far), switch=24 if far else 16)  # 17 tokens: brought near, decoded
     if request.param not in build.instruction_sets():

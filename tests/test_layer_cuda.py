@@ -1,7 +1,7 @@
 """The halves of a layer on CUDA against the reference: emulated on the CPU, and on a GPU where there is one."""
 
 import ctypes
-from collections.abc import Iterator
+import gc
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_on_cpu.cases import matrix
-from cuda_on_cpu.emulate import Emulation, build
+from cuda_on_cpu.emulate import Emulation
 from torch import Tensor
 
 from tiercache.errors import UsageError
@@ -21,37 +21,24 @@ from tiercache.kernels.cuda.layer_calls import Heads, Units
 from tiercache.kernels.reference_blocks import ReferenceAttention, ReferenceFeedForward
 from tiercache.quant.planes import Planes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_A_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NOISE = 1e-5  # of the largest number beside one: sums of fp32 in another order
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products by many threads that wait for one another would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emulated kernels, built once."""
-    return build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")
-
-
-@pytest.fixture(scope="session")
-def kernels(library: Path) -> CudaKernels:
+def kernels(emulated_cuda: Path) -> CudaKernels:
     """Kernels on the emulation; weights are decoded above 33 tokens, so that small tests reach both ways."""
-    return CudaKernels(CPU, Emulation(library), switch=33)
+    return CudaKernels(CPU, Emulation(emulated_cuda), switch=33)
 
 
 @pytest.fixture(scope="session")
-def older(library: Path) -> CudaKernels:
+def older(emulated_cuda: Path) -> CudaKernels:
     """The same on a card without matrix units for bytes."""
-    return CudaKernels(CPU, Emulation(library, capability=(6, 1)), switch=33)
+    return CudaKernels(CPU, Emulation(emulated_cuda, capability=(6, 1)), switch=33)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -207,12 +194,12 @@ def passes(kernels: CudaKernels, dtype: torch.dtype, x: Tensor, cache: tuple[Ten
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (9, 0)])
-def test_a_token_is_the_same_in_any_company(library: Path, capability: tuple[int, int]) -> None:
+def test_a_token_is_the_same_in_any_company(emulated_cuda: Path, capability: tuple[int, int]) -> None:
     dtype = torch.bfloat16 if capability == (9, 0) else torch.float16
     x = random(33, 192).to(dtype)
     results = []
     for steps, mps in (([33], 1), ([1] * 33, 1), ([2, 7, 1, 3, 8, 12], 1), ([1] * 33, 100), ([20, 13], 100)):
-        kernels = CudaKernels(CPU, Emulation(library, False, mps, capability), switch=33)
+        kernels = CudaKernels(CPU, Emulation(emulated_cuda, False, mps, capability), switch=33)
         cache, at, outs = cached(2, 1100, 32, dtype), 1060, []
         for tokens in steps:
             outs.append(passes(kernels, dtype, x[at - 1060 : at - 1060 + tokens], cache, at))
@@ -226,7 +213,7 @@ def test_a_token_is_the_same_in_any_company(library: Path, capability: tuple[int
 
 @pytest.mark.parametrize("slots", [60, 130, 600, 1200])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_no_cut_of_the_slots_changes_a_bit(library: Path, tokens: int, slots: int) -> None:
+def test_no_cut_of_the_slots_changes_a_bit(emulated_cuda: Path, tokens: int, slots: int) -> None:
     weights = attention_weights(torch.float16)
     x, queries = random(tokens, 192).half(), 3 * random(tokens, 4, 32, seed=1)
     keys, values = cached(2, slots, 32, torch.float16)
@@ -234,7 +221,7 @@ def test_no_cut_of_the_slots_changes_a_bit(library: Path, tokens: int, slots: in
     mask[:, :64] = False  # a slice that nobody attends to
     found, cuts = [], set()
     for mps in (1, 3, 1000):
-        launcher = Emulation(library, multiprocessors=mps)
+        launcher = Emulation(emulated_cuda, multiprocessors=mps)
         found.append(CudaKernels(CPU, launcher).attention(weights).attend(x, queries, keys, values, mask))
         cuts.add(launcher.launched[0].grid[0])
     assert len(cuts) >= min(2, -(-slots // 64)) - (slots <= 64)
@@ -276,8 +263,8 @@ def test_what_is_masked_out_counts_for_nothing(kernels: CudaKernels) -> None:
 
 @pytest.mark.parametrize("capability", [(6, 1), (9, 0)])
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-def test_a_layer_is_few_launches(library: Path, tokens: int, capability: tuple[int, int]) -> None:
-    launcher = Emulation(library, capability=capability)
+def test_a_layer_is_few_launches(emulated_cuda: Path, tokens: int, capability: tuple[int, int]) -> None:
+    launcher = Emulation(emulated_cuda, capability=capability)
     kernels = CudaKernels(CPU, launcher)
     attention, block = kernels.attention(attention_weights()), kernels.feed_forward(feed_forward_weights())
     keys, values = cached(2, 200, 32, torch.float32)
@@ -287,8 +274,8 @@ def test_a_layer_is_few_launches(library: Path, tokens: int, capability: tuple[i
     assert len(launcher.launched) <= 14
 
 
-def test_scratch_is_shared_and_what_is_ready_stays_right(library: Path) -> None:
-    kernels = CudaKernels(CPU, Emulation(library))
+def test_scratch_is_shared_and_what_is_ready_stays_right(emulated_cuda: Path) -> None:
+    kernels = CudaKernels(CPU, Emulation(emulated_cuda))
     layers = [kernels.feed_forward(feed_forward_weights(shape=shape)) for shape in ((192, 320), (256, 700))]
     inputs = [random(tokens, layer._hidden, seed=tokens) for tokens in (1, 4, 9) for layer in layers]
     fresh = [layer.forward(x) for x, layer in zip(inputs, layers * 3, strict=True)]
@@ -297,6 +284,9 @@ def test_scratch_is_shared_and_what_is_ready_stays_right(library: Path) -> None:
     assert kernels._card.scratch.nbytes == grown
     for a, b in zip(fresh, again, strict=True):
         assert torch.equal(a, b)
+    layers.clear()
+    gc.collect()
+    assert kernels._card.scratch.nbytes == 0  # closed models leave none
 
 
 def test_nothing_to_do(kernels: CudaKernels) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tiercache.errors import UsageError
 from tiercache.kernels.blocks import AttentionWeights, FeedForwardWeights
 from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.kernels.cpu.build import instruction_sets
@@ -186,6 +187,15 @@ def test_a_token_that_attends_to_nothing_adds_nothing() -> None:
     found = attention.attend(x, queries, keys, values, mask)
     assert torch.equal(found[1], x[1])
     assert not torch.equal(found[0], x[0])
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "dim"), [(4, 2, 15), (2, 1, 258), (3, 2, 16)])
+def test_heads_that_are_not_taken_are_refused(heads: int, key_heads: int, dim: int) -> None:
+    kernels = CpuKernels()
+    assert kernels.takes_heads(6, 2, 32)
+    assert not kernels.takes_heads(heads, key_heads, dim)
+    with pytest.raises(UsageError, match=f"{heads} heads of {dim}"):
+        kernels.attention(attention_weights(torch.float32, heads=heads, key_heads=key_heads, dim=dim, extras=False))
 
 
 def test_infinity_and_nan_come_out() -> None:

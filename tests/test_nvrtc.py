@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_on_cpu.cases import assert_close, dense, matrix, spans
-from cuda_on_cpu.emulate import build
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda import driver, launches, mma_launches, nvrtc
@@ -123,10 +122,10 @@ def test_what_the_compiler_says_is_passed_on(compiler: nvrtc.Nvrtc, monkeypatch:
 
 
 def test_calls_reach_a_driver(
-    compiler: nvrtc.Nvrtc, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: nvrtc.Nvrtc, emulated_cuda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From CudaKernels to cuLaunchKernel, with a driver of the same signatures on top of the emulated kernels."""
-    library = ctypes.CDLL(str(build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")))
+    library = ctypes.CDLL(str(emulated_cuda))
     loaded = ctypes.CDLL
     for name, value in {
         "is_available": True,
@@ -163,8 +162,8 @@ def test_calls_reach_a_driver(
         CudaKernels(torch.device("cpu"), Driver(torch.device("cuda"), tmp_path / "kept")).quantize_activations(x, 64)
 
 
-def test_a_driver_before_launch_configurations_is_served(tmp_path_factory: pytest.TempPathFactory) -> None:
-    library = ctypes.CDLL(str(build(tmp_path_factory.getbasetemp() / "cuda-on-cpu")))
+def test_a_driver_before_launch_configurations_is_served(emulated_cuda: Path) -> None:
+    library = ctypes.CDLL(str(emulated_cuda))
     asked: list[tuple[object, ...]] = []
     old = SimpleNamespace(cuLaunchKernel=lambda *given: asked.append(given) or 0)
     bound = driver.Bound(

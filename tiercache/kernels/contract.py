@@ -137,6 +137,10 @@ class Kernels(Protocol):
         self.matmul(self.quantize_activations(self.hadamard(x, factors), weight.group), weight, out)
         return out.to(x.dtype)
 
+    def takes_heads(self, heads: int, key_heads: int, head_dim: int) -> bool:
+        """Whether `attention` takes so many heads of queries, and of keys and values, of so many numbers."""
+        return True
+
     def attention(self, weights: AttentionWeights) -> Attention:
         """The attention half of a layer over some weights, which must stay where they lie while it is used."""
         raise NotImplementedError

@@ -103,6 +103,8 @@ class Binder:
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
         if bindings.fusing is not None and bindings.kernels:
             for parts in fusable(model, {use.module: use.weight for use in uses}):
+                if not all(kernels.takes_heads(*parts.heads) for kernels in bindings.kernels.values()):
+                    continue
                 layer = FusedLayer(parts, self, bindings.kernels, bindings.fusing)
                 self._layers.append(layer)
                 self._forwards.put(parts.layer.__dict__, "forward", layer)

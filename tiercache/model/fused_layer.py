@@ -82,7 +82,7 @@ class FusedLayer:
         self._forward = parts.layer.forward
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
-        self._norms: Any = parts.layer  # holds them, and the feed-forward block
+        self._layer: Any = parts.layer
         self._attends = _Slotted(slots, parts.halves[0], self._new_attention)
         self._feeds = _Slotted(slots, parts.halves[-1], self._new_feed_forward)
         names = ["input_layernorm", "self_attn", *(["post_attention_layernorm", "mlp"] if parts.feed_forward else [])]
@@ -111,7 +111,7 @@ class FusedLayer:
         feeds = self._feeds.begin(x.device) if self._parts.feed_forward else None
         if feeds is None:
             hidden = x[None]
-            return hidden + self._norms.mlp(self._norms.post_attention_layernorm(hidden))
+            return hidden + self._layer.mlp(self._layer.post_attention_layernorm(hidden))
         x = feeds.forward(x)
         self._feeds.end()
         return x[None]
@@ -145,12 +145,12 @@ class FusedLayer:
     def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
         module, weights = self._attention, self._parts.weights
         queries, keys, values, outward = map(self._planes, (*INWARD, OUTWARD), slots)
-        heads, key_heads = (queries.rows // module.head_dim, keys.rows // module.head_dim)
+        heads, key_heads, head_dim = self._parts.heads
         norms = (module.q_norm.weight, module.k_norm.weight) if hasattr(module, "q_norm") else None
         inputs, outputs = weights[INWARD[0]], weights[OUTWARD]
         made = AttentionWeights(
-            norm=self._norms.input_layernorm.weight.data,
-            eps=_epsilon(self._norms.input_layernorm),
+            norm=self._layer.input_layernorm.weight.data,
+            eps=_epsilon(self._layer.input_layernorm),
             inward=(queries, keys, values),
             factors=inputs.input_factors(slots[0][0]),
             biases=(module.q_proj.bias, module.k_proj.bias, module.v_proj.bias),
@@ -160,7 +160,7 @@ class FusedLayer:
             outward_bias=module.o_proj.bias,
             heads=heads,
             key_heads=key_heads,
-            head_dim=module.head_dim,
+            head_dim=head_dim,
             scaling=module.scaling,
         )
         return self._kernels[slots[0][0].device.type].attention(made)
@@ -170,8 +170,8 @@ class FusedLayer:
         gate, up, down = map(self._planes, (*GATED, DOWN), slots)
         assert name is not None
         made = FeedForwardWeights(
-            norm=self._norms.post_attention_layernorm.weight.data,
-            eps=_epsilon(self._norms.post_attention_layernorm),
+            norm=self._layer.post_attention_layernorm.weight.data,
+            eps=_epsilon(self._layer.post_attention_layernorm),
             inward=(gate, up),
             factors=weights[GATED[0]].input_factors(slots[0][0]),
             down=down,

@@ -46,6 +46,13 @@ class LayerParts:
         return [[f"{self.name}.{part}" for part in half] for half in halves]
 
     @property
+    def heads(self) -> tuple[int, int, int]:
+        """Heads of queries, heads of keys and values, and numbers in each."""
+        size = int(getattr(self.layer.get_submodule("self_attn"), "head_dim"))  # noqa: B009 - a module of any class
+        queries, keys = (self.weights[part].rows // size for part in INWARD[:2])
+        return queries, keys, size
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in."""
         return next(self.layer.get_submodule("input_layernorm").parameters()).dtype

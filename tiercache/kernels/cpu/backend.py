@@ -18,7 +18,7 @@ from tiercache.kernels.activation import check_activation
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cpu import build
-from tiercache.kernels.cpu.layer import Calls, CpuAttention, CpuFeedForward, declare
+from tiercache.kernels.cpu.layer import Calls, CpuAttention, CpuFeedForward, declare, takes_heads
 from tiercache.kernels.cpu.library import CMatrix, CTeam, load, openmp
 from tiercache.kernels.cpu.views import Views, check_on_host, input_view, row_lists, row_stride, some_rows
 from tiercache.quant.planes import Planes, num_groups
@@ -153,6 +153,9 @@ class CpuKernels(Kernels):
         self._library.tc_linear(byref(matrix), byref(source), *where)
         del keep
         return out
+
+    def takes_heads(self, heads: int, key_heads: int, head_dim: int) -> bool:
+        return takes_heads(heads, key_heads, head_dim)
 
     def attention(self, weights: AttentionWeights) -> Attention:
         return CpuAttention(weights, self._calls)

@@ -105,10 +105,10 @@ class CpuAttention(Attention):
 
     def __init__(self, weights: AttentionWeights, calls: Calls) -> None:
         w = weights
-        if w.head_dim > _MOST_HEAD_DIM or w.head_dim % 2 or w.heads % w.key_heads:
+        if not takes_heads(w.heads, w.key_heads, w.head_dim):
             raise UsageError(
                 f"{w.heads} heads of {w.head_dim} numbers on {w.key_heads} of keys: need an even number of at most "
-                f"{_MOST_HEAD_DIM}, and as many heads for each of keys"
+                f"{_MOST_HEAD_DIM}, and as many heads for each of keys; leave this layer to its modules"
             )
         self._weights, self._calls, self._dtype = weights, calls, w.norm.dtype
         self._hidden, self._width = w.inward[0].columns, w.outward.rows
@@ -188,6 +188,11 @@ class CpuFeedForward(FeedForward):
         given = (byref(source), scratch.data_ptr(), out.data_ptr(), byref(calls.team()))
         calls.library.tc_feed_forward(self._half, *given)
         return out
+
+
+def takes_heads(heads: int, key_heads: int, head_dim: int) -> bool:
+    """Whether the kernels take so many heads of queries, and of keys and values, of so many numbers."""
+    return head_dim <= _MOST_HEAD_DIM and head_dim % 2 == 0 and heads % key_heads == 0
 
 
 def declare(library: ctypes.CDLL) -> None:

@@ -64,6 +64,7 @@ class CudaAttention(Attention):
     def __init__(self, weights: AttentionWeights, card: Card) -> None:
         w = self._w = weights
         self._card, self._heads = card, Heads(w.heads, w.key_heads, w.head_dim)
+        self._scratch = card.scratch.of_halves()
         self._hidden, self._group = w.inward[0].columns, w.inward[0].group
         _check(w, self._heads)
         self._inward = [Product(planes, card) for planes in w.inward]
@@ -143,7 +144,7 @@ class CudaAttention(Attention):
         padded = Blocks.of(tokens).padded
         sizes = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
         packed = packed_sizes(tokens, self._hidden, self._group, self._card)
-        *inputs, q, k, v = self._card.scratch.pieces(stream, [*packed, *sizes])
+        *inputs, q, k, v = self._scratch.pieces(stream, [*packed, *sizes])
         to = layer_calls.packed(inputs, self._group, (tokens, self._hidden), self._card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
@@ -163,7 +164,7 @@ class CudaAttention(Attention):
         found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
         weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
         sizes = [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
-        *inputs, product, attended, weight = card.scratch.pieces(stream, sizes)
+        *inputs, product, attended, weight = self._scratch.pieces(stream, sizes)
         attention = self._attention(tokens, attended, weight)
         to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
         leave = self._leaving(tokens, Blocks.of(tokens).size, KINDS[kind], product)

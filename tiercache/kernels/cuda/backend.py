@@ -27,19 +27,20 @@ from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, F
 from tiercache.kernels.contract import ACTIVATIONS, Kernels, Parts, QuantizedActivations, Selection
 from tiercache.kernels.cuda import down_launches, launches, mma_launches
 from tiercache.kernels.cuda.attention import CudaAttention
-from tiercache.kernels.cuda.card import KINDS, Card, Scratch
+from tiercache.kernels.cuda.card import KINDS, Card, SharedScratch
 from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.feed_forward import CudaFeedForward
 from tiercache.kernels.cuda.launches import Blocks
+from tiercache.kernels.cuda.layer_calls import Heads
 from tiercache.kernels.cuda.precision import full_precision
 from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.kernels.cuda.tiles import Tile, Tiler
 from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
-DEFAULT_SWITCH = 64
-"""Tokens up to which planes are multiplied as they are, with bits that no company changes: a largest drafted tree's."""
+DEFAULT_SWITCH = 65
+"""Tokens up to which planes are multiplied as they are, with bits that no company changes: a root and 64 nodes."""
 
 
 class CudaKernels(Kernels):
@@ -63,7 +64,7 @@ class CudaKernels(Kernels):
         self._by_matrix_units = launcher.capability >= mma_launches.LEAST_CAPABILITY
         self._switch = max(switch, launches.FEW_TOKENS)
         self._tiler = Tiler(launcher, device, self._switch)
-        self._card = Card(launcher, device, self._switch, self, Scratch(device), threading.Lock())
+        self._card = Card(launcher, device, self._switch, self, SharedScratch(device), threading.Lock())
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         tokens, columns = x.shape
@@ -157,6 +158,9 @@ class CudaKernels(Kernels):
             given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
             self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices)
         self._add_up(partial, x.tokens, down, out)
+
+    def takes_heads(self, heads: int, key_heads: int, head_dim: int) -> bool:
+        return Heads.fit(heads, key_heads, head_dim)
 
     def attention(self, weights: AttentionWeights) -> Attention:
         return CudaAttention(weights, self._card)

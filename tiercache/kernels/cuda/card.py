@@ -1,4 +1,4 @@
-"""What the halves of layers share on one card: who launches, and scratch memory that stays.
+"""What the halves of layers share on one card: who launches, and scratch memory.
 
 Knows torch's memory; nothing of planes or layers.
 """
@@ -6,7 +6,8 @@ Knows torch's memory; nothing of planes or layers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -54,6 +55,32 @@ class Scratch:
         return sum(block.numel() for blocks in self._blocks.values() for block in blocks)
 
 
+class SharedScratch:
+    """The scratch of all halves that there are; it goes with the last of them, so a closed model leaves none.
+
+    Args:
+        device: where it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._live: Callable[[], Scratch | None] = lambda: None
+
+    def of_halves(self) -> Scratch:
+        """For a half to keep."""
+        scratch = self._live()
+        if scratch is None:
+            scratch = Scratch(self._device)
+            self._live = weakref.ref(scratch)
+        return scratch
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes now."""
+        scratch = self._live()
+        return 0 if scratch is None else scratch.nbytes
+
+
 @dataclass(frozen=True)
 class Card:
     """What a half of a layer works with.
@@ -63,7 +90,7 @@ class Card:
         device: where tensors are.
         switch: tokens above which weights are decoded first, by `kernels`.
         kernels: of the same card, for passes of more tokens.
-        scratch: see `Scratch`.
+        scratch: see `SharedScratch`.
         lock: held while addresses are written and calls enqueued, so that the calls of two threads do not mix.
     """
 
@@ -71,7 +98,7 @@ class Card:
     device: torch.device
     switch: int
     kernels: Kernels
-    scratch: Scratch
+    scratch: SharedScratch
     lock: threading.Lock
 
     @property

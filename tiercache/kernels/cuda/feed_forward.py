@@ -41,7 +41,7 @@ class CudaFeedForward(FeedForward):
     def __init__(self, weights: FeedForwardWeights, card: Card) -> None:
         w = self._w = weights
         self._card, self._hidden, self._group = card, w.inward[0].columns, w.inward[0].group
-        self._neurons = w.down.rows
+        self._neurons, self._scratch = w.down.rows, card.scratch.of_halves()
         check_activation(w.activation)
         for name, planes in zip(("gate", "up"), w.inward, strict=True):
             check_matrix(name, planes, self._neurons, self._hidden, self._group)
@@ -78,7 +78,7 @@ class CudaFeedForward(FeedForward):
         slices = Slices.of(self._neurons, down.group, self._down.groups, card.launcher.multiprocessors)
         sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(slices.count, room, padded)]
         inputs = packed_sizes(tokens, self._hidden, self._group, card)
-        *packed, inner, partial = card.scratch.pieces(stream, [*inputs, *sizes])
+        *packed, inner, partial = self._scratch.pieces(stream, [*inputs, *sizes])
         to = layer_calls.packed(packed, self._group, (tokens, self._hidden), card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         activation = ACTIVATIONS.index(self._w.activation)

@@ -109,11 +109,16 @@ class Heads:
     keys: int
     size: int
 
+    @staticmethod
+    def fit(queries: int, keys: int, size: int) -> bool:
+        """Whether the kernels take heads of that shape."""
+        return size % 8 == 0 and 8 <= size <= MOST_HEAD and queries >= 1 and queries % max(1, keys) == 0
+
     def __post_init__(self) -> None:
-        if self.size % 8 or not 8 <= self.size <= MOST_HEAD or self.queries < 1 or self.queries % max(1, self.keys):
+        if not Heads.fit(self.queries, self.keys, self.size):
             raise UsageError(
                 f"{self.queries} heads of {self.size} numbers over {self.keys} of keys: the CUDA kernels take heads of "
-                f"8, 16, ... {MOST_HEAD} numbers and as many for each head of keys; leave this model's layers to torch"
+                f"8, 16, ... {MOST_HEAD} numbers and as many for each head of keys; leave this layer to its modules"
             )
 
     @property
