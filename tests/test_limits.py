@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,20 +215,18 @@ def test_a_file_cut_short_while_running(folder: Path, tmp_path: Path) -> None:
 
 
 MEASURE = """
-import ctypes, json, pathlib, sys, torch, transformers
+import ctypes, json, pathlib, sys, torch
 import tiercache
 from tiercache.stats.run import peak_rss_bytes
 torch.set_num_threads(1)
-path, options = sys.argv[1], json.loads(sys.argv[2])
+path, warm, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 def passes(model, ids):
     with torch.inference_mode():
         model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
 # What imports or compiles itself on first use is not the library's: torch's matrix kernels alone take some 40 MB, for
-# each new shape anew. So one layer of the same shapes runs first.
+# each new shape anew, and a compiler of our kernels brings its modules. So one layer of the same shapes runs first.
 ids = torch.arange(1, options["context"] - 8)[None]
-warm = transformers.AutoConfig.from_pretrained(path)
-warm.num_hidden_layers = 1
-with tiercache.offload(transformers.AutoModelForCausalLM.from_config(warm), context=options["context"]) as model:
+with tiercache.offload(warm, context=options["context"], precision=options["precision"]) as model:
     passes(model, ids)
 del model
 ctypes.CDLL(None).malloc_trim(0)
@@ -246,14 +245,15 @@ print(json.dumps({"grown": peak_rss_bytes() - before, "misses": stats.tiers["dra
 @pytest.mark.parametrize("tiers", [1, 2])
 def test_the_process_grows_by_no_more_than_its_budgets(precision: str, tiers: int, tmp_path: Path) -> None:
     shape = Shape(1024, 2816, 12, 16, 4, 8000)  # 300 MB in bf16
-    path = tmp_path / "model"
-    (make_checkpoint if precision == "source" else make_store)(shape, path, 0)
+    path, warm = tmp_path / "model", tmp_path / "one-layer"
+    for folder, each in ((path, shape), (warm, replace(shape, layers=1))):
+        (make_checkpoint if precision == "source" else make_store)(each, folder, 0)
     dram = (120 << 20) if precision == "source" else (100 << 20)
     hbm = None
     if tiers == 2:
         hbm, dram = (90 << 20, dram) if precision == "source" else (96 << 20, 24 << 20)
     options = {"dram": dram, "hbm": hbm, "precision": precision, "context": 256, "logits": 1}
-    command = [sys.executable, "-W", "error", "-c", MEASURE, str(path), json.dumps(options)]
+    command = [sys.executable, "-W", "error", "-c", MEASURE, str(path), str(warm), json.dumps(options)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     measured = json.loads(child.stdout.splitlines()[-1])

@@ -102,7 +102,9 @@ def test_a_conversation_until_ctrl_c(chatting: Path) -> None:
         assert "no command /frob" in plainly(terminal.until("\n> "))
         terminal.type(f"{PROMPT}\n")
         assert "kept from" not in plainly(terminal.until("\n> "))
-        terminal.type("half a line" + CTRL_C)
+        terminal.type("half a line")
+        terminal.until("half a line")  # CPython's line editor misses a signal that comes before it waits for keys
+        terminal.type(CTRL_C)
         assert terminal.end() == 130
         assert "Traceback" not in terminal.shown
 
