@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from profiler.direct import BLOCK_BYTES, open_direct
 from profiler.hugepages import map_huge_pages
+
+Reader = Callable[[int, int], object]
+"""Loads every byte of memory, given by its address and length, once."""
 
 LEFTOVERS = ".tiercache-probe-*"  # what a probe that was killed leaves in its folder
 
@@ -88,18 +92,21 @@ def dram_read(
     size_bytes: int = 1 << 30,
     repeats: int = 5,
     memory: memoryview | None = None,
+    readers: Sequence[Reader] = (),
 ) -> float:
-    """GB/s of the C library's own vectorised comparison (of memory with itself) on all cores; median of `repeats`.
+    """GB/s that the fastest reader reaches on all cores; of each the median of `repeats`, in turn.
 
-    It needs no compiler, loads every byte from memory once and does next to nothing with it: about what the best plain
-    vector read reaches, where a framework's sum stays at two thirds. Pages are huge where the system has them, as in
-    the tiers' slabs: among ordinary ones the search for pages, not the memory, may set the rate.
+    One reader is the C library's own vectorised comparison, of memory with itself. It needs no compiler, loads every
+    byte from memory once and does next to nothing with it, where a framework's sum stays at two thirds. Pages are huge
+    where the system has them, as in the tiers' slabs: among ordinary ones the search for pages, not the memory, may set
+    the rate.
 
     Args:
         threads: as many as cores by default.
         size_bytes: how much to read.
         repeats: how often.
         memory: what to read instead of new memory: of a machine with several memories each place has its own roof.
+        readers: others to try.
     """
     workers = threads or len(os.sched_getaffinity(0))
     if memory is None:
@@ -109,11 +116,13 @@ def dram_read(
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes, compare.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int
     starts = [address + n * share for n in range(workers)]
-    rates = []
+    every: list[Reader] = [lambda at, nbytes: compare(at, at, nbytes), *readers]
+    rates: list[list[float]] = [[] for _ in every]
     for _ in range(repeats):
-        jobs = [lambda at=at: compare(at, at, share) for at in starts]
-        rates.append(share * workers / _together(jobs) / 1e9)
-    return statistics.median(rates)
+        for reader, found in zip(every, rates, strict=True):
+            jobs = [partial(reader, at, share) for at in starts]
+            found.append(share * workers / _together(jobs) / 1e9)
+    return max(map(statistics.median, rates))
 
 
 def _read_all(descriptor: int, size: int, threads: int, chunk_bytes: int, limit_s: float) -> float:

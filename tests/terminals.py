@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -61,6 +62,13 @@ class Terminal:
             assert self._more(end), f"{text!r} was not shown in: {self.shown[self._read :]!r}"
         begin, self._read = self._read, place + len(text)
         return self.shown[begin : self._read]
+
+    def until_asleep(self) -> None:
+        """Wait until it waits for keys: CPython's line editor misses a signal that comes just before."""
+        end = time.monotonic() + _PATIENCE_S
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "it never waits"
+            time.sleep(0.01)
 
     def end(self) -> int:
         """The exit code, once everything is read."""

@@ -101,13 +101,16 @@ def test_killed_at_random_moments(
         if done:
             last = pipe.recv()
             process.join()
-            break
+            if kills:
+                break
+            whole_s /= 4  # the machine has become faster than it was when that was taken
+            store = with_tokenizer(plane_store("llama"), tmp_path / f"again-{whole_s}")
+            continue
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kills += 1
         with pytest.raises(UsageError, match="not calibrated"):
             Calibration.load(PlaneStore.open(store))
-    assert kills
     assert last < steps, "it began from nothing"
     assert same(Calibration.load(PlaneStore.open(store)), whole)
     assert not (store / PARTIAL_FILE).exists()

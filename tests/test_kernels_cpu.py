@@ -301,3 +301,11 @@ def _first(weight: Planes) -> Planes:
 def test_what_cannot_be_multiplied_is_refused(wrong: str) -> None:
     with pytest.raises(UsageError):
         _bad_calls()[wrong](CpuKernels("portable"))
+
+
+def test_the_reader_of_the_roof_loads_every_byte(kernels: CpuKernels) -> None:
+    memory = torch.zeros(8 * 256 * 3 + 77, dtype=torch.uint8)
+    for at in range(memory.numel()):
+        memory[at] = 1 + at % 255
+        assert kernels.read(memory.data_ptr(), memory.numel()) == 1 + at % 255
+        memory[at] = 0

@@ -341,6 +341,10 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
     assert probe_cache.this_machine() == refitted
     probe_cache.keep(machine())
     assert probe_cache.pairs() == [], "another probe's"
+    with monkeypatch.context() as changed:
+        changed.setattr(probe_cache, "source_digest", lambda: "kernels that were changed")
+        with pytest.raises(UsageError, match="nothing was measured of this machine"):
+            probe_cache.this_machine()
     monkeypatch.setattr(probe_cache, "processor_name", lambda: "another")
     with pytest.raises(UsageError, match="nothing was measured of this machine"):
         probe_cache.this_machine()
@@ -355,7 +359,7 @@ def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(watch, "by_turns", _usual)
     monkeypatch.setattr(machine_probe, "Watch", lambda *_, **__: watch)
     monkeypatch.setattr(machine_probe, "_DISK_BYTES", 8 << 20)
-    monkeypatch.setattr("profiler.probe.dram_read", lambda **_: told.pop())
+    monkeypatch.setattr(machine_probe, "dram_roof", lambda *_, **__: told.pop())
     with pytest.raises(EnvironmentUnsupportedError, match=r"vary by .* probe again"):
         machine_probe.probe_machine(tmp_path, CPU, show_progress=False)
     assert not told, "tried twice"

@@ -103,7 +103,8 @@ def test_a_conversation_until_ctrl_c(chatting: Path) -> None:
         terminal.type(f"{PROMPT}\n")
         assert "kept from" not in plainly(terminal.until("\n> "))
         terminal.type("half a line")
-        terminal.until("half a line")  # CPython's line editor misses a signal that comes before it waits for keys
+        terminal.until("half a line")
+        terminal.until_asleep()
         terminal.type(CTRL_C)
         assert terminal.end() == 130
         assert "Traceback" not in terminal.shown

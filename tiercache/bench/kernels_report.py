@@ -6,6 +6,7 @@ from tiercache.bench.tables import table
 from tiercache.config.sizes import human
 
 _NAMES = ("kernel", "matrix", "weights")
+_BEYOND = 1.03  # times the roof: within this two readings of the same memory differ by themselves
 _NUMBERS = ("tokens", "ms", "GB/s", "of roof", "GFLOP/s", "error")
 
 
@@ -20,6 +21,8 @@ def report(result: dict[str, Any]) -> str:
     ]
     for device in result["stands"]:
         lines += _table(device["device"], [row for row in result["results"] if row["device"] == device["device"]])
+    if beyond := sum(row["ratio"] > _BEYOND for row in result["results"]):
+        lines.append(f"{beyond} cases read faster than {_BEYOND:.0%} of the roof: the memory's rate changed; run again")
     if not any(row["peer_seconds"] for row in result["results"]):
         lines.append("torch's own products are timed beside these by: python -m benchmarks.kernels, in a checkout")
     return "\n".join(lines)

@@ -34,8 +34,8 @@ from tiercache.engine.workload import imagined_workload
 from tiercache.tiers.device import Device
 
 KINDS = ("int3", "int4", "int8", "source")
-# Tokens of a pass, and how often it is run. Above 8 tokens kernels of planes go another way; on a card above 65.
-ROUNDS = {1: 7, 8: 5, 9: 5, 64: 3, 512: 2}
+# Tokens of a pass, and how often it is run. Above 3 tokens kernels of planes go another way; on a card above 65.
+ROUNDS = {1: 7, 3: 5, 4: 5, 64: 3, 512: 2}
 CARD_ROUNDS = {1: 7, 8: 5, 32: 5, 65: 3, 66: 3, 512: 2}
 SHARE = 0.6  # of the weights, that main memory holds where the SSD is read
 _CONTEXT = 512

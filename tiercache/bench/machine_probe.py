@@ -24,6 +24,7 @@ from profiler.read_rates import ReadRate
 from tiercache.bench.card_probe import REPEATS as CARD_REPEATS
 from tiercache.bench.card_probe import CardProbe
 from tiercache.bench.layer_probe import KINDS, LayerProbe, Roofs
+from tiercache.bench.memory_roof import dram_roof
 from tiercache.bench.overlap import REPEATS as OVERLAP_REPEATS
 from tiercache.bench.overlap import overlap_of, together
 from tiercache.bench.undisturbed import FasterError, Watch
@@ -186,7 +187,7 @@ class _Probe:
         memory = map_huge_pages(_DRAM_BYTES)
         torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
         for _ in range(2):
-            rates = self._watch.sample(partial(probe.dram_read, repeats=1, memory=memory), self._repeats)
+            rates = self._watch.sample(partial(dram_roof, memory, repeats=1), self._repeats)
             found = measured(rates, "vector reads on all cores")
             if found.spread <= TOO_NOISY or self._noisy:
                 return found

@@ -17,6 +17,7 @@ import torch
 
 from profiler import probe
 from tiercache.bench import shapes
+from tiercache.bench.memory_roof import dram_roof
 from tiercache.bench.random_calibration import calibration_of_random_weights
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config.options import OffloadConfig, Precision, of_planes
@@ -80,7 +81,7 @@ def bench(options: Options) -> dict[str, Any]:
         stats, sizes = attached.stats().to_dict(), attached.pass_bytes()
     seconds = {"prefill_s": prefill_s, "batch_s": batch_s, "pass_s": statistics.median(decode_s)}
     disk_gbps, disk_direct = _disk_roof(path)
-    dram_gbps = probe.dram_read(size_bytes=_ROOF_BYTES)
+    dram_gbps = dram_roof(size_bytes=_ROOF_BYTES)
     disk_s, dram_s = sizes["ssd"] / disk_gbps / 1e9, sizes["needed"] / dram_gbps / 1e9
     roof_s = max(disk_s, dram_s)
     peak_rss_bytes = stats_module.peak_rss_bytes()  # the roofs' buffers included

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from profiler import probe
 from profiler.host_memory import host_memory
+from tiercache.bench.memory_roof import dram_roof
 from tiercache.config.sizes import human
 from tiercache.errors import DoesNotFitError
 from tiercache.kernels.contract import Kernels
@@ -94,7 +94,7 @@ class TimingCpu(TimingDevice):
         return super().memory(nbytes)
 
     def roof_gbps(self, effort: Effort, memory: Tensor) -> float:
-        return probe.dram_read(memory=memory.numpy().data)
+        return dram_roof(memory.numpy().data)
 
 
 class TimingCuda(TimingDevice):

@@ -180,6 +180,10 @@ class CpuKernels(Kernels):
             self._library.tc_gather(source, stride, width, index.data_ptr(), index.numel(), at, byref(team))
             at += width * index.numel()
 
+    def read(self, address: int, nbytes: int) -> int:
+        """All bytes there or-ed together: what a read of memory takes at least, by one thread."""
+        return int(self._library.tc_read(address, nbytes))
+
     def _matmul(self, x: QuantizedActivations, matrix: CMatrix, out: Tensor) -> None:
         few, data = int(x.tokens <= self._few), x.data[0].data_ptr()
         where = (out.data_ptr(), row_stride(out), byref(self._team()))

@@ -52,7 +52,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.tc_prepared_bytes.argtypes = [c_int32, c_int32, c_int32]
     library.tc_prepared_bytes.restype = c_int64
     matrix, source, team = POINTER(CMatrix), POINTER(CInput), POINTER(CTeam)
-    library.tc_few.restype = c_int32
+    library.tc_few.restype = library.tc_read.restype = c_int32
+    library.tc_read.argtypes = [c_void_p, c_int64]
     library.tc_down_scratch.argtypes = library.tc_ffn_scratch.argtypes = [c_int64, c_int32, c_int32]
     library.tc_down_scratch.restype = library.tc_ffn_scratch.restype = c_int64
     out = [c_void_p, c_int64, team]

@@ -355,3 +355,4 @@ EXPORT void tc_gather(const uint8_t *from, int64_t stride, int64_t width, const 
 }
 
 #include "layer.h"
+#include "reader.h"
