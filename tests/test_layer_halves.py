@@ -2,13 +2,14 @@
 
 import os
 import signal
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from tiercache.errors import UsageError
-from tiercache.kernels.blocks import AttentionWeights, FeedForwardWeights
+from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForwardWeights
 from tiercache.kernels.cpu.backend import CpuKernels
 from tiercache.kernels.cpu.build import instruction_sets
 from tiercache.kernels.reference import ReferenceKernels
@@ -94,6 +95,27 @@ def test_the_attention_half_is_the_references(dtype: torch.dtype, extras: bool, 
         for mask in (None, some_mask(tokens, keys.shape[2])):
             found = fast.attend(x, queries, roomy[:, :, : keys.shape[2]], values, mask)
             close(found, slow.attend(x, queries, keys, values, mask), dtype)
+            assert torch.equal(step_into_room(fast, x, (cos, sin), past, (keys, values), mask), found)
+
+
+def step_into_room(
+    half: Attention,
+    x: Tensor,
+    turns: tuple[Tensor, Tensor],
+    past: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    """What a step gives that writes its keys and values behind the past, and nowhere else."""
+    slots = wanted[0].shape[2]
+    rooms = [torch.full((*part.shape[:2], slots + 20, part.shape[3]), 7.0, dtype=x.dtype) for part in past]
+    for room, part in zip(rooms, past, strict=True):
+        room[:, :, : part.shape[2]] = part
+    found = half.step(x, *turns, *(room[:, :, :slots] for room in rooms), mask)
+    for room, part in zip(rooms, wanted, strict=True):
+        assert torch.equal(room[:, :, :slots], part)
+        assert (room[:, :, slots:] == 7).all()
+    return found
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

@@ -25,7 +25,7 @@ from tiercache.engine.machine import resolve_device
 from tiercache.engine.offload import open_offloaded
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.select import select
-from tiercache.model.growing_cache import GrowingCache
+from tiercache.model.growing_cache import GrowingCache, Room
 from tiercache.model.meta_model import layer_of
 from tiercache.tiers.device import device_of
 
@@ -45,6 +45,7 @@ _METHODS: Mapping[str, str] = {
 _HALVES: Mapping[str, str] = {
     "project": "norm, q, k, v, rotary",
     "attend": "attention, o, residual",
+    "step": "attention half",
     "forward": "norm, feed-forward, residual",
 }
 CAUSES = (*dict.fromkeys((*_METHODS.values(), *_HALVES.values())), "KV cache", "layers", "head", "around the layers")
@@ -210,7 +211,7 @@ def _watched_kernels(kernels: Kernels, watch: Stopwatch) -> Iterator[None]:
 @contextmanager
 def _watched_modules(model: Any, watch: Stopwatch) -> Iterator[None]:
     """Within, layers, the head and the KV cache are watched."""
-    kinds: Any = ((DynamicLayer, "update"), (GrowingCache, "append"))
+    kinds: Any = ((DynamicLayer, "update"), (GrowingCache, "room"), (Room, "views"), (Room, "keep"))
     methods = [getattr(kind, name) for kind, name in kinds]
     for kind, name in kinds:
         setattr(kind, name, watch.watched(getattr(kind, name), "KV cache"))

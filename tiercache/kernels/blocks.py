@@ -98,6 +98,16 @@ class Attention(Protocol):
             mask: bool [tokens, slots], True where a token attends; None: each attends to itself and what lies before.
         """
 
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """`project` and `attend` at once: the last slots of keys and values are there to be written."""
+        queries, new_keys, new_values = self.project(x, cos, sin)
+        begin, tokens = keys.shape[2] - x.shape[0], x.shape[0]
+        keys.narrow(2, begin, tokens).copy_(
+            new_keys
+        )  # not by slices: Python takes longer for those than the copy takes
+        values.narrow(2, begin, tokens).copy_(new_values)
+        return self.attend(x, queries, keys, values, mask)
+
 
 class FeedForward(Protocol):
     """A feed-forward half, bound to its weights."""

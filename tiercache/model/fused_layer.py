@@ -9,10 +9,12 @@ Knows layers, planes and kernels; not where slots come from.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiercache.compat import attention_of, cache_in
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
@@ -21,6 +23,7 @@ from tiercache.model.growing_cache import GrowingCache
 from tiercache.model.layer_parts import DOWN, GATED, INWARD, OUTWARD, LayerParts, activation_name
 from tiercache.quant.planes import Planes
 
+_FORWARD_HOOKS, _PRE_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 _PLACES = 8  # of a half's slots that are remembered: a ring comes back to the same few
 
 Half = TypeVar("Half", Attention, FeedForward)
@@ -87,7 +90,7 @@ class FusedLayer:
         self._feeds = _Slotted(slots, parts.halves[-1], self._new_feed_forward)
         names = ["input_layernorm", "self_attn", *(["post_attention_layernorm", "mlp"] if parts.feed_forward else [])]
         passed_over = [parts.layer.get_submodule(name).modules() for name in names]
-        self._modules: list[nn.Module] = [module for some in passed_over for module in some]
+        self._within: list[dict[str, Any]] = [module.__dict__ for some in passed_over for module in some]
         self._hooks = self._hooked()
         self._looked_at, self._usual = -1, False  # the pass in which the layer was looked at, and what was found
         self._dtype: torch.dtype = self._parts.dtype
@@ -102,11 +105,9 @@ class FusedLayer:
         self._count(half is not None)
         if half is None:
             return self._forward(hidden_states, *arguments, **named)
-        x = hidden_states[0]
-        queries, keys, values = half.project(x, rotary[0][0], rotary[1][0])
-        if cache is not None:
-            keys, values = self._cache.append(cache, keys, values, self._index)
-        x = half.attend(x, queries, keys, values, None if mask is None else mask[0, 0])
+        x = self._attend(
+            half, hidden_states[0], (rotary[0][0], rotary[1][0]), cache, None if mask is None else mask[0, 0]
+        )
         self._attends.end()
         feeds = self._feeds.begin(x.device) if self._parts.feed_forward else None
         if feeds is None:
@@ -115,6 +116,20 @@ class FusedLayer:
         x = feeds.forward(x)
         self._feeds.end()
         return x[None]
+
+    def _attend(
+        self, half: Attention, x: Tensor, turns: tuple[Tensor, Tensor], cache: Any, mask: Tensor | None
+    ) -> Tensor:
+        room = None if cache is None else self._cache.room(cache, self._index, x.shape[0])
+        if room is not None:
+            views = room.views(x.shape[0])
+            out = half.step(x, *turns, *views, mask)
+            room.keep(cache.layers[self._index], views)
+            return out
+        queries, keys, values = half.project(x, *turns)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self._index)
+        return half.attend(x, queries, keys, values, mask)
 
     def close(self) -> None:
         """Let go of halves and slots, which keep a tier's memory; the layer is not called any more."""
@@ -138,9 +153,10 @@ class FusedLayer:
             return False
         return not torch.is_autocast_enabled(device.type) and self._hooked() == self._hooks
 
-    def _hooked(self) -> list[tuple[int, int, bool]]:
+    def _hooked(self) -> list[Any]:
         """What watches the modules within: a fused call would pass them over."""
-        return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in self._modules]
+        hooks = [*map(_FORWARD_HOOKS, self._within), *map(_PRE_HOOKS, self._within)]
+        return [*map(len, hooks), *map(contains, self._within, repeat("forward"))]
 
     def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
         module, weights = self._attention, self._parts.weights

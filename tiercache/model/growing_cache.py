@@ -1,6 +1,6 @@
 """Appends to transformers' own KV cache in place: its dynamic layers copy all keys and values for each new token.
 
-The cache stays transformers': after each append its layer holds plain tensors [1, heads, tokens, width], views of a
+The cache stays transformers': after each pass its layer holds plain tensors [1, heads, tokens, width], views of a
 buffer with room behind them. What a view shows is never written again, so whoever keeps one keeps what it showed. A
 layer whose tensors are not the last ones that were put in (it was cropped, reordered, copied) gets a buffer anew.
 
@@ -27,25 +27,24 @@ class GrowingCache:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._known: WeakKeyDictionary[Any, _Room] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, Room] = WeakKeyDictionary()
 
-    def append(self, cache: Any, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a cache's layer, the new ones [1, heads, tokens, width] last: what `update` gives."""
+    def room(self, cache: Any, index: int, new: int) -> "Room | None":
+        """Room for so many more tokens in a layer of a cache; None where `update` has to see to them."""
         layer: Any = cache.layers[index] if index < len(cache.layers) else None
         if type(layer) is not DynamicLayer or not layer.is_initialized or getattr(layer.keys, "ndim", 0) != 4:
-            kept: tuple[Tensor, Tensor] = cache.update(keys, values, index)
-            return kept
-        held: tuple[Any, Any] = layer.keys, layer.values
+            return None
+        held: Any = layer.keys, layer.values
+        keys, values = held
         room = self._known.get(layer)
-        if room is None or not room.fits(*held, keys.shape[2]):
-            needed = held[0].shape[2] + keys.shape[2]
+        if room is None or not room.fits(keys, values, new):
+            needed = keys.shape[2] + new
             slots = max(needed, min(needed + max(_LEAST, needed // 16), self._most))
-            room = self._known[layer] = _Room(*held, slots)
-        layer.keys, layer.values = found = room.append(keys, values)
-        return found
+            room = self._known[layer] = Room(keys, values, slots)
+        return room
 
 
-class _Room:
+class Room:
     """Buffers of keys and values, filled from the front."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: int) -> None:
@@ -63,12 +62,13 @@ class _Room:
         writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
         return writable and self._length + new <= buffer.shape[2]
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write behind what is there; views of all."""
-        begin, new = self._length, keys.shape[2]
+    def views(self, new: int) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last, which are still to be written."""
         first, second = self._buffers
-        first.narrow(2, begin, new).copy_(keys)  # not by slices: Python takes longer for those than the copy takes
-        second.narrow(2, begin, new).copy_(values)
-        self._length = end = begin + new
-        self._newest = first.narrow(2, 0, end), second.narrow(2, 0, end)
-        return self._newest
+        end = self._length + new
+        return first.narrow(2, 0, end), second.narrow(2, 0, end)
+
+    def keep(self, layer: Any, views: tuple[Tensor, Tensor]) -> None:
+        """Make views, whose new tokens were written, what a cache's layer holds."""
+        self._length = views[0].shape[2]
+        layer.keys, layer.values = self._newest = views

@@ -16,7 +16,7 @@ from tiercache.model.meta_model import layer_of
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
 
-_FEW_TOKENS, _ROWS_PER_SUM = 8, 512  # bounds of what `kernels` do; see their sources
+_FEW_TOKENS, _ROWS_PER_SUM = 8, 256  # bounds of what `kernels` do; see their sources
 _PADDING = 1024
 
 

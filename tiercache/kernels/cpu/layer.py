@@ -141,8 +141,27 @@ class CpuAttention(Attention):
         return queries, keys, values
 
     def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        tokens, slots, calls, where = x.shape[0], keys.shape[2], self._calls, self._slots
-        source = _input(x, self._width, self._dtype)
+        tokens, slots, calls = x.shape[0], keys.shape[2], self._calls
+        source, where = _input(x, self._width, self._dtype), self._where(tokens, keys, values, mask)
+        scratch = calls.scratch(calls.library.tc_attend_scratch(self._half, tokens, slots))
+        out = torch.empty(tokens, self._width, dtype=self._dtype, device="cpu")
+        given = (byref(source), queries.data_ptr(), where, scratch.data_ptr(), out.data_ptr())
+        calls.library.tc_attend(self._half, *given, byref(calls.team()))
+        return out
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        tokens, slots, calls = x.shape[0], keys.shape[2], self._calls
+        source, where = _input(x, self._width, self._dtype), self._where(tokens, keys, values, mask)
+        _check_rotary(cos, tokens, self._weights.head_dim, self._dtype)
+        scratch = calls.scratch(calls.library.tc_step_scratch(self._half, tokens, slots))
+        out = torch.empty(tokens, self._width, dtype=self._dtype, device="cpu")
+        given = (cos.data_ptr(), sin.data_ptr(), where, scratch.data_ptr(), out.data_ptr())
+        calls.library.tc_step(self._half, byref(source), *given, byref(calls.team()))
+        return out
+
+    def _where(self, tokens: int, keys: Tensor, values: Tensor, mask: Tensor | None) -> object:
+        """A pointer to where keys and values lie, and which of them are attended to."""
+        where, slots = self._slots, keys.shape[2]
         _, key_head, key_slot, apart = keys.stride()
         _, value_head, value_slot, values_apart = values.stride()
         if keys.dtype != self._dtype or apart != 1 or values_apart != 1:
@@ -154,11 +173,7 @@ class CpuAttention(Attention):
             if mask.dtype != torch.bool or mask.shape != (tokens, slots) or mask.stride(1) != 1:
                 raise UsageError(f"a mask is {mask.dtype} {list(mask.shape)}, expected bool {[tokens, slots]}")
             where.mask, where.mask_stride = mask.data_ptr(), mask.stride(0)
-        scratch = calls.scratch(calls.library.tc_attend_scratch(self._half, tokens, slots))
-        out = torch.empty(tokens, self._width, dtype=self._dtype, device="cpu")
-        given = (byref(source), queries.data_ptr(), byref(where), scratch.data_ptr(), out.data_ptr())
-        calls.library.tc_attend(self._half, *given, byref(calls.team()))
-        return out
+        return byref(where)
 
 
 class CpuFeedForward(FeedForward):
@@ -201,11 +216,12 @@ def declare(library: ctypes.CDLL) -> None:
     library.tc_linear_scratch.argtypes, library.tc_linear_scratch.restype = [half, c_int32], c_int64
     library.tc_linear.argtypes, library.tc_linear.restype = [half, source, *[c_void_p] * 3, team], None
     library.tc_project_scratch.argtypes = library.tc_feed_forward_scratch.argtypes = [half, c_int32]
-    library.tc_attend_scratch.argtypes = [half, c_int32, c_int64]
-    for function in (library.tc_project_scratch, library.tc_attend_scratch, library.tc_feed_forward_scratch):
-        function.restype = c_int64
+    library.tc_attend_scratch.argtypes = library.tc_step_scratch.argtypes = [half, c_int32, c_int64]
+    for name in ("project", "attend", "step", "feed_forward"):
+        getattr(library, f"tc_{name}_scratch").restype = c_int64
     library.tc_project.argtypes = [half, source, *[c_void_p] * 6, team]
     library.tc_attend.argtypes = [half, source, *[c_void_p] * 4, team]
+    library.tc_step.argtypes, library.tc_step.restype = [half, source, *[c_void_p] * 5, team], None
     library.tc_feed_forward.argtypes = [half, source, c_void_p, c_void_p, team]
     library.tc_project.restype = library.tc_attend.restype = library.tc_feed_forward.restype = None
     library.tc_pool.argtypes, library.tc_pool.restype = [], c_void_p

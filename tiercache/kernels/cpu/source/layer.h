@@ -133,8 +133,8 @@ typedef struct {
     const AttentionHalf *w;
     const void *cos, *sin;
     float *made[3]; /* queries, keys, values: [tokens][rows] */
-    void *keys, *values;
-    int64_t tokens;
+    void *to[2];    /* keys and values of the first token */
+    int64_t strides[2][2]; /* of those, elements from head to head and from token to token */
 } Heads;
 
 /* Bias, norm and position of a token's heads; keys and values to where they belong. */
@@ -153,8 +153,9 @@ static void finish_token(void *context, int64_t token) {
             float *x = row + head * dim;
             if (part < 2 && w->head_norm[part]) norm_row(x, dim, w->head_norm[part], w->kind, w->eps);
             if (part < 2) rotate(x, dim, job->cos, job->sin, w->kind, token * dim);
-            void *to = part == 1 ? job->keys : job->values;
-            if (part) write_numbers(to, w->kind, (head * job->tokens + token) * dim, x, dim);
+            if (!part) continue;
+            const int64_t *stride = job->strides[part - 1];
+            write_numbers(job->to[part - 1], w->kind, head * stride[0] + token * stride[1], x, dim);
         }
     }
 }
@@ -164,19 +165,26 @@ EXPORT int64_t tc_project_scratch(const AttentionHalf *w, int32_t tokens) {
     return input_bytes(w->inward, tokens) + 8 * (int64_t)tokens * w->key_heads * w->head_dim;
 }
 
-/* Queries [tokens][heads][head_dim], keys and values [key_heads][tokens][head_dim] of x. */
-EXPORT void tc_project(const AttentionHalf *w, const Input *x, const void *cos, const void *sin, void *scratch,
-                       float *queries, void *keys, void *values, const Team *team) {
+/* Queries [tokens][heads][head_dim] of x, keys and values to where `heads` says. */
+static void project(const AttentionHalf *w, const Input *x, Heads *heads, void *scratch, const Team *team) {
     const int64_t width = (int64_t)w->key_heads * w->head_dim, tokens = x->tokens;
-    float *const own = scratch, *const made[3] = {queries, own, own + tokens * width};
-    memset(queries, 0, 4 * (size_t)(tokens * w->heads * w->head_dim));
+    float *const own = scratch;
+    heads->w = w, heads->made[1] = own, heads->made[2] = own + tokens * width;
+    memset(heads->made[0], 0, 4 * (size_t)(tokens * w->heads * w->head_dim));
     memset(own, 0, 8 * (size_t)(tokens * width));
     Normed job = {.x = x, .norm = w->norm, .factors = w->factors, .kind = w->kind, .eps = w->eps};
     void *prepared = quantised(&job, w->inward, x->tokens, own + 2 * tokens * width, team);
-    three_products(w->inward, x->tokens, prepared, made, team);
-    Heads heads = {w, cos, sin, {made[0], made[1], made[2]}, keys, values, tokens};
+    three_products(w->inward, x->tokens, prepared, heads->made, team);
     const Team some = team_for_rows(team, tokens, w->heads * w->head_dim);
-    share(&some, finish_token, &heads, tokens);
+    share(&some, finish_token, heads, tokens);
+}
+
+/* Queries [tokens][heads][head_dim], keys and values [key_heads][tokens][head_dim] of x. */
+EXPORT void tc_project(const AttentionHalf *w, const Input *x, const void *cos, const void *sin, void *scratch,
+                       float *queries, void *keys, void *values, const Team *team) {
+    const int64_t dim = w->head_dim, apart = x->tokens * dim;
+    Heads heads = {w, cos, sin, {queries}, {keys, values}, {{apart, dim}, {apart, dim}}};
+    project(w, x, &heads, scratch, team);
 }
 
 typedef struct {
@@ -229,6 +237,27 @@ EXPORT void tc_attend(const AttentionHalf *w, const Input *x, const float *queri
     Residual residual = {x, made, NULL, w->outward_bias, out, w->outward.rows, w->kind};
     const Team some = team_for_rows(team, tokens, w->outward.rows);
     share(&some, add_token, &residual, tokens);
+}
+
+/* Bytes of scratch that `tc_step` wants. */
+EXPORT int64_t tc_step_scratch(const AttentionHalf *w, int32_t tokens, int64_t slots) {
+    const int64_t first = tc_project_scratch(w, tokens), second = tc_attend_scratch(w, tokens, slots);
+    return 4 * (int64_t)tokens * w->heads * w->head_dim + (first > second ? first : second);
+}
+
+/* `tc_project` into the last slots, then `tc_attend`. */
+EXPORT void tc_step(const AttentionHalf *w, const Input *x, const void *cos, const void *sin, const Slots *slots,
+                    void *scratch, void *out, const Team *team) {
+    const int64_t behind = slots->slots - x->tokens, size = w->kind ? 2 : 4;
+    float *queries = scratch;
+    uint8_t *rest = (uint8_t *)(queries + (int64_t)x->tokens * w->heads * w->head_dim);
+    Heads heads = {w, cos, sin, {queries}, {(uint8_t *)slots->keys + behind * slots->key_strides[1] * size,
+                   (uint8_t *)slots->values + behind * slots->value_strides[1] * size},
+                   {{0}}};
+    memcpy(heads.strides[0], slots->key_strides, sizeof heads.strides[0]);
+    memcpy(heads.strides[1], slots->value_strides, sizeof heads.strides[1]);
+    project(w, x, &heads, rest, team);
+    tc_attend(w, x, queries, slots, rest, out, team);
 }
 
 /* Bytes of scratch that `tc_feed_forward` wants. */
