@@ -59,9 +59,9 @@ def offload(
     Args:
         model_or_path: a checkpoint's folder or Hub id, a plane store, or a model in main memory (which gets its
             parameters back at the end, the same objects).
-        hbm: budget of the fastest tier: a size ("22GiB"), a share (0.9), or "auto" for nine tenths of what the GPU
-            has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
-            that the CPU computes straight from DRAM.
+        hbm: budget of the fastest tier: a size ("22GiB"), a share of all of the GPU's memory (0.9), or "auto" for nine
+            tenths of what it has free; more than it has free is refused. Without a GPU an explicit size makes a region
+            of main memory stand in for it; "auto" then means that the CPU computes straight from DRAM.
         dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
         precision: "source" for the original weights, or the precision of the planes: "int8", "int4", "int3". By default
             "source"; with mode="mixed" "int8".
