@@ -39,6 +39,7 @@ _Precisions = Annotated[
     str,
     typer.Option("--precision", help="What is good enough: source, int8, int4, int3; a list, the best liked first."),
 ]
+_ComputeDtype = Annotated[str, typer.Option(help="Here: auto, fp32, fp16 or bf16.")]
 _Logits = Annotated[int, typer.Option(min=1, help="Here: rows of logits that a pass returns at most.")]
 _Drafter = Annotated[str, typer.Option(help="Here: auto, resident, ngram, ..., or none. Elsewhere: a small model.")]
 _Out = Annotated[Path | None, typer.Option(help="Where to write the plan; offload(plan=FILE) takes it.")]
@@ -60,6 +61,7 @@ def plan_command(
     ssd: Ssd = SSD,
     lanes: Lanes = None,
     precisions: _Precisions = "int4",
+    compute_dtype: _ComputeDtype = "auto",
     context: Context = 4096,
     logits: _Logits = 512,
     past: Past = _PAST,
@@ -84,10 +86,11 @@ def plan_command(
                 "--dram-kind, --ssd, --lanes, --draft-nodes, --past and --hardware are for another machine: add --gpu"
             )
         config = _config(wanted[0], hbm, dram or "auto", drafter, context=context, logits=logits)
+        config = replace(config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
         plan = _plan_here(model, config, wanted, settle, progress(as_json, quiet))
     else:
-        if settle or hbm != "auto":
-            raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
+        if settle or hbm != "auto" or compute_dtype != "auto":
+            raise UsageError("--settle, --hbm and --compute-dtype are for a run on this machine; leave --gpu out")
         drafts = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
         plan = plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
