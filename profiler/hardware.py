@@ -282,10 +282,8 @@ def _embodied(entry: Mapping[str, Any]) -> Figure | None:
 
 
 def _capability(entry: Mapping[str, Any]) -> tuple[int, int] | None:
-    if "capability" not in entry:
-        return None
-    major, minor = str(entry["capability"]).split(".")
-    return int(major), int(minor)
+    major, _, minor = str(entry.get("capability", "")).partition(".")
+    return (int(major), int(minor)) if major else None
 
 
 def _source(entry: Mapping[str, Any]) -> str:

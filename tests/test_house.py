@@ -83,6 +83,7 @@ LADDER = (
     *("kv", "draft", "decode", "generation"),
     *(
         "engine.compute_dtype",
+        "engine.card_memory",
         "engine.machine",
         "engine.source",
         "engine.memory",

@@ -8,13 +8,24 @@ import torch
 import transformers
 
 import tiercache
+from profiler.hardware import catalogue
 from tiercache.bench.shapes import SHAPES
+from tiercache.config.options import OffloadConfig
+from tiercache.config.sizes import Budget
+from tiercache.engine.card_memory import CONTEXT_BYTES
 from tiercache.engine.compute_dtype import DTYPES, compute_dtype
+from tiercache.engine.prediction import Case
+from tiercache.engine.workload import imagined_workload
 from tiercache.errors import UsageError
+from tiercache.kernels.cuda.backend import CudaKernels
+from tiercache.kernels.cuda.driver import Driver
+from tiercache.kernels.cuda.launches import Call as Launch
 from tiercache.model import meta_model
 from tiercache.model.card_attention import SCORE_BYTES, Call, Capability, CardAttention
 from tiercache.model.trace import trace_on_meta
+from tiercache.quant.planes import Planes
 
+CPU = torch.device("cpu")
 IDS = torch.arange(3, 12)[None]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -97,6 +108,71 @@ def test_a_plan_counts_scores_where_no_kernel_is_fused() -> None:
     scores = min(SCORE_BYTES, heads * 4095 * 4095 * 8)
     for capability in ((5, 2), (6, 1), (7, 5)):
         missing = activations(BF16, capability) - activations(BF16, (8, 6))
-        assert 0.9 * scores < missing < 1.5 * scores, capability
-        assert activations(FP16, capability) - activations(FP16, (8, 6)) < scores / 2, "repeated heads at most"
+        assert 0.7 * scores < missing < 1.2 * scores, capability  # 0.3: the layer takes more elsewhere
+        assert activations(FP16, capability) - activations(FP16, (8, 6)) < scores / 8, "repeated heads at most"
     assert activations(BF16, (8, 6)) == activations(BF16, None)
+
+
+class _Told(Driver):
+    """Launches nothing; a card that somebody has told of. `kernels` are the names of what was to be launched."""
+
+    def __init__(self, capability: Capability, multiprocessors: int) -> None:
+        self.device, self.capability, self.multiprocessors = CPU, capability, multiprocessors
+        self.kernels: list[str] = []
+
+    def address(self, tensor: torch.Tensor) -> int:
+        return tensor.data_ptr()
+
+    def is_near(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def launch(self, call: Launch, *_: object) -> None:
+        self.kernels.append(call.kernel.partition("_")[0])
+
+
+# by key of the table of hardware: capability, multiprocessors; what bf16 is computed in; what takes prefills of it, and
+# of bf16 itself; what multiplies a token and a tree
+CARDS = {
+    "m40": ((5, 2), 24, "fp32", "efficient", "scores", "rows", "rows"),
+    "p40": ((6, 1), 30, "fp32", "efficient", "scores", "rows", "rows"),
+    "t4": ((7, 5), 40, "fp16", "efficient", "scores", "rows", "rows"),
+    "3090": ((8, 6), 82, "bf16", "flash", "flash", "dots", "mma"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_told_card_picks_dtype_attention_and_tiles(name: str) -> None:
+    capability, multiprocessors, dtype, long, own, one, many = CARDS[name]
+    card = catalogue().gpu(name)
+    assert card.capability == capability
+    machine = catalogue().machine(name, dram_bytes=64 << 30)
+    options = OffloadConfig(hbm=None, dram=Budget(), precision="int4", context=4096)
+    asked = imagined_workload(SHAPES["tinyllama-1.1b"].config(), options, gpu=True, capability=card.capability)
+    shape, wide = SHAPES["tinyllama-1.1b"], DTYPES[dtype].itemsize
+    kept = 2 * shape.layers * 4096 * shape.hidden // shape.heads * shape.kv_heads
+    assert asked.kv_bytes == kept * wide
+    rows = asked.needs.compute
+    assert rows["cuBLAS workspace"] == 8_519_680 + (4 << 20)
+    assert rows["kernel modules"] > 0 < rows["rounding of slabs"]
+    assert rows["activations"] < 32 * 4096 * 4096 * 4, "fp32 scores of all queries"
+    plan = Case.of(asked, machine, 0, None).plan
+    assert plan.fastest.capacity_bytes == int(0.9 * (card.memory.capacity_bytes - CONTEXT_BYTES))
+    kernels = CardAttention(capability)
+    for given, wanted in ((DTYPES[dtype], long), (BF16, own)):
+        shared = torch.empty(1, 32, 4095, 64, dtype=given, device="meta")
+        call = Call(shared, shared, shared, is_causal=True)
+        assert kernels.kernel(call) == wanted
+    launcher = _Told(capability, multiprocessors)
+    backend = CudaKernels(CPU, launcher)
+    weight = planes(512, 2048)
+    for tokens, expected in ((1, one), (64, many), (65, many), (66, "decode")):
+        launcher.kernels.clear()
+        made = backend.quantize_activations(torch.zeros(tokens, 2048), weight.group)
+        backend.matmul(made, weight, torch.zeros(tokens, 512))
+        assert launcher.kernels[-1] == expected, tokens
+
+
+def planes(rows: int, columns: int) -> Planes:
+    """Of int4, all zero."""
+    high, low = (torch.zeros(rows, columns * bits // 8, dtype=torch.uint8) for bits in (3, 1))
+    return Planes((high, low), torch.zeros(rows, columns // 64, 2, dtype=torch.float16), columns, 64)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from policies.plan import table_of
 from policies.run_plan import Decision, RunPlan
 from profiler.planner import TIE
 from tiercache.commands.base import Json, Quiet, begin, console, progress, tell
@@ -95,8 +96,10 @@ def plan_command(
         plan = plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
-    if plan.decisions and not quiet and not as_json:
-        console().print(_table(plan))
+    if not quiet and not as_json:
+        if plan.decisions:
+            console().print(_table(plan))
+        console().print(_memory(plan))
     tell(_summary(plan, out, here=gpu is None), plan.to_dict() | {"hash": plan.hash}, as_json, quiet)
 
 
@@ -168,6 +171,17 @@ def _table(plan: RunPlan) -> Table:
     for each in plan.decisions:
         gain = "" if each.gain is None else f"{each.gain:+.0%}"
         shown.add_row(each.what, each.choice, each.alternative or "", gain, each.reason)
+    return shown
+
+
+def _memory(plan: RunPlan) -> Table:
+    """What each tier's bytes are for."""
+    found = table_of(plan.placement)
+    shown = Table(title=found.title, title_justify="left")
+    for heading in found.headings:
+        shown.add_column(heading)
+    for row in found.rows:
+        shown.add_row(*row)
     return shown
 
 

@@ -12,6 +12,7 @@ import torch
 
 from policies.plan import PlanInputs
 from tiercache.config.options import OffloadConfig
+from tiercache.engine.card_memory import card_reserve
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
@@ -180,6 +181,8 @@ def _compute_reserve(
         "workspace": workspace + scratch,
         "allocator": meta_trace.workspace_bytes + kept,
     }
+    if arithmetic.is_gpu:
+        reserve |= card_reserve(arithmetic.capability)
     if opened.allocates_rest(arithmetic.device):
         own = dict(opened.meta_model.named_parameters())
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in opened.rest())
