@@ -55,10 +55,11 @@ def test_weights_are_converted_as_they_are_bound(asked: str, checkpoint: Callabl
         assert model.dtype == BF16, "auto"
         assert model.tiercache.stats().compute_dtype == "bf16"
         plain = model.tiercache.plan.dram.reserved_bytes
-    with torch.inference_mode(), tiercache.offload(folder, compute_dtype=asked, **options) as model:
-        assert torch.equal(model(input_ids=IDS).logits, resident(input_ids=IDS).logits)
-        assert model.tiercache.stats().compute_dtype == asked
-        own = model.tiercache.plan.dram.reserved_bytes
+    for hbm in ("64MiB", None):
+        with torch.inference_mode(), tiercache.offload(folder, hbm=hbm, compute_dtype=asked, **options) as model:
+            assert torch.equal(model(input_ids=IDS).logits, resident(input_ids=IDS).logits)
+            assert model.tiercache.stats().compute_dtype == asked
+            own = model.tiercache.plan.dram.reserved_bytes
     largest = max(each.numel() for name, each in resident.named_parameters() if "embed" not in name)
     assert own["workspace"] - plain["workspace"] == largest * DTYPES[asked].itemsize
     with (
@@ -66,6 +67,37 @@ def test_weights_are_converted_as_they_are_bound(asked: str, checkpoint: Callabl
         tiercache.offload(resident, compute_dtype="bf16", **options),
     ):
         pass
+
+
+def test_planes_are_multiplied_in_it(plane_store: Callable[..., Path]) -> None:
+    found, options = [], {"precision": "int8", "dram": "64MiB", "context": 32}
+    for asked in ("auto", "bf16"):
+        with (
+            torch.inference_mode(),
+            tiercache.offload(plane_store("llama"), compute_dtype=asked, **options) as model,
+        ):
+            found.append(model(input_ids=IDS).logits)
+    assert [each.dtype for each in found] == [FP32, BF16]
+    torch.testing.assert_close(found[1].float(), found[0], rtol=0.05, atol=0.02)
+
+
+def test_a_run_on_a_told_card(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ids = checkpoint("llama", dtype=BF16), torch.arange(40)[None] % 100 + 3
+    resident = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    monkeypatch.setattr("tiercache.engine.machine.capability_of", lambda device: (6, 1))
+    monkeypatch.setattr(CardAttention.__init__, "__defaults__", (8 << 10,))
+    tokens, run = [], CardAttention._run
+    watched = lambda self, call: (tokens.append(call.query.shape[-2]), run(self, call))[1]  # noqa: E731
+    monkeypatch.setattr(CardAttention, "_run", watched)
+    with tiercache.offload(folder, dram="64MiB", context=64) as model:
+        assert model.tiercache.stats().compute_dtype == "fp32"
+    with torch.inference_mode(), tiercache.offload(folder, dram="64MiB", context=64, compute_dtype="bf16") as model:
+        tokens.clear()
+        found = model(input_ids=ids).logits
+        assert tokens == [6, 6, 6, 6, 6, 6, 4] * model.config.num_hidden_layers
+        torch.testing.assert_close(found, resident(input_ids=ids).logits, rtol=2**-6, atol=2**-6)
+        inner = model.base_model
+    assert "forward" not in vars(inner)
 
 
 def attention(dtype: torch.dtype, *, tokens: int, slots: int, causal: bool, masked: bool) -> Call:
