@@ -11,6 +11,7 @@ Knows tensors and capabilities; nothing of models or budgets.
 """
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +121,14 @@ class Rewriting(TorchFunctionMode):
         return self._attention.attend(call_of(*args, **(kwargs or {})))
 
 
-def counting(capability: Capability | None) -> TorchFunctionMode | None:
-    """Within it attention takes, on tensors without data, what it would on such a card; None where the CPU computes."""
-    return None if capability is None else Rewriting(_CountedAttention(capability))
+def counting(capability: Capability | None, dtype: torch.dtype) -> TorchFunctionMode | None:
+    """Within it attention takes, on tensors without data, what it would on such a card; None where the CPU computes.
+
+    `dtype` is the model's. Where no call is rewritten when it runs, none is when it is counted.
+    """
+    if capability is None:
+        return None
+    return Rewriting(_CountedAttention(capability, SCORE_BYTES if wanted(capability, dtype) else sys.maxsize))
 
 
 class SlicedForward:
@@ -151,7 +157,7 @@ class SlicedForward:
 
 
 def wanted(capability: Capability | None, dtype: torch.dtype) -> bool:
-    """Whether a card may have to do without a fused kernel: flash takes all but calls with masks, and those repeat."""
+    """Whether calls are rewritten as they run: with flash all of a model's usual ones are fused, and none need be."""
     return capability is not None and not (capability >= _FLASH_FROM and dtype in _HALVES)
 
 

@@ -74,7 +74,7 @@ def trace_on_meta(
     for name in watched:
         stand_in.get_submodule(name).register_forward_pre_hook(_recorder(calls, name))
     try:
-        attention = counting(capability) or _FusedAttention()
+        attention = counting(capability, model.dtype) or _FusedAttention()
         kept, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), cache, min(logits, max(tokens - 1, 1)), attention)
         order = tuple(calls)
         kept, decode_bytes = _pass(stand_in, 1, kept, 1, attention)
