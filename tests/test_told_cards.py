@@ -10,6 +10,8 @@ import transformers
 import tiercache
 from profiler.hardware import catalogue
 from tiercache.bench.shapes import SHAPES
+from tiercache.commands import plotting
+from tiercache.commands.machine_options import Question
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget
 from tiercache.engine.card_memory import CONTEXT_BYTES
@@ -202,6 +204,12 @@ def test_a_told_card_picks_dtype_attention_and_tiles(name: str) -> None:
         made = backend.quantize_activations(torch.zeros(tokens, 2048), weight.group)
         backend.matmul(made, weight, torch.zeros(tokens, 512))
         assert launcher.kernels[-1] == expected, tokens
+
+
+def test_cards_beside_one_another_have_workloads_of_their_own() -> None:
+    questions = [Question("tiny", gpu=name, precision="int4", context=1024) for name in ("p40", "3090", "m40")]
+    kept = [placed.case.workload.kv_bytes for placed in plotting._cases(questions)]
+    assert kept == [2 * kept[1], kept[1], 2 * kept[1]]
 
 
 def planes(rows: int, columns: int) -> Planes:
