@@ -57,6 +57,7 @@ class Gpu:
         link_gbps: copies from pinned main memory, 1e9 bytes a second.
         power_w: its limit.
         embodied_kg: kilograms of CO2e that making it emitted; None where nobody says.
+        capability: CUDA's, such as (8, 6); None where nobody says.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Gpu:
     link_gbps: Figure
     power_w: float
     embodied_kg: Figure | None = None
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class Catalogue:
             memory = Memory(int(gib * 2**30), gbps.scaled(_GPU_MEMORY_SHARE))
             rate = _figure({**found, "tflops": found["tflops"][kind]}, "tflops")
             copies = _figure(link, "gbps").scaled(share)
-            return Gpu(where, memory, kind, rate, copies, float(found["power_w"]), _embodied(found))
+            return Gpu(where, memory, kind, rate, copies, float(found["power_w"]), _embodied(found), _capability(found))
         except HardwareError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -277,6 +279,11 @@ def _embodied(entry: Mapping[str, Any]) -> Figure | None:
     if "embodied_kg" not in entry:
         return None
     return replace(_figure(entry, "embodied_kg"), source=str(entry.get("embodied_source", "given")))
+
+
+def _capability(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    major, _, minor = str(entry.get("capability", "")).partition(".")
+    return (int(major), int(minor)) if major else None
 
 
 def _source(entry: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import save
+from fake_cuda import recording
 
 import tiercache
 from tiercache import errors
@@ -54,6 +55,23 @@ def test_the_missing_number_is_right(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_hbm_too_small(folder: Path) -> None:
     with pytest.raises(errors.DoesNotFitError, match="hbm"), tiercache.offload(folder, hbm=1, dram="8MiB"):
         pass
+
+
+def test_hbm_is_held_against_what_the_card_has_free(folder: Path) -> None:
+    free, total = 8 << 20, 16 << 20
+    with recording() as _, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda at=None: (free, total))
+        options = {"dram": "64MiB", "context": CONTEXT, "logits": 16, "device": "cpu"}
+        for hbm, missing in ((free + 1, 1), (0.75, 4 << 20)):  # a share is of all of it
+            with (
+                pytest.raises(errors.DoesNotFitError, match=r"8\.0 MiB free of 16\.0 MiB") as refusal,
+                tiercache.offload(folder, hbm=hbm, **options),
+            ):
+                pass
+            assert (refusal.value.missing_bytes, refusal.value.tier) == (missing, "hbm")
+        for hbm, taken in ((free, free), (0.25, 4 << 20), ("auto", free * 9 // 10)):
+            with tiercache.offload(folder, hbm=hbm, **options) as model:
+                assert model.tiercache.plan.hbm.capacity_bytes == taken
 
 
 def test_more_than_the_machine_has(folder: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ _UNEXPECTED, ENVIRONMENT, INTERRUPTED = 1, 5, 130
 # Arguments of `offload` that the commands have as options, as the library's messages name them.
 _ARGUMENT = re.compile(
     r"(?<![\w.])(hbm|dram|context|precision|store|device|plan|mode|bytes_per_token|max_loss|policy|max_fetches|cpu_tokens|"
-    r"link_gbps|drafter|draft_nodes|draft_depth)=('[^']*'|\"[^\"]*\"|\w[\w.%-]*\w|\w|)"
+    r"compute_dtype|link_gbps|drafter|draft_nodes|draft_depth)=('[^']*'|\"[^\"]*\"|\w[\w.%-]*\w|\w|)"
 )
 _FILE_WIDTH = 140  # columns of tables in a file
 # typer's own complaints about arguments; its name for the class has moved between versions.

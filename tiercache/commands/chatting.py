@@ -41,6 +41,7 @@ def chat_command(
     system: _System = None,
     max_new_tokens: run_options.MaxNewTokens = 512,
     precision: run_options.Precision = None,
+    compute_dtype: run_options.ComputeDtype = "auto",
     hbm: Hbm = "auto",
     dram: Dram = "auto",
     link_gbps: LinkGbps = None,

@@ -215,7 +215,7 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
     if past >= context:
         raise UsageError(f"--past {past} leaves no room in --context {context}; raise the second")
     if model.lower() in SHAPES:
-        return _of_shape(model.lower(), precision, context, machine.gpu is not None)
+        return _of_shape(model.lower(), precision, context, *computing(machine))
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
     if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".gguf"):
@@ -223,23 +223,28 @@ def workload_of_name(model: str, machine: Hardware, precision: str, context: int
             f"{model!r} is no folder, no GGUF file, no file called config.json and none of {', '.join(SHAPES)}; "
             "name one of these"
         )
-    return _imagined(meta_model.read_config(resolve(folder)), precision, context, machine.gpu is not None)
+    return _imagined(meta_model.read_config(resolve(folder)), precision, context, *computing(machine))
 
 
 @cache
-def _of_shape(name: str, precision: str, context: int, on_card: bool) -> Workload:
+def _of_shape(name: str, precision: str, context: int, on_card: bool, capability: tuple[int, int] | None) -> Workload:
     """A 70B takes seconds, and who compares machines asks for it again and again."""
     from tiercache.bench.shapes import SHAPES
 
-    return _imagined(SHAPES[name].config(), precision, context, on_card)
+    return _imagined(SHAPES[name].config(), precision, context, on_card, capability)
 
 
-def _imagined(config: Any, precision: str, context: int, on_card: bool) -> Workload:
+def computing(machine: Hardware) -> tuple[bool, tuple[int, int] | None]:
+    """Whether a card computes, and its capability: machines alike in these have the same workload of a model."""
+    return machine.gpu is not None, machine.gpu.capability if machine.gpu else None
+
+
+def _imagined(config: Any, precision: str, context: int, on_card: bool, capability: tuple[int, int] | None) -> Workload:
     from tiercache.config.options import OffloadConfig
     from tiercache.engine.workload import imagined_workload
 
     options = OffloadConfig(hbm=None, dram=Budget(), precision=precision, context=context)  # type: ignore[arg-type]
-    return imagined_workload(config, options, gpu=on_card)
+    return imagined_workload(config, options, gpu=on_card, capability=capability)
 
 
 def _unless(value: float, default: float) -> float | None:

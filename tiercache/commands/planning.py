@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from policies.plan import table_of
 from policies.run_plan import Decision, RunPlan
 from profiler.planner import TIE
 from tiercache.commands.base import Json, Quiet, begin, console, progress, tell
@@ -39,6 +40,7 @@ _Precisions = Annotated[
     str,
     typer.Option("--precision", help="What is good enough: source, int8, int4, int3; a list, the best liked first."),
 ]
+_ComputeDtype = Annotated[str, typer.Option(help="Here: auto, fp32, fp16 or bf16.")]
 _Logits = Annotated[int, typer.Option(min=1, help="Here: rows of logits that a pass returns at most.")]
 _Drafter = Annotated[str, typer.Option(help="Here: auto, resident, ngram, ..., or none. Elsewhere: a small model.")]
 _Out = Annotated[Path | None, typer.Option(help="Where to write the plan; offload(plan=FILE) takes it.")]
@@ -60,6 +62,7 @@ def plan_command(
     ssd: Ssd = SSD,
     lanes: Lanes = None,
     precisions: _Precisions = "int4",
+    compute_dtype: _ComputeDtype = "auto",
     context: Context = 4096,
     logits: _Logits = 512,
     past: Past = _PAST,
@@ -84,16 +87,19 @@ def plan_command(
                 "--dram-kind, --ssd, --lanes, --draft-nodes, --past and --hardware are for another machine: add --gpu"
             )
         config = _config(wanted[0], hbm, dram or "auto", drafter, context=context, logits=logits)
+        config = replace(config, compute_dtype=compute_dtype)  # type: ignore[arg-type]
         plan = _plan_here(model, config, wanted, settle, progress(as_json, quiet))
     else:
-        if settle or hbm != "auto":
-            raise UsageError("--settle and --hbm are for a run on this machine; leave --gpu out")
+        if settle or hbm != "auto" or compute_dtype != "auto":
+            raise UsageError("--settle, --hbm and --compute-dtype are for a run on this machine; leave --gpu out")
         drafts = {"draft_s": 0.0, "draft_depth": DRAFT_DEPTH, "drafter": None if drafter == "none" else drafter}
         plan = plan_elsewhere(Question.of({**ctx.params, **drafts, "precision": wanted[0]}), wanted)
     if out is not None:
         write_plan(plan, out.expanduser())
-    if plan.decisions and not quiet and not as_json:
-        console().print(_table(plan))
+    if not quiet and not as_json:
+        if plan.decisions:
+            console().print(_table(plan))
+        console().print(_memory(plan))
     tell(_summary(plan, out, here=gpu is None), plan.to_dict() | {"hash": plan.hash}, as_json, quiet)
 
 
@@ -165,6 +171,17 @@ def _table(plan: RunPlan) -> Table:
     for each in plan.decisions:
         gain = "" if each.gain is None else f"{each.gain:+.0%}"
         shown.add_row(each.what, each.choice, each.alternative or "", gain, each.reason)
+    return shown
+
+
+def _memory(plan: RunPlan) -> Table:
+    """What each tier's bytes are for."""
+    found = table_of(plan.placement)
+    shown = Table(title=found.title, title_justify="left")
+    for heading in found.headings:
+        shown.add_column(heading)
+    for row in found.rows:
+        shown.add_row(*row)
     return shown
 
 

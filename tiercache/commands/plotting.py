@@ -34,6 +34,7 @@ from tiercache.commands.machine_options import (
     Question,
     Ssd,
     TokensPerPass,
+    computing,
     ways_out,
 )
 from tiercache.commands.predicting import profile
@@ -130,16 +131,15 @@ def _cases(questions: Sequence[Question]) -> Iterator[_Placed]:
     """Each machine's. Building a model takes seconds, so that machines share it."""
     from tiercache.engine.prediction import Case
 
-    workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
+    workloads: dict[Any, Workload] = {}  # by what computes
     for question in questions:
         machine = question.machine
-        on_card = machine.gpu is not None
-        if on_card not in workloads:
-            workloads[on_card] = question.workload(machine)
+        if (kind := computing(machine)) not in workloads:
+            workloads[kind] = question.workload(machine)
         with ways_out(machine):
-            plain = Case.of(workloads[on_card], machine, question.past, None)
+            plain = Case.of(workloads[kind], machine, question.past, None)
             drafts = question.drafts(machine)
-            case = plain if drafts is None else Case.of(workloads[on_card], machine, question.past, drafts)
+            case = plain if drafts is None else Case.of(workloads[kind], machine, question.past, drafts)
         yield _Placed(question.gpu, case, plain)
 
 

@@ -18,6 +18,7 @@ _drafts = partial(typer.Option, rich_help_panel="Drafting")
 _samples = partial(typer.Option, rich_help_panel="Sampling")
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Precision = Annotated[str | None, typer.Option(help="source (the original weights), int8, int4 or int3.")]
+ComputeDtype = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16: what the model computes in.")]
 Checks = Annotated[bool, typer.Option("--checks", help="Verify the store's checksums first.")]
 CpuTokens = Annotated[int | None, memory_option(min=0, help="Passes that the CPU multiplies in DRAM.")]
 Context = Annotated[int | None, memory_option(min=1, help="Tokens of KV cache; by default what is needed.")]
@@ -43,7 +44,7 @@ Seed = Annotated[int, _samples(help="Of the sampling.")]
 
 # Options that `offload` calls alike, and takes as they are.
 _OF_OFFLOAD = (
-    *("hbm", "dram", "link_gbps", "cpu_tokens", "store", "device", "checks", "precision"),
+    *("hbm", "dram", "link_gbps", "cpu_tokens", "store", "device", "checks", "precision", "compute_dtype"),
     *("mode", "bytes_per_token", "max_loss", "policy", "max_fetches", "plan", "force_plan"),
 )
 

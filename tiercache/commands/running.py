@@ -41,6 +41,7 @@ def run_command(
     raw: _Raw = False,
     max_new_tokens: run_options.MaxNewTokens = 64,
     precision: run_options.Precision = None,
+    compute_dtype: run_options.ComputeDtype = "auto",
     hbm: Hbm = "auto",
     dram: Dram = "auto",
     link_gbps: LinkGbps = None,

@@ -43,6 +43,7 @@ def serve_command(
     allow_host: Annotated[list[str] | None, typer.Option(help="Further names that requests may use; several.")] = None,
     logits: Annotated[int | None, memory_option(min=1, help="Tokens that a pass scores for echo; 512.")] = None,
     precision: run_options.Precision = None,
+    compute_dtype: run_options.ComputeDtype = "auto",
     hbm: Hbm = "auto",
     dram: Dram = "auto",
     link_gbps: LinkGbps = None,

@@ -22,6 +22,7 @@ from tiercache.commands.machine_options import (
     HardwareFile,
     Model,
     Past,
+    computing,
     known_hardware,
     machine_of,
     workload_of_name,
@@ -52,13 +53,12 @@ def sweep_command(
         pictures.check(out, charts.OPTION)
     known, rows = known_hardware(file), []
     for precision in precisions:
-        workloads: dict[bool, Workload] = {}  # a card computes, or the CPU
+        workloads: dict[Any, Workload] = {}  # by what computes
         for gpu, dram, ssd in itertools.product(gpus, drams, ssds):
             machine = machine_of(known, gpu, dram, dram_kind, ssd, None)
-            on_card = machine.gpu is not None
-            if on_card not in workloads:
-                workloads[on_card] = workload_of_name(model, machine, precision, context, past)
-            rows.append(_swept(workloads[on_card], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
+            if (kind := computing(machine)) not in workloads:
+                workloads[kind] = workload_of_name(model, machine, precision, context, past)
+            rows.append(_swept(workloads[kind], machine, past) | {"gpu": gpu, "dram": dram, "ssd": ssd})
     if not quiet and not as_json:
         console().print(_sweep_table(model, rows))
     chart = {"kind": "sweep", "maps": _heat_maps(model, rows)}

@@ -23,6 +23,7 @@ STORE_PRECISION: Final = "int8"
 """What is read of a plane store where no precision is named: all of its planes."""
 KernelChoice = Literal["auto", "fast", "unfused", "decode"]
 Mode = Literal["exact", "mixed"]
+ComputeDtype = Literal["auto", "fp32", "fp16", "bf16"]
 
 
 def of_planes(precision: str) -> bool:
@@ -126,6 +127,7 @@ class OffloadConfig:
     store: Path | None = None
     checks: bool = False
     kernels: KernelChoice = "auto"
+    compute_dtype: ComputeDtype = "auto"
     cpu_tokens: int | None = None
     mode: Mode = "exact"
     bytes_per_token: Budget | None = None
@@ -147,6 +149,9 @@ class OffloadConfig:
             raise UsageError(f"unknown precision {self.precision!r}; choose one of {', '.join(get_args(Precision))}")
         if self.kernels not in get_args(KernelChoice):
             raise UsageError(f"unknown kernels {self.kernels!r}; choose one of {', '.join(get_args(KernelChoice))}")
+        if self.compute_dtype not in get_args(ComputeDtype):
+            known = ", ".join(get_args(ComputeDtype))
+            raise UsageError(f"unknown compute_dtype {self.compute_dtype!r}; choose one of {known}")
         if self.cpu_tokens is not None and (
             isinstance(self.cpu_tokens, bool) or not isinstance(self.cpu_tokens, int) or self.cpu_tokens < 0
         ):

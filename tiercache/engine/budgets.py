@@ -43,7 +43,11 @@ class Budgets:
 
     @classmethod
     def of(cls, config: OffloadConfig, device: torch.device) -> "Budgets":
-        """The options' budgets on this machine, now."""
+        """The options' budgets on this machine, now.
+
+        Raises:
+            DoesNotFitError: `hbm` is more than the GPU has free.
+        """
         main = host_memory()
         hbm_bytes: int | None = None
         own_memory = device_of(device)
@@ -52,6 +56,7 @@ class Budgets:
         if (found := own_memory.free_bytes()) is not None:
             free, total = found
             hbm_bytes = (config.hbm or Budget()).resolve(total_bytes=total, free_bytes=free)
+            _refuse_more_than_free(hbm_bytes, free, total, device)
         elif config.hbm is not None and config.hbm != Budget():
             hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
         taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
@@ -80,6 +85,17 @@ class Budgets:
                 missing_bytes=total - free_bytes,
             )
         return made
+
+
+def _refuse_more_than_free(hbm_bytes: int, free: int, total: int, device: torch.device) -> None:
+    """Refuse what the driver would refuse later, when half of the weights are loaded."""
+    if (missing := hbm_bytes - free) > 0:
+        raise DoesNotFitError(
+            f"hbm={human(hbm_bytes)}, but {device} has {human(free)} free of {human(total)}: {missing} bytes are "
+            "missing; lower hbm=, leave it out for nine tenths of what is free, or close other programs",
+            missing_bytes=missing,
+            tier="hbm",
+        )
 
 
 def fitted(make: Callable[[], T]) -> T | DoesNotFitError:

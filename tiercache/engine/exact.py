@@ -45,7 +45,11 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
         own = opened.cut_by_plane(config.precision) if options.resident else opened
         spec = drafting.find_drafters(options, own)
         arithmetic = Arithmetic(
-            machine.device, kernels=bool(machine.kernels), on_cpu=on_cpu.allowed, fused=options.fuses
+            machine.device,
+            kernels=bool(machine.kernels),
+            on_cpu=on_cpu.allowed,
+            fused=options.fuses,
+            capability=machine.capability,
         )
         asked = memory_requirements(own, drafting.widened(options), arithmetic)
         asked = drafting.reserve(asked, spec, options)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from tiercache.config.options import OffloadConfig, of_planes, refuse_unknown_device
+from tiercache.engine.compute_dtype import capability_of
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select, will_compile
+from tiercache.model.card_attention import Capability
 from tiercache.progress import note
 from tiercache.tiers.device import on_gpu, on_host
 
@@ -30,6 +32,11 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether the device has memory of its own."""
         return not on_host(self.device)
+
+    @property
+    def capability(self) -> Capability | None:
+        """The GPU's compute capability; None where the CPU computes."""
+        return capability_of(self.device)
 
     @property
     def kernels_name(self) -> str:

@@ -12,11 +12,13 @@ import torch
 
 from policies.plan import PlanInputs
 from tiercache.config.options import OffloadConfig
+from tiercache.engine.card_memory import card_reserve
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
+from tiercache.model.card_attention import Capability
 from tiercache.model.layer_parts import fusable
 from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
@@ -65,6 +67,7 @@ class Arithmetic:
         on_cpu: the CPU multiplies, in DRAM, by what does not stay in the HBM tier.
         shortlist: the head reads few planes of all its rows, and all planes of the likeliest ones.
         fused: kernels run whole layers where they can, and hold all matrices of a half at once.
+        capability: of the GPU, measured or told, which decides how attention is counted; None of the CPU.
     """
 
     device: torch.device
@@ -72,6 +75,7 @@ class Arithmetic:
     on_cpu: bool = False
     shortlist: bool = False
     fused: bool = False
+    capability: Capability | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -79,15 +83,17 @@ class Arithmetic:
         return on_gpu(self.device)
 
 
-def traced(opened: Opened, config: OffloadConfig) -> MetaTrace:
+def traced(opened: Opened, config: OffloadConfig, capability: Capability | None) -> MetaTrace:
     """Run one pass on the meta device: the order of modules, and what the KV cache and activations take.
+
+    `capability` is the GPU's, see `Arithmetic`.
 
     Raises:
         UnsupportedModelError: modules that a pass never calls, or a forward that cannot run without data.
     """
     modules = tuple(opened.manifest.weights)
     cache = None if config.draft is None else cache_of(opened.meta_model, config.context)
-    meta_trace = trace_on_meta(opened.meta_model, modules, config.context, config.logits, cache)
+    meta_trace = trace_on_meta(opened.meta_model, modules, config.context, config.logits, cache, capability)
     if unused := sorted(set(modules) - set(meta_trace.calls)):
         raise UnsupportedModelError(
             f"a pass never calls {unused[0]} ({len(unused)} such modules); use a plain language model"
@@ -104,7 +110,7 @@ def memory_requirements(
         UnsupportedModelError: as `traced` says.
     """
     manifest = opened.manifest
-    meta_trace = meta_trace or traced(opened, config)
+    meta_trace = meta_trace or traced(opened, config, arithmetic.capability)
     runs = [units for units, _ in groupby(manifest.weights[module].units for module in meta_trace.calls)]
     again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
     order = tuple(dict.fromkeys(key for units in runs for key in units))
@@ -175,6 +181,8 @@ def _compute_reserve(
         "workspace": workspace + scratch,
         "allocator": meta_trace.workspace_bytes + kept,
     }
+    if arithmetic.is_gpu:
+        reserve |= card_reserve(arithmetic.capability)
     if opened.allocates_rest(arithmetic.device):
         own = dict(opened.meta_model.named_parameters())
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in opened.rest())

@@ -56,7 +56,9 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, calibration: 
             "policy= and max_fetches= are for the slots of an HBM tier, and there is none; give hbm= a size, or leave "
             "them out"
         )
-    fitting = _Fitting(opened, opened.store, config, machine, on_cpu, budgets, traced(opened, config))
+    fitting = _Fitting(
+        opened, opened.store, config, machine, on_cpu, budgets, traced(opened, config, machine.capability)
+    )
     found: MixedPlacement | None = None
     refused: list[DoesNotFitError] = []
     for plan in mixed_plan.plans_within(calibration or Calibration.load(opened.store), opened, config):
@@ -144,7 +146,12 @@ class _Fitting:
         manifest = plan.manifest(self.store, self.config.precision, slotted=slotted)
         opened = replace(self.opened, manifest=manifest)
         arithmetic = Arithmetic(
-            self.machine.device, kernels=True, on_cpu=self.on_cpu.allowed, shortlist=True, fused=self.config.fuses
+            self.machine.device,
+            kernels=True,
+            on_cpu=self.on_cpu.allowed,
+            shortlist=True,
+            fused=self.config.fuses,
+            capability=self.machine.capability,
         )
         asked = memory_requirements(opened, self.config, arithmetic, self.trace)
         if not slotted:

@@ -14,6 +14,7 @@ import transformers
 
 from policies.run_plan import RunPlan
 from tiercache.config.options import (
+    ComputeDtype,
     KernelChoice,
     OffloadConfig,
     OffloadOptions,
@@ -41,6 +42,7 @@ def offload(
     device: str = "auto",
     checks: bool = False,
     kernels: KernelChoice = "auto",
+    compute_dtype: ComputeDtype = "auto",
     cpu_tokens: int | None = None,
     show_progress: bool | None = None,
     observe: Observer = lambda tier, event, key: None,
@@ -59,9 +61,9 @@ def offload(
     Args:
         model_or_path: a checkpoint's folder or Hub id, a plane store, or a model in main memory (which gets its
             parameters back at the end, the same objects).
-        hbm: budget of the fastest tier: a size ("22GiB"), a share (0.9), or "auto" for nine tenths of what the GPU
-            has free. Without a GPU an explicit size makes a region of main memory stand in for it; "auto" then means
-            that the CPU computes straight from DRAM.
+        hbm: budget of the fastest tier: a size ("22GiB"), a share of all of the GPU's memory (0.9), or "auto" for nine
+            tenths of what it has free; more than it has free is refused. Without a GPU an explicit size makes a region
+            of main memory stand in for it; "auto" then means that the CPU computes straight from DRAM.
         dram: budget of main memory, likewise. The budgets cover weights, staging, workspace, KV cache and activations.
         precision: "source" for the original weights, or the precision of the planes: "int8", "int4", "int3". By default
             "source"; with mode="mixed" "int8".
@@ -73,6 +75,9 @@ def offload(
         kernels: "fast" multiplies by planes as they lie, whole layers at a time where it can; "unfused" does so module
             by module; "decode" makes a weight of each first, which is slow, and equal to the bit to the rounded model
             in transformers; "auto" is fast where it can be, and warns where not.
+        compute_dtype: "fp32", "fp16" or "bf16", into which weights are converted as they are bound; "auto" is the
+            checkpoint's own wherever the device has it at full speed, which the CPU does. GPUs below 7.0 compute 16
+            bits in fp32, 7.0 and 7.5 compute bf16 in fp16.
         cpu_tokens: up to how many tokens a pass lets the CPU multiply, where they lie in DRAM, the planes that do not
             stay in HBM, instead of copying them up; 0 for never. None measures it where the CPU stands in for the HBM
             tier, and means 0 on a GPU, whose sums differ from the CPU's in the last bits.
@@ -96,6 +101,7 @@ def offload(
     sizes: dict[str, Any] = {"context": context, "logits": logits, "cpu_tokens": cpu_tokens}
     precision = precision or default_precision(options)
     chosen: dict[str, Any] = {"precision": precision, "device": device, "checks": checks, "kernels": kernels}
+    chosen["compute_dtype"] = compute_dtype
     chosen["store"] = None if store is None else Path(store).expanduser()
     config = OffloadConfig(**places, **sizes, **chosen, **read_options(options), force_plan=force_plan)
     read = read_plan(plan)

@@ -28,6 +28,7 @@ PlanLike = RunPlan | Path | str
 _PLAIN = (
     "precision",
     "kernels",
+    "compute_dtype",
     "context",
     "logits",
     "cpu_tokens",

@@ -14,6 +14,7 @@ from profiler.hardware import Hardware
 from profiler.workload import Workload
 from tiercache.config.sizes import Budget
 from tiercache.engine.budgets import fill_tiers
+from tiercache.engine.card_memory import CONTEXT_BYTES
 
 DRAFTING = "drafting"
 _PLENTY = 1 << 60  # bytes
@@ -101,7 +102,7 @@ class Case:
 
     @classmethod
     def of(cls, workload: Workload, machine: Hardware, past: int, drafts: PredictedDrafting | None) -> "Case":
-        """Nine tenths of the card and of main memory, divided as a run divides them.
+        """Nine tenths of main memory, and of what a context leaves of the card, divided as a run divides them.
 
         Raises:
             DoesNotFitError: the model does not fit into the machine.
@@ -109,7 +110,11 @@ class Case:
         card, share = machine.gpu, Budget()  # "auto": nine tenths
         if drafts is not None:
             workload = drafts.beside(workload)
-        hbm = None if card is None else share.resolve(total_bytes=0, free_bytes=card.memory.capacity_bytes)
+        hbm = (
+            None
+            if card is None
+            else share.resolve(total_bytes=0, free_bytes=card.memory.capacity_bytes - CONTEXT_BYTES)
+        )
         dram = share.resolve(total_bytes=0, free_bytes=machine.dram.capacity_bytes)
         plan = fill_tiers(workload.needs, hbm_bytes=hbm, dram_bytes=dram)
         return cls(workload, machine, plan, past, drafts)

@@ -18,6 +18,7 @@ from tiercache.config.options import OffloadConfig
 from tiercache.engine import drafting, exact, mixed_fit, planning
 from tiercache.engine.actuals import Actuals
 from tiercache.engine.attach_drafters import attach_drafters
+from tiercache.engine.compute_dtype import name_of
 from tiercache.engine.handle import OffloadHandle, Run, TextLimits
 from tiercache.engine.machine import Machine
 from tiercache.engine.mixed_fit import MixedPlacement
@@ -27,6 +28,7 @@ from tiercache.errors import UsageError
 from tiercache.kv.cache import support
 from tiercache.model.attach import Attachment
 from tiercache.model.binding import Bindings, Use
+from tiercache.model.card_attention import CardAttention, SlicedForward, wanted
 from tiercache.model.embedding import EmbeddingRows, FileRows
 from tiercache.model.fused_layer import Fusing
 from tiercache.model.pass_hooks import PassHooks
@@ -99,7 +101,7 @@ def _placement(
     stack.callback(device_of(machine.device).release_cache)  # runs last: a card is as free as it was before
     planning.refuse_another_machine(config, machine.device)
     config = drafting.with_planes(config, kernels=bool(machine.kernels), show=notes)
-    opened = open_model(model_or_path, config, show_progress=show_progress)
+    opened = open_model(model_or_path, config, show_progress=show_progress, capability=machine.capability)
     place = opened.folder if opened.store is None else opened.store.folder
     if place is not None:
         stack.enter_context(in_use(place))
@@ -136,6 +138,9 @@ def _attach(
     embedding, dense = opened.manifest.embedding[0], opened.dense(reader, device)
     attachment = Attachment(model, bindings, dense, embedding, table, device, run.blocks)
     stack.callback(attachment.close)
+    capability = machine.capability
+    if capability is not None and wanted(capability, model.dtype):
+        stack.callback(SlicedForward(model.base_model, CardAttention(capability)).close)
 
     def start(tokens: int, resident: bool) -> None:
         tiers.follow_stream()
@@ -182,7 +187,7 @@ def _stats(placed: Placement, tiers: TierStack, reader: Reader, run: Run) -> Sta
     machine, precision, direct = placed.machine, placed.config.precision, _reads_directly(placed.opened, reader)
     name = machine.kernels_name if placed.opened.store else "torch"
     stats = Stats(precision, str(machine.device), direct, tiers.stats, kernels=name)
-    stats.cpu_tokens = run.cpu_tokens
+    stats.compute_dtype, stats.cpu_tokens = name_of(placed.opened.model.dtype), run.cpu_tokens
     if tiers.link.gbps is not None:
         stats.link = f"emulated, {tiers.link.gbps:g} GB/s"
     if run.choosing is not None:

@@ -14,9 +14,11 @@ import transformers
 from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.config.options import OffloadConfig, of_planes
+from tiercache.engine.compute_dtype import DTYPES, compute_dtype, name_of
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
 from tiercache.model.binding import weight_of
+from tiercache.model.card_attention import Capability
 from tiercache.model.embedding import EmbeddingRows, FileRows, TableRows
 from tiercache.model.pass_hooks import refuse_closed
 from tiercache.progress import note
@@ -125,8 +127,16 @@ class Opened:
             self.model.register_forward_pre_hook(refuse_closed)
 
 
-def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show_progress: bool | None) -> Opened:
+def open_model(
+    model_or_path: Model | str | Path,
+    config: OffloadConfig,
+    *,
+    show_progress: bool | None,
+    capability: Capability | None = None,
+) -> Opened:
     """Open what was named at the precision that was asked for; converts first if a plane store is needed and missing.
+
+    `capability` is the GPU's; None where the CPU computes.
 
     Raises:
         UsageError, StoreError, UnsupportedModelError: it cannot be run, or not like this.
@@ -139,14 +149,15 @@ def open_model(model_or_path: Model | str | Path, config: OffloadConfig, *, show
         )
     folder = resolve(model_or_path)
     if (folder / CATALOG_FILE).is_file():
-        return _open_store(PlaneStore.open(folder), config, show_progress)
+        return _open_store(PlaneStore.open(folder), config, capability, show_progress)
     source = Checkpoint.open(folder)
     if source.loss:
         note(source.loss, show=show_progress)
     if of_planes(config.precision):
-        return _open_store(_store_of(source, config, show_progress), config, show_progress)
+        return _open_store(_store_of(source, config, show_progress), config, capability, show_progress)
     _refuse_checks(config)
     source = source.in_place(show_progress=show_progress)
+    source = replace(source, dtype=_computing(source.dtype, config, capability, show_progress))
     model = source.model()
     return Opened(model, model, checkpoint_manifest(source, model), None, False, folder=folder)
 
@@ -179,7 +190,23 @@ def _store_of(source: Checkpoint, config: OffloadConfig, show_progress: bool | N
     return store
 
 
-def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | None) -> Opened:
+def _computing(
+    stored: torch.dtype, config: OffloadConfig, capability: Capability | None, show_progress: bool | None
+) -> torch.dtype:
+    """The dtype that a model computes in; says where that loses what the checkpoint has."""
+    found = compute_dtype(config.compute_dtype, stored, capability)
+    if config.compute_dtype == "auto" and capability is not None and found not in (stored, torch.float32):
+        note(
+            f"a card of capability {capability[0]}.{capability[1]} has no {name_of(stored)} at full speed; this model "
+            f"is computed in {name_of(found)}, and where numbers leave its range, take compute_dtype='fp32'",
+            show=show_progress,
+        )
+    return found
+
+
+def _open_store(
+    store: PlaneStore, config: OffloadConfig, capability: Capability | None, show_progress: bool | None
+) -> Opened:
     if not of_planes(config.precision):
         raise UsageError(
             f"{store.folder} is a plane store, which holds no original weights; ask for precision='int8', 'int4' or "
@@ -187,6 +214,7 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
         )
     if config.checks:
         store.verify(show_progress=show_progress)
+    store = replace(store, dtype=_computing(store.dtype, config, capability, show_progress))
     model = store.model()
     manifest = store.manifest(config.precision, model=model)
     return Opened(model, model, manifest, None, False, store, store.folder)
@@ -194,6 +222,11 @@ def _open_store(store: PlaneStore, config: OffloadConfig, show_progress: bool | 
 
 def _open_given(model: Model, config: OffloadConfig, show_progress: bool | None) -> Opened:
     check_in_memory(model)
+    if config.compute_dtype != "auto" and DTYPES[config.compute_dtype] != model.dtype:
+        raise UsageError(
+            f"this model in memory is {name_of(model.dtype)}, and compute_dtype={config.compute_dtype!r} would change "
+            "it under its owner; cast it first (model.to(torch.float16)), or give its path"
+        )
     bare = meta_model.build(model.config, model.dtype)
     if not of_planes(config.precision):
         _refuse_checks(config)

@@ -3,6 +3,7 @@
 Knows models and requirements; neither machines nor seconds.
 """
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -10,8 +11,10 @@ import transformers
 
 from profiler.workload import Matmul, Workload
 from tiercache.config.options import OffloadConfig, of_planes
+from tiercache.engine.compute_dtype import compute_dtype
 from tiercache.engine.memory import Arithmetic, MemoryRequirements, memory_requirements
 from tiercache.engine.source import Opened
+from tiercache.model.card_attention import Capability
 from tiercache.store.imagined import imagined_checkpoint, imagined_store
 from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
@@ -45,28 +48,37 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
     )
 
 
-def imagined_workload(config: transformers.PretrainedConfig, options: OffloadConfig, *, gpu: bool) -> Workload:
+def imagined_workload(
+    config: transformers.PretrainedConfig,
+    options: OffloadConfig,
+    *,
+    gpu: bool,
+    capability: Capability | None = None,
+) -> Workload:
     """The workload of a model of which there is only a configuration.
 
     Args:
         config: transformers' own.
         options: precision, context and logits count.
         gpu: whether a card computes; it need not be here.
+        capability: of the card; None where nobody told, and its attention is taken for fused.
 
     Raises:
         UnsupportedModelError: a model that tiercache does not run.
     """
     configured = getattr(config, "dtype", None)
     dtype = configured if isinstance(configured, torch.dtype) else torch.bfloat16
+    computes = compute_dtype(options.compute_dtype, dtype, capability)
     if not of_planes(options.precision):
         checkpoint = imagined_checkpoint(config, dtype)
-        model, store = checkpoint.model(), None
+        model, store = replace(checkpoint, dtype=computes).model(), None
         manifest = checkpoint_manifest(checkpoint, model)
     else:
-        store = imagined_store(config, dtype)
+        store = replace(imagined_store(config, dtype), dtype=computes)
         model = store.model()
         manifest = store.manifest(options.precision, model=model)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
-    arithmetic = Arithmetic(device, kernels=of_planes(options.precision), on_cpu=not gpu, fused=options.fuses)
+    by_planes = of_planes(options.precision)
+    arithmetic = Arithmetic(device, by_planes, on_cpu=not gpu, fused=options.fuses, capability=capability)
     return workload_of(opened, memory_requirements(opened, options, arithmetic), options)

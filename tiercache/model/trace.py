@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiercache.compat import cache_argument, cache_kwargs, cache_out
 from tiercache.errors import UnsupportedModelError
+from tiercache.model.card_attention import Capability, call_of, counting, fused
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def trace_on_meta(
     tokens: int,
     logits: int,
     cache: transformers.Cache | None = None,
+    capability: Capability | None = None,
 ) -> MetaTrace:
     """Prefill `tokens` and decode one more on a copy of `model` without data.
 
@@ -61,6 +63,7 @@ def trace_on_meta(
         tokens: length of the prompt; its last token is decoded.
         logits: rows of logits that the prefill returns.
         cache: the KV cache to fill, still empty; None for the model's own.
+        capability: of the card whose attention is counted; None for the CPU's, which is fused.
 
     Raises:
         UnsupportedModelError: the model's forward cannot run without data, or keeps no KV cache.
@@ -71,9 +74,10 @@ def trace_on_meta(
     for name in watched:
         stand_in.get_submodule(name).register_forward_pre_hook(_recorder(calls, name))
     try:
-        kept, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), cache, min(logits, max(tokens - 1, 1)))
+        attention = counting(capability, model.dtype) or _FusedAttention()
+        kept, prefill_bytes = _pass(stand_in, max(tokens - 1, 1), cache, min(logits, max(tokens - 1, 1)), attention)
         order = tuple(calls)
-        kept, decode_bytes = _pass(stand_in, 1, kept, 1)
+        kept, decode_bytes = _pass(stand_in, 1, kept, 1, attention)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:  # ValueError: a cache of states alone
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot run without data ({str(error).splitlines()[0]}), so its memory "
@@ -86,7 +90,7 @@ def _recorder(calls: list[str], name: str) -> Callable[[nn.Module, Any], None]:
     return lambda module, arguments: calls.append(name)
 
 
-def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, int]:
+def _pass(model: nn.Module, tokens: int, cache: Any, logits: int, attention: TorchFunctionMode) -> tuple[Any, int]:
     """One pass; returns its cache and the peak of bytes held at once, `cache` included."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     held = cache.get_seq_length() if cache is not None else 0
@@ -94,7 +98,7 @@ def _pass(model: nn.Module, tokens: int, cache: Any, logits: int) -> tuple[Any, 
     counter = _LiveBytes(model, _cached(cache))
     if cache_argument(model) is None:
         raise _no_cache(model)
-    with torch.no_grad(), _PlainAttention(), counter:
+    with torch.no_grad(), attention, counter:
         given = cache_kwargs(model, cache)
         output = model(input_ids=ids, attention_mask=mask, **given, use_cache=True, logits_to_keep=logits)
     kept = cache_out(output)
@@ -118,17 +122,12 @@ def _cached(cache: Any) -> list[torch.Tensor]:
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
-class _PlainAttention(TorchFunctionMode):
+class _FusedAttention(TorchFunctionMode):
     """Fused attention takes its output and no more, which its decomposition on meta would not show."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = args[:3]
-            mask = (kwargs or {}).get("attn_mask")
-            as_bias = query.new_empty(mask.shape) if isinstance(mask, torch.Tensor) else None  # a mask of booleans
-            output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-            del as_bias
-            return output
+            return fused(call_of(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

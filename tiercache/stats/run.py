@@ -61,6 +61,7 @@ class Stats(Shown):
 
     Attributes:
         tiers: counters by tier, fastest first.
+        compute_dtype: what the model computes in: "fp32", "fp16" or "bf16".
         kernels: who multiplies: "torch" for original weights, "decode", or the backend of the plane kernels.
         fused_layers, unfused_layers: calls of decoder layers that the kernels ran as one piece, and of others of the
             same kind, which ran module by module. Layers that are never fused count nowhere.
@@ -91,6 +92,7 @@ class Stats(Shown):
     direct_io: bool
     tiers: dict[str, TierStats]
     lossy: bool = False
+    compute_dtype: str = ""
     kernels: str = "torch"
     fused_layers: int = 0
     unfused_layers: int = 0
@@ -153,6 +155,7 @@ class Stats(Shown):
         predicted = self.predicted_pass_s and f"{1e3 * self.predicted_pass_s:.1f} ms predicted"
         rows = {
             "run": f"{self.precision} on {self.device}, kernels {self.kernels}{', lossy' if self.lossy else ''}",
+            "computed in": self.compute_dtype,
             "passes, tokens": f"{self.passes}, {self.tokens}",
             "first token after": f"{self.first_pass_s:.3f} s",
             "decoding": f"{self.tokens_per_s:.2f} tokens/s" if self.tokens_per_s else "",

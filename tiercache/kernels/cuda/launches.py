@@ -27,7 +27,8 @@ FEW_TOKENS = 8
 MOST_PIECES = 16
 """Matrices of one gather."""
 
-_TILE_BYTES = 33 << 10  # of x in shared memory: a chunk for 8 tokens, or 8 for one; three blocks fit a multiprocessor
+# Of x in shared memory: a chunk for 8 tokens, or 8 for one. 96 KiB (M40, P40, 3090) hold two, a T4 one.
+_TILE_BYTES = 33 << 10
 GRID_Y = 65535  # CUDA's limit
 RowListArguments = ctypes.c_void_p * 4  # `RowLists` of planes.cuh
 

@@ -1,0 +1,39 @@
+"""What a card's memory holds beside tensors: the CUDA context, cuBLAS's workspace, modules, and what rounding costs.
+
+Constants, each with its source; what a card shows of them is in docs/budgets.md.
+"""
+
+from profiler.hugepages import HUGE_PAGE_BYTES
+from tiercache.model.card_attention import Capability
+
+CONTEXT_BYTES = 287_047_680
+"""Of CUDA and torch, kernels loaded when first used, as torch does it since 1.13 (measured in pytorch #86509).
+
+A card that is at hand is asked what it has free when its context is there already, so this is of told cards alone.
+"""
+
+# torch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8, and 4 MiB of cublasLt's (24 GiB cards of 8.x; 1 MiB on others).
+_WORKSPACE_BYTES = (2 * 4096 + 8 * 16 << 10) + (4 << 20)
+# torch takes 32 MiB from Hopper on; 36 MiB were measured on an H200, with cublasLt's (docs/measured.md).
+_WORKSPACE_OF_HOPPER_BYTES = 36 << 20
+_HOPPER = (9, 0)
+# A driver loads code in steps of 2 MiB, and took one for a kernel that was first used (an H100, docs/measured.md); this
+# is for 16 of them, the library's own and cuBLAS's and torch's of a pass. Their sum was not measured.
+_MODULES_BYTES = 16 * HUGE_PAGE_BYTES
+# Slabs lie at multiples of 2 MiB, and torch asks the driver for multiples of 2 MiB: the tier's, the workspace's, and
+# in mixed mode that of the neurons' slots.
+_SLABS, _SLAB_BYTES = 3, 2 * HUGE_PAGE_BYTES
+
+
+def card_reserve(capability: Capability | None) -> dict[str, int]:
+    """Bytes of a card beside tensors that every run takes of the HBM budget, by purpose.
+
+    Args:
+        capability: of the card; None where nobody told, and it is taken for the greediest.
+    """
+    hopper = capability is None or capability >= _HOPPER
+    return {
+        "cuBLAS workspace": _WORKSPACE_OF_HOPPER_BYTES if hopper else _WORKSPACE_BYTES,
+        "kernel modules": _MODULES_BYTES,
+        "rounding of slabs": _SLABS * _SLAB_BYTES,
+    }
