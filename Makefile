@@ -92,6 +92,7 @@ peers: setup
 # A real model, fetched once into the cache folder: what it loses in each mode, its speed, its drafters; 20 minutes.
 real: peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.real
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.decoding
 
 # On a machine with a card, whose own python3 has torch: no virtual environment. Results lie in .gpu/.
 gpu:

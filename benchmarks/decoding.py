@@ -1,0 +1,113 @@
+"""Tokens a second on a real model that lies in main memory: each precision beside llama.cpp, turn about.
+
+Every turn of each is a process of its own with the same prompts and as many threads, greedy. Prints a table of all
+turns, and one line of JSON last. Needs the store that `make real` leaves, and `make peers`.
+
+    python -m benchmarks.decoding --turns 5 --precisions int4
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+
+import tiercache
+from benchmarks.real import model, text
+from tiercache.bench.tables import table
+from tiercache.errors import EnvironmentUnsupportedError
+
+PRECISIONS = "source,int8,int4,int3"
+_TOKENS, _CONTEXT = 64, 512
+_PEER = "llama.cpp"
+
+
+class _Times:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, _: object) -> None:
+        """Of the prompt, then of each token."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def main() -> None:
+    """Read the command line, take turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--precisions", default=PRECISIONS, help=f"some of {PRECISIONS}")
+    parser.add_argument("--one", action="store_true", help="measure one precision as standard input says")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(json.load(sys.stdin))))
+        return
+    rows = turns(options.precisions.split(","), options.turns)
+    shown = [[name, *(f"{each['tokens_per_s']:.1f}" for each in found)] for name, found in rows.items()]
+    heads = [f"turn {number}" for number in range(1, options.turns + 1)]
+    print("\n".join(table(f"{model.NAME}, tokens a second", ("",), heads, shown)), file=sys.stderr)
+    print(json.dumps({"schema": "tiercache.decoding/1", "model": model.NAME, "rows": rows, "medians": medians(rows)}))
+
+
+def turns(precisions: list[str], count: int) -> dict[str, list[dict[str, float]]]:
+    """What each made in each turn."""
+    real = model.get()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real.checkpoint)
+    asked = {
+        "gguf": str(real.gguf),
+        "checkpoint": str(real.checkpoint),
+        "store": str(real.checkpoint.parent / "store"),
+        "threads": torch.get_num_threads(),
+        "tokens": _TOKENS,
+        "end": tokenizer.eos_token_id,
+        "prompts": [each.ids(tokenizer) for each in text.instructions(1)],
+    }
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in (_PEER, *precisions)}
+    for _ in range(count):
+        for name, found in rows.items():
+            module = ["benchmarks.real.llamacpp"] if name == _PEER else ["benchmarks.decoding", "--one"]
+            command, given = [sys.executable, "-m", *module], json.dumps(asked | {"precision": name})
+            done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise EnvironmentUnsupportedError(f"{name} fails: {done.stderr.strip().splitlines()[-1]}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def medians(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each, and what share of the peer's they are."""
+    names = ("tokens_per_s", "prefill_tokens_per_s")
+    found = {
+        row: {name: statistics.median(each[name] for each in many) for name in names} for row, many in rows.items()
+    }
+    return {row: each | {"of_peer": each[names[0]] / found[_PEER][names[0]]} for row, each in found.items()}
+
+
+def measure(asked: dict[str, Any]) -> dict[str, float]:
+    """Answer every prompt, after one that warms up; the first token's time is the prefill's."""
+    place = asked["checkpoint"] if asked["precision"] == "source" else asked["store"]
+    written, decode_s, read, prefill_s = 0, 0.0, 0, 0.0
+    with tiercache.offload(place, precision=asked["precision"], context=_CONTEXT, show_progress=False) as opened:
+        for number, prompt in enumerate([asked["prompts"][0], *asked["prompts"]]):
+            times, ids = _Times(), torch.tensor([prompt])
+            settings = {"max_new_tokens": asked["tokens"], "do_sample": False, "eos_token_id": asked["end"]}
+            begin = time.perf_counter()
+            opened.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, streamer=times, **settings)
+            if number:
+                came = times.seconds[1:]  # the first tells of the prompt
+                written, decode_s = written + len(came) - 1, decode_s + came[-1] - came[0]
+                read, prefill_s = read + len(prompt), prefill_s + came[0] - begin
+    return {"tokens_per_s": written / decode_s, "prefill_tokens_per_s": read / prefill_s}
+
+
+if __name__ == "__main__":
+    main()
