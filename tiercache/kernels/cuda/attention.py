@@ -19,7 +19,6 @@ from tiercache.kernels.blocks import Attention, AttentionWeights
 from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cuda import layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
-from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import (
     SLICE,
@@ -31,6 +30,7 @@ from tiercache.kernels.cuda.layer_calls import (
     Units,
 )
 from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
+from tiercache.kernels.cuda.runs import Run
 
 _DENSE = torch.contiguous_format
 
@@ -39,7 +39,7 @@ _DENSE = torch.contiguous_format
 class _Projecting:
     """The calls of `project` for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     enter: EnterArguments
     rotate: RotateArguments
 
@@ -48,7 +48,7 @@ class _Projecting:
 class _Attending:
     """The calls of `attend` for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     units: Units
     attention: AttentionArguments
     leave: LeaveArguments
@@ -103,7 +103,7 @@ class CudaAttention(Attention):
             enter = ready.enter
             enter.x, enter.pitch = x.data_ptr(), x.stride(0)
             _write(ready.rotate, (cos, sin), (queries, keys, values))
-            self._card.launcher.run(ready.calls)
+            self._card.launcher.run(ready.run)
         return queries, keys, values
 
     def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,7 +128,7 @@ class CudaAttention(Attention):
             _point(ready.attention, queries, keys, values, mask)
             leave = ready.leave
             leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
-            self._card.launcher.run(ready.calls)
+            self._card.launcher.run(ready.run)
         return out
 
     def _projected(self, tokens: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,9 +150,9 @@ class CudaAttention(Attention):
         rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
         rotate.found[:] = q, k, v
         products = [product.call(inputs, at, tokens) for product, at in zip(self._inward, (q, k, v), strict=True)]
-        calls = tuple(Bound(call, stream) for call in (enter, *products, layer_calls.rotate_call(rotate)))
+        calls = (enter, *products, layer_calls.rotate_call(rotate))
         assert isinstance(enter.arguments, EnterArguments)
-        ready = _Projecting(calls, enter.arguments, rotate)
+        ready = _Projecting(Run(calls, stream), enter.arguments, rotate)
         self._projecting[tokens, kind, turn, stream] = ready
         return ready
 
@@ -174,7 +174,7 @@ class CudaAttention(Attention):
             self._outward.call(inputs, product, tokens),
             layer_calls.leave_call(leave),
         )
-        ready = _Attending(tuple(Bound(call, stream) for call in calls), units, attention, leave)
+        ready = _Attending(Run(calls, stream), units, attention, leave)
         self._attending[tokens, kind, kept, stream] = ready
         return ready
 

@@ -16,17 +16,17 @@ from tiercache.kernels.contract import ACTIVATIONS
 from tiercache.kernels.cuda import down_launches, launches, layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.down_launches import Activations, Slices
-from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import EnterArguments, SettleArguments
 from tiercache.kernels.cuda.layer_products import check_matrix, entered, packed_sizes, products_call, rows_of
+from tiercache.kernels.cuda.runs import Run
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """The calls for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     enter: EnterArguments
     settle: SettleArguments
 
@@ -69,7 +69,7 @@ class CudaFeedForward(FeedForward):
             enter.x = settle.x = x.data_ptr()
             enter.pitch = settle.pitch = x.stride(0)
             settle.out = out.data_ptr()
-            self._card.launcher.run(ready.calls)
+            self._card.launcher.run(ready.run)
         return out
 
     def _made_ready(self, tokens: int, kind: torch.dtype, stream: int) -> _Ready:
@@ -91,7 +91,7 @@ class CudaFeedForward(FeedForward):
             layer_calls.settle_call(settle, tokens),
         )
         assert isinstance(enter.arguments, EnterArguments)
-        ready = _Ready(tuple(Bound(call, stream) for call in calls), enter.arguments, settle)
+        ready = _Ready(Run(calls, stream), enter.arguments, settle)
         self._ready[tokens, kind, stream] = ready
         return ready
 
