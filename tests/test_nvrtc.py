@@ -29,9 +29,8 @@ def compiler() -> nvrtc.Nvrtc:
 PLANES, GROUPS = (1, 2, 3), (32, 64, 128)
 NAMES = ("rows", "decode", "attention")
 UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in NAMES for planes in PLANES]
-UNITS += [
-    nvrtc.SourceUnit(f"{name}.cu", p, group) for name in ("mma", "dots", "down") for p in PLANES for group in GROUPS
-]
+BY_GROUP = ("mma", "dots", "down", "downs")
+UNITS += [nvrtc.SourceUnit(f"{name}.cu", p, group) for name in BY_GROUP for p in PLANES for group in GROUPS]
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
@@ -61,6 +60,7 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
         "dots.cu": [f"dots_{p}_1_{unit.group}"],
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
+        "downs.cu": [f"downs_{p}_{t}_{unit.group}" for t in (8, 16, 32, 64)],
         "decode.cu": [f"decode_{p}_0_0"],
     }[unit.file]
 

@@ -76,18 +76,20 @@ class CudaFeedForward(FeedForward):
         size, down, card = Blocks.of(tokens).size, self._w.down, self._card
         padded, room = self._down.groups * self._down.group, down_launches.padded_tokens(tokens)
         slices = Slices.of(self._neurons, down.group, self._down.groups, card.launcher.multiprocessors)
-        sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(slices.count, room, padded)]
+        merged = down_launches.merged_slices(tokens, padded // 16, slices, card.launcher.multiprocessors)
+        parts = -(-slices.count // merged), room, padded
+        sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(*parts)]
         inputs = packed_sizes(tokens, self._hidden, self._group, card)
         *packed, inner, partial = self._scratch.pieces(stream, [*inputs, *sizes])
         to = layer_calls.packed(packed, self._group, (tokens, self._hidden), card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         activation = ACTIVATIONS.index(self._w.activation)
         given = Activations(inner, 0, tokens, size, (self._neurons * size, 1, size))
-        settle = self._settling(KINDS[kind], partial, (slices.count, room, padded))
+        settle = self._settling(KINDS[kind], partial, parts)
         calls = (
             enter,
             products_call(self._inward, self._w.inward[0], packed, inner, tokens, activation, card),
-            down_launches.down_call(self._down, len(down.planes), given, (), partial, self._neurons, slices),
+            down_launches.down_call(self._down, len(down.planes), given, (), partial, self._neurons, slices, merged),
             layer_calls.settle_call(settle, tokens),
         )
         assert isinstance(enter.arguments, EnterArguments)
