@@ -8,11 +8,11 @@ Knows layers, planes and kernels; not where slots come from.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiercache.compat import attention_of, cache_in
 from tiercache.kernels.blocks import Attention, AttentionWeights, FeedForward, FeedForwardWeights
@@ -53,20 +53,6 @@ class Slots(Protocol):
         """They are not needed any more."""
 
 
-class Turns:
-    """cos and sin of the pass at hand without their batch: the first layer's views serve all that follow."""
-
-    def __init__(self) -> None:
-        self._of: object = None
-        self._views: tuple[Tensor, Tensor] | None = None
-
-    def of(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of position embeddings [1, tokens, head_dim] both."""
-        if self._of is not rotary or self._views is None:
-            self._of, self._views = rotary, (rotary[0][0], rotary[1][0])
-        return self._views
-
-
 @dataclass(frozen=True)
 class Fusing:
     """How layers are fused.
@@ -74,12 +60,10 @@ class Fusing:
     Attributes:
         count: is told of every call of a layer whether it was fused.
         context: tokens that a KV cache was reserved for.
-        turns: of all layers of a model.
     """
 
     count: Callable[[bool], None]
     context: int
-    turns: Turns = field(default_factory=Turns)
 
 
 class FusedLayer:
@@ -94,7 +78,7 @@ class FusedLayer:
 
     def __init__(self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], fusing: Fusing) -> None:
         self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, fusing.count
-        self._cache, self._turns = GrowingCache(fusing.context), fusing.turns
+        self._cache = GrowingCache(fusing.context)
         self._forward = parts.layer.forward
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
@@ -103,10 +87,8 @@ class FusedLayer:
         self._feeds = _Slotted(slots, parts.halves[-1], self._new_feed_forward)
         names = ["input_layernorm", "self_attn", *(["post_attention_layernorm", "mlp"] if parts.feed_forward else [])]
         passed_over = [parts.layer.get_submodule(name).modules() for name in names]
-        modules = [module for some in passed_over for module in some]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._attributes = [m.__dict__ for m in modules]
-        self._unwatched = self._watched()
+        self._modules: list[nn.Module] = [module for some in passed_over for module in some]
+        self._hooks = self._hooked()
         self._looked_at, self._usual = -1, False  # the pass in which the layer was looked at, and what was found
         self._dtype: torch.dtype = self._parts.dtype
 
@@ -120,19 +102,19 @@ class FusedLayer:
         self._count(half is not None)
         if half is None:
             return self._forward(hidden_states, *arguments, **named)
-        x = hidden_states.squeeze(0)  # of one sequence; by an index it would take three times as long, as below
-        queries, keys, values = half.project(x, *self._turns.of(rotary))
+        x = hidden_states[0]
+        queries, keys, values = half.project(x, rotary[0][0], rotary[1][0])
         if cache is not None:
             keys, values = self._cache.append(cache, keys, values, self._index)
         x = half.attend(x, queries, keys, values, None if mask is None else mask[0, 0])
         self._attends.end()
         feeds = self._feeds.begin(x.device) if self._parts.feed_forward else None
         if feeds is None:
-            hidden = x.unsqueeze(0)
+            hidden = x[None]
             return hidden + self._layer.mlp(self._layer.post_attention_layernorm(hidden))
         x = feeds.forward(x)
         self._feeds.end()
-        return x.unsqueeze(0)
+        return x[None]
 
     def close(self) -> None:
         """Let go of halves and slots, which keep a tier's memory; the layer is not called any more."""
@@ -154,11 +136,11 @@ class FusedLayer:
         """Whether a pass leaves the layer to do what it always does."""
         if device.type not in self._kernels or attention_of(self._config) != "sdpa" or self._attention.training:
             return False
-        return not torch.is_autocast_enabled(device.type) and self._watched() == self._unwatched
+        return not torch.is_autocast_enabled(device.type) and self._hooked() == self._hooks
 
-    def _watched(self) -> list[int]:
-        """What watches the modules within, hooks and forwards of their own: a fused call would pass them over."""
-        return [*map(len, self._hooks), *["forward" in each for each in self._attributes]]
+    def _hooked(self) -> list[tuple[int, int, bool]]:
+        """What watches the modules within: a fused call would pass them over."""
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in self._modules]
 
     def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
         module, weights = self._attention, self._parts.weights
