@@ -214,6 +214,25 @@ def test_a_token_is_the_same_in_any_company(
                 assert torch.equal(alike.setdefault((token, size), both), both)
 
 
+@pytest.mark.parametrize(("group", "precision"), [(32, "int8"), (64, "int4"), (128, "int3")])
+def test_many_tokens_across_the_rows_have_the_bits_of_few(
+    emulated_cuda: Path, monkeypatch: Any, precision: str, group: int
+) -> None:
+    monkeypatch.setattr(down_launches, "_LEAST_ROWS", 1)  # many slices of a small matrix: blocks add up some of them
+    weight, x = matrix(1100, 300, group, precision), torch.randn(65, 1100)
+    launcher = Emulation(emulated_cuda, multiprocessors=11)
+    kernels, whole = CudaKernels(CPU, launcher, switch=65), torch.zeros(65, 300)
+    kernels.matmul_transposed(x, weight, whole)
+    assert_close(whole, x @ dense(weight), x.abs() @ spans(weight))
+    for tokens in (1, 3, 6, 20, 64):
+        out = torch.zeros(tokens, 300)
+        kernels.matmul_transposed(x[:tokens], weight, out)
+        assert torch.equal(out, whole[:tokens])
+    calls = [call for call in launcher.launched if call.kernel.startswith("down")]
+    assert {int(call.kernel.split("_")[2]) for call in calls} == {1, 4, 8, 16, 32, 64}
+    assert {call.arguments.merged for call in calls} == {1, 2}
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -279,6 +298,7 @@ def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) 
         "dots_3_1_64": mma_launches.ProductArguments,
         "digits": mma_launches.DigitsArguments,
         "down_1_1_32": down_launches.DownArguments,
+        "downs_1_8_32": down_launches.DownArguments,
         "decode_2_0_0": launches.DecodeArguments,
         "prepare": launches.PrepareArguments,
         "sum": down_launches.SumArguments,
@@ -301,8 +321,11 @@ def test_grids_fit_every_card() -> None:
         slices = Slices.of(count, 64, 448, mps)
         call = down_launches.down_call(found, 3, Activations(0, 0, tokens, 8, (0, 0, 0)), (), 0, count, slices)
         assert call.shared_bytes <= 48 << 10
-        assert call.grid[0] * slices.wide * 64 >= 28672 * min(tokens, 4)  # words of 16 columns, shared out
-        assert slices.wide * slices.classes <= call.threads
+        size = int(call.kernel.split("_")[2])
+        words = slices.wide * 4 // size if size <= 4 else 256 // size
+        assert call.grid[0] * words * 16 >= 28672
+        assert call.grid[2] * size >= tokens
+        assert slices.wide * slices.classes <= down_launches.LINE_THREADS
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
         launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), -1, 82)

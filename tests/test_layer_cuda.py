@@ -184,6 +184,24 @@ def test_the_feed_forward_half_is_the_reference(
     assert_near(found, reference(weights).forward(x.double()), 3.0)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 34])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_is_its_parts_bit_for_bit(kernels: CudaKernels, dtype: torch.dtype, tokens: int) -> None:
+    half, x = kernels.attention(attention_weights(dtype)), random(tokens, 192).to(dtype)
+    mask = random(tokens, 100, seed=2) > 0.3
+    for kept in (dtype, torch.float32):  # of a cache that somebody else began
+        for some in (None, mask, mask):
+            (keys, values), turn = cached(2, 100, 32, kept, seed=4), turns(tokens, 32, dtype, 100 - tokens)
+            queries, *new = half.project(x, *turn)
+            wanted = [each.clone() for each in (keys, values)]
+            for each, last in zip(wanted, new, strict=True):
+                each[:, :, 100 - tokens :] = last
+            out = half.attend(x, queries, *wanted, some)
+            assert torch.equal(half.step(x, *turn, keys, values, some), out)
+            assert torch.equal(keys, wanted[0])
+            assert torch.equal(values, wanted[1])
+
+
 def passes(kernels: CudaKernels, dtype: torch.dtype, x: Tensor, cache: tuple[Tensor, Tensor], first: int) -> Tensor:
     """A layer's output for tokens whose keys and values come behind the first slots of a cache, which they change."""
     attention, block = kernels.attention(attention_weights(dtype)), kernels.feed_forward(feed_forward_weights(dtype))
@@ -313,6 +331,8 @@ def test_what_cannot_be_meant_is_refused(kernels: CudaKernels) -> None:
         half.project(random(2, 190), *turns(2, 32, torch.float32))
     with pytest.raises(UsageError, match="cos and sin are"):
         half.project(x, *turns(3, 32, torch.float32))
+    with pytest.raises(UsageError, match="1 slots for 2 new tokens"):
+        half.step(x, *turns(2, 32, torch.float32), *cached(2, 1, 32, torch.float32), None)
     with pytest.raises(UsageError, match="queries, keys, values are"):
         half.attend(x, queries.half(), *keys, None)
     with pytest.raises(UsageError, match="queries, keys, values are"):

@@ -4,19 +4,18 @@ import concurrent.futures
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tiercache.errors import UsageError
-from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Call
+from tiercache.kernels.cuda.runs import Run
 
 HERE = Path(__file__).parent
-UNITS = ("rows", "mma", "dots", "down", "decode", "attention")
+UNITS = ("rows", "mma", "dots", "down", "downs", "decode", "attention")
 SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda" / "source"
 # No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
 FLAGS = (
@@ -111,10 +110,27 @@ class Emulation:
     def stream(self) -> int:
         return 0
 
-    def run(self, calls: Sequence[Bound]) -> None:
-        for each in calls:
-            self.launch(replace(each.call, grid=each.grid))
+    def run(self, run: Run) -> None:
+        for each in run.calls:
+            self.launch(each.call)
 
     def argument_bytes(self, kernel: str) -> int:
         """Size of the kernel's argument as the C++ compiler lays it out."""
         return int(getattr(self.library, f"{kernel}_bytes")())
+
+
+def stub_driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """torch sees one card, of capability 8.6 and two multiprocessors; its driver is `driver.cpp`."""
+    stub, loaded = ctypes.CDLL(str(library)), ctypes.CDLL
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "device_count": 1,
+        "get_device_capability": (8, 6),
+        "get_device_properties": SimpleNamespace(multi_processor_count=2),
+        "current_stream": SimpleNamespace(cuda_stream=0x123456789A),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: stub if name == "libcuda.so.1" else loaded(name))
+    return stub

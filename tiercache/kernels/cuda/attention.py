@@ -19,7 +19,6 @@ from tiercache.kernels.blocks import Attention, AttentionWeights
 from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cuda import layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
-from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import (
     SLICE,
@@ -31,6 +30,8 @@ from tiercache.kernels.cuda.layer_calls import (
     Units,
 )
 from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
+from tiercache.kernels.cuda.pass_arguments import check_attended, point, turn, write
+from tiercache.kernels.cuda.runs import Run
 
 _DENSE = torch.contiguous_format
 
@@ -39,7 +40,7 @@ _DENSE = torch.contiguous_format
 class _Projecting:
     """The calls of `project` for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     enter: EnterArguments
     rotate: RotateArguments
 
@@ -48,10 +49,20 @@ class _Projecting:
 class _Attending:
     """The calls of `attend` for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     units: Units
     attention: AttentionArguments
     leave: LeaveArguments
+
+
+@dataclass(frozen=True, eq=False)
+class _Stepping:
+    """The calls of `step` for some tokens: those of both parts; `queries`: the address of what lies between."""
+
+    run: Run
+    projecting: _Projecting
+    attending: _Attending
+    queries: int
 
 
 class CudaAttention(Attention):
@@ -79,15 +90,14 @@ class CudaAttention(Attention):
         self._head_norms = [card.vector("a norm of heads", norm, w.head_dim) for norm in norms]
         self._projecting: dict[tuple[int, torch.dtype, torch.dtype, int], _Projecting] = {}
         self._attending: dict[tuple[int, torch.dtype, torch.dtype, int], _Attending] = {}
+        self._stepping: dict[tuple[int, torch.dtype, torch.dtype, int], _Stepping] = {}
         self._units: dict[tuple[int, int], Units] = {}
         self._shaped: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = rows_of(x, self._hidden, self._card)
         tokens = x.shape[0]
-        cos, sin = _turn(cos, tokens, self._heads.size, self._card), _turn(sin, tokens, self._heads.size, self._card)
-        if cos.dtype != sin.dtype:
-            raise UsageError(f"cos is {cos.dtype}, sin {sin.dtype}; give both in one dtype")
+        cos, sin = turn(cos, sin, (tokens, self._heads.size), self._card)
         queries, keys = (torch.empty_like(each, memory_format=_DENSE) for each in self._projected(tokens, x.dtype))
         values = torch.empty_like(keys)
         if not tokens:
@@ -97,19 +107,17 @@ class CudaAttention(Attention):
             return queries, keys, values
         stream = self._card.launcher.stream()
         with self._card.lock:
-            ready = self._projecting.get((tokens, x.dtype, cos.dtype, stream))
-            if ready is None:
-                ready = self._ready_to_project(tokens, x.dtype, cos.dtype, stream)
-            enter = ready.enter
-            enter.x, enter.pitch = x.data_ptr(), x.stride(0)
-            _write(ready.rotate, (cos, sin), (queries, keys, values))
-            self._card.launcher.run(ready.calls)
+            wanted = tokens, x.dtype, cos.dtype, stream
+            ready = self._projecting.get(wanted) or self._ready_to_project(*wanted)
+            ready.enter.x, ready.enter.pitch = x.data_ptr(), x.stride(0)
+            write(ready.rotate, (cos, sin), queries.data_ptr(), (keys, values))
+            self._card.launcher.run(ready.run)
         return queries, keys, values
 
     def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         x = rows_of(x, self._hidden, self._card)
         tokens, slots = x.shape[0], keys.shape[2]
-        self._check_attended(tokens, queries, keys, values, mask)
+        check_attended(self._heads, self._card, (tokens, queries), (keys, values), mask)
         out = torch.empty_like(x, memory_format=_DENSE)
         if not tokens:
             return out
@@ -125,11 +133,67 @@ class CudaAttention(Attention):
             ready = self._attending.get((tokens, x.dtype, keys.dtype, stream))
             if ready is None or ready.units is not units:
                 ready = self._ready_to_attend(tokens, x.dtype, keys.dtype, stream, units)
-            _point(ready.attention, queries, keys, values, mask)
+            point(ready.attention, queries.data_ptr(), keys, values, mask)
             leave = ready.leave
             leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
-            self._card.launcher.run(ready.calls)
+            self._card.launcher.run(ready.run)
         return out
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """`project` and `attend` at once: the last slots of keys and values are there to be written."""
+        x = rows_of(x, self._hidden, self._card)
+        tokens, slots = x.shape[0], keys.shape[2]
+        like, _ = self._projected(tokens, x.dtype)
+        check_attended(self._heads, self._card, (tokens, like), (keys, values), mask)
+        if tokens > slots:
+            raise UsageError(f"{slots} slots for {tokens} new tokens; give keys and values with room for them")
+        if not 0 < tokens <= self._card.switch or keys.dtype != x.dtype:
+            queries, *new = self.project(x, cos, sin)
+            for kept, each in zip((keys, values), new, strict=True):
+                kept.narrow(2, slots - tokens, tokens).copy_(each)
+            return self.attend(x, queries, keys, values, mask)
+        cos, sin = turn(cos, sin, (tokens, self._heads.size), self._card)
+        out = torch.empty_like(x, memory_format=_DENSE)
+        if mask is not None and mask.stride(1) != 1:
+            mask = mask.contiguous()
+        units, stream = self._units_of(tokens, slots), self._card.launcher.stream()
+        with self._card.lock:
+            ready = self._stepping.get((tokens, x.dtype, cos.dtype, stream))
+            if ready is None or ready.attending.units is not units:
+                ready = self._ready_to_step(tokens, x.dtype, cos.dtype, stream, units)
+            enter, leave = ready.projecting.enter, ready.attending.leave
+            enter.x = leave.x = x.data_ptr()
+            enter.pitch = leave.pitch = x.stride(0)
+            leave.out = out.data_ptr()
+            write(ready.projecting.rotate, (cos, sin), ready.queries, (keys, values), slots - tokens)
+            point(ready.attending.attention, ready.queries, keys, values, mask)
+            self._card.launcher.run(ready.run)
+        return out
+
+    def _ready_to_step(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int, units: Units) -> _Stepping:
+        """Both parts have the same scratch, one after the other; queries lie behind whatever each has there."""
+        first = self._ready_to_project(tokens, kind, turn, stream)
+        second = self._ready_to_attend(tokens, kind, kind, stream, units)
+        sizes = [*self._sizes_projecting(tokens), *self._sizes_attending(tokens, units)]
+        *_, queries = self._scratch.pieces(stream, [*sizes, bytes_of_floats(tokens, self._heads.columns)])
+        run = Run([each.call for part in (first, second) for each in part.run.calls], stream)
+        ready = _Stepping(run, first, second, queries)
+        self._stepping[tokens, kind, turn, stream] = ready
+        return ready
+
+    def _sizes_projecting(self, tokens: int) -> list[int]:
+        """Bytes of scratch: inputs, queries, keys, values."""
+        padded = Blocks.of(tokens).padded
+        found = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
+        return [*packed_sizes(tokens, self._hidden, self._group, self._card), *found]
+
+    def _sizes_attending(self, tokens: int, units: Units) -> list[int]:
+        """Bytes of scratch: inputs, their product, what units attended to, and its weights."""
+        columns = self._heads.columns
+        weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
+        found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
+        packed = packed_sizes(tokens, columns, self._w.outward.group, self._card)
+        return [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
 
     def _projected(self, tokens: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         """What queries and keys are like, of one number each: `empty_like` is the cheapest way to memory."""
@@ -141,30 +205,22 @@ class CudaAttention(Attention):
         return known
 
     def _ready_to_project(self, tokens: int, kind: torch.dtype, turn: torch.dtype, stream: int) -> _Projecting:
-        padded = Blocks.of(tokens).padded
-        sizes = [bytes_of_floats(padded, product.planes.rows) for product in self._inward]
-        packed = packed_sizes(tokens, self._hidden, self._group, self._card)
-        *inputs, q, k, v = self._scratch.pieces(stream, [*packed, *sizes])
+        *inputs, q, k, v = self._scratch.pieces(stream, self._sizes_projecting(tokens))
         to = layer_calls.packed(inputs, self._group, (tokens, self._hidden), self._card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         rotate = self._rotation(tokens, Blocks.of(tokens).size, KINDS[kind], KINDS[turn])
         rotate.found[:] = q, k, v
         products = [product.call(inputs, at, tokens) for product, at in zip(self._inward, (q, k, v), strict=True)]
-        calls = tuple(Bound(call, stream) for call in (enter, *products, layer_calls.rotate_call(rotate)))
+        calls = (enter, *products, layer_calls.rotate_call(rotate))
         assert isinstance(enter.arguments, EnterArguments)
-        ready = _Projecting(calls, enter.arguments, rotate)
-        self._projecting[tokens, kind, turn, stream] = ready
+        ready = self._projecting[tokens, kind, turn, stream] = _Projecting(Run(calls, stream), enter.arguments, rotate)
         return ready
 
     def _ready_to_attend(
         self, tokens: int, kind: torch.dtype, kept: torch.dtype, stream: int, units: Units
     ) -> _Attending:
         columns, group, card = self._heads.columns, self._w.outward.group, self._card
-        packed = packed_sizes(tokens, columns, group, card)
-        found = bytes_of_floats(Blocks.of(tokens).padded, self._hidden)
-        weights = bytes_of_floats(2, units.count, tokens, self._heads.queries)
-        sizes = [*packed, found, bytes_of_floats(units.count, tokens, columns), weights]
-        *inputs, product, attended, weight = self._scratch.pieces(stream, sizes)
+        *inputs, product, attended, weight = self._scratch.pieces(stream, self._sizes_attending(tokens, units))
         attention = self._attention(tokens, attended, weight)
         to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
         leave = self._leaving(tokens, Blocks.of(tokens).size, KINDS[kind], product)
@@ -174,8 +230,7 @@ class CudaAttention(Attention):
             self._outward.call(inputs, product, tokens),
             layer_calls.leave_call(leave),
         )
-        ready = _Attending(tuple(Bound(call, stream) for call in calls), units, attention, leave)
-        self._attending[tokens, kind, kept, stream] = ready
+        ready = self._attending[tokens, kind, kept, stream] = _Attending(Run(calls, stream), units, attention, leave)
         return ready
 
     def _project_many(self, x: Tensor, turns: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -183,7 +238,7 @@ class CudaAttention(Attention):
         found = [product.found(ready) for product in self._inward]
         rotate = self._rotation(len(x), 1, KINDS[x.dtype], KINDS[turns[0].dtype])
         rotate.found[:] = [each.data_ptr() for each in found]
-        _write(rotate, turns, made)
+        write(rotate, turns, made[0].data_ptr(), made[1:])
         self._card.launcher.launch(layer_calls.rotate_call(rotate))
 
     def _attend_many(
@@ -195,7 +250,7 @@ class CudaAttention(Attention):
         weights = self._card.floats(units.count, tokens, heads.queries, 2)
         inputs = self._card.floats(tokens, heads.columns)
         attention = self._attention(tokens, attended.data_ptr(), weights.data_ptr())
-        _point(attention, queries, *kept, mask)
+        point(attention, queries.data_ptr(), *kept, mask)
         launcher.launch(layer_calls.attention_call(attention, KINDS[kept[0].dtype], units))
         to = layer_calls.packed((inputs.data_ptr(), 0), 0, (tokens, heads.columns))
         found = attended.data_ptr(), weights.data_ptr()
@@ -231,24 +286,6 @@ class CudaAttention(Attention):
         made.tokens, made.columns, made.padded_tokens = tokens, self._hidden, size
         return made
 
-    def _check_attended(self, tokens: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        heads, slots, device = self._heads, keys.shape[2], self._card.device
-        good = queries.dtype == torch.float32 and queries.shape == (tokens, heads.queries, heads.size)
-        good = good and keys.shape == (1, heads.keys, slots, heads.size) and slots > 0
-        good = good and keys.dtype in KINDS and keys.stride(3) == 1
-        good = good and values.shape == keys.shape and values.dtype == keys.dtype and values.stride(3) == 1
-        if not good or not queries.device == keys.device == values.device == device:
-            found = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in (queries, keys, values))
-            raise UsageError(
-                f"queries, keys, values are {found}; expected fp32 [{tokens}, {heads.queries}, {heads.size}] and twice "
-                f"[1, {heads.keys}, slots, {heads.size}] of one dtype, numbers of a slot in one piece, on {device}"
-            )
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (tokens, slots) or mask.device != device):
-            raise UsageError(
-                f"the mask is {mask.dtype} {list(mask.shape)} on {mask.device}, expected bool [{tokens}, {slots}] "
-                f"on {device}"
-            )
-
 
 def _check(w: AttentionWeights, heads: Heads) -> None:
     hidden, group = w.inward[0].columns, w.inward[0].group
@@ -261,30 +298,3 @@ def _check(w: AttentionWeights, heads: Heads) -> None:
             raise UsageError(
                 f"a bias or a norm is {each.dtype}, the norm before is {w.norm.dtype}; give all in one dtype"
             )
-
-
-def _turn(given: Tensor, tokens: int, size: int, card: Card) -> Tensor:
-    """cos or sin, its rows in one piece."""
-    if given.shape != (tokens, size) or given.dtype not in KINDS or given.device != card.device:
-        raise UsageError(
-            f"cos and sin are {given.dtype} {list(given.shape)} on {given.device}, expected fp32, fp16 or bf16 "
-            f"[{tokens}, {size}] on {card.device}"
-        )
-    return given if given.stride(1) == 1 else given.contiguous()
-
-
-def _write(into: RotateArguments, turns: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor, Tensor]) -> None:
-    cos, sin = turns
-    into.cos, into.cos_pitch, into.sin, into.sin_pitch = cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0)
-    into.queries, into.keys, into.values = (each.data_ptr() for each in made)
-
-
-def _point(into: AttentionArguments, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-    at, other = keys.data_ptr(), values.data_ptr()
-    _, key_head, key_slot, _ = keys.stride()
-    _, value_head, value_slot, _ = values.stride()
-    into.queries, into.keys, into.values, into.slots = queries.data_ptr(), at, other, keys.shape[2]
-    into.key_head, into.key_slot, into.value_head, into.value_slot = key_head, key_slot, value_head, value_slot
-    strides = (key_head | key_slot | value_head | value_slot) * keys.element_size()
-    into.aligned = not (at | other | strides) % 16
-    into.mask, into.mask_pitch = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))

@@ -124,13 +124,13 @@ class CudaKernels(Kernels):
                 with full_precision():
                     out += x[:, some].float() @ self._decoded(near, chosen)
             return
-        slices = self._slices(weight, lists)
-        partial = self._partial(weight, tokens, slices)
+        slices, merged = self._slices(tokens, (weight,), lists)
+        partial = self._partial(weight, tokens, -(-slices.count // merged))
         for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists, slices.size):
             whole = 1 << (tokens - 1).bit_length()  # one block
             strides = (0, x.stride(0), x.stride(1))
             given = Activations(self._at(x[:, some]), KINDS[x.dtype], tokens, whole, strides)
-            self._spread(given, near, partial[some.start // slices.size :], chosen, slices)
+            self._spread(given, near, partial[some.start // slices.size :], chosen, slices, merged)
         self._add_up(partial, tokens, weight, out)
 
     def ffn(
@@ -150,13 +150,13 @@ class CudaKernels(Kernels):
             hidden = self._act(x, inward, activation, rows)
             self.matmul_transposed(hidden, down, out, rows)
             return
-        slices = self._slices(down, lists)
-        partial = self._partial(down, x.tokens, slices)
+        slices, merged = self._slices(x.tokens, (*inward, down), lists)
+        partial = self._partial(down, x.tokens, -(-slices.count // merged))
         for some, near, chosen in self._tiler.tiles(x.tokens, (*inward, down), lists, slices.size):
             hidden = self._hidden(x, near[:-1], activation, chosen)
             strides = (hidden.stride(0), 1, hidden.stride(1))
             given = Activations(hidden.data_ptr(), 0, x.tokens, hidden.shape[2], strides)
-            self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices)
+            self._spread(given, near[-1], partial[some.start // slices.size :], chosen, slices, merged)
         self._add_up(partial, x.tokens, down, out)
 
     def takes_heads(self, heads: int, key_heads: int, head_dim: int) -> bool:
@@ -223,17 +223,25 @@ class CudaKernels(Kernels):
         hidden = activate(activation, parts[0])
         return hidden if len(parts) == 1 else hidden * parts[1]
 
-    def _slices(self, weight: Planes, rows: RowLists) -> Slices:
-        return Slices.of(rows.count(weight), weight.group, weight.scales.shape[1], self._launcher.multiprocessors)
+    def _slices(self, tokens: int, weights: Parts, rows: RowLists) -> tuple[Slices, int]:
+        """Of the last matrix; and how many of them are added up at once, which tiles would cut apart."""
+        down, multiprocessors = weights[-1], self._launcher.multiprocessors
+        groups = down.scales.shape[1]
+        slices = Slices.of(rows.count(down), down.group, groups, multiprocessors)
+        if not self._tiler.in_one_pass(tokens, weights):
+            return slices, 1
+        return slices, down_launches.merged_slices(tokens, groups * (down.group // 16), slices, multiprocessors)
 
-    def _partial(self, weight: Planes, tokens: int, slices: Slices) -> Tensor:
-        """Room for the sums of all slices: [slices, padded tokens, padded columns]."""
-        return self._empty(slices.count, down_launches.padded_tokens(tokens), weight.scales.shape[1] * weight.group)
+    def _partial(self, weight: Planes, tokens: int, count: int) -> Tensor:
+        """Room for so many sums of slices: [count, padded tokens, padded columns]."""
+        return self._empty(count, down_launches.padded_tokens(tokens), weight.scales.shape[1] * weight.group)
 
-    def _spread(self, x: Activations, weight: Planes, partial: Tensor, rows: RowLists, slices: Slices) -> None:
+    def _spread(
+        self, x: Activations, weight: Planes, partial: Tensor, rows: RowLists, slices: Slices, merged: int
+    ) -> None:
         """x W, slice for slice of the rows, into the first of `partial`."""
         found, planes = launches.matrix(weight, self._at), len(weight.planes)
-        given = (x, rows.pointers(planes), partial.data_ptr(), rows.count(weight), slices)
+        given = (x, rows.pointers(planes), partial.data_ptr(), rows.count(weight), slices, merged)
         self._launcher.launch(down_launches.down_call(found, planes, *given))
 
     def _add_up(self, partial: Tensor, tokens: int, weight: Planes, out: Tensor) -> None:

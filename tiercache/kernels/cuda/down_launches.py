@@ -1,4 +1,4 @@
-"""Calls of the kernels for sums across the rows (down.cu, `sum` of common.cu), as `launches` has the others.
+"""Calls of the kernels for sums across the rows (down.cu, downs.cu, `sum` of common.cu), as `launches` has the others.
 
 *Bits*: slices of the rows, and the lines of threads that walk them, depend on shapes and on the card's size, never on
 the tokens or on where the planes lie.
@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from tiercache.kernels.cuda.launches import Call, MatrixArguments, RowListArguments
 
 LINE_THREADS = 512
-_MOST_TOKENS = 4  # of a block
+_FEW = (1, 2, 4)  # tokens of a block of down.cu
+_MANY = (8, 16, 32, 64)  # of downs.cu
+_DECODING = 5  # tokens that a weight could be multiplied with while it is decoded
+_TILE_THREADS = 128
+_TILE_SUMS = 1024  # tokens times words of a block of downs.cu, times four
+_EIGHTHS = 8  # what slices are cut into before they are added up, by `sum` and by layer.cu
 _MOST_WORDS = 4  # of a thread, of 16 columns each
 _X_ROWS = 128  # whose places and activations are in shared memory at once
 _ROW_BYTES = 32
@@ -22,7 +27,7 @@ _LEAST_ROWS = 4  # of a line
 
 
 class DownArguments(ctypes.Structure):
-    """Of down.cu."""
+    """Of down.cu and downs.cu."""
 
     _fields_ = (
         ("matrix", MatrixArguments),
@@ -31,7 +36,7 @@ class DownArguments(ctypes.Structure):
         ("rows", RowListArguments),
         ("partial", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("kind", "block_shift", "tokens", "padded_tokens")),
-        *((name, ctypes.c_int) for name in ("count", "per_slice", "wide", "classes")),
+        *((name, ctypes.c_int) for name in ("count", "per_slice", "wide", "classes", "merged", "most")),
     )
 
 
@@ -75,7 +80,7 @@ class Slices:
         """A slice for each multiprocessor that a strip of columns can have, yet some rows a line."""
         units = groups * -(-(group // 16) // _MOST_WORDS)
         wide = min(units, LINE_THREADS)
-        classes, strips = LINE_THREADS // wide, -(-units // wide)
+        classes, strips = min(LINE_THREADS // wide, _X_ROWS), -(-units // wide)
         wanted = min(-(-multiprocessors // strips), -(-rows // (_LEAST_ROWS * classes)))
         size = max(1, -(-rows // max(1, wanted)))
         return Slices(-(-rows // size), size, wide, classes)
@@ -88,26 +93,64 @@ def padded_tokens(tokens: int) -> int:
 
 
 def _block(tokens: int) -> int:
-    return next(size for size in (1, 2, _MOST_TOKENS) if size >= min(tokens, _MOST_TOKENS))
+    """Tokens of a block: the most that it holds, or what multiplies and decodes least in all."""
+    if tokens <= _FEW[-1]:
+        return next(size for size in _FEW if size >= tokens)
+    return min(_MANY, key=lambda size: -(-tokens // size) * (size + _DECODING))
+
+
+def merged_slices(tokens: int, words: int, slices: Slices, multiprocessors: int) -> int:
+    """Slices that downs.cu adds up itself, those of an eighth, if there are blocks enough then; no bit depends on it.
+
+    `words`: of a row, 16 columns each. Without it the sums of all slices go to memory and come back.
+    """
+    size, eighth = _block(tokens), max(1, -(-slices.count // _EIGHTHS))
+    blocks = _strips(words, size) * -(-slices.count // eighth) * -(-tokens // size)
+    return eighth if size in _MANY and blocks >= multiprocessors else 1
+
+
+def _strips(words: int, size: int) -> int:
+    return -(-words // (_TILE_SUMS // 4 // size))
 
 
 def down_call(
-    found: MatrixArguments, planes: int, x: Activations, rows: Sequence[int], partial: int, count: int, slices: Slices
+    found: MatrixArguments,
+    planes: int,
+    x: Activations,
+    rows: Sequence[int],
+    partial: int,
+    count: int,
+    slices: Slices,
+    merged: int = 1,
 ) -> Call:
-    """Of down.cu: `count` rows, whole slices of them, into `partial` [slices, padded tokens, padded columns].
+    """Of down.cu or downs.cu: `count` rows, whole slices of them, into `partial`.
+
+    It is [slices, padded tokens, padded columns], or has a sum of `merged` slices (`merged_slices`) for each as many.
 
     `rows`: addresses of the lists for the three planes and the scales; nothing for all rows.
     """
     block, padded = _block(x.tokens), padded_tokens(x.tokens)
-    units = found.groups * (found.group // 16) // min(_MOST_WORDS // block, found.group // 16)
-    shared_bytes = max(slices.classes * slices.wide * 64, _X_ROWS * (_ROW_BYTES + 4 * block))
     arguments = DownArguments(
         *(found, x.address, *x.strides, RowListArguments(*rows), partial),
         *(x.kind, x.block.bit_length() - 1, x.tokens, padded),
-        *(count, slices.size, slices.wide, slices.classes),
+        *(count, slices.size, slices.wide, slices.classes, merged, _X_ROWS // slices.classes * slices.classes),
     )
-    grid = (-(-units // slices.wide), -(-count // slices.size), padded // block)
+    words, parts = found.groups * (found.group // 16), -(-count // slices.size)
+    if block in _MANY:
+        grid = (_strips(words, block), -(-parts // merged), padded // block)
+        name = f"downs_{planes}_{block}_{found.group}"
+        return Call(name, grid, _tile_bytes(block, found.group), arguments, threads=_TILE_THREADS)
+    units = words // min(_MOST_WORDS // block, found.group // 16)
+    shared_bytes = max(slices.classes * slices.wide * 64, _X_ROWS * (_ROW_BYTES + 4 * block))
+    grid = (-(-units // slices.wide), parts, padded // block)
     return Call(f"down_{planes}_{block}_{found.group}", grid, shared_bytes, arguments, threads=LINE_THREADS)
+
+
+def _tile_bytes(tokens: int, group: int) -> int:
+    """Shared memory of downs.cu: `Tile`."""
+    units, rows = _TILE_SUMS // 4 // tokens, 8 if tokens < 32 else 16
+    pairs = max(1, units // (group // 16)) * tokens
+    return rows * (64 * units + 8 * pairs) + 16 * 8 * _TILE_THREADS
 
 
 def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: tuple[int, int], parts: int) -> Call:

@@ -8,60 +8,33 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
+from tiercache.kernels.cuda.contexts import ThreadContext
 from tiercache.kernels.cuda.launches import Call
 from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, image
+from tiercache.kernels.cuda.runs import Bound, Graph, LaunchConfig, Run
+from tiercache.progress import note
 from tiercache.tiers.device import on_gpu
 
 _DEVICE_POINTER = 3  # CU_POINTER_ATTRIBUTE_DEVICE_POINTER
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
 
+_BEFORE_A_GRAPH = 2
+"""Times that a run is launched call by call: a prompt comes once, and its graph would cost more than it saves."""
 
-class _LaunchConfig(ctypes.Structure):
-    """`CUlaunchConfig` of the driver."""
-
-    _fields_ = (
-        *((name, _NUMBER) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")),
-        ("stream", _POINTER),
-        ("attributes", _POINTER),
-        ("attribute_count", _NUMBER),
-    )
-
-
-class Bound:
-    """A call made ready for one stream, to be launched again and again at the cost of one call of the driver.
-
-    Attributes:
-        call: what it was made of; its arguments may be rewritten between launches, for a launch copies them.
-        function: the kernel's handle; None until it was launched first.
-        config, packed: addresses of what the driver is given.
-    """
-
-    __slots__ = ("_config", "_packed", "call", "config", "function", "packed")
-
-    def __init__(self, call: Call, stream: int) -> None:
-        self.call = call
-        self._config = _LaunchConfig(*call.grid, call.threads, 1, 1, call.shared_bytes, stream)
-        self._packed = (_POINTER * 1)(ctypes.addressof(call.arguments))
-        self.config, self.packed = ctypes.addressof(self._config), ctypes.addressof(self._packed)
-        self.function: int | None = None
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Blocks in x, y, z."""
-        return self._config.x, self._config.y, self._config.z
-
-    def resize(self, grid: tuple[int, int, int]) -> None:
-        """Launch so many blocks from now on."""
-        self._config.x, self._config.y, self._config.z = grid
+_MOST_GRAPHS = 1024
+"""Of a device: halves of 80 layers for four numbers of tokens. Each takes some of the card's memory."""
 
 
 class Driver:
@@ -105,6 +78,9 @@ class Driver:
         self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
         self._functions: dict[str, int] = {}
         self._here = threading.local()
+        self._graphs: WeakSet[Graph] = WeakSet()
+        self._most_graphs = _MOST_GRAPHS
+        self._gone: deque[tuple[int | None, int | None]] = deque()  # graphs to destroy
         context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
         retain = self._library.cuDevicePrimaryCtxRetain  # torch's own context, which it keeps until the process ends
@@ -140,33 +116,74 @@ class Driver:
 
     def launch(self, call: Call) -> None:
         """Enqueue a call; what it reads and writes is in use until the stream has got there."""
-        self.run((Bound(call, self.stream()),))
+        with self._current():
+            self._launch_each((Bound(call, self.stream()),))
 
-    def run(self, calls: Sequence[Bound]) -> None:
-        """Enqueue calls one after another, each on the stream it was made ready for."""
-        with_context = not self._is_current()
-        if with_context:
-            self._check(self._library.cuCtxPushCurrent_v2(self._context), "entering the device")
-        try:
-            launch = self._launch
-            for each in calls:
-                if each.function is None:
-                    each.function = self._functions.get(each.call.kernel) or self._function(each.call.kernel)
-                code = launch(each.config, each.function, each.packed, None)
+    def run(self, run: Run) -> None:
+        """Enqueue calls one after another, on the stream that they were made ready for.
+
+        From the third time on they are one CUDA graph, unless the stream is being captured: no graph can be launched
+        into a capture. No two threads may be at one run.
+        """
+        with self._current() as here:
+            captured = self._is_captured(run.stream, here)
+            if run.graph is not None and not captured:
+                code = run.graph.launch()
                 if code:
-                    self._check(code, f"launching {each.call.kernel} on a grid of {each.grid}")
-        finally:
-            if with_context:
-                self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+                    self._check(code, f"launching a graph from {run.calls[0].call.kernel} on")
+                return
+            self._launch_each(run.calls)
+            run.launches += 1
+            if run.launches == _BEFORE_A_GRAPH and not captured:
+                self._make_graph(run)
 
-    def _is_current(self) -> bool:
-        """Whether the device's context is this thread's: a fresh thread has none until torch has worked in it."""
-        here = self._here
-        if not hasattr(here, "found"):
-            here.found = ctypes.c_void_p()
-            here.at = ctypes.addressof(here.found)
-        self._library.cuCtxGetCurrent(here.at)
-        return bool(here.found.value == self._context)
+    def _is_captured(self, stream: int, here: ThreadContext) -> bool:
+        """Whether calls on the stream become part of a graph of somebody else's; the context is current."""
+        return bool(self._library.cuStreamIsCapturing(stream, here.status_at) or here.status.value)
+
+    def _launch_each(self, calls: Sequence[Bound]) -> None:
+        """Call by call; the context is current."""
+        launch = self._launch
+        for each in calls:
+            if each.function is None:
+                each.function = self._functions.get(each.call.kernel) or self._function(each.call.kernel)
+            code = launch(each.config, each.function, each.packed, None)
+            if code:
+                self._check(code, f"launching {each.call.kernel} on a grid of {each.call.grid}")
+
+    def _make_graph(self, run: Run) -> None:
+        """Of a run that was launched before; the context is current, and nothing is captured."""
+        self._destroy(None, None)  # what could not be destroyed before
+        if len(self._graphs) >= self._most_graphs:
+            return
+        try:
+            run.graph = Graph(self._library, run, self._check_graph, self._destroy)
+            self._graphs.add(run.graph)
+        except MemoryError:
+            self._most_graphs = 0
+            note(
+                f"{self.device} has no memory left for CUDA graphs: kernels are launched one by one, which takes the "
+                "processor longer; give a smaller hbm"
+            )
+
+    def _check_graph(self, code: int, doing: str) -> None:
+        if code == _OUT_OF_MEMORY:
+            raise MemoryError(doing)
+        self._check(code, doing)
+
+    def _destroy(self, executable: int | None, graph: int | None) -> None:
+        """Destroy a graph that nobody can launch any more, after launches that are under way.
+
+        In a thread that captures, which a call like that would spoil, later.
+        """
+        self._gone.append((executable, graph))
+        with self._current() as here, suppress(IndexError):
+            while not self._is_captured(self.stream(), here):
+                executable, graph = self._gone.popleft()  # until there are none, whoever takes them
+                if executable:
+                    self._library.cuGraphExecDestroy(executable)
+                if graph:
+                    self._library.cuGraphDestroy(graph)
 
     def _function(self, kernel: str) -> int:
         """The kernel's handle; the context is current."""
@@ -185,14 +202,12 @@ class Driver:
                 self._functions[kernel] = function.value or 0
             return self._functions[kernel]
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """The device's context is this thread's."""
-        self._check(self._library.cuCtxPushCurrent_v2(self._context), "entering the device")
-        try:
-            yield
-        finally:
-            self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    def _current(self) -> ThreadContext:
+        """The device's context is this thread's, within."""
+        here: ThreadContext | None = getattr(self._here, "here", None)
+        if here is None:
+            here = self._here.here = ThreadContext(self._library, self._context, self._check)
+        return here
 
     def _check(self, code: int, doing: str) -> None:
         if code:
@@ -225,7 +240,19 @@ def _library() -> ctypes.CDLL:
         "cuModuleLoadData": (by_reference, ctypes.c_char_p),
         "cuModuleGetFunction": (by_reference, _POINTER, ctypes.c_char_p),
         "cuLaunchKernel": (_POINTER, *[_NUMBER] * 7, *[_POINTER] * 3),
+        "cuStreamIsCapturing": (_POINTER, by_reference),
+        "cuGraphCreate": (by_reference, _NUMBER),
+        "cuGraphAddKernelNode": (by_reference, _POINTER, by_reference, ctypes.c_size_t, by_reference),
+        "cuGraphInstantiateWithFlags": (by_reference, _POINTER, ctypes.c_uint64),
+        "cuGraphExecKernelNodeSetParams": (_POINTER, _POINTER, by_reference),
+        "cuGraphLaunch": (_POINTER, _POINTER),
+        "cuGraphExecDestroy": (_POINTER,),
+        "cuGraphDestroy": (_POINTER,),
     }.items():
+        if not hasattr(library, name):
+            raise EnvironmentUnsupportedError(
+                f"the CUDA driver lacks {name}: it is older than CUDA 11.4; install a newer"
+            )
         getattr(library, name).argtypes = kinds
     return library
 
@@ -238,7 +265,7 @@ def _launching(library: ctypes.CDLL) -> Callable[..., int]:
         return launch
 
     def unpacked(config: int, function: int, packed: int, extra: None) -> int:
-        c = _LaunchConfig.from_address(config)
+        c = LaunchConfig.from_address(config)
         sizes = c.x, c.y, c.z, c.threads, c.threads_y, c.threads_z, c.shared_bytes
         return int(library.cuLaunchKernel(function, *sizes, c.stream, packed, extra))
 

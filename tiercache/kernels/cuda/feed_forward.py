@@ -16,17 +16,17 @@ from tiercache.kernels.contract import ACTIVATIONS
 from tiercache.kernels.cuda import down_launches, launches, layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.down_launches import Activations, Slices
-from tiercache.kernels.cuda.driver import Bound
 from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import EnterArguments, SettleArguments
 from tiercache.kernels.cuda.layer_products import check_matrix, entered, packed_sizes, products_call, rows_of
+from tiercache.kernels.cuda.runs import Run
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """The calls for some tokens, and the arguments that change."""
 
-    calls: tuple[Bound, ...]
+    run: Run
     enter: EnterArguments
     settle: SettleArguments
 
@@ -69,29 +69,31 @@ class CudaFeedForward(FeedForward):
             enter.x = settle.x = x.data_ptr()
             enter.pitch = settle.pitch = x.stride(0)
             settle.out = out.data_ptr()
-            self._card.launcher.run(ready.calls)
+            self._card.launcher.run(ready.run)
         return out
 
     def _made_ready(self, tokens: int, kind: torch.dtype, stream: int) -> _Ready:
         size, down, card = Blocks.of(tokens).size, self._w.down, self._card
         padded, room = self._down.groups * self._down.group, down_launches.padded_tokens(tokens)
         slices = Slices.of(self._neurons, down.group, self._down.groups, card.launcher.multiprocessors)
-        sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(slices.count, room, padded)]
+        merged = down_launches.merged_slices(tokens, padded // 16, slices, card.launcher.multiprocessors)
+        parts = -(-slices.count // merged), room, padded
+        sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(*parts)]
         inputs = packed_sizes(tokens, self._hidden, self._group, card)
         *packed, inner, partial = self._scratch.pieces(stream, [*inputs, *sizes])
         to = layer_calls.packed(packed, self._group, (tokens, self._hidden), card.by_matrix_units)
         enter = layer_calls.enter_call((0, 0, KINDS[kind]), self._norm, self._factors, to)
         activation = ACTIVATIONS.index(self._w.activation)
         given = Activations(inner, 0, tokens, size, (self._neurons * size, 1, size))
-        settle = self._settling(KINDS[kind], partial, (slices.count, room, padded))
+        settle = self._settling(KINDS[kind], partial, parts)
         calls = (
             enter,
             products_call(self._inward, self._w.inward[0], packed, inner, tokens, activation, card),
-            down_launches.down_call(self._down, len(down.planes), given, (), partial, self._neurons, slices),
+            down_launches.down_call(self._down, len(down.planes), given, (), partial, self._neurons, slices, merged),
             layer_calls.settle_call(settle, tokens),
         )
         assert isinstance(enter.arguments, EnterArguments)
-        ready = _Ready(tuple(Bound(call, stream) for call in calls), enter.arguments, settle)
+        ready = _Ready(Run(calls, stream), enter.arguments, settle)
         self._ready[tokens, kind, stream] = ready
         return ready
 

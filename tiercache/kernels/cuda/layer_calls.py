@@ -48,6 +48,7 @@ class RotateArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "sin")),
         *((name, ctypes.c_int64) for name in ("cos_pitch", "sin_pitch")),
         *((name, ctypes.c_void_p) for name in ("queries", "keys", "values")),
+        *((name, ctypes.c_int64 * 2) for name in ("head_pitch", "token_pitch")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "key_heads", "head_dim", "tokens", "padded_tokens")),
         *((name, ctypes.c_int) for name in ("kind", "weight_kind", "turn_kind")),

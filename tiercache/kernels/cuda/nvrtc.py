@@ -21,8 +21,13 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh", "products.cuh", "staged.cuh", "numbers.cuh", "attention.cuh")
-_BY_GROUP = ("mma", "dots", "down")  # compiled group by group: a store has one as a rule, and each takes seconds
+_HEADERS = ("planes.cuh", "products.cuh", "staged.cuh", "numbers.cuh", "attention.cuh", "down.cuh")
+_BY_GROUP = (
+    "mma",
+    "dots",
+    "down",
+    "downs",
+)  # compiled group by group: a store has one as a rule, and each takes seconds
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 

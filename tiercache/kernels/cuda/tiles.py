@@ -36,8 +36,7 @@ class Tiler:
         count = rows.count(weights[0])
         if not count or not tokens:
             return
-        near_enough = tokens <= self._switch and all(self._is_near(weight) for weight in weights)
-        if tokens <= FEW_TOKENS or near_enough:
+        if self.in_one_pass(tokens, weights):
             yield slice(0, count), list(weights), rows
             return
         padded = sum(weight.scales.shape[1] * weight.group for weight in weights)
@@ -51,6 +50,12 @@ class Tiler:
             if tokens <= self._switch:
                 near, chosen = [self._brought_near(weight, chosen) for weight in near], RowLists()
             yield some, near, chosen
+
+    def in_one_pass(self, tokens: int, weights: Sequence[Planes]) -> bool:
+        """Whether the selection is one tile."""
+        if tokens <= FEW_TOKENS:
+            return True
+        return tokens <= self._switch and all(self._is_near(weight) for weight in weights)
 
     def gather(self, pieces: Sequence[Tensor], index: Tensor, out: Tensor) -> None:
         """Copy rows of byte matrices into `out`, one matrix after another; `index` is int32 on the device."""

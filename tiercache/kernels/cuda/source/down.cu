@@ -11,20 +11,9 @@
  * one sum of its own: a weight costs a byte permutation and a multiply-add a token. fp32 on all cards: x times the
  * slope differs from group to group, which is why matrix units of bytes (mma.cu) do not serve here.
  */
-#include "planes.cuh"
+#include "down.cuh"
 
-enum { LINE_THREADS = 512, X_ROWS = 128 };
-
-struct DownArguments {
-    Matrix matrix;
-    const byte *x;
-    long long block_stride, token_stride, row_stride; /* in elements: between blocks, tokens of a block, rows */
-    RowLists rows;
-    float *partial; /* [slices, padded tokens, padded columns] */
-    int kind;       /* of x: 0 fp32, 1 fp16, 2 bf16 */
-    int block_shift, tokens, /* a block of x has 1 << block_shift tokens */
-        padded_tokens, count, per_slice, wide, classes;
-};
+enum { LINE_THREADS = 512 };
 
 template <int W, int GROUP> struct Held { /* W words of a row, as they lie */
     static constexpr int SINGLES = W < GROUP / 32 ? W : GROUP / 32;
@@ -93,18 +82,8 @@ static __device__ __forceinline__ void add_row(const Held<W, GROUP> &held, int f
     }
 }
 
-static __device__ __forceinline__ float given(const DownArguments &a, int token, int item) {
-    if (token >= a.tokens) return 0.0f;
-    const int within = token & ((1 << a.block_shift) - 1);
-    const long long at = (token >> a.block_shift) * a.block_stride + within * a.token_stride;
-    const long long i = at + item * a.row_stride;
-    if (a.kind == 0) return ((const float *)a.x)[i];
-    const half_bits bits = ((const half_bits *)a.x)[i];
-    return a.kind == 1 ? half_to_float(bits) : __int_as_float((int)((unsigned)bits << 16));
-}
-
-/* The rows of a slice, X_ROWS at a time, whose places and x lie in shared memory meanwhile. A few rows are on their way
- * while the few before are multiplied. */
+/* The rows of a slice, up to X_ROWS at a time, whose places and x lie in shared memory meanwhile. A few rows are
+ * on their way while the few before are multiplied. */
 template <int T, int W, int GROUP, int ALIGNED>
 static __device__ __forceinline__ void add_rows(const DownArguments &a, const Unit &at, bool takes, Row *rows,
                                                 float (*sum)[4][T][4], float *bases) {
@@ -112,8 +91,8 @@ static __device__ __forceinline__ void add_rows(const DownArguments &a, const Un
     float *const shared = (float *)(rows + X_ROWS);
     const int line = threadIdx.x / a.wide, start = blockIdx.y * a.per_slice, end = min(a.count, start + a.per_slice);
 #pragma unroll 1
-    for (int from = start; from < end; from += X_ROWS) {
-        const int high = min(end - from, X_ROWS);
+    for (int from = start; from < end; from += a.most) { /* a line goes on where it was */
+        const int high = min(end - from, a.most);
         __syncthreads(); /* everyone has left x before */
         for (int i = threadIdx.x; i < high; i += LINE_THREADS) rows[i] = row_place(a.matrix, a.rows, from + i);
 #pragma unroll 1

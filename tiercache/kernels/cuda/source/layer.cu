@@ -64,7 +64,8 @@ struct RotateArguments {
     const byte *cos, *sin; /* [tokens, head_dim] */
     long long cos_pitch, sin_pitch;
     float *queries;        /* [tokens, heads, head_dim] */
-    byte *keys, *values;   /* [key_heads, tokens, head_dim] */
+    byte *keys, *values;   /* [key_heads, tokens, head_dim] of strides in elements: of keys and of values */
+    long long head_pitch[2], token_pitch[2];
     float eps;
     int heads, key_heads, head_dim, tokens, padded_tokens; /* T */
     int kind, weight_kind, turn_kind; /* of keys and values, of biases and norms, of cos and sin */
@@ -118,7 +119,7 @@ KERNEL(layer_rotate, RotateArguments) {
             float *const to = a.queries + ((long long)token * a.heads + head) * a.head_dim + i;
             to[0] = low, to[half] = high;
         } else {
-            const long long to = ((long long)head * a.tokens + token) * a.head_dim + i;
+            const long long to = head * a.head_pitch[which - 1] + token * a.token_pitch[which - 1] + i;
             put(which == 1 ? a.keys : a.values, to, a.kind, low);
             put(which == 1 ? a.keys : a.values, to + half, a.kind, high);
         }
