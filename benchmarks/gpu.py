@@ -53,6 +53,7 @@ def parts(models: Path) -> tuple[Part, ...]:
         Part("kernels", ("benchmarks.gpu_kernels",), 70),
         Part("1b-int4-resident", shape("tinyllama-1.1b", *int4, "4GiB"), 45),
         Part("launches", ("benchmarks.gpu_launches", str(models / "tinyllama-1.1b-planes-0")), 45),
+        Part("graphs", ("benchmarks.gpu_launches", str(models / "tinyllama-1.1b-planes-0"), "graphs"), 30),
         Part("1b-int4-streamed", shape("tinyllama-1.1b", *int4, "400MiB"), 40),
         Part("70b-layers-int4-streamed", shape("llama-2-70b-4-layers", *int4, "2GiB"), 60),
         Part(

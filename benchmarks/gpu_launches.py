@@ -4,6 +4,7 @@ Takes the folder of a store. Prints a table for each token count, and one line o
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -25,12 +26,14 @@ PASSES = 3
 TIMED = 5
 TOP = 8
 # CUDA runtime and driver calls by what they are; names of torch.profiler's events.
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cuGraphLaunch")
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize")
 
 
 def main() -> None:
-    """Measure a store on the card."""
+    """Measure a store on the card, with CUDA graphs if that is the second argument."""
+    if sys.argv[2:] == ["graphs"]:
+        os.environ["TIERCACHE_CUDA_GRAPHS"] = "1"
     measure(Path(sys.argv[1]), torch.device("cuda", 0))
 
 

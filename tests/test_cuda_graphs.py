@@ -24,6 +24,7 @@ def test_a_graph_is_its_launches_bit_for_bit(
     emulated_cuda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int
 ) -> None:
     """Of the halves in three calls, or in two."""
+    monkeypatch.setenv("TIERCACHE_CUDA_GRAPHS", "1")
     stub = stub_driver(emulated_cuda, monkeypatch)
     monkeypatch.setattr(driver, "image", lambda *_: b"\177ELF")
     graphs = CudaKernels(CPU, Driver(torch.device("cuda"), tmp_path))
@@ -69,6 +70,7 @@ def test_without_memory_for_a_graph_calls_are_launched(
     emulated_cuda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stub = stub_driver(emulated_cuda, monkeypatch)
+    monkeypatch.setenv("TIERCACHE_CUDA_GRAPHS", "1")
     monkeypatch.setattr(driver, "image", lambda *_: b"\177ELF")
     half = CudaKernels(CPU, Driver(torch.device("cuda"), tmp_path)).feed_forward(feed_forward_weights())
     monkeypatch.setattr(stub, "cuGraphInstantiateWithFlags", lambda *_: 2)

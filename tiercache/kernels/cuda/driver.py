@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from tiercache.config.environment import value
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.contexts import ThreadContext
 from tiercache.kernels.cuda.launches import Call
@@ -79,7 +80,7 @@ class Driver:
         self._functions: dict[str, int] = {}
         self._here = threading.local()
         self._graphs: WeakSet[Graph] = WeakSet()
-        self._most_graphs = _MOST_GRAPHS
+        self._most_graphs = _MOST_GRAPHS if value("TIERCACHE_CUDA_GRAPHS") else 0
         self._gone: deque[tuple[int | None, int | None]] = deque()  # graphs to destroy
         context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
@@ -122,7 +123,7 @@ class Driver:
     def run(self, run: Run) -> None:
         """Enqueue calls one after another, on the stream that they were made ready for.
 
-        From the third time on they are one CUDA graph, unless the stream is being captured: no graph can be launched
+        With TIERCACHE_CUDA_GRAPHS they are one CUDA graph from the third time on, unless the stream is being captured: no graph can be launched
         into a capture. No two threads may be at one run.
         """
         with self._current() as here:
