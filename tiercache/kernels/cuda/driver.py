@@ -123,8 +123,8 @@ class Driver:
     def run(self, run: Run) -> None:
         """Enqueue calls one after another, on the stream that they were made ready for.
 
-        With TIERCACHE_CUDA_GRAPHS they are one CUDA graph from the third time on, unless the stream is being captured: no graph can be launched
-        into a capture. No two threads may be at one run.
+        With TIERCACHE_CUDA_GRAPHS they are one CUDA graph from the third time on, unless the stream is being captured:
+        no graph can be launched into a capture. No two threads may be at one run.
         """
         with self._current() as here:
             captured = self._is_captured(run.stream, here)
