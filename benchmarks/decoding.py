@@ -96,7 +96,9 @@ def measure(asked: dict[str, Any]) -> dict[str, float]:
     """Answer every prompt, after one that warms up; the first token's time is the prefill's."""
     place = asked["checkpoint"] if asked["precision"] == "source" else asked["store"]
     written, decode_s, read, prefill_s = 0, 0.0, 0, 0.0
-    with tiercache.offload(place, precision=asked["precision"], context=_CONTEXT, show_progress=False) as opened:
+    torch.set_num_threads(asked["threads"])
+    given = {"precision": asked["precision"], "context": _CONTEXT, "device": "cpu", "show_progress": False}
+    with tiercache.offload(place, **given) as opened:
         for number, prompt in enumerate([asked["prompts"][0], *asked["prompts"]]):
             times, ids = _Times(), torch.tensor([prompt])
             settings = {"max_new_tokens": asked["tokens"], "do_sample": False, "eos_token_id": asked["end"]}

@@ -489,6 +489,7 @@ def test_kinds_of_passes(plane_store: Folders, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(UsageError, match="exactly"):
             model.tiercache.passes("resident")
     monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(machine, "capability_of", lambda _: (8, 6))
     monkeypatch.setattr(machine, "kernels_for", lambda *_: {"cuda": ReferenceKernels(torch.device("cpu"))})
     with pytest.raises(UsageError, match="cpu_tokens=4"), offloaded(plane_store("llama"), cpu_tokens=4):
         pass

@@ -29,6 +29,7 @@ from tiercache.bench.shapes import GROUP, Shape
 from tiercache.bench.undisturbed import Watch
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.config.sizes import Budget
+from tiercache.engine.compute_dtype import capability_of
 from tiercache.engine.offload import offload
 from tiercache.engine.workload import imagined_workload
 from tiercache.tiers.device import Device
@@ -172,7 +173,8 @@ class LayerProbe(AbstractContextManager["LayerProbe"]):
         options = OffloadConfig(
             hbm=None, dram=Budget(), precision=precision, context=_CONTEXT, logits=max(self._rounds)
         )
-        return imagined_workload(shape.config(), options, gpu=not self._device.on_host)
+        card = capability_of(self._device.at)
+        return imagined_workload(shape.config(), options, gpu=not self._device.on_host, capability=card)
 
     def _run(
         self,

@@ -24,6 +24,7 @@ from tiercache.bench.layer_probe import SHARE, starved_bytes
 from tiercache.bench.undisturbed import Pace, Sample, Watch, seconds_of
 from tiercache.config.options import OffloadConfig, of_planes
 from tiercache.config.sizes import Budget
+from tiercache.engine.compute_dtype import capability_of
 from tiercache.engine.workload import imagined_workload
 from tiercache.errors import UsageError
 from tiercache.progress import bar
@@ -172,7 +173,9 @@ class _Setting:
             }
             with tiercache.offload(self.place, **given) as model:
                 opened: Any = model
-                workload = imagined_workload(opened.config, options, gpu=self.has_card)
+                workload = imagined_workload(
+                    opened.config, options, gpu=self.has_card, capability=capability_of(self.device.at)
+                )
                 seconds = _seconds(opened, token_counts, self.watch, self.device)
                 plan = opened.tiercache.plan
                 for tokens in token_counts:

@@ -189,7 +189,8 @@ def _gpu(found: Mapping[str, Any] | None) -> Gpu | None:
         return None
     memory = Memory(found["memory"]["capacity_bytes"], Figure(**found["memory"]["gbps"]))
     figures = {name: _figure(found[name]) for name in ("tflops", "link_gbps", "embodied_kg")}
-    return Gpu(**{**found, **figures, "memory": memory})
+    capability = None if found["capability"] is None else tuple(found["capability"])
+    return Gpu(**{**found, **figures, "memory": memory, "capability": capability})
 
 
 def _by_tokens(found: Mapping[str, Any]) -> dict[int, Figure]:

@@ -48,10 +48,9 @@ class Room:
     """Buffers of keys and values, filled from the front."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: int) -> None:
-        self._length = keys.shape[2]
         self._buffers = [part.new_empty((*part.shape[:2], slots, part.shape[3])) for part in (keys, values)]
         for buffer, part in zip(self._buffers, (keys, values), strict=True):
-            buffer[:, :, : self._length] = part
+            buffer[:, :, : keys.shape[2]] = part
         self._newest: tuple[Tensor, Tensor] = keys, values
 
     def fits(self, keys: Tensor, values: Tensor, new: int) -> bool:
@@ -60,15 +59,15 @@ class Room:
             return False
         buffer = self._buffers[0]  # one that was made in inference mode can be written to only there
         writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
-        return writable and self._length + new <= buffer.shape[2]
+        return writable and keys.shape[2] + new <= buffer.shape[2]
 
     def views(self, new: int) -> tuple[Tensor, Tensor]:
         """All keys and values, the new ones last, which are still to be written."""
         first, second = self._buffers
-        end = self._length + new
+        end = self._newest[0].shape[2] + new
         return first.narrow(2, 0, end), second.narrow(2, 0, end)
 
     def keep(self, layer: Any, views: tuple[Tensor, Tensor]) -> None:
         """Make views, whose new tokens were written, what a cache's layer holds."""
-        self._length = views[0].shape[2]
-        layer.keys, layer.values = self._newest = views
+        self._newest = views  # first: after an interrupt here the layer's are not the newest, and get a buffer anew
+        layer.keys, layer.values = views

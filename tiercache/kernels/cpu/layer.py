@@ -166,6 +166,10 @@ class CpuAttention(Attention):
         _, value_head, value_slot, values_apart = values.stride()
         if keys.dtype != self._dtype or apart != 1 or values_apart != 1:
             raise UsageError(f"keys are {keys.dtype} of strides {keys.stride()}, expected {self._dtype} in whole rows")
+        like = (1, self._weights.key_heads, slots, self._weights.head_dim)
+        if keys.shape != like or values.shape != like or values.dtype != self._dtype or tokens > slots:
+            found = f"keys are {list(keys.shape)}, values {values.dtype} {list(values.shape)}"
+            raise UsageError(f"{found}, expected {self._dtype} {list(like)} with room for {tokens} tokens")
         where.keys, where.values, where.slots = keys.data_ptr(), values.data_ptr(), slots
         where.key_strides[:], where.value_strides[:] = (key_head, key_slot), (value_head, value_slot)
         where.mask, where.mask_stride = None, 0

@@ -80,7 +80,7 @@ class Driver:
         self._functions: dict[str, int] = {}
         self._here = threading.local()
         self._graphs: WeakSet[Graph] = WeakSet()
-        self._most_graphs = _MOST_GRAPHS if value("TIERCACHE_CUDA_GRAPHS") else 0
+        self._most_graphs = _MOST_GRAPHS if _wants_graphs() else 0
         self._gone: deque[tuple[int | None, int | None]] = deque()  # graphs to destroy
         context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
@@ -127,6 +127,9 @@ class Driver:
         no graph can be launched into a capture. No two threads may be at one run.
         """
         with self._current() as here:
+            if not self._most_graphs and run.graph is None:
+                self._launch_each(run.calls)
+                return
             captured = self._is_captured(run.stream, here)
             if run.graph is not None and not captured:
                 code = run.graph.launch()
@@ -256,6 +259,14 @@ def _library() -> ctypes.CDLL:
             )
         getattr(library, name).argtypes = kinds
     return library
+
+
+def _wants_graphs() -> bool:
+    """Whether the environment asks for CUDA graphs."""
+    asked = value("TIERCACHE_CUDA_GRAPHS") or "0"
+    if asked not in ("0", "1"):
+        raise UsageError(f"TIERCACHE_CUDA_GRAPHS is {asked!r}; set it to 1, or to 0 for none")
+    return asked == "1"
 
 
 def _launching(library: ctypes.CDLL) -> Callable[..., int]:
