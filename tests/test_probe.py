@@ -342,7 +342,7 @@ def test_figures_are_kept_for_one_machine(tmp_path: Path, monkeypatch: pytest.Mo
     probe_cache.keep(machine())
     assert probe_cache.pairs() == [], "another probe's"
     with monkeypatch.context() as changed:
-        changed.setattr(probe_cache, "source_digest", lambda: "kernels that were changed")
+        changed.setattr(probe_cache, "source_digest", lambda _: "kernels that were changed")
         with pytest.raises(UsageError, match="nothing was measured of this machine"):
             probe_cache.this_machine()
     monkeypatch.setattr(probe_cache, "processor_name", lambda: "another")

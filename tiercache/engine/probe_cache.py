@@ -61,7 +61,7 @@ def fingerprint(device: torch.device = _CPU) -> str:
         "device": str(device),  # of two like cards each has a slot of its own
         "threads": torch.get_num_threads(),
         "waiting": (environment.value("OMP_WAIT_POLICY") or "").lower(),
-        "kernels": (select(device).name, source_digest()),
+        "kernels": (select(device).name, source_digest(device)),
         "torch": torch.__version__,
         "figures": _MEANING,
     }
