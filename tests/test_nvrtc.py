@@ -41,8 +41,8 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     units = [unit for unit in UNITS if unit.planes == 3 or (architecture in (52, 90) and unit.group in (0, 64))]
     units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu")]
     units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
-    # Three planes load all there is to load; fewer, which merge otherwise, and other groups for the oldest card and for one
-    # with units. The emulation runs every pair of them.
+    # Three planes load all there is to load; fewer, which merge otherwise, and other groups for the oldest card and for
+    # one with units. The emulation runs every pair of them.
     for unit in [nvrtc.SourceUnit("common.cu"), nvrtc.SourceUnit("layer.cu"), *units]:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
