@@ -203,6 +203,17 @@ def test_caches_that_share_what_they_hold_stay_apart() -> None:
     assert b[0, 0, :, 0].tolist() == [1] * 4 + [2] * 4 + [4] * 4
 
 
+def test_an_interrupt_while_a_pass_is_kept_leaves_no_token_behind() -> None:
+    grows, cache, part = GrowingCache(64), DynamicCache(), torch.ones(1, 1, 4, 8)
+    for factor in (1, 2):
+        append(grows, cache, factor * part, factor * part)
+    room = grows.room(cache, 0, 4)
+    assert room is not None
+    room._newest = room.views(4)  # interrupted before the cache's layer holds them
+    keys, _ = append(grows, cache, 4 * part, 4 * part)
+    assert keys[0, 0, :, 0].tolist() == [1] * 4 + [2] * 4 + [4] * 4
+
+
 def test_overhead_adds_up(tmp_path: Path) -> None:
     found = overhead.bench(overhead.Options(shape="tiny", folder=tmp_path, dram="256MiB", show_progress=False))
     assert set(found["passes"]) == {"plain", "verifying 8", "verifying 64", "drafting", "generate"}

@@ -250,3 +250,18 @@ def test_threads_work_in_a_child_of_fork() -> None:
         signal.alarm(60)  # a lost thread would be waited for without end
         os._exit(0 if torch.equal(half.forward(x), wanted) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_step_writes_into_no_cache_of_another_shape() -> None:
+    weights = attention_weights(torch.float32, extras=False)
+    half, x = CpuKernels().attention(weights), numbers(2, 192, seed=31)
+    turn = rotary(torch.arange(2), weights.head_dim, torch.float32)
+    good = torch.zeros(1, weights.key_heads, 5, weights.head_dim)
+    for keys, values in (
+        (good[:, :1], good),
+        (good, good[..., :-8]),
+        (good, good.bfloat16()),
+        (good[:, :, :1], good[:, :, :1]),
+    ):
+        with pytest.raises(UsageError, match="with room for 2 tokens"):
+            half.step(x, *turn, keys, values, None)
