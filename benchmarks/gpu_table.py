@@ -25,6 +25,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def _figures(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     schema = str(found.get("schema", "")).partition("/")[0]
     kinds = {
+        "tiercache.gpu-compile": _compile,
         "tiercache.gpu-offload": _offload,
         "tiercache.gpu-roofs": _roofs,
         "tiercache.gpu-launches": _launches,
@@ -33,6 +34,10 @@ def _figures(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     }
     if schema in kinds:
         yield from kinds[schema](found)
+
+
+def _compile(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "kernels compiled", f"{found['units']} units; one after the other {found['one_by_one_s']:.0f} s"
 
 
 def _offload(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -63,6 +68,8 @@ def _launches(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{row['pass_ms']:.1f} ms, of it the card {row['card_ms']:.1f} ms; a layer: {row['launches'] / layers:.0f} "
             f"launches, {row['synchronisations'] / layers:.1f} synchronisations, {row['copies'] / layers:.1f} copies",
         )
+    if found.get("beside_torch_bytes"):
+        yield "context, modules, graphs on the card", f"{found['beside_torch_bytes'] / 2**20:.0f} MiB more than before"
 
 
 def _kernels(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels, gpu_launches, gpu_offload, gpu_probe, gpu_roofs
+from benchmarks import gpu, gpu_compile, gpu_kernels, gpu_launches, gpu_offload, gpu_probe, gpu_roofs
 from benchmarks.gpu import Part
 from benchmarks.gpu_table import table
 from tiercache.bench import card_probe, kernels, layer_probe, machine_probe, shapes, undisturbed
 from tiercache.bench import model as bench_model
 from tiercache.bench.timing_device import Effort, TimingCpu
+from tiercache.kernels.cuda.nvrtc import SourceUnit
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.tiers.device import CpuDevice
 
@@ -129,6 +130,21 @@ def test_offload_tells_what_differs_and_what_fails() -> None:
     assert [row["ok"] for row in checks.rows] == [False, False]
     assert checks.rows[0]["differences"] == {str(gpu_offload.TOKEN_COUNTS[-1]): 1.0}
     assert checks.rows[1]["error"] == "ValueError: why"
+
+
+def test_kernels_are_compiled_at_once_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIERCACHE_HOME", str(tmp_path))
+    units = [SourceUnit("common.cu"), SourceUnit("decode.cu", 2)]
+    for times in range(2):
+        gpu_compile.measure((8, 6), units, 2)
+        found = told(capsys)
+        assert found["units"] == 2
+        assert times == 0 or found["one_by_one_s"] < 1, "read from the cache folder"
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+    text = table([{"part": "compile", "seconds": 1.0, "exit_code": 0, "result": found}])
+    assert "2 units" in text
 
 
 def test_roofs_of_a_stand_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

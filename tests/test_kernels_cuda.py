@@ -214,13 +214,15 @@ def test_a_token_is_the_same_in_any_company(
                 assert torch.equal(alike.setdefault((token, size), both), both)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
 @pytest.mark.parametrize(("group", "precision"), [(32, "int8"), (64, "int4"), (128, "int3")])
 def test_many_tokens_across_the_rows_have_the_bits_of_few(
-    emulated_cuda: Path, monkeypatch: Any, precision: str, group: int
+    emulated_cuda: Path, monkeypatch: Any, precision: str, group: int, capability: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(down_launches, "_LEAST_ROWS", 1)  # many slices of a small matrix: blocks add up some of them
     weight, x = matrix(1100, 300, group, precision), torch.randn(65, 1100)
-    launcher = Emulation(emulated_cuda, multiprocessors=11)
+    by_units = capability == (9, 0)
+    launcher = Emulation(emulated_cuda, multiprocessors=17 if by_units else 11, capability=capability)
     kernels, whole = CudaKernels(CPU, launcher, switch=65), torch.zeros(65, 300)
     kernels.matmul_transposed(x, weight, whole)
     assert_close(whole, x @ dense(weight), x.abs() @ spans(weight))
@@ -229,8 +231,9 @@ def test_many_tokens_across_the_rows_have_the_bits_of_few(
         kernels.matmul_transposed(x[:tokens], weight, out)
         assert torch.equal(out, whole[:tokens])
     calls = [call for call in launcher.launched if call.kernel.startswith("down")]
-    assert {int(call.kernel.split("_")[2]) for call in calls} == {1, 4, 8, 16, 32, 64}
-    assert {call.arguments.merged for call in calls} == {1, 2}
+    assert {call.kernel.split("_")[0] for call in calls} == ({"downmma"} if by_units else {"down", "downs"})
+    assert {int(call.kernel.split("_")[2]) for call in calls} == ({1, 2} if by_units else {1, 4, 8, 16, 32, 64})
+    assert len({call.arguments.merged for call in calls} - {1}) == 1 < len({call.arguments.merged for call in calls})
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 10, 25])
@@ -318,7 +321,14 @@ def test_grids_fit_every_card() -> None:
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count
-        slices = Slices.of(count, 64, 448, mps)
+        by_units = Slices.of(count, 64, 448, mps, by_matrix_units=True)
+        call = down_launches.down_call(found, 3, Activations(0, 0, tokens, 8, (0, 0, 0)), (), 0, count, by_units)
+        assert call.shared_bytes <= 48 << 10
+        assert call.grid[1] * 256 >= 28672
+        assert call.grid[0] * int(call.kernel.split("_")[2]) * 8 >= tokens
+        assert by_units.size % 64 == 0
+        assert (by_units.count - 1) * by_units.size < count <= by_units.count * by_units.size
+        slices = Slices.of(count, 64, 448, mps, by_matrix_units=False)
         call = down_launches.down_call(found, 3, Activations(0, 0, tokens, 8, (0, 0, 0)), (), 0, count, slices)
         assert call.shared_bytes <= 48 << 10
         size = int(call.kernel.split("_")[2])

@@ -413,9 +413,7 @@ def test_a_gpu_gives_the_reference(
         assert_near(a.cpu(), b, 3.0)
     assert_near(other.forward(x.to(device)).cpu(), reference(block).forward(x.double()), 3.0)
     queries = random(tokens, heads[0], heads[2], seed=1)
-    for slots in (tokens, 700, 5000):
-        if slots < tokens:
-            continue
+    for slots in (tokens, 700, 5000) if tokens <= 64 else (tokens, 700):  # the reference takes its time
         keys, values = cached(heads[1], slots, heads[2], dtype)
         mask = random(tokens, slots, seed=2) > 0.5
         mask[:, slots - tokens :] |= torch.eye(tokens, dtype=torch.bool)
@@ -442,3 +440,29 @@ def test_on_a_gpu_a_token_is_the_same_in_any_company(on_gpu: CudaKernels, dtype:
         assert torch.equal(alone, together[0][some])
         assert torch.equal(block.forward(x[some]), together[1][some])
         assert torch.equal(half.project(x[some], *(each[some] for each in turn))[0], together[2][some])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 9, 65, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_a_step_is_its_parts_bit_for_bit(on_gpu: CudaKernels, dtype: torch.dtype, tokens: int) -> None:
+    device = on_gpu.device
+    half = on_gpu.attention(moved(attention_weights(dtype, (32, 4, 64), 2048), device))
+    for slots in (tokens, 700, 9000)[tokens > 1 :]:
+        x, turn = random(tokens, 2048).to(device, dtype), moved(turns(tokens, 64, dtype, slots - tokens), device)
+        mask = (random(tokens, slots, seed=2) > 0.3).to(device)
+        for some in (None, mask):
+            keys, values = moved(cached(4, slots, 64, dtype, seed=4), device)
+            queries, *new = half.project(x, *turn)
+            wanted = [each.clone() for each in (keys, values)]
+            for each, last in zip(wanted, new, strict=True):
+                each[:, :, slots - tokens :] = last
+            out = half.attend(x, queries, *wanted, some)
+            assert torch.equal(half.step(x, *turn, keys, values, some), out)
+            assert torch.equal(keys, wanted[0])
+            assert torch.equal(values, wanted[1])
+            if some is None:
+                wanted_out = reference(attention_weights(dtype, (32, 4, 64), 2048)).attend(
+                    *(each.cpu() for each in (x.double(), queries, *wanted)), None
+                )
+                assert_near(out.cpu(), wanted_out, 3.0)

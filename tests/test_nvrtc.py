@@ -26,11 +26,15 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-PLANES, GROUPS = (1, 2, 3), (32, 64, 128)
-NAMES = ("rows", "decode", "attention")
-UNITS = [nvrtc.SourceUnit(f"{name}.cu", planes) for name in NAMES for planes in PLANES]
-BY_GROUP = ("mma", "dots", "down", "downs")
-UNITS += [nvrtc.SourceUnit(f"{name}.cu", p, group) for name in BY_GROUP for p in PLANES for group in GROUPS]
+UNITS = nvrtc.every_unit()
+
+
+def test_every_unit_is_known() -> None:
+    files = {path.name for path in Path(nvrtc.__file__).parent.glob("source/*.cu")}
+    assert {unit.file for unit in UNITS} == files
+    assert len(set(UNITS)) == len(UNITS) == 2 + 3 * 3 + 5 * 9
+    for unit in UNITS:
+        assert all(nvrtc.SourceUnit.of(kernel) == unit for kernel in kernels_of(unit))
 
 
 @pytest.mark.parametrize("architecture", [52, 61, 75, 80, 86, 90, 100, 120])
@@ -38,12 +42,12 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
     newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
-    units = [unit for unit in UNITS if unit.planes == 3 or (architecture in (52, 90) and unit.group in (0, 64))]
-    units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu")]
+    units = [unit for unit in UNITS if unit.planes in (0, 3) or (architecture in (52, 90) and unit.group in (0, 64))]
+    units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu", "downmma.cu")]
     units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
     # Three planes load all there is to load; fewer, which merge otherwise, and other groups for the oldest card and for
     # one with units. The emulation runs every pair of them.
-    for unit in [nvrtc.SourceUnit("common.cu"), nvrtc.SourceUnit("layer.cu"), *units]:
+    for unit in units:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")
         for kernel in kernels_of(unit):
@@ -62,6 +66,7 @@ def kernels_of(unit: nvrtc.SourceUnit) -> list[str]:
         "rows.cu": [f"rows_{p}_{t}_{r}" for t in (1, 2, 4, 8) for r in (2, 4)],
         "down.cu": [f"down_{p}_{t}_{unit.group}" for t in (1, 2, 4)],
         "downs.cu": [f"downs_{p}_{t}_{unit.group}" for t in (8, 16, 32, 64)],
+        "downmma.cu": [f"downmma_{p}_{t}_{unit.group}" for t in (1, 2)],
         "decode.cu": [f"decode_{p}_0_0"],
     }[unit.file]
 

@@ -15,7 +15,7 @@ from tiercache.kernels.cuda.launches import Call
 from tiercache.kernels.cuda.runs import Run
 
 HERE = Path(__file__).parent
-UNITS = ("rows", "mma", "dots", "down", "downs", "decode", "attention")
+UNITS = ("rows", "mma", "dots", "down", "downs", "downmma", "decode", "attention")
 SOURCE = HERE.parents[1] / "tiercache" / "kernels" / "cuda" / "source"
 # No fused multiply-add but fmaf: on the GPU the compiler may contract, and results may not depend on it.
 FLAGS = (

@@ -15,7 +15,7 @@ OWN = (
     "TIERCACHE_HOME",  # the cache folder
     "XDG_CACHE_HOME",  # where it is otherwise
     "TIERCACHE_API_KEY",  # what clients of `tiercache serve` must show
-    "TIERCACHE_CUDA_GRAPHS",  # halves of layers as CUDA graphs, which no card has run yet
+    "TIERCACHE_CUDA_GRAPHS",  # 0: halves of layers are launched kernel by kernel
     "CC",  # the C compiler of the CPU's kernels
     "CUDA_HOME",  # where NVRTC may lie
     "CUDA_PATH",

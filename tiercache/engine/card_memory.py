@@ -1,9 +1,10 @@
-"""What a card's memory holds beside tensors: the CUDA context, cuBLAS's workspace, modules, and what rounding costs.
+"""What a card's memory holds beside tensors: context, cuBLAS's workspace, modules, graphs, and what rounding costs.
 
 Constants, each with its source; what a card shows of them is in docs/budgets.md.
 """
 
 from profiler.hugepages import HUGE_PAGE_BYTES
+from tiercache.kernels.cuda.runs import GRAPH_BYTES, GRAPHS_OF_A_HALF, wants_graphs
 from tiercache.model.card_attention import Capability
 
 CONTEXT_BYTES = 287_047_680
@@ -25,15 +26,20 @@ _MODULES_BYTES = 16 * HUGE_PAGE_BYTES
 _SLABS, _SLAB_BYTES = 3, 2 * HUGE_PAGE_BYTES
 
 
-def card_reserve(capability: Capability | None) -> dict[str, int]:
+def card_reserve(capability: Capability | None, halves: int) -> dict[str, int]:
     """Bytes of a card beside tensors that every run takes of the HBM budget, by purpose.
 
     Args:
         capability: of the card; None where nobody told, and it is taken for the greediest.
+        halves: fused halves of layers, which may be CUDA graphs.
+
+    Raises:
+        UsageError: the environment says neither whether there are graphs, nor nothing.
     """
     hopper = capability is None or capability >= _HOPPER
     return {
         "cuBLAS workspace": _WORKSPACE_OF_HOPPER_BYTES if hopper else _WORKSPACE_BYTES,
         "kernel modules": _MODULES_BYTES,
+        "CUDA graphs": halves * GRAPHS_OF_A_HALF * GRAPH_BYTES if wants_graphs() else 0,
         "rounding of slabs": _SLABS * _SLAB_BYTES,
     }

@@ -147,6 +147,11 @@ def _held_at_once(opened: Opened, cut: tuple[tuple[int, ...], ...]) -> tuple[tup
     return (*(half for half in halves if len(half) > 1), *(units for units in cut if fused.isdisjoint(units)))
 
 
+def _halves(opened: Opened) -> int:
+    """Halves of layers that are fused."""
+    return sum(len(parts.halves) for parts in fusable(opened.meta_model, opened.manifest.weights))
+
+
 def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:
     last = {manifest.weights[module].unit: place for place, module in enumerate(meta_trace.calls)}
     uses = {}
@@ -182,7 +187,7 @@ def _compute_reserve(
         "allocator": meta_trace.workspace_bytes + kept,
     }
     if arithmetic.is_gpu:
-        reserve |= card_reserve(arithmetic.capability)
+        reserve |= card_reserve(arithmetic.capability, _halves(opened) if arithmetic.fused else 0)
     if opened.allocates_rest(arithmetic.device):
         own = dict(opened.meta_model.named_parameters())
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in opened.rest())

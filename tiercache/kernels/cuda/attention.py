@@ -10,6 +10,7 @@ fp32 sums in any order are. A token that may attend to nothing gets zeros for it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ from tiercache.kernels.cuda.layer_calls import (
     RotateArguments,
     Units,
 )
-from tiercache.kernels.cuda.layer_products import Product, check_matrix, entered, packed_sizes, rows_of
+from tiercache.kernels.cuda.layer_products import Product, check_attention, entered, packed_sizes, rows_of
 from tiercache.kernels.cuda.pass_arguments import check_attended, point, turn, write
-from tiercache.kernels.cuda.runs import Run
+from tiercache.kernels.cuda.runs import Graph, Run
 
 _DENSE = torch.contiguous_format
 
@@ -76,8 +77,9 @@ class CudaAttention(Attention):
         w = self._w = weights
         self._card, self._heads = card, Heads(w.heads, w.key_heads, w.head_dim)
         self._scratch = card.scratch.of_halves()
+        self._graphs: WeakSet[Graph] = WeakSet()
         self._hidden, self._group = w.inward[0].columns, w.inward[0].group
-        _check(w, self._heads)
+        check_attention(w, self._heads)
         self._inward = [Product(planes, card) for planes in w.inward]
         self._outward = Product(w.outward, card)
         self._norm = card.vector("the norm", w.norm, self._hidden), KINDS[w.norm.dtype], w.eps
@@ -176,7 +178,7 @@ class CudaAttention(Attention):
         second = self._ready_to_attend(tokens, kind, kind, stream, units)
         sizes = [*self._sizes_projecting(tokens), *self._sizes_attending(tokens, units)]
         *_, queries = self._scratch.pieces(stream, [*sizes, bytes_of_floats(tokens, self._heads.columns)])
-        run = Run([each.call for part in (first, second) for each in part.run.calls], stream)
+        run = Run([each.call for part in (first, second) for each in part.run.calls], stream, self._graphs)
         ready = _Stepping(run, first, second, queries)
         self._stepping[tokens, kind, turn, stream] = ready
         return ready
@@ -213,7 +215,9 @@ class CudaAttention(Attention):
         products = [product.call(inputs, at, tokens) for product, at in zip(self._inward, (q, k, v), strict=True)]
         calls = (enter, *products, layer_calls.rotate_call(rotate))
         assert isinstance(enter.arguments, EnterArguments)
-        ready = self._projecting[tokens, kind, turn, stream] = _Projecting(Run(calls, stream), enter.arguments, rotate)
+        ready = self._projecting[tokens, kind, turn, stream] = _Projecting(
+            Run(calls, stream, self._graphs), enter.arguments, rotate
+        )
         return ready
 
     def _ready_to_attend(
@@ -230,7 +234,9 @@ class CudaAttention(Attention):
             self._outward.call(inputs, product, tokens),
             layer_calls.leave_call(leave),
         )
-        ready = self._attending[tokens, kind, kept, stream] = _Attending(Run(calls, stream), units, attention, leave)
+        ready = self._attending[tokens, kind, kept, stream] = _Attending(
+            Run(calls, stream, self._graphs), units, attention, leave
+        )
         return ready
 
     def _project_many(self, x: Tensor, turns: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -285,16 +291,3 @@ class CudaAttention(Attention):
         made = LeaveArguments(bias=self._outward_bias, found=found, kind=kind, bias_kind=self._norm[1])
         made.tokens, made.columns, made.padded_tokens = tokens, self._hidden, size
         return made
-
-
-def _check(w: AttentionWeights, heads: Heads) -> None:
-    hidden, group = w.inward[0].columns, w.inward[0].group
-    for name, planes in zip(("queries", "keys", "values"), w.inward, strict=True):
-        count = heads.queries if name == "queries" else heads.keys
-        check_matrix(f"the matrix of {name}", planes, count * heads.size, hidden, group)
-    check_matrix("the matrix of the outputs", w.outward, hidden, heads.columns, w.outward.group)
-    for each in (*w.biases, *(w.head_norms or ()), w.outward_bias):
-        if each is not None and each.dtype != w.norm.dtype:
-            raise UsageError(
-                f"a bias or a norm is {each.dtype}, the norm before is {w.norm.dtype}; give all in one dtype"
-            )

@@ -125,7 +125,7 @@ class CudaKernels(Kernels):
                     out += x[:, some].float() @ self._decoded(near, chosen)
             return
         slices, merged = self._slices(tokens, (weight,), lists)
-        partial = self._partial(weight, tokens, -(-slices.count // merged))
+        partial = self._partial(weight, tokens, slices, merged)
         for some, (near,), chosen in self._tiler.tiles(tokens, (weight,), lists, slices.size):
             whole = 1 << (tokens - 1).bit_length()  # one block
             strides = (0, x.stride(0), x.stride(1))
@@ -151,7 +151,7 @@ class CudaKernels(Kernels):
             self.matmul_transposed(hidden, down, out, rows)
             return
         slices, merged = self._slices(x.tokens, (*inward, down), lists)
-        partial = self._partial(down, x.tokens, -(-slices.count // merged))
+        partial = self._partial(down, x.tokens, slices, merged)
         for some, near, chosen in self._tiler.tiles(x.tokens, (*inward, down), lists, slices.size):
             hidden = self._hidden(x, near[:-1], activation, chosen)
             strides = (hidden.stride(0), 1, hidden.stride(1))
@@ -226,15 +226,16 @@ class CudaKernels(Kernels):
     def _slices(self, tokens: int, weights: Parts, rows: RowLists) -> tuple[Slices, int]:
         """Of the last matrix; and how many of them are added up at once, which tiles would cut apart."""
         down, multiprocessors = weights[-1], self._launcher.multiprocessors
-        groups = down.scales.shape[1]
-        slices = Slices.of(rows.count(down), down.group, groups, multiprocessors)
+        group, groups = down.group, down.scales.shape[1]
+        slices = Slices.of(rows.count(down), group, groups, multiprocessors, self._by_matrix_units)
         if not self._tiler.in_one_pass(tokens, weights):
             return slices, 1
-        return slices, down_launches.merged_slices(tokens, groups * (down.group // 16), slices, multiprocessors)
+        return slices, slices.merged(tokens, group, groups, multiprocessors)
 
-    def _partial(self, weight: Planes, tokens: int, count: int) -> Tensor:
-        """Room for so many sums of slices: [count, padded tokens, padded columns]."""
-        return self._empty(count, down_launches.padded_tokens(tokens), weight.scales.shape[1] * weight.group)
+    def _partial(self, weight: Planes, tokens: int, slices: Slices, merged: int) -> Tensor:
+        """Room for sums of as many slices: [slices / merged, padded tokens, padded columns]."""
+        count = -(-slices.count // merged)
+        return self._empty(count, slices.padded(tokens), weight.scales.shape[1] * weight.group)
 
     def _spread(
         self, x: Activations, weight: Planes, partial: Tensor, rows: RowLists, slices: Slices, merged: int
@@ -247,8 +248,8 @@ class CudaKernels(Kernels):
     def _add_up(self, partial: Tensor, tokens: int, weight: Planes, out: Tensor) -> None:
         """out += the sum of the slices."""
         if tokens and len(partial):
-            into, columns = (out.data_ptr(), out.stride(0)), (weight.columns, partial.shape[2])
-            call = down_launches.sum_call(partial.data_ptr(), into, tokens, columns, len(partial))
+            into, (parts, room, width) = (out.data_ptr(), out.stride(0)), partial.shape
+            call = down_launches.sum_call(partial.data_ptr(), into, tokens, weight.columns, (parts, room, width))
             self._launcher.launch(call)
 
     def _decoded(self, weight: Planes, rows: RowLists) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls of the kernels for sums across the rows (down.cu, downs.cu, `sum` of common.cu), as `launches` has the others.
+"""Calls of the kernels for sums across the rows (down.cu, downs.cu or downmma.cu, then `sum` of common.cu).
 
 *Bits*: slices of the rows, and the lines of threads that walk them, depend on shapes and on the card's size, never on
 the tokens or on where the planes lie.
@@ -24,10 +24,13 @@ _X_ROWS = 128  # whose places and activations are in shared memory at once
 _ROW_BYTES = 32
 _SUM_COLUMNS = 32
 _LEAST_ROWS = 4  # of a line
+_UNIT_ROWS = 64  # that downmma.cu adds up as whole numbers
+_UNIT_BLOCKS = 3  # of a multiprocessor, at once
+_UNIT_TOKENS = (8, 16)  # of a block
 
 
 class DownArguments(ctypes.Structure):
-    """Of down.cu and downs.cu."""
+    """Of down.cu, downs.cu and downmma.cu."""
 
     _fields_ = (
         ("matrix", MatrixArguments),
@@ -68,16 +71,24 @@ class Activations:
 
 @dataclass(frozen=True)
 class Slices:
-    """How rows are cut: into `count` slices of `size`, each walked by `classes` lines of `wide` threads."""
+    """How rows are cut: into `count` slices of `size`, each walked by `classes` lines of `wide` threads.
+
+    Without lines they are for downmma.cu.
+    """
 
     count: int
     size: int
-    wide: int
-    classes: int
+    wide: int = 0
+    classes: int = 0
 
     @staticmethod
-    def of(rows: int, group: int, groups: int, multiprocessors: int) -> Slices:
-        """A slice for each multiprocessor that a strip of columns can have, yet some rows a line."""
+    def of(rows: int, group: int, groups: int, multiprocessors: int, by_matrix_units: bool) -> Slices:
+        """As many slices as blocks of one token or a few are on the card at once, yet of some rows each."""
+        if by_matrix_units:
+            wanted = _UNIT_BLOCKS * multiprocessors // -(-groups // _strip_groups(group))
+            pieces = -(-rows // _UNIT_ROWS)
+            size = _UNIT_ROWS * -(-max(1, pieces) // max(1, min(wanted, pieces)))
+            return Slices(-(-rows // size), size)
         units = groups * -(-(group // 16) // _MOST_WORDS)
         wide = min(units, LINE_THREADS)
         classes, strips = min(LINE_THREADS // wide, _X_ROWS), -(-units // wide)
@@ -85,11 +96,39 @@ class Slices:
         size = max(1, -(-rows // max(1, wanted)))
         return Slices(-(-rows // size), size, wide, classes)
 
+    @property
+    def by_matrix_units(self) -> bool:
+        """Whether they are for downmma.cu."""
+        return not self.classes
 
-def padded_tokens(tokens: int) -> int:
-    """Tokens that `partial` has room for."""
-    size = _block(tokens)
-    return -(-tokens // size) * size
+    def padded(self, tokens: int) -> int:
+        """Tokens that `partial` has room for."""
+        size = 1 if self.by_matrix_units else _block(tokens)
+        return -(-tokens // size) * size
+
+    def merged(self, tokens: int, group: int, groups: int, multiprocessors: int) -> int:
+        """Slices that a block adds up itself: those of an eighth, if blocks are enough then. No bit depends on it.
+
+        Without it the sums of all slices go to memory and come back.
+        """
+        eighth = max(1, -(-self.count // _EIGHTHS))
+        if self.by_matrix_units:
+            across, size = -(-groups // _strip_groups(group)), _unit_block(tokens)
+        else:
+            size = _block(tokens)
+            across = _strips(groups * (group // 16), size)
+            if size not in _MANY:
+                return 1
+        return eighth if across * -(-self.count // eighth) * -(-tokens // size) >= multiprocessors else 1
+
+
+def _strip_groups(group: int) -> int:
+    """Groups of a strip of downmma.cu: four warps have 64 columns each, or one group."""
+    return 4 * min(64, group) // group
+
+
+def _unit_block(tokens: int) -> int:
+    return _UNIT_TOKENS[tokens > _UNIT_TOKENS[0]]
 
 
 def _block(tokens: int) -> int:
@@ -97,16 +136,6 @@ def _block(tokens: int) -> int:
     if tokens <= _FEW[-1]:
         return next(size for size in _FEW if size >= tokens)
     return min(_MANY, key=lambda size: -(-tokens // size) * (size + _DECODING))
-
-
-def merged_slices(tokens: int, words: int, slices: Slices, multiprocessors: int) -> int:
-    """Slices that downs.cu adds up itself, those of an eighth, if there are blocks enough then; no bit depends on it.
-
-    `words`: of a row, 16 columns each. Without it the sums of all slices go to memory and come back.
-    """
-    size, eighth = _block(tokens), max(1, -(-slices.count // _EIGHTHS))
-    blocks = _strips(words, size) * -(-slices.count // eighth) * -(-tokens // size)
-    return eighth if size in _MANY and blocks >= multiprocessors else 1
 
 
 def _strips(words: int, size: int) -> int:
@@ -123,19 +152,22 @@ def down_call(
     slices: Slices,
     merged: int = 1,
 ) -> Call:
-    """Of down.cu or downs.cu: `count` rows, whole slices of them, into `partial`.
+    """Of one of the three: `count` rows, whole slices of them, into `partial`.
 
-    It is [slices, padded tokens, padded columns], or has a sum of `merged` slices (`merged_slices`) for each as many.
+    It is [slices, padded tokens, padded columns], or has a sum of `merged` slices (`Slices.merged`) for each as many.
 
     `rows`: addresses of the lists for the three planes and the scales; nothing for all rows.
     """
-    block, padded = _block(x.tokens), padded_tokens(x.tokens)
+    padded, most = slices.padded(x.tokens), _X_ROWS // max(1, slices.classes) * slices.classes
     arguments = DownArguments(
         *(found, x.address, *x.strides, RowListArguments(*rows), partial),
         *(x.kind, x.block.bit_length() - 1, x.tokens, padded),
-        *(count, slices.size, slices.wide, slices.classes, merged, _X_ROWS // slices.classes * slices.classes),
+        *(count, slices.size, slices.wide, slices.classes, merged, most),
     )
     words, parts = found.groups * (found.group // 16), -(-count // slices.size)
+    if slices.by_matrix_units:
+        return _unit_call(arguments, planes, -(-parts // merged))
+    block = _block(x.tokens)
     if block in _MANY:
         grid = (_strips(words, block), -(-parts // merged), padded // block)
         name = f"downs_{planes}_{block}_{found.group}"
@@ -146,6 +178,15 @@ def down_call(
     return Call(f"down_{planes}_{block}_{found.group}", grid, shared_bytes, arguments, threads=LINE_THREADS)
 
 
+def _unit_call(arguments: DownArguments, planes: int, parts: int) -> Call:
+    """Of downmma.cu: blocks of tokens first, so that those that want the same weights come one after another."""
+    tokens, group = arguments.tokens, arguments.matrix.group
+    block, pieces = _unit_block(tokens), (7, 9, 17)[planes - 1] if group > 32 else (4, 5, 9)[planes - 1]
+    grid = (-(-tokens // block), -(-arguments.matrix.groups // _strip_groups(group)), parts)
+    shared_bytes = 2 * _UNIT_ROWS * (16 * pieces + 4 * block)
+    return Call(f"downmma_{planes}_{block // 8}_{group}", grid, shared_bytes, arguments, threads=128)
+
+
 def _tile_bytes(tokens: int, group: int) -> int:
     """Shared memory of downs.cu: `Tile`."""
     units, rows = _TILE_SUMS // 4 // tokens, 8 if tokens < 32 else 16
@@ -153,8 +194,7 @@ def _tile_bytes(tokens: int, group: int) -> int:
     return rows * (64 * units + 8 * pairs) + 16 * 8 * _TILE_THREADS
 
 
-def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: tuple[int, int], parts: int) -> Call:
-    """Of common.cu: adds `parts` slices; out is (address, pitch in elements), `columns` those of out and of a slice."""
-    width, padded = columns
-    arguments = SumArguments(partial, *out, parts, padded_tokens(tokens), padded, width)
-    return Call("sum", (-(-width // _SUM_COLUMNS), tokens, 1), 4 * 256, arguments)
+def sum_call(partial: int, out: tuple[int, int], tokens: int, columns: int, shape: tuple[int, int, int]) -> Call:
+    """Of common.cu: adds the slices of `partial` of a shape; out [tokens, columns] is (address, pitch in elements)."""
+    arguments = SumArguments(partial, *out, *shape, columns)
+    return Call("sum", (-(-columns // _SUM_COLUMNS), tokens, 1), 4 * 256, arguments)

@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from tiercache.config.environment import value
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.contexts import ThreadContext
 from tiercache.kernels.cuda.launches import Call
 from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, image
-from tiercache.kernels.cuda.runs import Bound, Graph, LaunchConfig, Run
+from tiercache.kernels.cuda.runs import GRAPHS_OF_A_HALF, Bound, Graph, LaunchConfig, Run, wants_graphs
 from tiercache.progress import note
 from tiercache.tiers.device import on_gpu
 
@@ -33,9 +31,6 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
 
 _BEFORE_A_GRAPH = 2
 """Times that a run is launched call by call: a prompt comes once, and its graph would cost more than it saves."""
-
-_MOST_GRAPHS = 1024
-"""Of a device: halves of 80 layers for four numbers of tokens. Each takes some of the card's memory."""
 
 
 class Driver:
@@ -79,8 +74,7 @@ class Driver:
         self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
         self._functions: dict[str, int] = {}
         self._here = threading.local()
-        self._graphs: WeakSet[Graph] = WeakSet()
-        self._most_graphs = _MOST_GRAPHS if _wants_graphs() else 0
+        self._takes_graphs = wants_graphs()
         self._gone: deque[tuple[int | None, int | None]] = deque()  # graphs to destroy
         context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
@@ -123,11 +117,12 @@ class Driver:
     def run(self, run: Run) -> None:
         """Enqueue calls one after another, on the stream that they were made ready for.
 
-        With TIERCACHE_CUDA_GRAPHS they are one CUDA graph from the third time on, unless the stream is being captured:
-        no graph can be launched into a capture. No two threads may be at one run.
+        They are one CUDA graph from the third time on, unless the stream is being captured (no graph can be launched
+        into a capture), the half has as many as it may have, or TIERCACHE_CUDA_GRAPHS is 0. No two threads may be at
+        one run.
         """
         with self._current() as here:
-            if not self._most_graphs and run.graph is None:
+            if not self._takes_graphs and run.graph is None:
                 self._launch_each(run.calls)
                 return
             captured = self._is_captured(run.stream, here)
@@ -158,13 +153,13 @@ class Driver:
     def _make_graph(self, run: Run) -> None:
         """Of a run that was launched before; the context is current, and nothing is captured."""
         self._destroy(None, None)  # what could not be destroyed before
-        if len(self._graphs) >= self._most_graphs:
+        if len(run.siblings) >= GRAPHS_OF_A_HALF:
             return
         try:
             run.graph = Graph(self._library, run, self._check_graph, self._destroy)
-            self._graphs.add(run.graph)
+            run.siblings.add(run.graph)
         except MemoryError:
-            self._most_graphs = 0
+            self._takes_graphs = False
             note(
                 f"{self.device} has no memory left for CUDA graphs: kernels are launched one by one, which takes the "
                 "processor longer; give a smaller hbm"
@@ -259,14 +254,6 @@ def _library() -> ctypes.CDLL:
             )
         getattr(library, name).argtypes = kinds
     return library
-
-
-def _wants_graphs() -> bool:
-    """Whether the environment asks for CUDA graphs."""
-    asked = value("TIERCACHE_CUDA_GRAPHS") or "0"
-    if asked not in ("0", "1"):
-        raise UsageError(f"TIERCACHE_CUDA_GRAPHS is {asked!r}; set it to 1, or to 0 for none")
-    return asked == "1"
 
 
 def _launching(library: ctypes.CDLL) -> Callable[..., int]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tiercache.kernels.cuda.down_launches import Activations, Slices
 from tiercache.kernels.cuda.launches import Blocks
 from tiercache.kernels.cuda.layer_calls import EnterArguments, SettleArguments
 from tiercache.kernels.cuda.layer_products import check_matrix, entered, packed_sizes, products_call, rows_of
-from tiercache.kernels.cuda.runs import Run
+from tiercache.kernels.cuda.runs import Graph, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class CudaFeedForward(FeedForward):
         w = self._w = weights
         self._card, self._hidden, self._group = card, w.inward[0].columns, w.inward[0].group
         self._neurons, self._scratch = w.down.rows, card.scratch.of_halves()
+        self._graphs: WeakSet[Graph] = WeakSet()
         check_activation(w.activation)
         for name, planes in zip(("gate", "up"), w.inward, strict=True):
             check_matrix(name, planes, self._neurons, self._hidden, self._group)
@@ -74,10 +76,10 @@ class CudaFeedForward(FeedForward):
 
     def _made_ready(self, tokens: int, kind: torch.dtype, stream: int) -> _Ready:
         size, down, card = Blocks.of(tokens).size, self._w.down, self._card
-        padded, room = self._down.groups * self._down.group, down_launches.padded_tokens(tokens)
-        slices = Slices.of(self._neurons, down.group, self._down.groups, card.launcher.multiprocessors)
-        merged = down_launches.merged_slices(tokens, padded // 16, slices, card.launcher.multiprocessors)
-        parts = -(-slices.count // merged), room, padded
+        group, groups, multiprocessors = self._down.group, self._down.groups, card.launcher.multiprocessors
+        slices = Slices.of(self._neurons, group, groups, multiprocessors, card.by_matrix_units)
+        merged = slices.merged(tokens, group, groups, multiprocessors)
+        parts = -(-slices.count // merged), slices.padded(tokens), groups * group
         sizes = [bytes_of_floats(Blocks.of(tokens).padded, self._neurons), bytes_of_floats(*parts)]
         inputs = packed_sizes(tokens, self._hidden, self._group, card)
         *packed, inner, partial = self._scratch.pieces(stream, [*inputs, *sizes])
@@ -93,7 +95,7 @@ class CudaFeedForward(FeedForward):
             layer_calls.settle_call(settle, tokens),
         )
         assert isinstance(enter.arguments, EnterArguments)
-        ready = _Ready(Run(calls, stream), enter.arguments, settle)
+        ready = _Ready(Run(calls, stream, self._graphs), enter.arguments, settle)
         self._ready[tokens, kind, stream] = ready
         return ready
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels import contract
+from tiercache.kernels.blocks import AttentionWeights
 from tiercache.kernels.contract import ACTIVATIONS, QuantizedActivations
 from tiercache.kernels.cuda import launches, layer_calls, mma_launches
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.launches import CHUNK_COLUMNS, Blocks, chunks_of
+from tiercache.kernels.cuda.layer_calls import Heads
 from tiercache.quant.planes import Planes
 
 _STORE = ACTIVATIONS.index("identity")  # rows.cu then writes its results, where it would add them without one
@@ -103,3 +105,17 @@ def check_matrix(what: str, planes: Planes, rows: int, columns: int, group: int)
             f"{what} is {kind} [{planes.rows}, {planes.columns}] in groups of {planes.group}, "
             f"expected a matrix [{rows}, {columns}] in groups of {group}"
         )
+
+
+def check_attention(w: AttentionWeights, heads: Heads) -> None:
+    """Refuse matrices, biases and norms that do not fit one another."""
+    hidden, group = w.inward[0].columns, w.inward[0].group
+    for name, planes in zip(("queries", "keys", "values"), w.inward, strict=True):
+        count = heads.queries if name == "queries" else heads.keys
+        check_matrix(f"the matrix of {name}", planes, count * heads.size, hidden, group)
+    check_matrix("the matrix of the outputs", w.outward, hidden, heads.columns, w.outward.group)
+    for each in (*w.biases, *(w.head_norms or ()), w.outward_bias):
+        if each is not None and each.dtype != w.norm.dtype:
+            raise UsageError(
+                f"a bias or a norm is {each.dtype}, the norm before is {w.norm.dtype}; give all in one dtype"
+            )

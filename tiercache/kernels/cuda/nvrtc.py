@@ -21,13 +21,15 @@ from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError
 
-_HEADERS = ("planes.cuh", "products.cuh", "staged.cuh", "numbers.cuh", "attention.cuh", "down.cuh")
+_HEADERS = ("planes.cuh", "products.cuh", "staged.cuh", "numbers.cuh", "attention.cuh", "down.cuh", "units.cuh")
 _BY_GROUP = (
     "mma",
     "dots",
     "down",
     "downs",
+    "downmma",
 )  # compiled group by group: a store has one as a rule, and each takes seconds
+_BY_PLANES = ("rows", "decode", "attention")
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
@@ -54,6 +56,16 @@ class SourceUnit:
             return SourceUnit("common.cu")
         planes = int(numbers[0]) if numbers[0].isdigit() else 0
         return SourceUnit(f"{file}.cu", planes, int(numbers[2]) if file in _BY_GROUP else 0)
+
+
+def every_unit() -> list[SourceUnit]:
+    """All that there is to compile, of the kernels for any card."""
+    planes, groups = (1, 2, 3), (32, 64, 128)
+    found = [SourceUnit("common.cu"), SourceUnit("layer.cu")]
+    found += [SourceUnit(f"{name}.cu", count) for name in _BY_PLANES for count in planes]
+    return found + [
+        SourceUnit(f"{name}.cu", count, group) for name in _BY_GROUP for count in planes for group in groups
+    ]
 
 
 def source(file: str) -> bytes:

@@ -8,8 +8,17 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
+from tiercache.config.environment import value
+from tiercache.errors import UsageError
 from tiercache.kernels.cuda.launches import Call
+
+GRAPHS_OF_A_HALF = 4
+"""That a half of a layer has at once, for as many numbers of tokens: those that come first and come again."""
+
+GRAPH_BYTES = 176 << 10
+"""Of a card's memory for one: 132 of them took 22 MiB on an H100 (docs/measured.md)."""
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
 _SIZES = ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")
@@ -64,13 +73,14 @@ class Run:
         stream: its handle.
         launches: times that they were launched one by one.
         graph: of the same calls, once there is one.
+        siblings: all graphs of the half.
     """
 
-    __slots__ = ("calls", "graph", "launches", "stream")
+    __slots__ = ("calls", "graph", "launches", "siblings", "stream")
 
-    def __init__(self, calls: Sequence[Call], stream: int) -> None:
+    def __init__(self, calls: Sequence[Call], stream: int, siblings: WeakSet[Graph]) -> None:
         self.calls = [Bound(call, stream) for call in calls]
-        self.stream, self.launches = stream, 0
+        self.stream, self.launches, self.siblings = stream, 0, siblings
         self.graph: Graph | None = None
 
 
@@ -134,3 +144,15 @@ class Graph:
 def _node(bound: Bound) -> NodeParameters:
     call = bound.call
     return NodeParameters(bound.function, *call.grid, call.threads, 1, 1, call.shared_bytes, bound.packed, None)
+
+
+def wants_graphs() -> bool:
+    """Whether the environment leaves CUDA graphs on.
+
+    Raises:
+        UsageError: it says neither 0 nor 1.
+    """
+    asked = value("TIERCACHE_CUDA_GRAPHS") or "1"
+    if asked not in ("0", "1"):
+        raise UsageError(f"TIERCACHE_CUDA_GRAPHS is {asked!r}; set it to 0 for none, or to 1")
+    return asked == "1"

@@ -11,19 +11,6 @@
 enum { TILE = 8, MMA_THREADS = 128, MMA_WARPS = MMA_THREADS / 32 };
 
 #if !defined(__CUDACC_RTC__) || __CUDA_ARCH__ >= 800
-/* sums += codes * digits: `codes` of columns 4 own and the next of rows g and g + 8, and those 16 further on; x and y
- * the same columns of the digits' token g; sums of rows g (0, 1) and g + 8 (2, 3) for tokens 2 own and the next. */
-static __device__ __forceinline__ void mma(int *sums, const unsigned *codes, unsigned x, unsigned y) {
-#ifdef __CUDACC_RTC__
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-                 : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(x), "r"(y));
-#else
-    shim_mma(sums, codes, codes + 2, x, y);
-#endif
-}
-
 /* Sums two by two: `value` number j of GROUPS; true when the last has come and `value` is the sum of all. */
 template <int COUNT> static __device__ __forceinline__ bool pair_up(int j, float &value, float *waiting) {
 #pragma unroll
@@ -162,7 +149,7 @@ static __device__ __forceinline__ void own_rows(const ProductArguments &a, const
     for (int number = 0; number < stages; ++number) {
         float found[TILES][2][2];
         copies_are_there();
-        __syncwarp();
+        __syncthreads(); /* in step, so that the digits which one warp fetches lie near for the others */
         multiply_stage<TILES, GROUP>(stage, x, number, found);
         __syncwarp();
         if (number + 1 < stages) copy_stage<ALIGNED, GROUP>(a, first, number + 1, stage);

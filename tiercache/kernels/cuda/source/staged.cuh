@@ -9,26 +9,12 @@
 #define TIERCACHE_STAGED_CUH
 
 #include "products.cuh"
+#include "units.cuh"
 
 template <int GROUP> struct Staged { /* where planes and lines begin, in bytes */
     static constexpr int GROUPS = STAGE / GROUP, MID = 2048, BIT = MID + 1024, LOW = BIT + (PLANES > 1 ? 1024 : 0),
                          LINES = LOW + (PLANES > 2 ? 4096 : 0), SIZE = LINES + 16 * 8 * (GROUPS + 1);
 };
-
-static __device__ __forceinline__ void copy_16(byte *to, const byte *from) {
-#ifndef __CUDACC_RTC__
-    *(uint4 *)to = *(const uint4 *)from;
-#elif __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
-#endif
-}
-
-/* What this lane has begun to copy is there. */
-static __device__ __forceinline__ void copies_are_there() {
-#if defined(__CUDACC_RTC__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
 
 /* Row r, 0 to 15, of the warp's: rows of one matrix, or 8 of gate and the same of up. */
 static __device__ __forceinline__ const byte *row_at(const ProductArguments &a, int first, int r, int which) {
