@@ -182,6 +182,7 @@ def upgrades(hardware: Hardware, times: float = 2.0) -> dict[str, Hardware]:
         "overhead a layer": replace(
             hardware,
             layer_s=hardware.layer_s.scaled(1 / times),
+            fused_layer_s=hardware.fused_layer_s and hardware.fused_layer_s.scaled(1 / times),
             matmuls=tuple(rates.with_layers(1 / times) for rates in hardware.matmuls),
         ),
     }
@@ -245,7 +246,9 @@ def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflo
 
 def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int, brought: int) -> float:
     """Seconds of layers, of units that are brought and of rows of the token embedding, beside bytes and operations."""
-    found, unit_s = workload.layers * hardware.layer_s.value + hardware.pass_s.value, hardware.unit_s.value
+    fused_s, unit_s = hardware.fused_layer_s or hardware.layer_s, hardware.unit_s.value
+    found = (workload.layers - workload.fused) * hardware.layer_s.value + workload.fused * fused_s.value
+    found += hardware.pass_s.value
     if hardware.matmuls:
         measured = hardware.matmuls[nearest(hardware.matmuls, workload.bytes_per_weight)]
         beside_s = measured.beside_s(workload.layers, tokens)

@@ -13,6 +13,7 @@ from typing import Any
 from policies.tables import Shown, Table
 from profiler.figure import Basis, Figure, table_of, weakest
 from profiler.matmul_rates import MatmulRates
+from profiler.overheads import ON_A_CARD, ON_THE_CPU
 from profiler.read_rates import ReadRate
 
 TABLE = Path(__file__).with_name("hardware.toml")
@@ -23,11 +24,8 @@ KINDS = ("gpu", "link", "dram", "ssd", "cpu")
 _GPU_MEMORY_SHARE, _DRAM_SHARE = 0.82, 0.75
 # What of two kinds of work at once really overlaps. FlexGen's fit found less than all; nobody measured this machine.
 _OVERLAP = 0.85
-# The cost of a layer without its bytes (docs/measured.md): on an H100, and on two CPU cores.
-_CUDA_LAYER_S, _CPU_LAYER_S = 3e-3, 0.9e-3
 _NOTHING = Figure(0.0, "spec", "assumed")
-_LINK_LATENCY_S = 10e-6
-_FULL_LANES = 16
+_LINK_LATENCY_S, _FULL_LANES = 10e-6, 16
 _LIKELY = "3090"
 _UNITS = {"dram": "dram_gbps", "gpu memory": "gpu memory_gbps", "gpu": "gpu_tflops", "link": "link_gbps"}
 _TYPES = ("fp16", "fp32")  # a card multiplies in the first that its entry lists
@@ -81,6 +79,7 @@ class Hardware(Shown):
         ssd_gbps: 1e9 bytes a second of large direct reads.
         overlap: which share of copies, reads and products that could run at once does.
         layer_s: what a decoder layer costs beside its bytes and operations: Python, launches, synchronisation.
+        fused_layer_s: the same of a layer whose halves are one call of the kernels each; None for `layer_s`.
         pass_s: what a pass costs so beside its layers.
         unit_s: what each unit that is read from the SSD or copied to the card costs so beside its bytes.
         link_latency_s: what each copy over the link costs beside its bytes.
@@ -105,6 +104,7 @@ class Hardware(Shown):
     ssd_gbps: Figure
     overlap: Figure
     layer_s: Figure
+    fused_layer_s: Figure | None = None
     pass_s: Figure = _NOTHING
     unit_s: Figure = _NOTHING
     link_latency_s: float = _LINK_LATENCY_S
@@ -258,7 +258,7 @@ class Catalogue:
             cpu_gflops=_figure(self.entry("cpu", cpu), "gflops"),
             ssd_gbps=reads,
             overlap=Figure(_OVERLAP, "spec", "assumed"),
-            layer_s=Figure(_CPU_LAYER_S if card is None else _CUDA_LAYER_S, "spec", "measured on another machine"),
+            **(ON_THE_CPU if card is None else ON_A_CARD)._asdict(),
         )
 
 

@@ -49,7 +49,7 @@ def test_a_pass_by_hand_streamed() -> None:
     found = pass_time(workload(), placed, on)
     compute = LAYERS * UNIT / (0.82 * 936e9)  # bytes bind: 4e9 operations a layer take a tenth of that
     link = up * (UNIT / 25e9 + 10e-6)
-    overhead = LAYERS * 3e-3
+    overhead = LAYERS * 3e-3 + up * 0.35e-3
     assert found.busy_s == pytest.approx(
         {"compute": compute, "cpu": 0.0, "link": link, "ssd": 0.0, "dram": up * UNIT / (0.75 * 51.2e9)}
     )
@@ -177,7 +177,8 @@ def test_drafting_a_70b_on_a_4090(llama: Workload) -> None:
     """UMbreLLa measured 7.2 (sampled) and 8.6 (greedy) tokens/s: trees of 8 tokens a pass are what that takes."""
     on = machine("4090", dram="ddr5-5600", ssd="pcie-4")
     found = predict(llama, _on(llama, on), on, past=512, drafting=Drafting(nodes=64, tokens_per_pass=8, draft_s=0.15))
-    assert 7.2 <= found.tokens_per_s <= 8.6
+    assert found.low < 7.2 < 8.6 < found.high
+    assert found.tokens_per_s == pytest.approx(8.6, rel=0.1)
 
 
 # What is imagined is what the engine allocates.

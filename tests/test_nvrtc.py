@@ -143,7 +143,7 @@ def test_calls_reach_a_driver(
     kernels.matmul_transposed(out, weight, down)
     assert_close(out, x @ dense(weight).T, x.abs() @ spans(weight).T)
     assert_close(down, out @ dense(weight), out.abs() @ spans(weight))
-    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "mma", "down"}
+    assert {path.name.split("-")[0] for path in (tmp_path / "kept").iterdir()} == {"common", "mma", "downmma"}
     with ThreadPoolExecutor(1) as pool:  # a thread that torch has not worked in has no context
         pool.submit(kernels.matmul, kernels.quantize_activations(x, 64), weight, out).result()
     assert_close(out, 2 * x @ dense(weight).T, 2 * x.abs() @ spans(weight).T)

@@ -4,6 +4,7 @@ Knows manifests and traces; decides nothing about where things go.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -19,7 +20,7 @@ from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.card_attention import Capability
-from tiercache.model.layer_parts import fusable
+from tiercache.model.layer_parts import LayerParts, fusable
 from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
@@ -44,6 +45,7 @@ class MemoryRequirements:
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
         matrices: of each matrix that is cut by plane, the units of its planes, lowest first.
+        fused_layers: layers of which both halves are one call of the kernels.
     """
 
     uses: tuple[Use, ...]
@@ -51,6 +53,7 @@ class MemoryRequirements:
     workspace_bytes: int
     payload: dict[int, int]
     matrices: tuple[tuple[int, ...], ...] = ()
+    fused_layers: int = 0
 
     def staged(self, staging_bytes: int) -> "MemoryRequirements":
         """The same where reading files takes other bytes."""
@@ -116,6 +119,7 @@ def memory_requirements(
     order = tuple(dict.fromkeys(key for units in runs for key in units))
     cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
     planes = max(map(len, cut), default=0)
+    fused = fusable(opened.meta_model, manifest.weights) if arithmetic.kernels and arithmetic.fused else []
     workspace = _workspace(opened, arithmetic.kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     only_rows = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
@@ -125,31 +129,30 @@ def memory_requirements(
         order=order,
         always=again,
         table=None if opened.table_unit in order else opened.table_unit,
-        compute=_compute_reserve(opened, meta_trace, config, workspace, arithmetic),
+        compute=_compute_reserve(opened, meta_trace, config, workspace, arithmetic)
+        | (card_reserve(arithmetic.capability, sum(len(parts.halves) for parts in fused)) if arithmetic.is_gpu else {}),
         dram=_dram_reserve(opened, config, arithmetic),
         only_rows=only_rows,
         neuron_bytes=sum(manifest.units[key].nbytes for key in only_rows),
-        together=_held_at_once(opened, cut) if arithmetic.kernels and arithmetic.fused else cut,
+        together=_held_at_once(opened, fused, cut),
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut)
+    whole = sum(len(parts.halves) == 2 for parts in fused)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut, whole)
 
 
-def _held_at_once(opened: Opened, cut: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _held_at_once(
+    opened: Opened, layers: Sequence[LayerParts], cut: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], ...]:
     """The units of each half of a layer that is fused, and of each other matrix that is cut by plane."""
     weights = opened.manifest.weights
     halves = [
         tuple(dict.fromkeys(key for module in half for key in weights[module].units))
-        for parts in fusable(opened.meta_model, weights)
+        for parts in layers
         for half in parts.halves
     ]
     fused = {key for half in halves for key in half}
     return (*(half for half in halves if len(half) > 1), *(units for units in cut if fused.isdisjoint(units)))
-
-
-def _halves(opened: Opened) -> int:
-    """Halves of layers that are fused."""
-    return sum(len(parts.halves) for parts in fusable(opened.meta_model, opened.manifest.weights))
 
 
 def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:
@@ -186,8 +189,6 @@ def _compute_reserve(
         "workspace": workspace + scratch,
         "allocator": meta_trace.workspace_bytes + kept,
     }
-    if arithmetic.is_gpu:
-        reserve |= card_reserve(arithmetic.capability, _halves(opened) if arithmetic.fused else 0)
     if opened.allocates_rest(arithmetic.device):
         own = dict(opened.meta_model.named_parameters())
         reserve["norms, biases, positions"] = sum(own[name].nbytes for name in opened.rest())
