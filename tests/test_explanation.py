@@ -217,6 +217,9 @@ def test_all_texts_of_a_model_count(checkpoint: Callable[..., Path]) -> None:
         stats.tiers["dram"].stall_s["ssd"] = 0.9 * stats.prefill_s
         found = model.tiercache.explain()
     assert found["tokens_per_pass"] == 1
+    assert json.loads(json.dumps(found)) == found
+    assert "ms a token" in str(found).splitlines()[0], "it shows itself as tables"
+    assert "dram waits for ssd" in found._repr_html_()
     assert all(0 < each["twice_as_fast"]["tokens_per_s"] < 1e6 for each in found["bottlenecks"])
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiercache
 from profiler import probe
 from tiercache.errors import (
     EnvironmentUnsupportedError,
@@ -323,6 +324,14 @@ def test_reading_a_compressed_store_finds_a_flipped_bit_too(copy: Copy) -> None:
             at = piece.offset + rng.randrange(12, piece.stored_bytes)
             with flipped(piece.path, at, rng.randrange(8)), pytest.raises(StoreError, match="is corrupt"):
                 reader.read([piece], slot).wait()
+
+
+def test_a_store_without_its_catalogue_is_no_checkpoint(copy: Copy) -> None:
+    folder = copy()
+    (folder / "catalog.mdb").unlink()
+    told = pytest.raises(StoreError, match=r"planes and no catalog.mdb.*convert the checkpoint again")
+    with told, tiercache.offload(folder, precision="int8", dram="64MiB"):
+        pass
 
 
 def _open_with(pipe: Connection, folder: Path, changes: list[tuple[int, int]], lengths: list[int]) -> None:

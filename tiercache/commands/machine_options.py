@@ -154,6 +154,8 @@ def ways_out(machine: Hardware) -> Iterator[None]:
         else:
             way_out = f"name a card with {human(needed)} or more with --gpu (see tiercache-profile hardware)"
         what = str(error).rpartition(";")[0]
+        for tier, whose in (("hbm", "the card's memory"), ("dram", "main memory")):  # nobody has given --hbm
+            what = re.sub(rf"^{tier}=(\S+ \S+) is", rf"nine tenths of {whose}, \1, are", what)
         message = f"{what}; {way_out}, or lower --context or --precision"
         raise DoesNotFitError(message, missing_bytes=error.missing_bytes, tier=error.tier) from error
 

@@ -186,7 +186,10 @@ def _memory(plan: RunPlan) -> Table:
 
 
 def _summary(plan: RunPlan, out: Path | None, *, here: bool) -> str:
-    lines = [f"plan {plan.hash}" + ("" if out is None else f", written to {out}")]
+    card = plan.machine.get("gpu")
+    on = "the CPU" if card in (None, "cpu") else card
+    written = "" if out is None else f", written to {out}"
+    lines = [f"plan {plan.hash}{written}: {plan.model['precision']} on {on}"]
     if (made := plan.predicted) is not None:
         lines.append(
             f"{made['tokens_per_s']:.2f} tokens/s, between {made['low']:.2f} and {made['high']:.2f}; bound by "

@@ -84,13 +84,14 @@ def of_store(found: dict[str, Any]) -> str:
 def outlook(model: Any) -> str:
     """What is known before the first token."""
     sizes, plan = model.tiercache.pass_bytes(), model.tiercache.plan
-    budgets = ", ".join(
-        f"{name} {human(tier.capacity_bytes)}" for name, tier in (("hbm", plan.hbm), ("dram", plan.dram)) if tier
-    )
     stats = model.tiercache.stats()
+    budgets = f"dram {human(plan.dram.capacity_bytes)}"
+    if plan.hbm:
+        stands_in = " (a region of main memory that stands in for a card's)" if stats.device == "cpu" else ""
+        budgets = f"hbm {human(plan.hbm.capacity_bytes)}{stands_in}, {budgets}"
     nature = f"{stats.precision} weights" if of_planes(stats.precision) else "the original weights"
     return (
-        f"{model.config.model_type} on {stats.device}, {nature}; {budgets}; each pass needs "
+        f"{model.config.model_type} on {stats.device} in {stats.compute_dtype}, {nature}; {budgets}; each pass needs "
         f"{human(sizes['needed'])}, {human(sizes['ssd'])} of it from the SSD"
     )
 

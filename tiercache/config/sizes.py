@@ -17,6 +17,9 @@ _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", start=1)}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", re.IGNORECASE)
 
+# A page of memory; who writes a smaller number has left the unit out.
+_LEAST_BYTES = 4096
+
 # What "auto" leaves to the rest of the machine.
 AUTO_FRACTION = 0.9
 
@@ -47,9 +50,7 @@ class Budget:
             return cls._share(value, value)
         if isinstance(value, str):
             return cls._read(value)
-        if value <= 0:
-            raise UsageError(f"a budget of {value} bytes holds nothing; give a size above zero, such as '8GiB'")
-        return cls(size_bytes=value)
+        return cls._of_bytes(value, value, bare=True)
 
     @classmethod
     def _read(cls, text: str) -> "Budget":
@@ -63,8 +64,14 @@ class Budget:
             raise UsageError(f"unknown unit in {text!r}; use B, KB, MB, GB, TB, KiB, MiB, GiB, TiB or %")
         if unit == "" and "." in text:
             return cls._share(float(number), text)
-        if (size_bytes := int(number * _UNITS[unit])) <= 0:
-            raise UsageError(f"a budget of {text!r} holds nothing; give a size above zero, such as '8GiB'")
+        return cls._of_bytes(int(number * _UNITS[unit]), text, bare=unit == "")
+
+    @classmethod
+    def _of_bytes(cls, size_bytes: int, shown: object, *, bare: bool) -> "Budget":
+        if size_bytes <= 0:
+            raise UsageError(f"a budget of {shown!r} holds nothing; give a size above zero, such as '8GiB'")
+        if bare and size_bytes < _LEAST_BYTES:
+            raise UsageError(f"a budget of {shown!r} has no unit and is {size_bytes} bytes; write it as '8GiB'")
         return cls(size_bytes=size_bytes)
 
     @classmethod

@@ -117,16 +117,16 @@ def fill_tiers(
     try:
         return plan.fill_tiers(inputs, hbm_bytes=hbm_bytes, dram_bytes=dram_bytes, prefetch_bytes=prefetch_bytes)
     except TooSmallError as small:
-        what, way_out = "matrix", f"raise {small.tier}= or lower context="
+        what, way_out = "matrix", f"raise {small.tier}=, or lower context= (in Python also logits=)"
         parts = [f"{human(nbytes)} {purpose}" for purpose, nbytes in small.reserved.items() if nbytes]
         if small.first_level_bytes is not None:
             first = human(small.first_level_bytes)
             parts.append(f"{first} of every matrix's first plane, which the resident drafter does with")
-            what, way_out = "unit", f"raise {small.tier}=, lower context=, or choose another drafter"
+            what, way_out = "unit", f"{way_out}, or choose another drafter"
         parts.append(f"{human(small.largest_bytes)} for {small.largest}, the largest {what}")
         raise DoesNotFitError(
             f"{small.tier}={human(small.capacity_bytes)} is too small by {human(small.missing_bytes)} "
             f"({small.missing_bytes} bytes): it must hold {', '.join(parts)}; {way_out}",
             missing_bytes=small.missing_bytes,
             tier=small.tier,
-        ) from small
+        ) from None

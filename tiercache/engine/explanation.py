@@ -6,6 +6,7 @@ Takes the plain data that `predict --json` and `run --json` print, and gives pla
 from collections.abc import Mapping
 from typing import Any
 
+from policies.tables import Shown, Table
 from tiercache.errors import UsageError
 
 SCHEMA = "tiercache.explanation/1"
@@ -14,7 +15,27 @@ WANTED = "what 'tiercache-profile predict --json' or 'tiercache run --json' prin
 REST, DRAFTING = "products, Python and launches", "drafting"
 
 
-def explanation(found: Mapping[str, Any]) -> dict[str, Any]:
+class Explanation(Shown, dict[str, Any]):
+    """Plain data that shows itself: what adds to a token, and what binds in turn."""
+
+    def tables(self) -> tuple[Table, Table]:
+        whole = self["token_ms"]
+        adds = sorted(self["adds_ms"].items(), key=lambda pair: -pair[1])
+        rows = [(name, f"{each:.1f}", f"{each / whole:.0%}") for name, each in adds if each]
+        title = f"{self['subject']}: {whole:.1f} ms a token"
+        turns = []
+        for step in self["bottlenecks"]:
+            gone = step["infinitely_fast"]
+            twice, without = (
+                step["twice_as_fast"]["tokens_per_s"],
+                "" if gone is None else f"{gone['tokens_per_s']:.2f}",
+            )
+            turns.append((step["binding_tier"], f"{step['tokens_per_s']:.2f}", f"{twice:.2f}", without))
+        headings = ("bound by", "tokens/s", "if it were twice as fast", "if it took no time")
+        return Table(title, ("what", "adds ms", "of a token"), tuple(rows)), Table("In turn", headings, tuple(turns))
+
+
+def explanation(found: Mapping[str, Any]) -> Explanation:
     """Of what a command printed.
 
     Raises:
@@ -29,33 +50,35 @@ def explanation(found: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"this {schema} lacks {error}; it is another version's: make it again") from error
 
 
-def _of_prediction(found: Mapping[str, Any]) -> dict[str, Any]:
+def _of_prediction(found: Mapping[str, Any]) -> Explanation:
     drafting = found["drafting"]
     emitted, draft_s = (1.0, 0.0) if drafting is None else (drafting["tokens_per_pass"], drafting["draft_s"])
     whole = found["pass_s"] + draft_s
     adds = {**found["exposed_s"], DRAFTING: draft_s}
     busy = {**found["busy_s"], "overhead": found["overhead_s"], DRAFTING: draft_s}
-    return {
-        "schema": SCHEMA,
-        "of": "prediction",
-        "subject": f"{found['model']}, {found['precision']}, on {found['gpu']} with {found['dram']}",
-        "tokens_per_s": found["tokens_per_s"],
-        "token_ms": _ms(whole, emitted),
-        "tokens_per_pass": emitted,
-        "adds_ms": {name: _ms(seconds, emitted) for name, seconds in adds.items()},
-        "busy_ms": {name: _ms(seconds, emitted) for name, seconds in busy.items()},
-        "by_kind_ms": {
-            kind: {name: _ms(seconds, emitted) for name, seconds in each.items()}
-            for kind, each in found["by_kind_s"].items()
-        },
-        "bytes_per_token": {"weights": found["pass_bytes"] / emitted},
-        "binding_tier": found["bottlenecks"][0]["binding_tier"],
-        "bottlenecks": found["bottlenecks"],
-        "basis": found["basis"],
-    }
+    return Explanation(
+        {
+            "schema": SCHEMA,
+            "of": "prediction",
+            "subject": f"{found['model']}, {found['precision']}, on {found['gpu']} with {found['dram']}",
+            "tokens_per_s": found["tokens_per_s"],
+            "token_ms": _ms(whole, emitted),
+            "tokens_per_pass": emitted,
+            "adds_ms": {name: _ms(seconds, emitted) for name, seconds in adds.items()},
+            "busy_ms": {name: _ms(seconds, emitted) for name, seconds in busy.items()},
+            "by_kind_ms": {
+                kind: {name: _ms(seconds, emitted) for name, seconds in each.items()}
+                for kind, each in found["by_kind_s"].items()
+            },
+            "bytes_per_token": {"weights": found["pass_bytes"] / emitted},
+            "binding_tier": found["bottlenecks"][0]["binding_tier"],
+            "bottlenecks": found["bottlenecks"],
+            "basis": found["basis"],
+        }
+    )
 
 
-def explanation_of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
+def explanation_of_run(stats: Mapping[str, Any]) -> Explanation:
     """Of a run's statistics as plain data: all passes, the prompt's with them, since waiting is counted over all.
 
     Raises:
@@ -77,24 +100,26 @@ def explanation_of_run(stats: Mapping[str, Any]) -> dict[str, Any]:
     total_s = max(total_s, sum(adds.values()))  # a text's last step is in no sum of seconds, its waits are
     adds[REST] = total_s - sum(adds.values())
     binding = max(adds, key=lambda name: adds[name])
-    return {
-        "schema": SCHEMA,
-        "of": "run",
-        "subject": f"{stats['precision']} on {stats['device']}, {stats['passes']} passes, {tokens} tokens",
-        "tokens_per_s": tokens / total_s,
-        "token_ms": _ms(total_s, tokens),
-        "tokens_per_pass": tokens / stats["passes"],
-        "adds_ms": {name: _ms(seconds, tokens) for name, seconds in adds.items()},
-        "busy_ms": None,
-        "by_kind_ms": None,
-        "bytes_per_token": {
-            **{f"brought to {name}": tier["miss_bytes"] / tokens for name, tier in stats["tiers"].items()},
-            "from the SSD": stats["ssd_bytes"] / tokens,
-        },
-        "binding_tier": binding,
-        "bottlenecks": _without_each(adds, total_s, tokens),
-        "basis": "measured",
-    }
+    return Explanation(
+        {
+            "schema": SCHEMA,
+            "of": "run",
+            "subject": f"{stats['precision']} on {stats['device']}, {stats['passes']} passes, {tokens} tokens",
+            "tokens_per_s": tokens / total_s,
+            "token_ms": _ms(total_s, tokens),
+            "tokens_per_pass": tokens / stats["passes"],
+            "adds_ms": {name: _ms(seconds, tokens) for name, seconds in adds.items()},
+            "busy_ms": None,
+            "by_kind_ms": None,
+            "bytes_per_token": {
+                **{f"brought to {name}": tier["miss_bytes"] / tokens for name, tier in stats["tiers"].items()},
+                "from the SSD": stats["ssd_bytes"] / tokens,
+            },
+            "binding_tier": binding,
+            "bottlenecks": _without_each(adds, total_s, tokens),
+            "basis": "measured",
+        }
+    )
 
 
 def _without_each(adds: Mapping[str, float], total_s: float, tokens: float) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Knows plans, requirements, statistics and the run; opens and closes nothing.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from policies.plan import Plan
 from policies.run_plan import RunPlan
@@ -15,7 +15,7 @@ from profiler.replay import PolicyRow
 from profiler.trace import Trace
 from tiercache.decode.scheduler import DrafterScheduler
 from tiercache.draft.base import Feedback
-from tiercache.engine.explanation import explanation_of_run
+from tiercache.engine.explanation import Explanation, explanation_of_run
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.mixed import MixedRun
 from tiercache.engine.run import ExactRun
@@ -83,7 +83,7 @@ class OffloadHandle:
         self._refresh(self._stats)
         return self._stats
 
-    def explain(self) -> dict[str, Any]:
+    def explain(self) -> Explanation:
         """Where the milliseconds of a token went, what bound, and what would bind next: `tiercache.explanation/1`.
 
         Raises:

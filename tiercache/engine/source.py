@@ -150,6 +150,11 @@ def open_model(
     folder = resolve(model_or_path)
     if (folder / CATALOG_FILE).is_file():
         return _open_store(PlaneStore.open(folder), config, capability, show_progress)
+    if folder.is_dir() and any(folder.glob("plane-*.bin")):
+        raise StoreError(
+            f"{folder} has planes and no {CATALOG_FILE}, which says what lies where; bring that file back, or convert "
+            "the checkpoint again"
+        )
     source = Checkpoint.open(folder)
     if source.loss:
         note(source.loss, show=show_progress)
