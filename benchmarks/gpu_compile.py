@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,9 +14,13 @@ import torch
 
 from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, every_unit, image
 
+CPU_KERNELS = "import torch; from tiercache.kernels.select import select; select(torch.device('cpu'))"
+
 
 def main() -> None:
-    """Compile for the current card, by as many processes as there are cores."""
+    """Compile for the current card, a process a core; the CPU's kernels are compiled meanwhile and behind this part."""
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen([sys.executable, "-c", CPU_KERNELS], start_new_session=True, **silent)  # half a minute
     measure(torch.cuda.get_device_capability(), every_unit(), len(os.sched_getaffinity(0)))
 
 

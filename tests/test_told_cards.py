@@ -14,7 +14,7 @@ from tiercache.commands import plotting
 from tiercache.commands.machine_options import Question
 from tiercache.config.options import OffloadConfig
 from tiercache.config.sizes import Budget
-from tiercache.engine.card_memory import CONTEXT_BYTES
+from tiercache.engine.card_memory import CONTEXT_BYTES, card_reserve
 from tiercache.engine.compute_dtype import DTYPES, compute_dtype
 from tiercache.engine.prediction import Case
 from tiercache.engine.workload import imagined_workload
@@ -23,7 +23,7 @@ from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.kernels.cuda.driver import Driver
 from tiercache.kernels.cuda.launches import Call as Launch
 from tiercache.model import meta_model
-from tiercache.model.card_attention import SCORE_BYTES, Call, Capability, CardAttention
+from tiercache.model.card_attention import SCORE_BYTES, Call, Capability, CardAttention, Rewriting
 from tiercache.model.trace import trace_on_meta
 from tiercache.quant.planes import Planes
 
@@ -204,6 +204,24 @@ def test_a_told_card_picks_dtype_attention_and_tiles(name: str) -> None:
         made = backend.quantize_activations(torch.zeros(tokens, 2048), weight.group)
         backend.matmul(made, weight, torch.zeros(tokens, 512))
         assert launcher.kernels[-1] == expected, tokens
+
+
+def test_the_plan_counts_the_workspace_that_cublas_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, wanted in (
+        (":16:8", (16 * 8 << 10) + (4 << 20)),
+        (":4096:2:16:8", 8_519_680 + (4 << 20)),
+        ("much", 8_519_680 + (4 << 20)),
+    ):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", asked)
+        assert card_reserve((8, 6), 0)["cuBLAS workspace"] == wanted
+
+
+def test_attention_with_dropout_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CardAttention, "attend", lambda *_: pytest.fail("it would drop the dropout"))
+    x = torch.randn(1, 2, 8, 16)
+    with Rewriting(CardAttention((6, 1))):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, None, 0.5)
 
 
 def test_cards_beside_one_another_have_workloads_of_their_own() -> None:

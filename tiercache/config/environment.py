@@ -16,6 +16,7 @@ OWN = (
     "XDG_CACHE_HOME",  # where it is otherwise
     "TIERCACHE_API_KEY",  # what clients of `tiercache serve` must show
     "TIERCACHE_CUDA_GRAPHS",  # 0: halves of layers are launched kernel by kernel
+    "CUBLAS_WORKSPACE_CONFIG",  # how much of a card torch gives cuBLAS
     "CC",  # the C compiler of the CPU's kernels
     "CUDA_HOME",  # where NVRTC may lie
     "CUDA_PATH",

@@ -3,7 +3,10 @@
 Constants, each with its source; what a card shows of them is in docs/budgets.md.
 """
 
+import re
+
 from profiler.hugepages import HUGE_PAGE_BYTES
+from tiercache.config.environment import value
 from tiercache.kernels.cuda.runs import GRAPH_BYTES, GRAPHS_OF_A_HALF, wants_graphs
 from tiercache.model.card_attention import Capability
 
@@ -14,7 +17,9 @@ A card that is at hand is asked what it has free when its context is there alrea
 """
 
 # torch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8, and 4 MiB of cublasLt's (24 GiB cards of 8.x; 1 MiB on others).
-_WORKSPACE_BYTES = (2 * 4096 + 8 * 16 << 10) + (4 << 20)
+_WORKSPACE_BYTES = 2 * 4096 + 8 * 16 << 10
+_LT_WORKSPACE_BYTES = 4 << 20
+_WORKSPACE_CONFIG = re.compile(r"(:\d+:\d+)+")  # :KiB:number, of each size
 # torch takes 32 MiB from Hopper on; 36 MiB were measured on an H200, with cublasLt's (docs/measured.md).
 _WORKSPACE_OF_HOPPER_BYTES = 36 << 20
 _HOPPER = (9, 0)
@@ -38,8 +43,19 @@ def card_reserve(capability: Capability | None, halves: int) -> dict[str, int]:
     """
     hopper = capability is None or capability >= _HOPPER
     return {
-        "cuBLAS workspace": _WORKSPACE_OF_HOPPER_BYTES if hopper else _WORKSPACE_BYTES,
+        "cuBLAS workspace": _workspace_bytes(hopper),
         "kernel modules": _MODULES_BYTES,
         "CUDA graphs": halves * GRAPHS_OF_A_HALF * GRAPH_BYTES if wants_graphs() else 0,
         "rounding of slabs": _SLABS * _SLAB_BYTES,
     }
+
+
+def _workspace_bytes(hopper: bool) -> int:
+    """What torch gives cuBLAS: as CUBLAS_WORKSPACE_CONFIG says, where it can be read (torch warns where it cannot)."""
+    asked = value("CUBLAS_WORKSPACE_CONFIG") or ""
+    if _WORKSPACE_CONFIG.fullmatch(asked):
+        sizes = [int(each) for each in asked.split(":")[1:]]
+        return (
+            sum(size * count for size, count in zip(sizes[::2], sizes[1::2], strict=True)) * 1024 + _LT_WORKSPACE_BYTES
+        )
+    return _WORKSPACE_OF_HOPPER_BYTES if hopper else _WORKSPACE_BYTES + _LT_WORKSPACE_BYTES

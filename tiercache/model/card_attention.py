@@ -28,6 +28,7 @@ _FLASH_FROM = _BF16_FROM = (8, 0)
 _HEAD_DIM_OF_FLASH = 256
 _HEAD_DIM_MULTIPLE = 8  # of the memory-efficient kernel at 16 bits; other head dimensions count as scores
 _SCORES = 2 * 4  # bytes: fp32, before the softmax and after it
+_DROPOUT_AT = 4  # its place among the arguments
 _HALVES = (torch.float16, torch.bfloat16)
 _attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -116,9 +117,11 @@ class Rewriting(TorchFunctionMode):
         self._attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _attention:
-            return func(*args, **(kwargs or {}))
-        return self._attention.attend(call_of(*args, **(kwargs or {})))
+        given = kwargs or {}
+        dropout = given.get("dropout_p", args[_DROPOUT_AT] if len(args) > _DROPOUT_AT else 0.0)
+        if func is not _attention or dropout:  # who trains does so as torch does it
+            return func(*args, **given)
+        return self._attention.attend(call_of(*args, **given))
 
 
 def counting(capability: Capability | None, dtype: torch.dtype) -> TorchFunctionMode | None:
