@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from tiercache.kernels.cuda.mma_launches import LEAST_CAPABILITY
 from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, every_unit, image
 
 CPU_KERNELS = "import torch; from tiercache.kernels.select import select; select(torch.device('cpu'))"
@@ -21,7 +22,8 @@ def main() -> None:
     """Compile for the current card, a process a core; the CPU's kernels are compiled meanwhile and behind this part."""
     silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.Popen([sys.executable, "-c", CPU_KERNELS], start_new_session=True, **silent)  # half a minute
-    measure(torch.cuda.get_device_capability(), every_unit(), len(os.sched_getaffinity(0)))
+    capability = torch.cuda.get_device_capability()
+    measure(capability, every_unit(capability >= LEAST_CAPABILITY), len(os.sched_getaffinity(0)))
 
 
 def measure(capability: tuple[int, int], units: Sequence[SourceUnit], workers: int) -> None:

@@ -26,14 +26,13 @@ def compiler() -> nvrtc.Nvrtc:
     return found[0]
 
 
-UNITS = nvrtc.every_unit()
-
-
 def test_every_unit_is_known() -> None:
+    newer, older = nvrtc.every_unit(True), nvrtc.every_unit(False)
     files = {path.name for path in Path(nvrtc.__file__).parent.glob("source/*.cu")}
-    assert {unit.file for unit in UNITS} == files
-    assert len(set(UNITS)) == len(UNITS) == 2 + 3 * 3 + 5 * 9
-    for unit in UNITS:
+    assert {unit.file for unit in (*newer, *older)} == files
+    assert len(set(newer)) == len(newer) == 2 + 2 * 3 + 3 * 9
+    assert len(set(older)) == len(older) == 2 + 3 * 3 + 2 * 9
+    for unit in (*newer, *older):
         assert all(nvrtc.SourceUnit.of(kernel) == unit for kernel in kernels_of(unit))
 
 
@@ -41,12 +40,11 @@ def test_every_unit_is_known() -> None:
 def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     target = compiler.target(divmod(architecture, 10))
     assert target == f"sm_{architecture}"
-    newest = (architecture // 10, architecture % 10) >= mma_launches.LEAST_CAPABILITY
-    units = [unit for unit in UNITS if unit.planes in (0, 3) or (architecture in (52, 90) and unit.group in (0, 64))]
-    units = [unit for unit in units if newest or unit.file not in ("mma.cu", "dots.cu", "downmma.cu")]
-    units = [unit for unit in units if unit.group in (0, 64) or architecture in (52, 90)]
-    # Three planes load all there is to load; fewer, which merge otherwise, and other groups for the oldest card and for
-    # one with units. The emulation runs every pair of them.
+    newer = divmod(architecture, 10) >= mma_launches.LEAST_CAPABILITY
+    units = [unit for unit in nvrtc.every_unit(newer) if unit.group in (0, 64)]
+    units = [unit for unit in units if unit.planes in (0, 3) or architecture in (52, 90)]
+    # Three planes load all there is to load; fewer, which merge otherwise, for the oldest card and for one with matrix
+    # units. The emulation builds and runs every pair of planes and groups, and a card compiles all of its own.
     for unit in units:
         code = compiler.compile(unit, target)
         assert code.startswith(b"\x7fELF")

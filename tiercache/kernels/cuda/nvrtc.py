@@ -29,7 +29,6 @@ _BY_GROUP = (
     "downs",
     "downmma",
 )  # compiled group by group: a store has one as a rule, and each takes seconds
-_BY_PLANES = ("rows", "decode", "attention")
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 
 
@@ -58,14 +57,16 @@ class SourceUnit:
         return SourceUnit(f"{file}.cu", planes, int(numbers[2]) if file in _BY_GROUP else 0)
 
 
-def every_unit() -> list[SourceUnit]:
-    """All that there is to compile, of the kernels for any card."""
+def every_unit(by_matrix_units: bool) -> list[SourceUnit]:
+    """All that a card may ask for: one whose matrix units take bytes (capability 8.0 on), or an older one."""
+    others = ("mma", "dots", "downmma") if by_matrix_units else ("rows", "down", "downs")
     planes, groups = (1, 2, 3), (32, 64, 128)
     found = [SourceUnit("common.cu"), SourceUnit("layer.cu")]
-    found += [SourceUnit(f"{name}.cu", count) for name in _BY_PLANES for count in planes]
-    return found + [
-        SourceUnit(f"{name}.cu", count, group) for name in _BY_GROUP for count in planes for group in groups
-    ]
+    found += [SourceUnit(f"{name}.cu", count) for name in ("decode", "attention") for count in planes]
+    for name in others:
+        by_group = groups if name in _BY_GROUP else (0,)
+        found += [SourceUnit(f"{name}.cu", count, group) for count in planes for group in by_group]
+    return found
 
 
 def source(file: str) -> bytes:
