@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def test_the_harness_by_hand(tasks: Path) -> None:
     assert found == score(transformers.AutoModelForCausalLM.from_pretrained(PICO))
 
 
-def test_tasks_of_each_mode(tasks: Path, tmp_path: Path) -> None:
+def test_tasks_of_each_mode(tasks: Path, tmp_path: Path, pico_store: Path) -> None:
+    shutil.copytree(pico_store, tmp_path / "store")  # making one takes a minute
     options: dict[str, Any] = {"tokens": 64, "window": 64, "decode": 0, "tasks": tasks, "limit": 8, "length": LENGTH}
     found = quality(
         PICO, Path(__file__), modes=["int3"], store=tmp_path / "store", scratch=tmp_path, show_progress=False, **options

@@ -1,5 +1,6 @@
 """SpecKV: of a prompt's keys and values those that matter stay, as slow oracles with whole attention find them."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,12 @@ def test_what_cannot_be_thinned_out_is_refused(ids: torch.Tensor) -> None:
         run.prefill(ids)
         with pytest.raises(UnsupportedModelError, match="speckv= keeps a part"):
             run.evict(ids[-8:], [], 40)
+
+
+@pytest.fixture(autouse=True)
+def _store(pico_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models come from the store that all tests share: making one takes a minute."""
+    monkeypatch.setattr(sys.modules[__name__], "PICO", pico_store)
 
 
 def write(prompt: torch.Tensor, **options: object) -> tuple[list[int], Stats]:
