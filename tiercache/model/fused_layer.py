@@ -8,9 +8,9 @@ Knows layers, planes and kernels; not where slots come from.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
-from operator import contains, itemgetter
+from operator import contains
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from tiercache.model.growing_cache import GrowingCache
 from tiercache.model.layer_parts import DOWN, GATED, INWARD, OUTWARD, LayerParts, activation_name
 from tiercache.quant.planes import Planes
 
-_FORWARD_HOOKS, _PRE_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"
 _PLACES = 8  # of a half's slots that are remembered: a ring comes back to the same few
 
 Half = TypeVar("Half", Attention, FeedForward)
@@ -56,17 +56,25 @@ class Slots(Protocol):
         """They are not needed any more."""
 
 
+class _Pass:
+    """What holds for all layers in a pass, asked for once."""
+
+    number, usual = -1, False
+
+
 @dataclass(frozen=True)
 class Fusing:
-    """How layers are fused.
+    """How the layers of a model are fused.
 
     Attributes:
         count: is told of every call of a layer whether it was fused.
         context: tokens that a KV cache was reserved for.
+        at_hand: the pass that layers were called in last.
     """
 
     count: Callable[[bool], None]
     context: int
+    at_hand: _Pass = field(default_factory=_Pass)
 
 
 class FusedLayer:
@@ -81,7 +89,7 @@ class FusedLayer:
 
     def __init__(self, parts: LayerParts, slots: Slots, kernels: Mapping[str, Kernels], fusing: Fusing) -> None:
         self._parts, self._slots, self._kernels, self._count = parts, slots, kernels, fusing.count
-        self._cache = GrowingCache(fusing.context)
+        self._cache, self._pass = GrowingCache(fusing.context), fusing.at_hand
         self._forward = parts.layer.forward
         attention: Any = parts.layer.get_submodule("self_attn")
         self._config, self._index, self._attention = attention.config, attention.layer_idx, attention
@@ -91,6 +99,7 @@ class FusedLayer:
         names = ["input_layernorm", "self_attn", *(["post_attention_layernorm", "mlp"] if parts.feed_forward else [])]
         passed_over = [parts.layer.get_submodule(name).modules() for name in names]
         self._within: list[dict[str, Any]] = [module.__dict__ for some in passed_over for module in some]
+        self._watching = [each[name] for name in _HOOKS for each in self._within]  # dicts, which last as modules do
         self._hooks = self._hooked()
         self._looked_at, self._usual = -1, False  # the pass in which the layer was looked at, and what was found
         self._dtype: torch.dtype = self._parts.dtype
@@ -149,14 +158,16 @@ class FusedLayer:
 
     def _is_usual(self, device: torch.device) -> bool:
         """Whether a pass leaves the layer to do what it always does."""
-        if device.type not in self._kernels or attention_of(self._config) != "sdpa" or self._attention.training:
-            return False
-        return not torch.is_autocast_enabled(device.type) and self._hooked() == self._hooks
+        at_hand = self._pass
+        if at_hand.number != self._slots.passes:
+            kind, at_hand.number = device.type, self._slots.passes
+            at_hand.usual = kind in self._kernels and not torch.is_autocast_enabled(kind)
+            at_hand.usual = at_hand.usual and attention_of(self._config) == "sdpa"
+        return at_hand.usual and not self._attention.training and self._hooked() == self._hooks
 
     def _hooked(self) -> list[Any]:
         """What watches the modules within: a fused call would pass them over."""
-        hooks = [*map(_FORWARD_HOOKS, self._within), *map(_PRE_HOOKS, self._within)]
-        return [*map(len, hooks), *map(contains, self._within, repeat("forward"))]
+        return [*map(len, self._watching), *map(contains, self._within, repeat("forward"))]
 
     def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
         module, weights = self._attention, self._parts.weights
