@@ -18,7 +18,7 @@ import torch
 import transformers
 
 import tiercache
-from benchmarks.real import model, text
+from benchmarks.real import model, peer, text
 from tiercache.bench.tables import table
 from tiercache.errors import EnvironmentUnsupportedError
 
@@ -62,25 +62,35 @@ def turns(precisions: list[str], count: int) -> dict[str, list[dict[str, float]]
     """What each made in each turn."""
     real = model.get()
     tokenizer = transformers.AutoTokenizer.from_pretrained(real.checkpoint)
+    prompts = [each.ids(tokenizer) for each in text.instructions(1)]
     asked = {
-        "gguf": str(real.gguf),
         "checkpoint": str(real.checkpoint),
         "store": str(real.checkpoint.parent / "store"),
         "threads": torch.get_num_threads(),
         "tokens": _TOKENS,
         "end": tokenizer.eos_token_id,
-        "prompts": [each.ids(tokenizer) for each in text.instructions(1)],
+        "prompts": prompts,
     }
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in (_PEER, *precisions)}
     for _ in range(count):
         for name, found in rows.items():
-            module = ["benchmarks.real.llamacpp"] if name == _PEER else ["benchmarks.decoding", "--one"]
-            command, given = [sys.executable, "-m", *module], json.dumps(asked | {"precision": name})
-            done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise EnvironmentUnsupportedError(f"{name} fails: {done.stderr.strip().splitlines()[-1]}")
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            if name == _PEER:
+                made = peer.llamacpp(real.gguf, prompts, _TOKENS, tokenizer.eos_token_id)
+                if "left_out" in made:
+                    raise EnvironmentUnsupportedError(made["left_out"])
+            else:
+                made = _alone(asked | {"precision": name})
+            found.append(made)
     return rows
+
+
+def _alone(asked: dict[str, Any]) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.decoding", "--one"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentUnsupportedError(f"{asked['precision']} fails: {done.stderr.strip().splitlines()[-1]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def medians(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:

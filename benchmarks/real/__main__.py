@@ -10,22 +10,20 @@ import argparse
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import tiercache
-from benchmarks.real import drafting, model, report, text
+from benchmarks.real import drafting, model, peer, report, text
 from profiler.processor import processor_name
 from tiercache.calibrate.command import calibrate
 from tiercache.calibrate.report import cost
 from tiercache.config.environment import home_folder
-from tiercache.errors import EnvironmentUnsupportedError, TiercacheError
+from tiercache.errors import TiercacheError
 from tiercache.progress import note
 from tiercache.quality.command import quality
 
@@ -75,10 +73,10 @@ def measure(tokens: int, per_kind: int, answer: int) -> dict[str, Any]:
         clock.lap(f"quality, {name}", report.quality(name, losses[name]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(real.checkpoint)
     prompts = [each.ids(tokenizer) for each in text.instructions(per_kind)]
-    peer = llamacpp(real.gguf, prompts, answer, tokenizer.eos_token_id)
-    clock.lap("llama.cpp", report.llamacpp(peer))
+    beside = peer.llamacpp(real.gguf, prompts, answer, tokenizer.eos_token_id)
+    clock.lap("llama.cpp", report.llamacpp(beside))
     rows = drafting.contest(store, prompts, answer)
-    clock.lap("drafters", report.drafters(rows, peer))
+    clock.lap("drafters", report.drafters(rows, beside))
     found = {
         "schema": SCHEMA,
         "hardware": {"processor": processor_name(), "threads": torch.get_num_threads()},
@@ -86,30 +84,18 @@ def measure(tokens: int, per_kind: int, answer: int) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "llama_cpp": peer.get("version"),
+            "llama_cpp": beside.get("version"),
         },
         "model": model.NAME,
         "instructions": len(prompts),
         "answer_tokens": answer,
         "quality": losses,
         "drafting": rows,
-        "llama.cpp": peer,
+        "llama.cpp": beside,
         "seconds": clock.laps,
     }
     note(f"{sum(clock.laps.values()):.0f} s in all", show=True)
     return found
-
-
-def llamacpp(gguf: Path, prompts: list[list[int]], answer: int, end: int) -> dict[str, Any]:
-    """What the peer measures of itself; why not, where it is not installed."""
-    asked = {"gguf": str(gguf), "threads": torch.get_num_threads(), "tokens": answer, "end": end, "prompts": prompts}
-    command = [sys.executable, "-m", "benchmarks.real.llamacpp"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
-    if done.returncode:
-        if "No module named 'llama_cpp'" in done.stderr:
-            return {"left_out": "llama-cpp-python is not installed; make peers"}
-        raise EnvironmentUnsupportedError(f"llama.cpp fails on {gguf}: {done.stderr.strip().splitlines()[-1]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 class _Clock:
