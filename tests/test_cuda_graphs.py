@@ -1,6 +1,7 @@
 """CUDA graphs of halves of layers, upon a driver of the same signatures: what is replayed is what is launched."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,19 @@ def test_a_graph_is_its_launches_bit_for_bit(
 
 def test_a_half_has_few_graphs(emulated_cuda: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plan counts for it is not exceeded."""
-    stub_driver(emulated_cuda, monkeypatch)
+    stub = stub_driver(emulated_cuda, monkeypatch)
     monkeypatch.setattr(driver, "image", lambda *_: b"\177ELF")
-    half = CudaKernels(CPU, Driver(torch.device("cuda"), tmp_path)).feed_forward(feed_forward_weights())
+    kernels = CudaKernels(CPU, Driver(torch.device("cuda"), tmp_path))
+    half = kernels.feed_forward(feed_forward_weights())
     for tokens in range(1, GRAPHS_OF_A_HALF + 3):
         for step in range(3):
             half.forward(random(tokens, 192, seed=step))
     assert len(half._graphs) == GRAPHS_OF_A_HALF  # type: ignore[attr-defined]
+    before = stub.stub_count(GRAPHS)
+    passing = kernels.feed_forward(replace(feed_forward_weights(), stays=False))
+    for step in range(3):
+        passing.forward(random(1, 192, seed=step))
+    assert stub.stub_count(GRAPHS) == before, "of weights that come and go there would be one for each place"
 
 
 def layer(attention: Any, block: FeedForward, tokens: int, step: int, runs: int, device: torch.device = CPU) -> Tensor:

@@ -71,6 +71,38 @@ def test_no_budget_changes_a_bit(budget: dict[str, Any], plane_store: Folders) -
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_halves_of_weights_that_pass_through_are_made_once_for_each_place() -> None:
+    """Making one takes as long as a small layer; a ring comes back to all of its slots in turn."""
+    places, made = [torch.zeros(1) for _ in range(20)], []
+
+    class Ring:
+        passes, resident = 0, False
+
+        def staying(self, _: object) -> None:
+            return None
+
+        def counted(self, _: object) -> tuple[int, ...]:
+            return ()
+
+        def hit(self, _: object) -> None: ...
+
+        def take(self, _: str) -> list[Tensor]:
+            return [places[self.passes % len(places)]]
+
+        def give_back(self, _: str) -> None: ...
+
+    def new(slots: Any, stays: bool) -> Any:
+        made.append(stays)
+        return slots[0][0]
+
+    ring = Ring()
+    half: Any = fused_layer._Slotted(ring, ["one"], new)
+    for ring.passes in range(60):
+        assert half.begin(torch.device("cpu")) is places[ring.passes % len(places)]
+        half.end()
+    assert made == [False] * len(places)
+
+
 def least(store: Path, tier: str) -> int:
     """The smallest budget that is not refused."""
     size = 4096

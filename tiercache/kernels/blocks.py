@@ -35,6 +35,7 @@ class AttentionWeights:
         outward_bias: [hidden], or None.
         heads, key_heads, head_dim: heads of queries, of keys and values; numbers in each.
         scaling: what a product of a query with a key is multiplied by.
+        stays: whether matrices stay where they lie as long as the model: what comes again may then be kept ready.
     """
 
     norm: Tensor
@@ -50,6 +51,7 @@ class AttentionWeights:
     key_heads: int
     head_dim: int
     scaling: float
+    stays: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class FeedForwardWeights:
         down: neuron-major, [neurons, hidden].
         down_factors: what the outputs are multiplied by behind the Hadamard transform, fp32 [hidden].
         activation: of `contract.ACTIVATIONS`.
+        stays: as `AttentionWeights`.
     """
 
     norm: Tensor
@@ -72,6 +75,7 @@ class FeedForwardWeights:
     down: Planes
     down_factors: Tensor
     activation: str
+    stays: bool = True
 
 
 class Attention(Protocol):

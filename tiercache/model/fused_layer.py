@@ -24,7 +24,7 @@ from tiercache.model.layer_parts import DOWN, GATED, INWARD, OUTWARD, LayerParts
 from tiercache.quant.planes import Planes
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks"
-_PLACES = 8  # of a half's slots that are remembered: a ring comes back to the same few
+_PLACES = 64  # of a half's slots that are remembered: a ring comes back to all of its slots in turn, and has so many
 
 Half = TypeVar("Half", Attention, FeedForward)
 
@@ -169,7 +169,7 @@ class FusedLayer:
         """What watches the modules within: a fused call would pass them over."""
         return [*map(len, self._watching), *map(contains, self._within, repeat("forward"))]
 
-    def _new_attention(self, slots: Sequence[Sequence[Tensor]]) -> Attention:
+    def _new_attention(self, slots: Sequence[Sequence[Tensor]], stays: bool) -> Attention:
         module, weights = self._attention, self._parts.weights
         queries, keys, values, outward = map(self._planes, (*INWARD, OUTWARD), slots)
         heads, key_heads, head_dim = self._parts.heads
@@ -189,10 +189,11 @@ class FusedLayer:
             key_heads=key_heads,
             head_dim=head_dim,
             scaling=module.scaling,
+            stays=stays,
         )
         return self._kernels[slots[0][0].device.type].attention(made)
 
-    def _new_feed_forward(self, slots: Sequence[Sequence[Tensor]]) -> FeedForward:
+    def _new_feed_forward(self, slots: Sequence[Sequence[Tensor]], stays: bool) -> FeedForward:
         weights, name = self._parts.weights, activation_name(self._parts.layer)
         gate, up, down = map(self._planes, (*GATED, DOWN), slots)
         assert name is not None
@@ -204,6 +205,7 @@ class FusedLayer:
             down=down,
             down_factors=weights[DOWN].output_factors(slots[2][0]),
             activation=name,
+            stays=stays,
         )
         return self._kernels[slots[0][0].device.type].feed_forward(made)
 
@@ -218,12 +220,14 @@ class _Slotted(Generic[Half]):
     Args:
         slots: where weights come from.
         modules: whose weights they are.
-        new: makes a half over planes in some slots.
+        new: makes a half over planes in some slots; is told whether they stay there.
     """
 
-    def __init__(self, slots: Slots, modules: Sequence[str], new: Callable[[Sequence[Sequence[Tensor]]], Half]) -> None:
+    def __init__(
+        self, slots: Slots, modules: Sequence[str], new: Callable[[Sequence[Sequence[Tensor]], bool], Half]
+    ) -> None:
         self._slots, self._modules = slots, modules
-        self._new: Callable[[Sequence[Sequence[Tensor]]], Half] = new
+        self._new: Callable[[Sequence[Sequence[Tensor]], bool], Half] = new
         self._known: OrderedDict[tuple[int, ...], Half] = OrderedDict()
         self._staying: dict[bool, Half | None] = {}  # by whether the pass is resident; None: they come and go
         self._counted, self._taken = slots.counted(modules), False
@@ -234,7 +238,7 @@ class _Slotted(Generic[Half]):
         if resident not in self._staying:
             staying = self._slots.staying(self._modules)
             here = staying is not None and _on(device, staying)
-            self._staying[resident] = self._new(staying) if here and staying is not None else None
+            self._staying[resident] = self._new(staying, True) if here and staying is not None else None
         half = self._staying[resident]
         if half is not None:
             self._slots.hit(self._counted)
@@ -247,7 +251,7 @@ class _Slotted(Generic[Half]):
         where = tuple([slot.data_ptr() for some in slots for slot in some])
         half = self._known.get(where)
         if half is None:
-            half = self._known[where] = self._new(slots)
+            half = self._known[where] = self._new(slots, False)
             if len(self._known) > _PLACES:
                 self._known.popitem(last=False)
         return half

@@ -77,7 +77,7 @@ class CudaAttention(Attention):
         w = self._w = weights
         self._card, self._heads = card, Heads(w.heads, w.key_heads, w.head_dim)
         self._scratch = card.scratch.of_halves()
-        self._graphs: WeakSet[Graph] = WeakSet()
+        self._graphs: WeakSet[Graph] | None = WeakSet() if w.stays else None
         self._hidden, self._group = w.inward[0].columns, w.inward[0].group
         check_attention(w, self._heads)
         self._inward = [Product(planes, card) for planes in w.inward]

@@ -153,7 +153,7 @@ class Driver:
     def _make_graph(self, run: Run) -> None:
         """Of a run that was launched before; the context is current, and nothing is captured."""
         self._destroy(None, None)  # what could not be destroyed before
-        if len(run.siblings) >= GRAPHS_OF_A_HALF:
+        if run.siblings is None or len(run.siblings) >= GRAPHS_OF_A_HALF:
             return
         try:
             run.graph = Graph(self._library, run, self._check_graph, self._destroy)

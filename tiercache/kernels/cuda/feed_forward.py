@@ -43,7 +43,7 @@ class CudaFeedForward(FeedForward):
         w = self._w = weights
         self._card, self._hidden, self._group = card, w.inward[0].columns, w.inward[0].group
         self._neurons, self._scratch = w.down.rows, card.scratch.of_halves()
-        self._graphs: WeakSet[Graph] = WeakSet()
+        self._graphs: WeakSet[Graph] | None = WeakSet() if w.stays else None
         check_activation(w.activation)
         for name, planes in zip(("gate", "up"), w.inward, strict=True):
             check_matrix(name, planes, self._neurons, self._hidden, self._group)

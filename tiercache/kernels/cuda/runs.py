@@ -73,12 +73,12 @@ class Run:
         stream: its handle.
         launches: times that they were launched one by one.
         graph: of the same calls, once there is one.
-        siblings: all graphs of the half.
+        siblings: all graphs of the half; None where it is not to have any.
     """
 
     __slots__ = ("calls", "graph", "launches", "siblings", "stream")
 
-    def __init__(self, calls: Sequence[Call], stream: int, siblings: WeakSet[Graph]) -> None:
+    def __init__(self, calls: Sequence[Call], stream: int, siblings: WeakSet[Graph] | None) -> None:
         self.calls = [Bound(call, stream) for call in calls]
         self.stream, self.launches, self.siblings = stream, 0, siblings
         self.graph: Graph | None = None
