@@ -57,7 +57,7 @@ def test_large_counts_are_exact() -> None:
     assert Budget.parse(f"{2**53 + 1}") == Budget(size_bytes=2**53 + 1)
 
 
-@given(st.integers(4096, 10**18))
+@given(st.integers(1000, 10**18))
 def test_counts_of_bytes_stay(number: int) -> None:
     assert Budget.parse(number) == Budget(size_bytes=number)
 

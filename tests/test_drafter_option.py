@@ -507,7 +507,7 @@ def test_resident_says_how_much_is_missing(plane_store: Folders) -> None:
 
 def test_a_refusal_leaves_the_tables_closed(plane_store: Folders, tmp_path: Path) -> None:
     options = {"drafter": "ngram", "learned": tmp_path / "tables"}
-    with pytest.raises(DoesNotFitError) as refusal, opened(plane_store("llama"), dram=1, **options):
+    with pytest.raises(DoesNotFitError) as refusal, opened(plane_store("llama"), dram="1B", **options):
         pass
     with opened(plane_store("llama"), **options) as model:
         generate(model, None, 4)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def least_dram(folder: Path, **options: object) -> int:
     """The smallest budget that the planner accepts, found by asking for one byte and believing the answer."""
-    with pytest.raises(errors.DoesNotFitError) as refusal, tiercache.offload(folder, dram=1, **options):
+    with pytest.raises(errors.DoesNotFitError) as refusal, tiercache.offload(folder, dram="1B", **options):
         pass
     return 1 + refusal.value.missing_bytes
 
@@ -53,7 +53,7 @@ def test_the_missing_number_is_right(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_hbm_too_small(folder: Path) -> None:
-    with pytest.raises(errors.DoesNotFitError, match="hbm"), tiercache.offload(folder, hbm=1, dram="8MiB"):
+    with pytest.raises(errors.DoesNotFitError, match="hbm"), tiercache.offload(folder, hbm="1B", dram="8MiB"):
         pass
 
 

@@ -556,6 +556,7 @@ def test_the_log_shows_no_letters_of_a_prompt(server: Running) -> None:
 
 
 def test_many_at_once_are_all_answered(tokenizer: Any) -> None:
+    before = threading.active_count()
     with running(tokenizer, waiting=40) as found, ThreadPoolExecutor(16) as threads:
         bodies = [{"prompt": f"prompt {number}", "max_tokens": 12, "stream": number % 2 == 0} for number in range(40)]
         answers = list(threads.map(lambda body: post(found, "/v1/completions", body), bodies))
@@ -566,4 +567,4 @@ def test_many_at_once_are_all_answered(tokenizer: Any) -> None:
                 assert "".join(event["choices"][0]["text"] for event in events) == alone
             else:
                 assert answer.json()["choices"][0]["text"] == alone
-    assert threading.active_count() < 8
+    assert threading.active_count() <= before

@@ -17,8 +17,8 @@ _UNITS |= {f"{p}b": 1000**n for n, p in enumerate("kmgt", start=1)}
 _UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", re.IGNORECASE)
 
-# A page of memory; who writes a smaller number has left the unit out.
-_LEAST_BYTES = 4096
+# Whoever writes a smaller number has left the unit out.
+_LEAST_BYTES = 1000
 
 # What "auto" leaves to the rest of the machine.
 AUTO_FRACTION = 0.9
@@ -69,7 +69,8 @@ class Budget:
     @classmethod
     def _of_bytes(cls, size_bytes: int, shown: object, *, bare: bool) -> "Budget":
         if size_bytes <= 0:
-            raise UsageError(f"a budget of {shown!r} holds nothing; give a size above zero, such as '8GiB'")
+            told = f"{shown!r}" if isinstance(shown, str) else f"{shown} bytes"
+            raise UsageError(f"a budget of {told} holds nothing; give a size above zero, such as '8GiB'")
         if bare and size_bytes < _LEAST_BYTES:
             raise UsageError(f"a budget of {shown!r} has no unit and is {size_bytes} bytes; write it as '8GiB'")
         return cls(size_bytes=size_bytes)
