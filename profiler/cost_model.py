@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from policies.plan import Plan
 from policies.tables import Shown, Table
+from policies.types import Key
 from profiler import read_rates
 from profiler.figure import ERROR, Basis
 from profiler.hardware import Hardware
@@ -131,7 +132,9 @@ def pass_time(
     }
     busy["dram"] = (up_bytes + ssd_bytes + cpu_bytes) / (hardware.dram.gbps.value * _GIGA)
     brought = len(plan.streamed) + (0 if beside else len(moved))
-    overhead = _overhead_s(workload, plan, hardware, tokens, brought) * hardware.pace * fitted.get("overhead", 1.0)
+    here = staying if beside else None
+    overhead = _overhead_s(workload, plan, hardware, tokens, (brought, here)) * hardware.pace
+    overhead *= fitted.get("overhead", 1.0)
     roofs = _device_s(workload, on_device, now, tokens, past) + busy["cpu"]
     ssd_gbps = max(hardware.ssd_gbps.value, *(rate.gbps.value for rate in hardware.reads), 0.0)
     bound = max(roofs, busy["link"], ssd_bytes / (ssd_gbps * _GIGA), busy["dram"])
@@ -244,11 +247,17 @@ def _matmul_s(workload: Workload, matmul: Matmul, tokens: int, gbps: float, gflo
     return max(nbytes / gbps, 2 * matmul.weights * tokens / gflops) / _GIGA
 
 
-def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int, brought: int) -> float:
-    """Seconds of layers, of units that are brought and of rows of the token embedding, beside bytes and operations."""
-    fused_s, unit_s = hardware.fused_layer_s or hardware.layer_s, hardware.unit_s.value
-    found = (workload.layers - workload.fused) * hardware.layer_s.value + workload.fused * fused_s.value
-    found += hardware.pass_s.value
+def _overhead_s(
+    workload: Workload, plan: Plan, hardware: Hardware, tokens: int, units: tuple[int, set[Key] | None]
+) -> float:
+    """Seconds of layers, of units that are brought and of rows of the token embedding, beside bytes and operations.
+
+    `units`: how many are brought, and those that lie where the model computes; None for all, sooner or later.
+    """
+    (brought, here), unit_s = units, hardware.unit_s.value
+    fused_s, layer_s = (hardware.fused_layer_s or hardware.layer_s).value, hardware.layer_s.value
+    shares = [_fused_share(halves, here) for halves in workload.fused]
+    found = hardware.pass_s.value + (workload.layers - sum(shares)) * layer_s + sum(shares) * fused_s
     if hardware.matmuls:
         measured = hardware.matmuls[nearest(hardware.matmuls, workload.bytes_per_weight)]
         beside_s = measured.beside_s(workload.layers, tokens)
@@ -259,6 +268,14 @@ def _overhead_s(workload: Workload, plan: Plan, hardware: Hardware, tokens: int,
     if workload.table is not None and workload.table not in held:  # one after the other, before the first layer
         found += read_rates.seconds(hardware.reads, 1, [_ROW_BYTES] * tokens) or 0.0
     return found
+
+
+def _fused_share(halves: tuple[tuple[Key, ...], ...], here: set[Key] | None) -> float:
+    """Of a layer, what runs as one piece: its halves up to the first of which some weight is multiplied elsewhere."""
+    if here is None:
+        return len(halves) / 2
+    whole = [here.issuperset(half) for half in halves]
+    return (whole.index(False) if False in whole else len(halves)) / 2
 
 
 def _ssd_s(workload: Workload, plan: Plan, hardware: Hardware) -> float:

@@ -1,6 +1,7 @@
 """What a pass costs beside its bytes and operations where nobody has measured the machine: what other machines took.
 
-Both are of docs/measured.md: an H100 with its host, and two CPU cores.
+Both are of docs/measured.md: an H100 with its host, and two CPU cores. A unit that comes to a card costs less since
+calls of streamed layers are remembered; the figure stands until a card has run.
 """
 
 from typing import NamedTuple

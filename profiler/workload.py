@@ -42,7 +42,7 @@ class Workload:
             four operations of each.
         reads: of each unit, the bytes of the direct reads that bring it from the SSD.
         readers: how many of them are under way at once.
-        fused: layers whose halves are one call of the kernels each.
+        fused: of each layer whose attention half is one call of the kernels, the units of its halves that are.
         table: the token embedding's unit; where it stays in no tier, each token's row is read from the SSD on its own.
     """
 
@@ -56,7 +56,7 @@ class Workload:
     attention_width: int
     reads: Mapping[Key, tuple[int, ...]] = field(default_factory=dict)
     readers: int = 1
-    fused: int = 0
+    fused: tuple[tuple[tuple[Key, ...], ...], ...] = ()
     table: Key | None = None
 
     @property

@@ -72,6 +72,27 @@ def test_a_pass_by_hand_on_the_cpu_beside_a_card() -> None:
     assert many.busy_s["cpu"] == pytest.approx(beside * 2 * 2 * UNIT * 64 / 600e9), "operations bind"
 
 
+def test_a_layer_is_one_piece_as_far_as_its_halves_lie_on_the_card() -> None:
+    on, placed, plain = machine(), plan(2, 8), workload()
+    assert placed.hbm is not None
+    here = sorted(placed.hbm.placement.pinned)[0]
+    (away, *_) = sorted(set(plain.needs.order) - set(placed.hbm.placement.pinned))
+    layers = {
+        "whole": ((here,), (here,)),
+        "its feed-forward half is multiplied by the CPU": ((here,), (away,)),
+        "its attention half is": ((away,), (here,)),
+    }
+    saved = {}
+    for name, halves in layers.items():
+        model = replace(plain, fused=(halves,))
+        for cpu_tokens in (0, 1):
+            found, before = (pass_time(each, placed, on, cpu_tokens=cpu_tokens) for each in (model, plain))
+            saved[name, cpu_tokens] = before.overhead_s - found.overhead_s
+    whole = 3e-3 - 0.25e-3
+    assert [saved[name, 0] for name in layers] == pytest.approx([whole] * 3), "copied up, all are multiplied there"
+    assert [saved[name, 1] for name in layers] == pytest.approx([whole, whole / 2, 0], abs=1e-12)
+
+
 def test_a_pass_by_hand_from_the_ssd() -> None:
     on, placed = machine(None, ssd=2.0), plan(None, 2.5)
     streamed = len(placed.streamed)

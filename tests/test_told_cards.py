@@ -216,6 +216,17 @@ def test_the_plan_counts_the_workspace_that_cublas_is_given(monkeypatch: pytest.
         assert card_reserve((8, 6), 0)["cuBLAS workspace"] == wanted
 
 
+def test_layers_of_heads_that_no_kernel_takes_are_not_fused() -> None:
+    shape = SHAPES["tiny"].config()
+    options = OffloadConfig(hbm=None, dram=Budget(), precision="int4", context=64)
+    fused = imagined_workload(shape, options, gpu=True, capability=(8, 6))
+    assert len(fused.fused) == fused.layers
+    shape.head_dim = 12
+    other = imagined_workload(shape, options, gpu=True, capability=(8, 6))
+    assert other.fused == ()
+    assert other.needs.compute["CUDA graphs"] == 0 < fused.needs.compute["CUDA graphs"]
+
+
 def test_attention_with_dropout_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CardAttention, "attend", lambda *_: pytest.fail("it would drop the dropout"))
     x = torch.randn(1, 2, 8, 16)

@@ -174,7 +174,7 @@ class _Run:
                     f"{TOLERANCE} is allowed; "
                     "please report this with your processor's or GPU's name"
                 )
-            seconds = median_s(device, call, self._options.effort)
+            seconds = median_s(device, call, self._options.effort, len(weights))
             yield {
                 "kernel": case.kernel,
                 "device": device.label,

@@ -73,15 +73,13 @@ class TimingDevice:
         """What reading `memory` from the device, or other memory like it, reaches at most, measured now."""
         raise NotImplementedError
 
-    def ready(self, call: Callable[[int], object]) -> Callable[[], object]:
-        """What makes `batch` calls, each of another number; `call` was made twice before."""
+    def ready(self, call: Callable[[int], object], copies: int) -> tuple[Callable[[], object], int]:
+        """What makes some calls, each of another number, and how many; `call` was made twice before.
+
+        `copies`: after how many numbers the same weights come again.
+        """
         numbers = itertools.count(2)
-
-        def calls() -> None:
-            for _ in range(self.batch):
-                call(next(numbers))
-
-        return calls
+        return lambda: call(next(numbers)), 1
 
     def wait(self) -> None:
         """Return when all work that was started is done."""
@@ -114,7 +112,7 @@ class TimingCuda(TimingDevice):
     Calls that are timed are one CUDA graph: their seconds are the card's, without the processor's for each launch.
     """
 
-    batch = 64  # a look at the clock takes about as long as a small product; of small matrices more than a cache holds
+    batch = 64  # calls between two looks at the clock, which take about as long as a small product
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -127,13 +125,13 @@ class TimingCuda(TimingDevice):
         copied = 2 * self.best_gbps(lambda: target.copy_(source), source.nbytes)
         return max(copied, self.best_gbps(source.sum, source.nbytes))
 
-    def ready(self, call: Callable[[int], object]) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
+    def ready(self, call: Callable[[int], object], copies: int) -> tuple[Callable[[], object], int]:
+        graph, count = torch.cuda.CUDAGraph(), max(self.batch, copies)  # or the same weights would come from the cache
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for number in range(self.batch):
+            for number in range(count):
                 call(number)
         graph.replay()  # the first takes its way to the card
-        return graph.replay
+        return graph.replay, count
 
     def best_gbps(self, read: Callable[[], object], nbytes: int) -> float:
         """GB/s of the fastest of some reads of `nbytes`, after one that warms up."""
@@ -159,11 +157,11 @@ def working_set_bytes(device: TimingDevice, effort: Effort) -> int:
     return max(effort.least_bytes, effort.caches * device.cache_bytes)
 
 
-def median_s(device: TimingDevice, call: Callable[[int], object], effort: Effort) -> float:
-    """Seconds of one call: the median, after two that warm up. `call` is told its number."""
+def median_s(device: TimingDevice, call: Callable[[int], object], effort: Effort, copies: int) -> float:
+    """Seconds of one call: the median, after two that warm up. `call` is told its number, and has so many weights."""
     for number in range(2):
         call(number)
-    calls = device.ready(call)
+    calls, count = device.ready(call, copies)
     device.wait()
     samples: list[float] = []
     begun = time.perf_counter()
@@ -171,7 +169,7 @@ def median_s(device: TimingDevice, call: Callable[[int], object], effort: Effort
         begin = time.perf_counter()
         calls()
         device.wait()
-        samples.append((time.perf_counter() - begin) / device.batch)
+        samples.append((time.perf_counter() - begin) / count)
     return statistics.median(samples)
 
 

@@ -39,7 +39,7 @@ def card_reserve(capability: Capability | None, halves: int) -> dict[str, int]:
         halves: fused halves of layers, which may be CUDA graphs.
 
     Raises:
-        UsageError: the environment says neither whether there are graphs, nor nothing.
+        UsageError: TIERCACHE_CUDA_GRAPHS is neither 0 nor 1.
     """
     hopper = capability is None or capability >= _HOPPER
     return {

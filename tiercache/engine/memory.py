@@ -16,6 +16,7 @@ from tiercache.config.options import OffloadConfig
 from tiercache.engine.card_memory import card_reserve
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
+from tiercache.kernels.cuda.layer_calls import Heads
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
@@ -45,7 +46,7 @@ class MemoryRequirements:
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
         matrices: of each matrix that is cut by plane, the units of its planes, lowest first.
-        fused_layers: layers of which both halves are one call of the kernels.
+        fused: of each layer whose attention half is one call of the kernels, the units of its halves that are.
     """
 
     uses: tuple[Use, ...]
@@ -53,7 +54,7 @@ class MemoryRequirements:
     workspace_bytes: int
     payload: dict[int, int]
     matrices: tuple[tuple[int, ...], ...] = ()
-    fused_layers: int = 0
+    fused: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     def staged(self, staging_bytes: int) -> "MemoryRequirements":
         """The same where reading files takes other bytes."""
@@ -119,7 +120,9 @@ def memory_requirements(
     order = tuple(dict.fromkeys(key for units in runs for key in units))
     cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
     planes = max(map(len, cut), default=0)
-    fused = fusable(opened.meta_model, manifest.weights) if arithmetic.kernels and arithmetic.fused else []
+    fused = _fused(opened, arithmetic)
+    kinds = 2 if config.resident else 1  # of passes whose halves are called: with all planes, and with those that stay
+    graphs = kinds * sum(len(parts.halves) for parts in fused)
     workspace = _workspace(opened, arithmetic.kernels)
     payload = {key: unit.nbytes for key, unit in enumerate(manifest.units)}
     only_rows = tuple(key for block in manifest.blocks for key in dict.fromkeys(block.units[block.low :]))
@@ -130,27 +133,36 @@ def memory_requirements(
         always=again,
         table=None if opened.table_unit in order else opened.table_unit,
         compute=_compute_reserve(opened, meta_trace, config, workspace, arithmetic)
-        | (card_reserve(arithmetic.capability, sum(len(parts.halves) for parts in fused)) if arithmetic.is_gpu else {}),
+        | (card_reserve(arithmetic.capability, graphs) if arithmetic.is_gpu else {}),
         dram=_dram_reserve(opened, config, arithmetic),
         only_rows=only_rows,
         neuron_bytes=sum(manifest.units[key].nbytes for key in only_rows),
         together=_held_at_once(opened, fused, cut),
         levels=tuple(frozenset(units[plane] for units in cut if plane < len(units)) for plane in range(planes)),
     )
-    whole = sum(len(parts.halves) == 2 for parts in fused)
-    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut, whole)
+    halves = tuple(_halves(opened, parts) for parts in fused)
+    return MemoryRequirements(_uses(manifest, meta_trace), needs, workspace, payload, cut, halves)
+
+
+def _fused(opened: Opened, arithmetic: Arithmetic) -> list[LayerParts]:
+    """The layers that the kernels run as one piece, or the attention half of."""
+    if not arithmetic.kernels or not arithmetic.fused:
+        return []
+    found = fusable(opened.meta_model, opened.manifest.weights)
+    return [parts for parts in found if not arithmetic.is_gpu or Heads.fit(*parts.heads)]
+
+
+def _halves(opened: Opened, parts: LayerParts) -> tuple[tuple[int, ...], ...]:
+    """The units of each half of a layer."""
+    weights = opened.manifest.weights
+    return tuple(tuple(dict.fromkeys(key for module in half for key in weights[module].units)) for half in parts.halves)
 
 
 def _held_at_once(
     opened: Opened, layers: Sequence[LayerParts], cut: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[int, ...], ...]:
     """The units of each half of a layer that is fused, and of each other matrix that is cut by plane."""
-    weights = opened.manifest.weights
-    halves = [
-        tuple(dict.fromkeys(key for module in half for key in weights[module].units))
-        for parts in layers
-        for half in parts.halves
-    ]
+    halves = [half for parts in layers for half in _halves(opened, parts)]
     fused = {key for half in halves for key in half}
     return (*(half for half in halves if len(half) > 1), *(units for units in cut if fused.isdisjoint(units)))
 

@@ -26,16 +26,17 @@ from tiercache.config import environment
 from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
+from tiercache.kernels.cuda.runs import wants_graphs
 from tiercache.kernels.select import select, source_digest, will_compile
 from tiercache.store.catalog import errors_translated
 from tiercache.store.folders import locked
-from tiercache.tiers.device import device_of
+from tiercache.tiers.device import device_of, on_gpu
 
 _FILE = "probe.mdb"
 _WAY_OUT = "remove it and probe again"
 _ALONE = threading.Lock()
 _MAP_BYTES = 16 << 20
-_MEANING = 6  # raised where a figure comes to mean something else, or layers change their speed
+_MEANING = 7  # raised where a figure comes to mean something else, or layers change their speed
 _FIGURES = ("cpu_gflops", "ssd_gbps", "overlap", "layer_s", "pass_s", "unit_s")
 _PAIRS = 256  # the newest are kept
 _CPU = torch.device("cpu")
@@ -58,6 +59,7 @@ def fingerprint(device: torch.device = _CPU) -> str:
     """
     parts = {
         **identity(device),
+        "graphs": on_gpu(device) and wants_graphs(),
         "device": str(device),  # of two like cards each has a slot of its own
         "threads": torch.get_num_threads(),
         "waiting": (environment.value("OMP_WAIT_POLICY") or "").lower(),

@@ -44,7 +44,7 @@ def workload_of(opened: Opened, asked: MemoryRequirements, options: OffloadConfi
             for key, unit in enumerate(opened.manifest.units)
         },
         readers=options.settings.read_threads,
-        fused=asked.fused_layers,
+        fused=asked.fused,
         table=opened.table_unit,
     )
 

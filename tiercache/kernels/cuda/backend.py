@@ -1,12 +1,11 @@
 """The backend for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
 
 Up to `switch` tokens the kernels read planes as they are and a token's results have the same bits however many came
-with it. From capability 8.0 on, products along the input are the matrix units' (mma.cu): activations as whole numbers
-of 23 bits, groups' sums exact, the rest fp32. Older cards, and all cards across the rows, multiply in fp32 (why:
-rows.cu, down.cu). More tokens go by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for
-a 16-bit weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order
-sums are made, depends on shapes and the card alone, never on where planes lie or how they are aligned: no placement
-changes a bit.
+with it. From capability 8.0 on, products are the matrix units' (mma.cu, across the rows downmma.cu): activations as
+whole numbers of 23 bits, groups' sums exact, the rest fp32. Older cards multiply in fp32 (rows.cu, down.cu, downs.cu).
+More tokens go by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit weight is
+off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums are made,
+depends on shapes and the card alone, never on where planes lie or how they are aligned: no placement changes a bit.
 
 Planes and scales may lie on the device or in page-locked host memory; kernels read the latter over the link, planes
 once per call.

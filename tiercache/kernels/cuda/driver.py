@@ -132,9 +132,10 @@ class Driver:
                     self._check(code, f"launching a graph from {run.calls[0].call.kernel} on")
                 return
             self._launch_each(run.calls)
-            run.launches += 1
-            if run.launches == _BEFORE_A_GRAPH and not captured:
-                self._make_graph(run)
+            if not captured:
+                run.launches += 1
+                if run.launches >= _BEFORE_A_GRAPH:
+                    self._make_graph(run)
 
     def _is_captured(self, stream: int, here: ThreadContext) -> bool:
         """Whether calls on the stream become part of a graph of somebody else's; the context is current."""

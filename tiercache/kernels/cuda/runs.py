@@ -15,10 +15,10 @@ from tiercache.errors import UsageError
 from tiercache.kernels.cuda.launches import Call
 
 GRAPHS_OF_A_HALF = 4
-"""That a half of a layer has at once, for as many numbers of tokens: those that come first and come again."""
+"""That a half of a layer has at once: one for each number of tokens; two of attention without a cache."""
 
-GRAPH_BYTES = 176 << 10
-"""Of a card's memory for one: 132 of them took 22 MiB on an H100 (docs/measured.md)."""
+GRAPH_BYTES = 120 << 10
+"""Of a card's memory for one: 198 of them took 22 MiB on an H100 (docs/measured.md)."""
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_uint
 _SIZES = ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")

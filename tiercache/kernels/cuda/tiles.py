@@ -14,7 +14,7 @@ from tiercache.kernels.cuda.row_lists import RowLists
 from tiercache.quant.planes import Planes
 
 SCRATCH_BYTES = 32 << 20
-"""Upper bound of a tile of weights: decoded, or brought near (a single row may exceed it)."""
+"""Upper bound of a tile of weights: decoded, or brought near. A single row or slice of rows may exceed it."""
 
 _STORED_BYTES = 2  # of a weight, no less than planes and scales take at any precision and group
 

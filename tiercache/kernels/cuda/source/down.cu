@@ -8,8 +8,8 @@
  * same. Lines are added up in shared memory, slices by `sum`, both in a fixed order: no atomics.
  *
  * A weight is base + slope * code, so that a thread multiplies x by the slope once a row and adds x times the base to
- * one sum of its own: a weight costs a byte permutation and a multiply-add a token. fp32 on all cards: x times the
- * slope differs from group to group, which is why matrix units of bytes (mma.cu) do not serve here.
+ * one sum of its own: a weight costs a byte permutation and a multiply-add a token. For cards without matrix units for
+ * bytes; the others have downmma.cu.
  */
 #include "down.cuh"
 

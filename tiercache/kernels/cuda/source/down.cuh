@@ -1,4 +1,5 @@
-/* What down.cu (few tokens) and downs.cu (many) share: arguments, and in which order rows are added up. */
+/* What down.cu (few tokens) and downs.cu (many) share: arguments, and in which order rows are added up. downmma.cu has
+ * the same arguments and an order of its own. */
 #ifndef TIERCACHE_DOWN_CUH
 #define TIERCACHE_DOWN_CUH
 
