@@ -555,8 +555,13 @@ def test_the_log_shows_no_letters_of_a_prompt(server: Running) -> None:
     assert "secret" not in str(server.lines)
 
 
+def own_threads() -> int:
+    """Those beside AnyIO's pool, whose workers wait ten seconds for more work and are as many as a busy machine needs."""
+    return sum(thread.name != "AnyIO worker thread" for thread in threading.enumerate())
+
+
 def test_many_at_once_are_all_answered(tokenizer: Any) -> None:
-    before = threading.active_count()
+    before = own_threads()
     with running(tokenizer, waiting=40) as found, ThreadPoolExecutor(16) as threads:
         bodies = [{"prompt": f"prompt {number}", "max_tokens": 12, "stream": number % 2 == 0} for number in range(40)]
         answers = list(threads.map(lambda body: post(found, "/v1/completions", body), bodies))
@@ -567,4 +572,4 @@ def test_many_at_once_are_all_answered(tokenizer: Any) -> None:
                 assert "".join(event["choices"][0]["text"] for event in events) == alone
             else:
                 assert answer.json()["choices"][0]["text"] == alone
-    assert threading.active_count() <= before
+    assert own_threads() <= before
