@@ -556,7 +556,7 @@ def test_the_log_shows_no_letters_of_a_prompt(server: Running) -> None:
 
 
 def own_threads() -> int:
-    """Those beside AnyIO's pool, whose workers wait ten seconds for more work and are as many as a busy machine needs."""
+    """Those beside AnyIO's pool, whose workers wait for more work and are as many as a busy machine needs."""
     return sum(thread.name != "AnyIO worker thread" for thread in threading.enumerate())
 
 
