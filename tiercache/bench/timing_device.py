@@ -56,10 +56,7 @@ class TimingDevice:
 
     Attributes:
         label: its name in the results.
-        batch: calls between two looks at the clock.
     """
-
-    batch = 1
 
     def __init__(self, device: torch.device, cache_bytes: int, kernels: Kernels | None = None) -> None:
         self.torch_device, self.cache_bytes, self.label = device, cache_bytes, str(device)
@@ -112,7 +109,7 @@ class TimingCuda(TimingDevice):
     Calls that are timed are one CUDA graph: their seconds are the card's, without the processor's for each launch.
     """
 
-    batch = 64  # calls between two looks at the clock, which take about as long as a small product
+    _CALLS = 64  # between two looks at the clock, which take about as long as a small product
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -126,7 +123,7 @@ class TimingCuda(TimingDevice):
         return max(copied, self.best_gbps(source.sum, source.nbytes))
 
     def ready(self, call: Callable[[int], object], copies: int) -> tuple[Callable[[], object], int]:
-        graph, count = torch.cuda.CUDAGraph(), max(self.batch, copies)  # or the same weights would come from the cache
+        graph, count = torch.cuda.CUDAGraph(), max(self._CALLS, copies)  # or the same weights would come from the cache
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for number in range(count):
                 call(number)

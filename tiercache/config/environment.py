@@ -50,6 +50,18 @@ def shown() -> dict[str, str]:
     return {name: "(secret)" if name in SECRET else each for name, each in found.items() if each}
 
 
+def wants_cuda_graphs() -> bool:
+    """Whether TIERCACHE_CUDA_GRAPHS leaves CUDA graphs on.
+
+    Raises:
+        UsageError: it is neither 0 nor 1.
+    """
+    asked = value("TIERCACHE_CUDA_GRAPHS") or "1"
+    if asked not in ("0", "1"):
+        raise UsageError(f"TIERCACHE_CUDA_GRAPHS is {asked!r}; set it to 0 for none, or to 1")
+    return asked == "1"
+
+
 def home_folder() -> Path:
     """The cache folder: $TIERCACHE_HOME, or tiercache in $XDG_CACHE_HOME or ~/.cache. It may not exist yet.
 

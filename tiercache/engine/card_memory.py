@@ -6,8 +6,8 @@ Constants, each with its source; what a card shows of them is in docs/budgets.md
 import re
 
 from profiler.hugepages import HUGE_PAGE_BYTES
-from tiercache.config.environment import value
-from tiercache.kernels.cuda.runs import GRAPH_BYTES, GRAPHS_OF_A_HALF, wants_graphs
+from tiercache.config.environment import value, wants_cuda_graphs
+from tiercache.kernels.cuda.runs import GRAPH_BYTES, GRAPHS_OF_A_HALF
 from tiercache.model.card_attention import Capability
 
 CONTEXT_BYTES = 287_047_680
@@ -45,7 +45,7 @@ def card_reserve(capability: Capability | None, halves: int) -> dict[str, int]:
     return {
         "cuBLAS workspace": _workspace_bytes(hopper),
         "kernel modules": _MODULES_BYTES,
-        "CUDA graphs": halves * GRAPHS_OF_A_HALF * GRAPH_BYTES if wants_graphs() else 0,
+        "CUDA graphs": halves * GRAPHS_OF_A_HALF * GRAPH_BYTES if wants_cuda_graphs() else 0,
         "rounding of slabs": _SLABS * _SLAB_BYTES,
     }
 

@@ -1,6 +1,7 @@
 """Where the milliseconds of a token go, and what binds: of a prediction, or of a run that has been.
 
-Takes the plain data that `predict --json` and `run --json` print, and gives plain data; measures and prints nothing.
+Takes the plain data that `predict --json` and `run --json` print, and gives plain data that shows itself as tables;
+measures nothing.
 """
 
 from collections.abc import Mapping
@@ -25,12 +26,9 @@ class Explanation(Shown, dict[str, Any]):
         title = f"{self['subject']}: {whole:.1f} ms a token"
         turns = []
         for step in self["bottlenecks"]:
-            gone = step["infinitely_fast"]
-            twice, without = (
-                step["twice_as_fast"]["tokens_per_s"],
-                "" if gone is None else f"{gone['tokens_per_s']:.2f}",
-            )
-            turns.append((step["binding_tier"], f"{step['tokens_per_s']:.2f}", f"{twice:.2f}", without))
+            speeds = step["tokens_per_s"], step["twice_as_fast"]["tokens_per_s"]
+            gone = "" if step["infinitely_fast"] is None else f"{step['infinitely_fast']['tokens_per_s']:.2f}"
+            turns.append((step["binding_tier"], *(f"{each:.2f}" for each in speeds), gone))
         headings = ("bound by", "tokens/s", "if it were twice as fast", "if it took no time")
         return Table(title, ("what", "adds ms", "of a token"), tuple(rows)), Table("In turn", headings, tuple(turns))
 

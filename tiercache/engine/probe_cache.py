@@ -26,7 +26,6 @@ from tiercache.config import environment
 from tiercache.config.cache_folder import made_folder
 from tiercache.config.environment import home_folder
 from tiercache.errors import EnvironmentUnsupportedError, StoreError, TiercacheError, UsageError
-from tiercache.kernels.cuda.runs import wants_graphs
 from tiercache.kernels.select import select, source_digest, will_compile
 from tiercache.store.catalog import errors_translated
 from tiercache.store.folders import locked
@@ -59,7 +58,7 @@ def fingerprint(device: torch.device = _CPU) -> str:
     """
     parts = {
         **identity(device),
-        "graphs": on_gpu(device) and wants_graphs(),
+        "graphs": on_gpu(device) and environment.wants_cuda_graphs(),
         "device": str(device),  # of two like cards each has a slot of its own
         "threads": torch.get_num_threads(),
         "waiting": (environment.value("OMP_WAIT_POLICY") or "").lower(),

@@ -24,7 +24,7 @@ from tiercache.model.layer_parts import DOWN, GATED, INWARD, OUTWARD, LayerParts
 from tiercache.quant.planes import Planes
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks"
-_PLACES = 64  # of a half's slots that are remembered: a ring comes back to all of its slots in turn, and has so many
+_PLACES = 64  # of a half's slots that are remembered: a ring comes back to each of its slots in turn
 
 Half = TypeVar("Half", Attention, FeedForward)
 
@@ -160,9 +160,9 @@ class FusedLayer:
         """Whether a pass leaves the layer to do what it always does."""
         at_hand = self._pass
         if at_hand.number != self._slots.passes:
-            kind, at_hand.number = device.type, self._slots.passes
-            at_hand.usual = kind in self._kernels and not torch.is_autocast_enabled(kind)
-            at_hand.usual = at_hand.usual and attention_of(self._config) == "sdpa"
+            kind, as_always = device.type, attention_of(self._config) == "sdpa"
+            at_hand.usual = as_always and kind in self._kernels and not torch.is_autocast_enabled(kind)
+            at_hand.number = self._slots.passes
         return at_hand.usual and not self._attention.training and self._hooked() == self._hooks
 
     def _hooked(self) -> list[Any]:

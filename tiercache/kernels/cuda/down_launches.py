@@ -181,7 +181,8 @@ def down_call(
 def _unit_call(arguments: DownArguments, planes: int, parts: int) -> Call:
     """Of downmma.cu: blocks of tokens first, so that those that want the same weights come one after another."""
     tokens, group = arguments.tokens, arguments.matrix.group
-    block, pieces = _unit_block(tokens), (7, 9, 17)[planes - 1] if group > 32 else (4, 5, 9)[planes - 1]
+    block = _unit_block(tokens)
+    pieces = ((4, 5, 9) if group == 32 else (7, 9, 17))[planes - 1]  # of 16 bytes of a row, with scales: `Strip`
     grid = (-(-tokens // block), -(-arguments.matrix.groups // _strip_groups(group)), parts)
     shared_bytes = 2 * _UNIT_ROWS * (16 * pieces + 4 * block)
     return Call(f"downmma_{planes}_{block // 8}_{group}", grid, shared_bytes, arguments, threads=128)

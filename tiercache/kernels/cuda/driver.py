@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tiercache.config import environment
 from tiercache.errors import EnvironmentUnsupportedError, UsageError
 from tiercache.kernels.cuda.contexts import ThreadContext
 from tiercache.kernels.cuda.launches import Call
 from tiercache.kernels.cuda.nvrtc import SourceUnit, cache_folder, compiler_for, compilers, image
-from tiercache.kernels.cuda.runs import GRAPHS_OF_A_HALF, Bound, Graph, LaunchConfig, Run, wants_graphs
+from tiercache.kernels.cuda.runs import GRAPHS_OF_A_HALF, Bound, Graph, LaunchConfig, Run
 from tiercache.progress import note
 from tiercache.tiers.device import on_gpu
 
@@ -74,7 +75,7 @@ class Driver:
         self._modules: dict[SourceUnit, ctypes.c_void_p] = {}
         self._functions: dict[str, int] = {}
         self._here = threading.local()
-        self._takes_graphs = wants_graphs()
+        self._takes_graphs = environment.wants_cuda_graphs()
         self._gone: deque[tuple[int | None, int | None]] = deque()  # graphs to destroy
         context, number = ctypes.c_void_p(), ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(number), self.device.index), "finding the device")
@@ -122,7 +123,7 @@ class Driver:
         one run.
         """
         with self._current() as here:
-            if not self._takes_graphs and run.graph is None:
+            if run.graph is None and not (self._takes_graphs and run.siblings is not None):
                 self._launch_each(run.calls)
                 return
             captured = self._is_captured(run.stream, here)
@@ -134,7 +135,7 @@ class Driver:
             self._launch_each(run.calls)
             if not captured:
                 run.launches += 1
-                if run.launches >= _BEFORE_A_GRAPH:
+                if run.launches >= _BEFORE_A_GRAPH and len(run.siblings or ()) < GRAPHS_OF_A_HALF:
                     self._make_graph(run)
 
     def _is_captured(self, stream: int, here: ThreadContext) -> bool:
@@ -154,8 +155,7 @@ class Driver:
     def _make_graph(self, run: Run) -> None:
         """Of a run that was launched before; the context is current, and nothing is captured."""
         self._destroy(None, None)  # what could not be destroyed before
-        if run.siblings is None or len(run.siblings) >= GRAPHS_OF_A_HALF:
-            return
+        assert run.siblings is not None
         try:
             run.graph = Graph(self._library, run, self._check_graph, self._destroy)
             run.siblings.add(run.graph)

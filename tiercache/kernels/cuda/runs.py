@@ -10,8 +10,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
-from tiercache.config.environment import value
-from tiercache.errors import UsageError
 from tiercache.kernels.cuda.launches import Call
 
 GRAPHS_OF_A_HALF = 4
@@ -144,15 +142,3 @@ class Graph:
 def _node(bound: Bound) -> NodeParameters:
     call = bound.call
     return NodeParameters(bound.function, *call.grid, call.threads, 1, 1, call.shared_bytes, bound.packed, None)
-
-
-def wants_graphs() -> bool:
-    """Whether the environment leaves CUDA graphs on.
-
-    Raises:
-        UsageError: it says neither 0 nor 1.
-    """
-    asked = value("TIERCACHE_CUDA_GRAPHS") or "1"
-    if asked not in ("0", "1"):
-        raise UsageError(f"TIERCACHE_CUDA_GRAPHS is {asked!r}; set it to 0 for none, or to 1")
-    return asked == "1"
