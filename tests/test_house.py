@@ -76,6 +76,7 @@ LADDER = (
         "model.growing_cache",
         "model.layer_parts",
         "model.fused_layer",
+        "model.head",
     ),
     *("model.importance", "model.choosing", "model.block_planes"),
     *("model.slotted_planes", "model.block_matmuls", "model.block_passes", "model.mixed", "model.shortlist"),

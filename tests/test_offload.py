@@ -18,7 +18,7 @@ from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import EnvironmentUnsupportedError
 from tiercache.kernels.select import select
 from tiercache.model import meta_model
-from tiercache.model.binding import folding
+from tiercache.model.head import folding
 from tiercache.quant import planes
 from tiercache.quant.hadamard import restored, stored
 from tiercache.stats.run import peak_rss_bytes

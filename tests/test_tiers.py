@@ -29,7 +29,7 @@ from tiercache.errors import ClosedError, DoesNotFitError, EnvironmentUnsupporte
 from tiercache.stats.run import TierStats
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import BLOCK_BYTES
-from tiercache.store.manifest import Manifest, PlainWeight
+from tiercache.store.manifest import Manifest
 from tiercache.store.manifests import checkpoint_manifest
 from tiercache.store.reader import Reader
 from tiercache.tiers.arrivals import Pending
@@ -556,8 +556,7 @@ def test_the_stack_hands_out_the_checkpoint(
         stack.load(show_progress=False)
         for _ in range(3):
             for module in manifest.weights:
-                weight = stack.weights[module]
-                assert isinstance(weight, PlainWeight)
+                weight = stack.plain[module]
                 assert torch.equal(weight.view(stack.top.acquire(weight.unit)), original[f"{module}.weight"])
                 stack.top.release(weight.unit)
         table = stack.table(manifest.embedding[1])

@@ -42,7 +42,7 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
     hardware = this_hardware(machine, config, cpu_multiplies=on_cpu.allowed)
 
     def planned(options: OffloadConfig) -> ExactPlacement:
-        own = opened.cut_by_plane(config.precision) if options.resident else opened
+        own = opened.cut(config.precision, by_plane=options.resident, by_rows=bool(machine.kernels))
         spec = drafting.find_drafters(options, own)
         arithmetic = Arithmetic(
             machine.device,

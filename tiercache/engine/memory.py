@@ -26,7 +26,7 @@ from tiercache.model.linear import scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
-from tiercache.store.manifest import Manifest, PlaneWeight
+from tiercache.store.manifest import Manifest, PlaneWeight, held_at_once
 from tiercache.tiers.device import on_gpu
 
 _PACKED_BYTES = 32 << 20
@@ -41,7 +41,7 @@ class MemoryRequirements:
     """What a model asks for.
 
     Attributes:
-        uses: its linear modules, in the order of a pass.
+        uses: its linear modules, in the order of a pass; each block of rows by itself.
         needs: units and reserves, for the planner.
         workspace_bytes: memory for weights that are made from what lies in their slot.
         payload: each unit's own bytes, padding left out.
@@ -115,7 +115,8 @@ def memory_requirements(
     """
     manifest = opened.manifest
     meta_trace = meta_trace or traced(opened, config, arithmetic.capability)
-    runs = [units for units, _ in groupby(manifest.weights[module].units for module in meta_trace.calls)]
+    called = (part for module in meta_trace.calls for part in held_at_once(manifest.weights[module]))
+    runs = [units for units, _ in groupby(part.units for part in called)]
     again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
     order = tuple(dict.fromkeys(key for units in runs for key in units))
     cut = tuple(units for units in dict.fromkeys(runs) if len(units) > 1)
@@ -169,11 +170,12 @@ def _held_at_once(
 
 def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:
     last = {manifest.weights[module].unit: place for place, module in enumerate(meta_trace.calls)}
-    uses = {}
+    uses: dict[str, tuple[Use, ...]] = {}
     for place, module in enumerate(meta_trace.calls):
         weight = manifest.weights[module]
-        uses[module] = Use(module, weight, last[weight.unit] == place)
-    return tuple(uses.values())
+        goes = last[weight.unit] == place
+        uses[module] = tuple(Use(module, part, goes) for part in held_at_once(weight))
+    return tuple(use for each in uses.values() for use in each)
 
 
 def _workspace(opened: Opened, kernels: bool) -> int:
@@ -217,11 +219,12 @@ def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmet
     """Of the greediest product; the head makes as many rows as logits may be asked for."""
     most, head = 0, opened.manifest.head
     for name, weight in opened.manifest.weights.items():
-        if isinstance(weight, PlaneWeight):
-            tokens = min(config.logits, config.context) if weight is head else config.context
-            taken = scratch_bytes(opened.meta_model.get_submodule(name), weight, tokens)
+        tokens = min(config.logits, config.context) if weight is head else config.context
+        parts = [part for part in held_at_once(weight) if isinstance(part, PlaneWeight)]
+        for part in parts:
+            taken = scratch_bytes(opened.meta_model.get_submodule(name), part, tokens)
             if arithmetic.shortlist and weight is head:
-                taken += shortlist.scratch_bytes(weight, tokens)
+                taken += shortlist.scratch_bytes(part, tokens)
             most = max(most, taken)
     for block in opened.manifest.blocks:
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)

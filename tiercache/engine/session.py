@@ -203,7 +203,7 @@ def _reads_directly(opened: Opened, reader: Reader) -> bool:
 def _placed(use: Use, tiers: TierStack, run: Run) -> Use:
     """`use` with its weight as it lies in the uppermost tier, and the slots of its planes that stay."""
     staying = tuple(tiers.resident(key) for key in run.views.get(use.weight.units, ()))
-    return replace(use, weight=tiers.weights[use.module], resident=staying)
+    return replace(use, weight=tiers.plain.get(use.module, use.weight), resident=staying)
 
 
 def _refresher(

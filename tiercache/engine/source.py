@@ -58,13 +58,12 @@ class Opened:
     store: PlaneStore | None = None
     folder: Path | None = None
 
-    def cut_by_plane(self, precision: str) -> "Opened":
-        """The same model with its matrices cut by plane; as it is without a store."""
-        return (
-            replace(self, manifest=self.store.manifest(precision, cut=True, model=self.meta_model))
-            if self.store
-            else self
-        )
+    def cut(self, precision: str, *, by_plane: bool, by_rows: bool) -> "Opened":
+        """The same model with its matrices cut (see `PlaneStore.manifest`); as it is without a store."""
+        if self.store is None:
+            return self
+        manifest = self.store.manifest(precision, cut=by_plane, by_rows=by_rows, model=self.meta_model)
+        return replace(self, manifest=manifest)
 
     @property
     def row_bytes(self) -> int:

@@ -77,7 +77,7 @@ def imagined_workload(
     else:
         store = replace(imagined_store(config, dtype), dtype=computes)
         model = store.model()
-        manifest = store.manifest(options.precision, model=model)
+        manifest = store.manifest(options.precision, by_rows=True, model=model)
     opened = Opened(model, model, manifest, None, False, store)
     device = torch.device("cuda" if gpu else "cpu")
     by_planes = of_planes(options.precision)

@@ -16,7 +16,7 @@ Knows modules and slots; not where slots come from.
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ from torch.utils.hooks import RemovableHandle
 from tiercache.kernels.contract import Kernels
 from tiercache.model.choosing import Choosing
 from tiercache.model.fused_layer import FusedLayer, Fusing
+from tiercache.model.head import RowBlocksForward, folding
 from tiercache.model.layer_parts import fusable
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.model.meta_model import layer_of
 from tiercache.model.shortlist import ShortlistForward
-from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, Weight
-from tiercache.tiers.device import on_host
+from tiercache.store.manifest import NeuronWeight, PlainWeight, PlaneWeight, RowBlocks, Weight
 from tiercache.tiers.tier import Supply
 
 _NOTHING = object()  # where a module had no value of its own
@@ -58,7 +58,7 @@ class Bindings:
     """What the linear modules of one model multiply by, who supplies it and who multiplies.
 
     Attributes:
-        uses: what each module multiplies by.
+        uses: what each module multiplies by; several in a row for one module are blocks of its rows.
         supply: where units come from.
         workspace: uint8 memory for weights that must be made from what lies in the slot.
         kernels: multiply by planes as they are, by the kind of device that a slot is on; none make weights of them.
@@ -88,11 +88,15 @@ class Binder:
         self._forwards, self._planes = Replacements(), list[PlaneForward]()
         self._layers: list[FusedLayer] = []
         self._inputs = Inputs()
-        uses = [use for use in bindings.uses if not isinstance(use.weight, NeuronWeight)]
+        by_module: dict[str, list[Use]] = {}
+        for use in bindings.uses:
+            if not isinstance(use.weight, NeuronWeight):
+                by_module.setdefault(use.module, []).append(use)
+        uses = [each[0] for each in by_module.values() if len(each) == 1]
         named = [(use, model.get_submodule(use.module)) for use in uses]
         pairs = partners([(u.module, u.weight, module) for u, module in named if isinstance(u.weight, PlaneWeight)])
         for use, module in named:
-            self._know(use)
+            self._know(use.module, use)
             forward = self._plane_forward(use, module, bindings, pairs.get(use.module))
             if forward is not None:
                 self._forwards.put(module.__dict__, "forward", forward)
@@ -101,6 +105,9 @@ class Binder:
                 self._forwards.put(module.__dict__, "forward", folding(module))
             self._hooks.append(module.register_forward_pre_hook(self._begin(use, forward)))
             self._hooks.append(module.register_forward_hook(self._end(use, forward), always_call=True))
+        for name, each in by_module.items():
+            if len(each) > 1:
+                self._bind_blocks(model.get_submodule(name), each, bindings)
         if bindings.fusing is not None and bindings.kernels:
             for parts in fusable(model, {use.module: use.weight for use in uses}):
                 if not all(kernels.takes_heads(*parts.heads) for kernels in bindings.kernels.values()):
@@ -108,6 +115,16 @@ class Binder:
                 layer = FusedLayer(parts, self, bindings.kernels, bindings.fusing)
                 self._layers.append(layer)
                 self._forwards.put(parts.layer.__dict__, "forward", layer)
+
+    def _bind_blocks(self, module: nn.Module, uses: Sequence[Use], bindings: Bindings) -> None:
+        """Let a module multiply by blocks of rows, each of which is asked for and given back by itself."""
+        blocks = []
+        for place, use in enumerate(uses):
+            name = f"{use.module}, block {place}"
+            assert isinstance(use.weight, PlaneWeight)  # no other is cut
+            self._know(name, use)
+            blocks.append((name, PlaneForward(use.module, module, use.weight, bindings.kernels, self._inputs)))
+        self._forwards.put(module.__dict__, "forward", RowBlocksForward(module, blocks, self))
 
     def _plane_forward(
         self, use: Use, module: nn.Module, bindings: Bindings, partner: tuple[str, PlaneWeight] | None
@@ -175,10 +192,10 @@ class Binder:
                 if self._held.pop(key, None) is not None:
                     self._supply.release(key)
 
-    def _know(self, use: Use) -> None:
-        """Look up what of a module's weight stays, and whether it is the first to tell that its units are used."""
+    def _know(self, name: str, use: Use) -> None:
+        """Look up what of a weight stays, and whether it is the first to tell that its units are used."""
         units = use.weight.units
-        self._known[use.module] = use, self._staying(units), units not in self._counted
+        self._known[name] = use, self._staying(units), units not in self._counted
         self._counted.add(units)
 
     def _begin(self, use: Use, forward: PlaneForward | None) -> Callable[[nn.Module, object], None]:
@@ -231,24 +248,6 @@ class Binder:
         return made
 
 
-def folding(head: nn.Module) -> Callable[..., torch.Tensor]:
-    """A head's forward that makes no copy of its weight in a prefill of one sequence; the bits are the same.
-
-    It gets a slice there, the last tokens, whose strides torch does not fold into rows (`should_fold` of ATen's
-    LinearAlgebra.cpp): it copies a weight of 16 bits once for each sequence, and multiplies sequence by sequence.
-    Several sequences are left to that, for all rows at once give other bits. So is a single row in fp16, which
-    processors with AVX512-FP16 sum in another order when it is folded.
-    """
-    forward = head.forward
-
-    def folded(x: torch.Tensor) -> torch.Tensor:
-        one = x.dim() == 3 and len(x) == 1 and on_host(x.device)  # on a card nobody has held the bits against it
-        same = one and (x.dtype is not torch.float16 or x.shape[1] > 1)
-        return cast("torch.Tensor", forward(x.reshape(-1, x.shape[-1]).view(x.shape) if same else x))
-
-    return folded
-
-
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The parameter that a linear or embedding module multiplies by."""
     weight = module.weight
@@ -263,7 +262,7 @@ def hide(parameter: nn.Parameter) -> None:
 
 def needs_workspace(weight: Weight, dtype: torch.dtype, *, kernels: bool) -> int:
     """Bytes of workspace that binding `weight` takes; `kernels`: there are some for planes."""
-    if isinstance(weight, NeuronWeight) or (isinstance(weight, PlaneWeight) and kernels):
+    if isinstance(weight, NeuronWeight) or (isinstance(weight, PlaneWeight | RowBlocks) and kernels):
         return 0
     if isinstance(weight, PlainWeight) and weight.dtype == dtype:
         return 0

@@ -77,6 +77,7 @@ class PlaneForward:
 
     Attributes:
         slots: where its units lie, set for the length of a call: all of them, or the first for fewer planes.
+        features: how many outputs it has.
 
     Args:
         name: the module's.
@@ -100,7 +101,7 @@ class PlaneForward:
         self._kernels, self._inputs, self._partner = kernels, inputs, partner
         self._down = is_down(module, weight)
         self._alone = not self._down and weight.parts == 1 and layer_of(name) is None  # no other has its inputs
-        self._features = weight.columns if self._down else weight.rows * len(weight.own)
+        self.features = weight.columns if self._down else weight.rows * len(weight.own)
         self.slots: Sequence[Tensor] = ()
         self._placed: dict[int, tuple[list[int], list[Planes]]] = {}
 
@@ -110,16 +111,17 @@ class PlaneForward:
         refuse_gradients(x)
         result = self._inputs.take(self._name, x)
         if result is None:
-            result = self._multiply(x, self.slots)
+            result = self.multiply(x, self.slots)
         bias = self._module.bias
         if isinstance(bias, Tensor):
             result = result + bias.to(result.dtype)
-        return result.view(*x.shape[:-1], self._features)
+        return result.view(*x.shape[:-1], self.features)
 
-    def _multiply(self, x: Tensor, slots: Sequence[Tensor]) -> Tensor:
+    def multiply(self, x: Tensor, slots: Sequence[Tensor]) -> Tensor:
+        """x [..., inputs] -> [tokens, outputs] by the planes in these slots, without the bias."""
         tokens = x.reshape(-1, x.shape[-1])
         if tokens.shape[0] > MAX_TOKENS:
-            result = tokens.new_empty(tokens.shape[0], self._features)
+            result = tokens.new_empty(tokens.shape[0], self.features)
             for at in range(0, tokens.shape[0], MAX_TOKENS):
                 piece = tokens[at : at + MAX_TOKENS]
                 result[at : at + MAX_TOKENS] = self._matmul(piece, piece, slots, alone=True)
@@ -133,7 +135,7 @@ class PlaneForward:
         """fp32, on the device of the slots' kernels; slots in main memory may be a GPU's or the CPU's to multiply."""
         kernels = self._kernels[slots[0].device.type]
         tokens = plain(tokens, kernels.device)
-        out = torch.zeros(tokens.shape[0], self._features, dtype=torch.float32, device=tokens.device)
+        out = torch.zeros(tokens.shape[0], self.features, dtype=torch.float32, device=tokens.device)
         parts = self._parts(slots)
         if self._down:
             kernels.matmul_transposed(tokens, parts[0], out)

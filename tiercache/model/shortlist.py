@@ -50,7 +50,7 @@ class ShortlistForward(PlaneForward):
             return super()._matmul(x, tokens, slots, alone=alone)
         kernels, (planes,) = self._kernels[slots[0].device.type], self._parts(slots)
         tokens = transformed(kernels, plain(tokens, kernels.device), self._weight, slots[0])
-        out = torch.zeros(len(tokens), self._features, dtype=torch.float32, device=tokens.device)
+        out = torch.zeros(len(tokens), self.features, dtype=torch.float32, device=tokens.device)
         step = 1 if len(tokens) <= self._choosing.few else TOKENS_AT_ONCE
         for at in range(0, len(tokens), step):
             quantized = kernels.quantize_activations(tokens[at : at + step], self._weight.group)

@@ -29,7 +29,7 @@ frames, each of at most 4 MiB of plain bytes, whose lengths the catalogue lists.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 VERSION = 2
@@ -89,6 +89,21 @@ class FileRange:
             pieces.append(Piece(self.path, offset, plain, at, stored, compressed=True))
             offset, at, left = offset + stored, at + plain, left - plain
         return pieces
+
+    def part(self, first: int, nbytes: int) -> tuple["FileRange", int]:
+        """The range that holds its plain bytes [first, first + nbytes), and at which byte of that range they begin.
+
+        Frames are read whole: where there are some, the range begins with the first of them.
+        """
+        if not self.frames:
+            return replace(self, offset=self.offset + first, nbytes=nbytes), 0
+        begin, end = first // FRAME_BYTES, -(-(first + nbytes) // FRAME_BYTES)
+        offset, plain = (
+            self.offset + sum(self.frames[:begin]),
+            min(end * FRAME_BYTES, self.nbytes) - begin * FRAME_BYTES,
+        )
+        frames = self.frames[begin:end]  # they begin at any byte of a file: `itemsize` puts them at a block of the slot
+        return FileRange(self.path, offset, plain, BLOCK_BYTES, frames), first - begin * FRAME_BYTES
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,37 @@ class NeuronWeight:
         return (self.unit,)
 
 
-Weight = PlainWeight | PlaneWeight | NeuronWeight
+@dataclass(frozen=True)
+class RowBlocks:
+    """A parameter of many rows, cut into blocks of rows that are units of their own: first rows first.
+
+    A row's products need no other row, so its bits are the same in a block as in the whole matrix.
+    """
+
+    blocks: tuple[PlaneWeight, ...]
+
+    @property
+    def unit(self) -> int:
+        """The first block's."""
+        return self.blocks[0].unit
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """All blocks', in their order."""
+        return tuple(unit for block in self.blocks for unit in block.units)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the parameter."""
+        return sum(block.shape[0] for block in self.blocks), self.blocks[0].shape[1]
+
+
+Weight = PlainWeight | PlaneWeight | NeuronWeight | RowBlocks
+
+
+def held_at_once(weight: Weight) -> Sequence[PlainWeight | PlaneWeight | NeuronWeight]:
+    """The parts of a weight that a module multiplies by one after another: blocks of rows, or all of it."""
+    return weight.blocks if isinstance(weight, RowBlocks) else (weight,)
 
 
 @dataclass(frozen=True)

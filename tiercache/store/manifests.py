@@ -9,7 +9,7 @@ import transformers
 
 from tiercache.errors import StoreError, UsageError
 from tiercache.model import meta_model
-from tiercache.quant.planes import PLANE_BITS, PRECISIONS
+from tiercache.quant.planes import PLANE_BITS, PRECISIONS, plane_widths, scale_row_bytes
 from tiercache.store.catalog import Contents, UnitRecord
 from tiercache.store.checkpoint import Checkpoint
 from tiercache.store.format import DENSE_FILE, PLANE_FILES, SCALE_FILE, FileRange, Unit, align, unit_of
@@ -20,12 +20,17 @@ from tiercache.store.manifest import (
     NeuronWeight,
     PlainWeight,
     PlaneWeight,
+    RowBlocks,
     Rows,
     Weight,
     plain_unit,
 )
 from tiercache.tiers.device import on_host
 
+ROW_BLOCK_BYTES = 32 << 20
+"""The head goes in blocks of rows of about this size, or of a layer's largest unit, whichever is more, so that the
+smallest budget is a layer's. Reading as much takes a millisecond from anywhere; a block's call is little beside it."""
+_BLOCK_ROWS = 1024  # a block has a multiple of it, so that its rows are as aligned as the whole matrix's
 _ALIGNMENT = 64  # parameters keep their place within a cache line, so that kernels round as they did
 
 
@@ -97,6 +102,7 @@ def store_manifest(
     blocks: Sequence[tuple[int, int]] = (),
     *,
     cut: bool = False,
+    by_rows: bool = False,
 ) -> Manifest:
     """A plane store at a precision, see `PlaneStore.manifest`.
 
@@ -109,6 +115,7 @@ def store_manifest(
     made: list[NeuronBlock] = []
     plain: PlainWeight | None = None
     dense: dict[str, TensorRef] = {}
+    block_bytes = _row_block_bytes(contents.records, precision)
     for record in contents.records:
         if record.kind != "planes":
             dense[record.name] = _tensor(folder, record)
@@ -124,30 +131,78 @@ def store_manifest(
             weight = NeuronWeight(rows.unit, made[-1].layer, (record.rows, record.columns))
             weights |= {member.module: weight for member in record.members}
         else:
-            top = len(PLANE_BITS) if record.all_planes else PRECISIONS[precision]
-            placed, rows = _place(folder, record, group, len(units), 1 if cut else top, top)
-            units += placed
+            top = _planes(record, precision)
+            pieces = _row_ranges(record, block_bytes) if by_rows and record.all_planes else [range(record.rows)]
+            cuts: list[Rows] = []
+            for piece in pieces:
+                placed, rows = _place(folder, record, group, len(units), 1 if cut else top, top, piece)
+                units += placed
+                cuts.append(rows)
             for member in record.members:
-                weights[member.module] = PlaneWeight(**vars(rows), own=member.own, transposed=member.transposed)
+                made_of = [PlaneWeight(**vars(rows), own=member.own, transposed=member.transposed) for rows in cuts]
+                weights[member.module] = made_of[0] if len(made_of) == 1 else RowBlocks(tuple(made_of))
     if plain is None:
         raise StoreError(f"{folder} lacks the token embedding {table!r}; convert again")
     return Manifest(tuple(units), weights, (module, plain), dense, precision, tuple(made))
 
 
-def _place(folder: Path, record: UnitRecord, group: int, key: int, low: int, top: int) -> tuple[list[Unit], Rows]:
-    """Units from `key` on: the first `low` planes with the scales, and each plane above, below `top`, by itself."""
+def _place(
+    folder: Path, record: UnitRecord, group: int, key: int, low: int, top: int, some: range | None = None
+) -> tuple[list[Unit], Rows]:
+    """Units from `key` on: the first `low` planes with the scales, and each plane above, below `top`, by itself.
+
+    `some`: of these rows alone.
+    """
+    some = some or range(record.rows)
     cuts = [(*PLANE_FILES[:low], SCALE_FILE), *((name,) for name in PLANE_FILES[low:top])]
     units: list[Unit] = []
     where: dict[str, tuple[int, int]] = {}
     for names in cuts:
-        title = record.name if len(cuts) == 1 else f"{record.name}, {' and '.join(names)}"
-        extents = [(name, record.extents[name]) for name in names]
-        unit = unit_of(title, [FileRange(folder / name, e.offset, e.nbytes, frames=e.frames) for name, e in extents])
-        where |= {piece.path.name: (key + len(units), piece.at) for piece in reversed(unit.pieces)}
+        title = record.name if len(some) == record.rows else f"{record.name}, rows {some[0]} to {some[-1]}"
+        title = title if len(cuts) == 1 else f"{title}, {' and '.join(names)}"
+        ranges = [_range(folder, record, group, name, some) for name in names]
+        unit = unit_of(title, [each for each, _ in ranges])
+        starts = {piece.path.name: piece.at for piece in reversed(unit.pieces)}
+        where |= {name: (key + len(units), starts[name] + lead) for name, (_, lead) in zip(names, ranges, strict=True)}
         units.append(unit)
     plane_units, plane_at = zip(*(where[name] for name in PLANE_FILES[:top]), strict=True)
-    shape = record.rows, record.columns, group, record.parts
+    shape = len(some), record.columns, group, record.parts
     return units, Rows(*shape, plane_units, plane_at, where[SCALE_FILE][1], inputs=record.inputs)
+
+
+def _range(folder: Path, record: UnitRecord, group: int, name: str, some: range) -> tuple[FileRange, int]:
+    """Where rows of a unit lie in one of its files, and at which byte of that range; factors come with all rows."""
+    extent = record.extents[name]
+    whole = FileRange(folder / name, extent.offset, extent.nbytes, frames=extent.frames)
+    if len(some) == record.rows:
+        return whole, 0
+    widths = (*plane_widths(record.columns, group), scale_row_bytes(record.columns, group))
+    width = record.parts * dict(zip((*PLANE_FILES, SCALE_FILE), widths, strict=True))[name]
+    return whole.part(some.start * width, len(some) * width)
+
+
+def _planes(record: UnitRecord, precision: str) -> int:
+    """How many planes a unit is read with."""
+    return len(PLANE_BITS) if record.all_planes else PRECISIONS[precision]
+
+
+def _bytes(record: UnitRecord, precision: str) -> int:
+    """What a unit of planes takes at a precision."""
+    return sum(record.extents[name].nbytes for name in (*PLANE_FILES[: _planes(record, precision)], SCALE_FILE))
+
+
+def _row_block_bytes(records: Sequence[UnitRecord], precision: str) -> int:
+    """How large a block of rows may be, see `ROW_BLOCK_BYTES`."""
+    layers = (_bytes(record, precision) for record in records if record.kind == "planes" and not record.all_planes)
+    return max(ROW_BLOCK_BYTES, *layers, 0)
+
+
+def _row_ranges(record: UnitRecord, block_bytes: int) -> list[range]:
+    """The rows of a unit in blocks of about the same size: one if it is no larger, or rows are not its outputs."""
+    alone = record.parts == 1 and not record.inputs and not any(member.transposed for member in record.members)
+    count = -(-sum(extent.nbytes for extent in record.extents.values()) // block_bytes) if alone else 1
+    step = -(-record.rows // count // _BLOCK_ROWS) * _BLOCK_ROWS if count > 1 else record.rows
+    return [range(at, min(at + step, record.rows)) for at in range(0, record.rows, step)]
 
 
 def _tensor(folder: Path, record: UnitRecord) -> TensorRef:

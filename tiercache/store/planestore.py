@@ -88,6 +88,7 @@ class PlaneStore:
         blocks: Sequence[tuple[int, int]] = (),
         *,
         cut: bool = False,
+        by_rows: bool = False,
         model: transformers.PreTrainedModel | None = None,
     ) -> Manifest:
         """What the model is made of when computed at `precision`; the head is always read at int8.
@@ -97,10 +98,12 @@ class PlaneStore:
             blocks: how the feed-forward blocks are cut, in their order: the planes of the first unit, and up to which
                 plane each one above is a unit of its own.
             cut: each plane of every other matrix is a unit of its own, so that some may stay where others pass.
+            by_rows: a head larger than a layer's units is cut into blocks of rows (`RowBlocks`), for kernels that
+                multiply by planes.
             model: one that `model` gave, where the caller has it; to build one takes a while.
         """
         embedding = meta_model.embedding(self.model() if model is None else model)
-        return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut)
+        return store_manifest(self.folder, self.contents, embedding, precision, blocks, cut=cut, by_rows=by_rows)
 
     def blocks(self) -> tuple[UnitRecord, ...]:
         """The feed-forward blocks that lie neuron by neuron, in the model's order; one neuron is a row of each part."""

@@ -16,7 +16,7 @@ from policies.residency import Residency
 from policies.types import Key, UnitPlacement
 from tiercache.progress import bar
 from tiercache.stats.run import TierStats
-from tiercache.store.manifest import Manifest, PlainWeight, Weight
+from tiercache.store.manifest import Manifest, PlainWeight
 from tiercache.store.reader import Reader
 from tiercache.tiers.arrivals import Pending
 from tiercache.tiers.device import device_of
@@ -122,7 +122,7 @@ class TierStack:
         self._device = device_of(device)
         self._stream = self._device.follow(None)
         self.stats: dict[str, TierStats] = {}
-        self.weights, self._spans = _layout(manifest, device, memory is not None, not plan.has_hbm)
+        self.plain, self._spans = _layout(manifest, device, memory is not None, not plan.has_hbm)
         with ExitStack() as stack:
             self._dram = self._make_dram(plan, device) if memory is None else None
             lower = self._dram if memory is None else CallersTier(memory, TierStats())
@@ -228,14 +228,14 @@ def _copied(pending: Pending, begin: float) -> Mapping[str, float]:
 
 def _layout(
     manifest: Manifest, device: torch.device, in_memory: bool, in_place: bool
-) -> tuple[dict[str, Weight], dict[Key, list[Span]]]:
-    """How units lie in the uppermost tier, and which bytes move there.
+) -> tuple[dict[str, PlainWeight], dict[Key, list[Span]]]:
+    """How plain weights lie in the uppermost tier, by module, and which bytes of each unit move there.
 
     On the host a tensor keeps its place within a block (see `store.format.unit_of`). On a GPU a plain tensor starts
     its slot, since the matrix kernels of a GPU want alignment. Parameters in memory that are multiplied there start
     their slot.
     """
-    weights = dict(manifest.weights)
+    weights: dict[str, PlainWeight] = {}
     spans: dict[Key, list[Span]] = {}
     for key, unit in enumerate(manifest.units):
         spans[key] = [Span(piece.at, piece.at, piece.nbytes) for piece in unit.pieces]
