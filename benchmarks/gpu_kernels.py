@@ -16,7 +16,7 @@ from tiercache.bench.timing_device import Effort, TimingCuda, TimingDevice
 from tiercache.tiers.slab import Slab
 
 BRIEF = Effort(least_s=0.02)  # a call takes microseconds: 20 ms are hundreds of them
-NEAR = kernels.Options(token_counts=(1, 8, 32, 64), effort=BRIEF, show_progress=False)
+NEAR = kernels.Options(token_counts=(1, 8, 32, 64, 512), effort=BRIEF, show_progress=False)
 FAR = kernels.Options(token_counts=(1,), precisions=("int4",), effort=BRIEF, show_progress=False)
 
 

@@ -30,7 +30,7 @@ PLENTY = 1 << 30
 SPARE = 1 << 20  # a budget between the smallest and plenty
 LABELS = ("plenty", "smallest and 1 MiB", "smallest")
 DRAFTERS = ("resident", "auto", "ngram")
-TOKEN_COUNTS = (1, 4, 8, 9, 24, 33, 65)  # the last: a drafted tree with its root
+TOKEN_COUNTS = (1, 4, 8, 9, 24, 33, 65, 130)  # the last but one: a drafted tree with its root
 CONTEXT = 192
 NEW_TOKENS = 48
 HANGS_S = 60  # the log tells every so often where it is
@@ -174,7 +174,7 @@ class Card:
     @contextmanager
     def opened(self, place: Path, precision: Any, hbm: int, row: Row | None = None, **options: Any) -> Iterator[Any]:
         """An offloaded model; `row` is told the budget, and what of it the card held at most."""
-        chosen = {"context": CONTEXT, "logits": 65, "dram": "1GiB", "device": str(self.at)} | options
+        chosen = {"context": CONTEXT, "logits": 130, "dram": "1GiB", "device": str(self.at)} | options
         self.reserved_bytes()  # what models before have left as garbage is not this one's
         before = torch.cuda.memory_allocated(self.at) if self._counted else 0
         self._device.reset_peak()

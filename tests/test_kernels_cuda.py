@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def kernels(emulated_cuda: Path) -> CudaKernels:
-    """Kernels on the emulation; blocks of 8 up to 24 tokens, so that small tests reach both ways."""
+    """Kernels on the emulation of a card with matrix units for bytes."""
     return CudaKernels(CPU, Emulation(emulated_cuda), switch=24)
 
 
 @pytest.fixture(scope="session")
 def older(emulated_cuda: Path) -> CudaKernels:
-    """As `kernels`, for a card whose matrix units take no bytes."""
+    """Of a card whose matrix units take no bytes; it decodes above 24 tokens, so that small tests reach both ways."""
     return CudaKernels(CPU, Emulation(emulated_cuda, capability=(7, 5)), switch=24)
 
 
@@ -58,8 +58,9 @@ KINDS = st.sampled_from((torch.float32, torch.float16, torch.bfloat16))
 @settings(max_examples=120)
 @given(st.data(), st.fixed_dictionaries(SHAPES), KINDS, st.sampled_from((0, 0, 1, 3, 4, 8)))
 def test_product_is_the_reference(
-    kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
+    kernels: CudaKernels, older: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
 ) -> None:
+    kernels = data.draw(st.sampled_from((kernels, older)))
     weight = matrix(shape["rows"], shape["columns"], shape["group"], shape["precision"], shape["seed"])
     rows = selection(data.draw, weight.rows)
     x = activations(shape["tokens"], weight.columns, kind, shape["seed"])
@@ -94,8 +95,9 @@ def test_older_cards_come_to_the_same(
 @settings(max_examples=120)
 @given(st.data(), st.fixed_dictionaries(SHAPES), KINDS, st.sampled_from((0, 0, 1, 3, 4, 8)))
 def test_product_down_is_the_reference(
-    kernels: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
+    kernels: CudaKernels, older: CudaKernels, data: Any, shape: dict[str, Any], kind: torch.dtype, gap: int
 ) -> None:
+    kernels = data.draw(st.sampled_from((kernels, older)))
     high = data.draw(st.sampled_from((1, 10)))  # several slices of the rows
     weight = matrix(high * shape["rows"], shape["columns"], shape["group"], shape["precision"], shape["seed"])
     rows = selection(data.draw, weight.rows)
@@ -109,8 +111,15 @@ def test_product_down_is_the_reference(
 @settings(max_examples=60)
 @given(st.data(), st.fixed_dictionaries(SHAPES), st.sampled_from(ACTIVATIONS), st.integers(1, 2), st.booleans())
 def test_ffn_is_the_reference(
-    kernels: CudaKernels, data: Any, shape: dict[str, Any], activation: str, inward: int, mixed: bool
+    kernels: CudaKernels,
+    older: CudaKernels,
+    data: Any,
+    shape: dict[str, Any],
+    activation: str,
+    inward: int,
+    mixed: bool,
 ) -> None:
+    kernels = data.draw(st.sampled_from((kernels, older)))
     given_rungs = [shape["precision"], "int8" if mixed else shape["precision"], shape["precision"]]
     parts = [
         matrix(shape["rows"], shape["columns"], shape["group"], precision, i) for i, precision in enumerate(given_rungs)
@@ -169,6 +178,18 @@ def test_no_placement_changes_a_bit(emulated_cuda: Path, monkeypatch: Any, token
         assert torch.equal(results[0], other)
 
 
+def test_no_size_of_shared_memory_changes_a_bit(emulated_cuda: Path) -> None:
+    weight, x, found, shared = matrix(4, 12_400, 64, "int4"), torch.randn(1, 12_400), [], []
+    for capability in ((6, 1), (7, 5)):
+        launcher = Emulation(emulated_cuda, capability=capability)
+        kernels, out = CudaKernels(CPU, launcher), torch.zeros(1, 4)
+        kernels.matmul(kernels.quantize_activations(x, 64), weight, out)
+        found.append(out)
+        shared.append(launcher.launched[-1].shared_bytes)
+    assert torch.equal(*found)
+    assert shared == [11 * 4160, 7 * 4160]
+
+
 @pytest.mark.parametrize(("group", "columns"), [(32, 1056), (64, 1100), (128, 1200)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_alignment_changes_a_bit(kernels: CudaKernels, precision: str, group: int, columns: int) -> None:
@@ -196,13 +217,13 @@ def test_a_token_is_the_same_in_any_company(
 ) -> None:
     """Whatever the number of tokens; along the input on a card of any size, across the rows on one size of card."""
     monkeypatch.setattr(tiles, "SCRATCH_BYTES", 60_000)  # several tiles
-    weight, x = matrix(20, 2300, group, precision), torch.randn(20, 2300)
+    weight, x = matrix(20, 2300, group, precision), torch.randn(35, 2300)
     up, down = matrix(80, 300, group, precision), matrix(80, 70, group, precision, 1)
     alike: dict[tuple[int, int], Tensor] = {}
     for far, size in ((False, 1), (True, 1), (False, 3)):
         launcher = Emulation(emulated_cuda, far, multiprocessors=size, capability=capability)
         kernels = CudaKernels(CPU, launcher, switch=20)
-        for tokens in (1, 2, 4, 9, 20):
+        for tokens in (1, 2, 4, 9, 20, *([35] if capability == (8, 0) else [])):
             out, across, ffn = torch.zeros(tokens, 20), *torch.zeros(2, tokens, 70)
             kernels.matmul(kernels.quantize_activations(x[:tokens], group), weight, out)
             kernels.matmul_transposed(x[:tokens, :80], down, across)

@@ -60,6 +60,24 @@ def test_equals_the_oracle(name: str, checkpoint: Folders, plane_store: Folders)
             assert model.tiercache.stats().neurons.tokens == 2 * IDS.shape[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["llama-tied-bias", "phi3", "gpt2"])
+def test_equals_the_oracle_with_slots(name: str, device: str, checkpoint: Folders, plane_store: Folders) -> None:
+    """Of a card, or of the region that stands in for one; the oracle is the CPU's in any case."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    made = calibration(plane_store(name), recipes(name)[0])
+    oracle, got, want = Oracle(checkpoint(name), made, "int8"), None, None
+    with mixed(plane_store(name), made, hbm="512MiB", device=device) as model:
+        for token in IDS.split(1, dim=1):
+            with orders(model) as chosen, torch.no_grad():
+                got = model(token.to(device), **cache_kwargs(model, got and cache_out(got)), use_cache=True)
+            want = oracle.logits(chosen, token, **cache_kwargs(model, want and cache_out(want)), use_cache=True)
+            assert apart(got.logits.cpu(), want.logits) < TOLERANCE
+        assert oracle.worst < NEAR_TIE
+        assert "hbm" in model.tiercache.stats().tiers
+
+
 @pytest.mark.parametrize("hbm", [None, "64MiB"])
 @pytest.mark.parametrize("name", ["llama-tied-bias", "phi3", "gpt2"])
 def test_short_passes_and_batches_choose_for_each_token(

@@ -148,11 +148,12 @@ def test_a_plan_counts_scores_where_no_kernel_is_fused() -> None:
 
 
 class _Told(Driver):
-    """Launches nothing; a card that somebody has told of. `kernels` are the names of what was to be launched."""
+    """Launches nothing; a card that somebody has told of. It keeps names of what was to run, and shared memory."""
 
     def __init__(self, capability: Capability, multiprocessors: int) -> None:
         self.device, self.capability, self.multiprocessors = CPU, capability, multiprocessors
         self.kernels: list[str] = []
+        self.shared: list[int] = []
 
     def address(self, tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
@@ -162,21 +163,22 @@ class _Told(Driver):
 
     def launch(self, call: Launch, *_: object) -> None:
         self.kernels.append(call.kernel.partition("_")[0])
+        self.shared.append(call.shared_bytes)
 
 
-# by key of the table of hardware: capability, multiprocessors; what bf16 is computed in; what takes prefills of it, and
-# of bf16 itself; what multiplies a token and a tree
+# by key of the table of hardware: capability, multiprocessors, KiB of shared memory of each; what bf16 is computed in;
+# what takes prefills of it, and of bf16 itself; what multiplies a token, a tree, and a prefill
 CARDS = {
-    "m40": ((5, 2), 24, "fp32", "efficient", "scores", "rows", "rows"),
-    "p40": ((6, 1), 30, "fp32", "efficient", "scores", "rows", "rows"),
-    "t4": ((7, 5), 40, "fp16", "efficient", "scores", "rows", "rows"),
-    "3090": ((8, 6), 82, "bf16", "flash", "flash", "dots", "mma"),
+    "m40": ((5, 2), 24, 96, "fp32", "efficient", "scores", "rows", "rows", "decode"),
+    "p40": ((6, 1), 30, 96, "fp32", "efficient", "scores", "rows", "rows", "decode"),
+    "t4": ((7, 5), 40, 64, "fp16", "efficient", "scores", "rows", "rows", "decode"),
+    "3090": ((8, 6), 82, 100, "bf16", "flash", "flash", "dots", "mma", "mma"),
 }
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_told_card_picks_dtype_attention_and_tiles(name: str) -> None:
-    capability, multiprocessors, dtype, long, own, one, many = CARDS[name]
+    capability, multiprocessors, shared_kib, dtype, long, own, one, tree, many = CARDS[name]
     card = catalogue().gpu(name)
     assert card.capability == capability
     machine = catalogue().machine(name, dram_bytes=64 << 30)
@@ -198,12 +200,13 @@ def test_a_told_card_picks_dtype_attention_and_tiles(name: str) -> None:
         assert kernels.kernel(call) == wanted
     launcher = _Told(capability, multiprocessors)
     backend = CudaKernels(CPU, launcher)
-    weight = planes(512, 2048)
-    for tokens, expected in ((1, one), (64, many), (65, many), (66, "decode")):
-        launcher.kernels.clear()
-        made = backend.quantize_activations(torch.zeros(tokens, 2048), weight.group)
+    weight = planes(512, 16384)  # an input larger than shared memory
+    for tokens, expected in ((1, one), (64, tree), (65, tree), (66, many), (512, many)):
+        made = backend.quantize_activations(torch.zeros(tokens, 16384), weight.group)
         backend.matmul(made, weight, torch.zeros(tokens, 512))
         assert launcher.kernels[-1] == expected, tokens
+        at_once = (shared_kib << 10) // max(1, launcher.shared[-1])
+        assert at_once >= (1 if (name, tokens) in (("t4", 64), ("t4", 65)) else 2), tokens
 
 
 def test_the_plan_counts_the_workspace_that_cublas_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

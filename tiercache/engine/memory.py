@@ -16,13 +16,15 @@ from tiercache.config.options import OffloadConfig
 from tiercache.engine.card_memory import card_reserve
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError
+from tiercache.kernels.contract import MAX_TOKENS
+from tiercache.kernels.cuda import down_launches
 from tiercache.kernels.cuda.layer_calls import Heads
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
 from tiercache.model.card_attention import Capability
 from tiercache.model.layer_parts import LayerParts, fusable
-from tiercache.model.linear import scratch_bytes
+from tiercache.model.linear import is_down, scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
@@ -32,7 +34,8 @@ from tiercache.tiers.device import on_gpu
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 _HEAP_BLOCK_BYTES = 32 << 20
-# A GPU decodes tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted, not measured.
+# A GPU decodes, or brings near, tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted,
+# not measured.
 _CUDA_SCRATCH_BYTES = 96 << 20
 
 
@@ -229,7 +232,22 @@ def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmet
     for block in opened.manifest.blocks:
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
         most = max(most, rows)
-    return most + (_CUDA_SCRATCH_BYTES if arithmetic.is_gpu else 0)
+    return most + (_CUDA_SCRATCH_BYTES + _partial_bytes(opened, config) if arithmetic.is_gpu else 0)
+
+
+def _partial_bytes(opened: Opened, config: OffloadConfig) -> int:
+    """What a card keeps of a down matrix's sums on their way, for the longest call; neurons may lie across the link."""
+    tokens = min(config.context, MAX_TOKENS)
+    near = [
+        down_launches.most_partial_bytes(weight.rows, weight.columns, weight.group, tokens, far=False)
+        for name, weight in opened.manifest.weights.items()
+        if isinstance(weight, PlaneWeight) and is_down(opened.meta_model.get_submodule(name), weight)
+    ]
+    far = [
+        down_launches.most_partial_bytes(block.neurons, block.columns, block.group, tokens, far=True)
+        for block in opened.manifest.blocks
+    ]
+    return max([*near, *far], default=0)
 
 
 def _dram_reserve(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> dict[str, int]:

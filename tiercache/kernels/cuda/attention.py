@@ -1,10 +1,11 @@
 """The attention half of a layer on a card.
 
 Few launches and little Python: all that stays the same from pass to pass is made once for each number of tokens, and a
-pass writes what changes into it. A token's results have the same bits however many tokens come with it, as long as all
-passes have as many as `switch` or fewer: a plain pass and a tree pass in which a token's slots lie at the same places
-agree to the bit. Where the same tokens lie at other slots, sums are made in another order, and results are as close as
-fp32 sums in any order are. A token that may attend to nothing gets zeros for its attention.
+pass writes what changes into it. A token's results have the same bits however many tokens come with it (before
+capability 8.0, as long as all passes have as many as `switch` or fewer): a plain pass and a tree pass in which a
+token's slots lie at the same places agree to the bit. Where the same tokens lie at other slots, sums are made in
+another order, and results are as close as fp32 sums in any order are. A token that may attend to nothing gets zeros for
+its attention.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from tiercache.errors import UsageError
 from tiercache.kernels.blocks import Attention, AttentionWeights
-from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cuda import layer_calls
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.launches import Blocks
@@ -30,7 +30,7 @@ from tiercache.kernels.cuda.layer_calls import (
     RotateArguments,
     Units,
 )
-from tiercache.kernels.cuda.layer_products import Product, check_attention, entered, packed_sizes, rows_of
+from tiercache.kernels.cuda.layer_products import Product, check_attention, entered, packed_sizes, room, rows_of
 from tiercache.kernels.cuda.pass_arguments import check_attended, point, turn, write
 from tiercache.kernels.cuda.runs import Graph, Run
 
@@ -254,14 +254,13 @@ class CudaAttention(Attention):
         units = self._units_of(tokens, kept[0].shape[2])
         attended = self._card.floats(units.count, tokens, heads.columns)
         weights = self._card.floats(units.count, tokens, heads.queries, 2)
-        inputs = self._card.floats(tokens, heads.columns)
+        inputs, to = room(tokens, heads.columns, self._w.outward.group, self._card)
         attention = self._attention(tokens, attended.data_ptr(), weights.data_ptr())
         point(attention, queries.data_ptr(), *kept, mask)
         launcher.launch(layer_calls.attention_call(attention, KINDS[kept[0].dtype], units))
-        to = layer_calls.packed((inputs.data_ptr(), 0), 0, (tokens, heads.columns))
         found = attended.data_ptr(), weights.data_ptr()
         launcher.launch(layer_calls.combine_call(found, self._outward_factors, units, heads.size, to))
-        product = self._outward.found(QuantizedActivations(tokens, heads.columns, self._w.outward.group, (inputs,)))
+        product = self._outward.found(inputs)
         leave = self._leaving(tokens, 1, KINDS[x.dtype], product.data_ptr())
         leave.x, leave.pitch, leave.out = x.data_ptr(), x.stride(0), out.data_ptr()
         launcher.launch(layer_calls.leave_call(leave))

@@ -1,11 +1,12 @@
 """The backend for NVIDIA cards, compute capability 5.0 on: CUDA C, compiled for the card at hand.
 
-Up to `switch` tokens the kernels read planes as they are and a token's results have the same bits however many came
-with it. From capability 8.0 on, products are the matrix units' (mma.cu, across the rows downmma.cu): activations as
-whole numbers of 23 bits, groups' sums exact, the rest fp32. Older cards multiply in fp32 (rows.cu, down.cu, downs.cu).
-More tokens go by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit weight is
-off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums are made,
-depends on shapes and the card alone, never on where planes lie or how they are aligned: no placement changes a bit.
+From capability 8.0 on, products are the matrix units' (mma.cu, across the rows downmma.cu), which read planes as they
+are: activations as whole numbers of 23 bits, groups' sums exact, the rest fp32. A token's results have the same bits
+however many came with it. Older cards multiply in fp32 (rows.cu, down.cu, downs.cu), with such bits up to `switch`
+tokens. More of them go by way of fp32 weights in a bounded scratch tile and torch's matmul: fp32 as well, for a 16-bit
+weight is off by up to 2**-12 or 2**-9 of itself, more than these kernels may be. Which way, and in which order sums are
+made, depends on shapes and the card alone, never on where planes lie or how they are aligned: no placement changes a
+bit.
 
 Planes and scales may lie on the device or in page-locked host memory; kernels read the latter over the link, planes
 once per call.
@@ -39,7 +40,7 @@ from tiercache.quant.planes import Planes
 from tiercache.tiers.device import on_host
 
 DEFAULT_SWITCH = 65
-"""Tokens up to which planes are multiplied as they are, with bits that no company changes: a root and 64 nodes."""
+"""Tokens up to which any card multiplies planes as they are, with bits that no company changes: a root and 64 nodes."""
 
 
 class CudaKernels(Kernels):
@@ -48,7 +49,7 @@ class CudaKernels(Kernels):
     Args:
         device: the CUDA device.
         launcher: what runs the kernels; None for the device's driver. The tests give an emulation.
-        switch: tokens above which weights are decoded first.
+        switch: tokens above which layers keep no calls ready, and cards before capability 8.0 decode weights first.
 
     Raises:
         EnvironmentUnsupportedError: no such device, or no compiler for it.
@@ -61,9 +62,10 @@ class CudaKernels(Kernels):
         self.device, self._launcher = device, launcher
         self.name = f"cuda (sm_{launcher.capability[0]}{launcher.capability[1]})"
         self._by_matrix_units = launcher.capability >= mma_launches.LEAST_CAPABILITY
-        self._switch = max(switch, launches.FEW_TOKENS)
+        switch = max(switch, launches.FEW_TOKENS)
+        self._switch = contract.MAX_TOKENS if self._by_matrix_units else switch
         self._tiler = Tiler(launcher, device, self._switch)
-        self._card = Card(launcher, device, self._switch, self, SharedScratch(device), threading.Lock())
+        self._card = Card(launcher, device, switch, self, SharedScratch(device), threading.Lock())
 
     def quantize_activations(self, x: Tensor, group: int) -> QuantizedActivations:
         tokens, columns = x.shape
@@ -203,7 +205,8 @@ class CudaKernels(Kernels):
             call = mma_launches.mma_call(*what, (count, x.tokens), (activation, self._launcher.multiprocessors))
         else:
             shape = (count, x.tokens, x.columns)
-            call = launches.rows_call(*what, shape, activation, self._launcher.multiprocessors)
+            tile = launches.tile_bytes(self._launcher.capability)
+            call = launches.rows_call(*what, shape, (activation, self._launcher.multiprocessors, tile))
         self._launcher.launch(call)
 
     def _hidden(self, x: QuantizedActivations, inward: Parts, activation: str, rows: RowLists) -> Tensor:

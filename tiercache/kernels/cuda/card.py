@@ -88,7 +88,7 @@ class Card:
     Attributes:
         launcher: runs calls.
         device: where tensors are.
-        switch: tokens above which weights are decoded first, by `kernels`.
+        switch: tokens up to which a half keeps its calls ready.
         kernels: of the same card, for passes of more tokens.
         scratch: see `SharedScratch`.
         lock: held while addresses are written and calls enqueued, so that the calls of two threads do not mix.

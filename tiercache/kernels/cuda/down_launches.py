@@ -27,6 +27,7 @@ _LEAST_ROWS = 4  # of a line
 _UNIT_ROWS = 64  # that downmma.cu adds up as whole numbers
 _UNIT_BLOCKS = 3  # of a multiprocessor, at once
 _UNIT_TOKENS = (8, 16)  # of a block
+_MOST_MULTIPROCESSORS = 192  # of any card that there is
 
 
 class DownArguments(ctypes.Structure):
@@ -120,6 +121,16 @@ class Slices:
             if size not in _MANY:
                 return 1
         return eighth if across * -(-self.count // eighth) * -(-tokens // size) >= multiprocessors else 1
+
+
+def most_partial_bytes(rows: int, columns: int, group: int, tokens: int, *, far: bool) -> int:
+    """An upper bound of what sums of slices take where matrix units multiply many tokens.
+
+    `far`: planes may lie across the link, where tiles of them leave each slice its own sum.
+    """
+    groups = -(-columns // group)
+    slices = _UNIT_BLOCKS * _MOST_MULTIPROCESSORS // -(-groups // _strip_groups(group)) if far else 0
+    return 4 * tokens * groups * group * min(-(-rows // _UNIT_ROWS), max(_EIGHTHS, slices))
 
 
 def _strip_groups(group: int) -> int:

@@ -27,8 +27,7 @@ FEW_TOKENS = 8
 MOST_PIECES = 16
 """Matrices of one gather."""
 
-# Of x in shared memory: a chunk for 8 tokens, or 8 for one. 96 KiB (M40, P40, 3090) hold two, a T4 one.
-_TILE_BYTES = 33 << 10
+_BLOCK_SHARED_BYTES = 48 << 10  # of shared memory, that a block may have without asking
 GRID_Y = 65535  # CUDA's limit
 RowListArguments = ctypes.c_void_p * 4  # `RowLists` of planes.cuh
 
@@ -143,6 +142,17 @@ def chunks_of(columns: int) -> int:
     return -(-columns // CHUNK_COLUMNS)
 
 
+def tile_bytes(capability: tuple[int, int]) -> int:
+    """What x may take of shared memory in a block of rows.cu, so that a multiprocessor holds two.
+
+    A multiprocessor has 96 KiB at capability 5.2 (M40), 6.1 (P40) and 7.0 (V100) and 64 KiB at others before 8.0 (T4:
+    7.5), by the CUDA programming guide's table of technical specifications; 100 KiB and more from 8.0 on. A tile has at
+    least a chunk: 33 KiB for eight tokens, of which a T4 then holds one.
+    """
+    whole = 96 << 10 if capability in ((5, 2), (6, 1), (7, 0), (7, 2)) or capability >= (8, 0) else 64 << 10
+    return min(_BLOCK_SHARED_BYTES, whole // 2)
+
+
 def matrix(planes: Planes, address: Address) -> MatrixArguments:
     """A matrix as the kernels see it."""
     if any(plane.shape[1] > 1 and plane.stride(1) != 1 for plane in planes.planes):
@@ -169,21 +179,20 @@ def rows_call(
     rows: Sequence[int],
     out: tuple[int, int],
     shape: tuple[int, int, int],
-    activation: int,
-    multiprocessors: int,
+    how: tuple[int, int, int],
 ) -> Call:
     """Of rows.cu: x is (packed, sums), out (address, pitch in elements), `shape` (rows, tokens, columns of x).
 
-    `activation` -1 adds to out.
+    `how` is (activation, multiprocessors, `tile_bytes`); activation -1 adds to out. No bit depends on the other two.
 
     `rows`, here and below: addresses of the lists for the three planes and the scales; nothing for all rows.
     """
-    count, tokens, columns = shape
+    (count, tokens, columns), (activation, multiprocessors, most_bytes) = shape, how
     blocks, items = Blocks.of(tokens), count * len(matrices)
-    per_warp = 4 if items >= 2 * multiprocessors * WARPS * 4 else 2  # a result's bits depend on neither
+    per_warp = 4 if items >= 2 * multiprocessors * WARPS * 4 else 2
     chunks = chunks_of(columns)
     chunk_bytes = blocks.size * 4 * (CHUNK_COLUMNS + CHUNK_COLUMNS // matrices[0].group)
-    tile_chunks = min(chunks, max(1, _TILE_BYTES // chunk_bytes))
+    tile_chunks = min(chunks, max(1, most_bytes // chunk_bytes))
     grid = (blocks.count, -(-items // (WARPS * per_warp)), 1)
     if grid[1] > GRID_Y:
         raise UsageError(f"{count} rows in one call; cut them into calls of {GRID_Y * WARPS}")

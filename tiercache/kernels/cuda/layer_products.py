@@ -18,6 +18,7 @@ from tiercache.kernels.cuda import launches, layer_calls, mma_launches
 from tiercache.kernels.cuda.card import KINDS, Card, bytes_of_floats
 from tiercache.kernels.cuda.launches import CHUNK_COLUMNS, Blocks, chunks_of
 from tiercache.kernels.cuda.layer_calls import Heads
+from tiercache.kernels.cuda.mma_launches import PackedArguments
 from tiercache.quant.planes import Planes
 
 _STORE = ACTIVATIONS.index("identity")  # rows.cu then writes its results, where it would add them without one
@@ -55,7 +56,8 @@ def products_call(
     if card.by_matrix_units:
         return mma_launches.mma_call(*given, (planes.rows, tokens), (activation, card.launcher.multiprocessors))
     shape = planes.rows, tokens, planes.columns
-    return launches.rows_call(*given, shape, activation, card.launcher.multiprocessors)
+    tile = launches.tile_bytes(card.launcher.capability)
+    return launches.rows_call(*given, shape, (activation, card.launcher.multiprocessors, tile))
 
 
 def packed_sizes(tokens: int, columns: int, group: int, card: Card) -> tuple[int, int]:
@@ -82,19 +84,24 @@ def rows_of(x: Tensor, columns: int, card: Card) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, card: Card) -> QuantizedActivations:
-    """x, normed and transformed, for the products of any number of tokens."""
-    tokens, columns = x.shape
-    if tokens > card.switch:
+def room(tokens: int, columns: int, group: int, card: Card) -> tuple[QuantizedActivations, PackedArguments]:
+    """Inputs that are still to be written, for the products of any number of tokens, and where to write them."""
+    if tokens > card.switch and not card.by_matrix_units:
         data: tuple[Tensor, ...] = (card.floats(tokens, columns),)
         to = layer_calls.packed((data[0].data_ptr(), 0), 0, (tokens, columns))
     else:
         data = tuple(card.floats(size // 4) for size in packed_sizes(tokens, columns, group, card))
         inputs = [each.data_ptr() for each in data]
         to = layer_calls.packed(inputs, group, (tokens, columns), card.by_matrix_units)
+    return QuantizedActivations(tokens, columns, group, data), to
+
+
+def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, card: Card) -> QuantizedActivations:
+    """x, normed and transformed, for the products of any number of tokens."""
+    inputs, to = room(x.shape[0], x.shape[1], group, card)
     call = layer_calls.enter_call((x.data_ptr(), x.stride(0), KINDS[x.dtype]), norm, factors, to)
     card.launcher.launch(call)
-    return QuantizedActivations(tokens, columns, group, data)
+    return inputs
 
 
 def check_matrix(what: str, planes: Planes, rows: int, columns: int, group: int) -> None:
