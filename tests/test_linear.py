@@ -9,6 +9,7 @@ from torch import nn
 from tiercache.errors import UsageError
 from tiercache.kernels.contract import QuantizedActivations
 from tiercache.kernels.cpu.backend import CpuKernels
+from tiercache.model import linear
 from tiercache.model.linear import Inputs, PlaneForward, partners
 from tiercache.quant.hadamard import restored, stored
 from tiercache.quant.planes import Planes, encode, plane_row_bytes, scale_row_bytes
@@ -125,6 +126,18 @@ def test_an_input_changed_in_place_is_another_input(block: Block, mode: type) ->
         assert close(block.forwards[1](x), block.wanted(1, x))
         assert close(block.forwards[0](x), block.wanted(0, x))
         assert not torch.equal(block.forwards[0](x), before)
+
+
+def test_on_a_card_nothing_waits_to_see_whether_an_input_has_changed(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "on_host", lambda device: False)
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("this waits for a card"))
+    with torch.inference_mode():
+        x = torch.randn(3, HIDDEN)
+        for place in (0, 1):
+            assert close(block.forwards[place](x), block.wanted(place, x))
+    assert block.kernels.asked == ["prepare", "product"] * 2
 
 
 def test_up_alone_and_another_input_for_up(block: Block) -> None:

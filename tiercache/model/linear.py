@@ -15,6 +15,7 @@ from tiercache.kernels.contract import MAX_TOKENS, Kernels, QuantizedActivations
 from tiercache.model.meta_model import layer_of
 from tiercache.quant.planes import Planes
 from tiercache.store.manifest import PlaneWeight
+from tiercache.tiers.device import on_host
 
 _FEW_TOKENS, _ROWS_PER_SUM = 8, 256  # bounds of what `kernels` do; see their sources
 _PADDING = 1024
@@ -23,12 +24,13 @@ _PADDING = 1024
 class _Made:
     """Something made from one input, good for as long as that input is the same and unchanged.
 
-    Tensors count their changes in place, but not in inference mode: there a copy tells.
+    Tensors count their changes in place, but not in inference mode: there a copy tells, and on a card nothing does, for
+    to compare would be to wait for it.
     """
 
     def __init__(self, x: Tensor, what: object) -> None:
-        self.what, self._x = what, x
-        self._copy = x.clone() if x.is_inference() else None
+        self.what, self._x = what, x if _is_followed(x) else None
+        self._copy = x.clone() if x.is_inference() and self._x is not None else None
         self._version = 0 if x.is_inference() else x._version
 
     def fits(self, x: Tensor) -> bool:
@@ -141,7 +143,8 @@ class PlaneForward:
             kernels.matmul_transposed(tokens, parts[0], out)
             return kernels.hadamard(out, after=self._weight.output_factors(slots[0]).to(out.device))
         quantized = self._inputs.quantize_activations(kernels, x, tokens, self._weight, slots[0])
-        if len(parts) == 1 or (alone and self._partner is not None):  # the partner, if any, will see to itself
+        if len(parts) == 1 or (self._partner is not None and (alone or not _is_followed(x))):
+            # The partner, if any, will see to itself.
             kernels.matmul(quantized, parts[0], out)
         elif self._partner is None:
             kernels.matmuls(quantized, parts, out.split(self._weight.rows, dim=1))
@@ -163,6 +166,11 @@ class PlaneForward:
             parts.append(self._partner[1].part(first, self._partner[1].own[0], above))
         self._placed[len(where)] = where, parts
         return parts
+
+
+def _is_followed(x: Tensor) -> bool:
+    """Whether changes of x are noticed without waiting for a card."""
+    return not x.is_inference() or on_host(x.device)
 
 
 def refuse_gradients(x: Tensor) -> None:
