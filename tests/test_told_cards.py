@@ -130,6 +130,21 @@ def test_long_prefills_go_by_slices_of_the_queries(monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(found, whole, rtol=close, atol=close)
 
 
+def test_a_small_model_drafts_in_what_the_card_has(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama", dtype=torch.bfloat16)
+    options = {"dram": "64MiB", "context": 64, "logits": 65, "drafter": folder, "device": "cpu"}
+    taken = []
+    for capability, dtype in ((None, torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)):
+        monkeypatch.setattr("tiercache.engine.machine.capability_of", lambda device, given=capability: given)
+        with tiercache.offload(folder, **options) as model:  # type: ignore[arg-type]
+            (drafter,) = model.tiercache.scheduler._drafters
+            assert drafter.model.dtype == dtype == model.dtype
+            taken.append(model.tiercache._asked.needs.compute["drafter and trees"])
+    assert taken[0] < taken[1] < taken[2], "attention goes by the card, weights by the dtype"
+
+
 def test_a_plan_counts_scores_where_no_kernel_is_fused() -> None:
     config = SHAPES["tiny"].config()
     config.max_position_embeddings = 4096

@@ -19,11 +19,13 @@ from tiercache.draft.base import Drafter, DrafterRequirements
 from tiercache.draft.ngram.union import Ngrams
 from tiercache.draft.noise import KEPT_POSITIONS
 from tiercache.draft.registry import LOOKUPS
+from tiercache.engine.compute_dtype import compute_dtype
 from tiercache.engine.memory import MemoryRequirements
 from tiercache.engine.source import Opened
 from tiercache.errors import UnsupportedModelError, UsageError
 from tiercache.kv import speckv
 from tiercache.kv.cache import support
+from tiercache.model.card_attention import Capability
 from tiercache.model.trace import trace_on_meta
 from tiercache.progress import note
 from tiercache.store.checkpoint import Checkpoint, resolve
@@ -45,7 +47,7 @@ class DrafterSpec:
         made: the caller's own drafter.
         ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
             model may be refused before.
-        small: a small model's folder; the model is loaded once its bytes are reserved.
+        small: a small model's checkpoint, in the dtype that it computes in; it is loaded once its bytes are reserved.
         eviction_bytes: what choosing the part of the prompt that stays in the KV cache takes.
         reason: why no drafter drafts; empty where one does.
     """
@@ -56,7 +58,7 @@ class DrafterSpec:
     requirements: DrafterRequirements
     made: Drafter | None = None
     ngrams: Callable[[], Drafter] | None = None
-    small: Path | None = None
+    small: Checkpoint | None = None
     eviction_bytes: int = 0
     reason: str = ""
 
@@ -98,8 +100,10 @@ def widened(config: OffloadConfig) -> OffloadConfig:
     return config if config.draft is None else replace(config, context=config.context + config.draft.slots)
 
 
-def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
+def find_drafters(config: OffloadConfig, opened: Opened, capability: Capability | None = None) -> DrafterSpec | None:
     """Find the drafters that were asked for and what they take; None where no drafter was asked for.
+
+    `capability` is the GPU's: a small model computes in what the card has at full speed, as a target does.
 
     Raises:
         UsageError: no drafter has this name, a model has another vocabulary, passes have no room for a node, or the KV
@@ -115,7 +119,7 @@ def find_drafters(config: OffloadConfig, opened: Opened) -> DrafterSpec | None:
             f"drafter={config.draft.drafter!r} cannot draft for this model, for {takes.reason}; open it without "
             "drafter=, or with drafter='auto', which then decodes plainly"
         )
-    found, kept = _spec(config, config.draft, opened), config.draft.speckv
+    found, kept = _spec(config, config.draft, opened, capability), config.draft.speckv
     if kept is None:
         return found
     if reason := speckv.refusal(opened.model):
@@ -129,7 +133,7 @@ def no_drafters(opened: Opened, draft: DraftConfig, reason: str) -> DrafterSpec:
     return DrafterSpec(draft, vocabulary, False, DrafterRequirements(), reason=reason)
 
 
-def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterSpec:
+def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened, capability: Capability | None) -> DrafterSpec:
     if config.logits < 2:
         raise UsageError("a drafted node takes a row of logits beside the root's, and logits=1; give logits=65")
     if draft.fixed and draft.nodes >= config.logits:
@@ -158,9 +162,10 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened) -> DrafterS
             raise UsageError(
                 f"drafter= is none of auto, resident, ngram, {', '.join(LOOKUPS)}, and no model: {error}{hint}"
             ) from error
-        return DrafterSpec(
-            draft, vocabulary, False, _small_requirements(small, config, vocabulary, folder), small=small
-        )
+        checkpoint = Checkpoint.open(small)
+        checkpoint = replace(checkpoint, dtype=compute_dtype("auto", checkpoint.dtype, capability))
+        requirements = _small_requirements(checkpoint, config, vocabulary, folder, capability)
+        return DrafterSpec(draft, vocabulary, False, requirements, small=checkpoint)
     return _made(wanted, draft, vocabulary)
 
 
@@ -197,19 +202,19 @@ def reserve(asked: MemoryRequirements, drafter_spec: DrafterSpec | None, config:
 
 
 def _small_requirements(
-    small: Path, config: OffloadConfig, vocabulary: int, folder: Path | None
+    small: Checkpoint, config: OffloadConfig, vocabulary: int, folder: Path | None, capability: Capability | None
 ) -> DrafterRequirements:
     """What a small model takes, from its checkpoint's header and a trace; refuses one of another vocabulary."""
-    meta_model = Checkpoint.open(small).model()
+    meta_model = small.model()
     own = meta_model.config.get_text_config(decoder=True).vocab_size
-    same = _same_tokens(small, folder)
+    same = _same_tokens(small.folder, folder)
     if same is False or (same is None and own != vocabulary):
         raise UsageError(
-            f"{small} has {own} tokens and the target {vocabulary}, or they mean others; give a drafter with the "
-            "target's tokenizer"
+            f"{small.folder} has {own} tokens and the target {vocabulary}, or they mean others; give a drafter with "
+            "the target's tokenizer"
         )
     assert config.draft is not None
-    seen = trace_on_meta(meta_model, (), _PIECE, 1)
+    seen = trace_on_meta(meta_model, (), _PIECE, 1, capability=capability)
     slots = config.context + config.draft.slots
     kept = seen.kv_bytes * -(-slots // _PIECE) + seen.workspace_bytes
     return DrafterRequirements(device_bytes=sum(parameter.nbytes for parameter in meta_model.parameters()) + kept)

@@ -43,7 +43,7 @@ def place(opened: Opened, config: OffloadConfig, machine: Machine, *, show: bool
 
     def planned(options: OffloadConfig) -> ExactPlacement:
         own = opened.cut(config.precision, by_plane=options.resident, by_rows=bool(machine.kernels))
-        spec = drafting.find_drafters(options, own)
+        spec = drafting.find_drafters(options, own, machine.capability)
         arithmetic = Arithmetic(
             machine.device,
             kernels=bool(machine.kernels),
