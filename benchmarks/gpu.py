@@ -53,6 +53,7 @@ def parts(models: Path) -> tuple[Part, ...]:
         Part("roofs", ("benchmarks.gpu_roofs",), 30),
         Part("kernels", ("benchmarks.gpu_kernels",), 70),
         Part("1b-int4-resident", shape("tinyllama-1.1b", *int4, "4GiB"), 45),
+        Part("1b-offload", ("benchmarks.gpu_offload", str(models), "tinyllama-1.1b"), 60),
         Part("launches", ("benchmarks.gpu_launches", str(models / "tinyllama-1.1b-planes-0"), "launches"), 45),
         Part("graphs", ("benchmarks.gpu_launches", str(models / "tinyllama-1.1b-planes-0")), 30),
         Part("1b-int4-streamed", shape("tinyllama-1.1b", *int4, "400MiB"), 40),

@@ -1,7 +1,7 @@
 """Offload on a CUDA card, end to end: are the bits the resident model's, are the tokens, does the budget hold?
 
-Uses the bundled model, so that it takes seconds; speed is measured elsewhere. Takes a folder to make stores in, if one
-is named. Prints one line of JSON.
+Uses the bundled model, or a random one of a known shape (`... FOLDER tinyllama-1.1b`); speed is measured elsewhere.
+Takes a folder to make stores in, if one is named. Prints one line of JSON.
 """
 
 import faulthandler
@@ -20,13 +20,15 @@ import torch
 import transformers
 
 import tiercache
+from tiercache.bench import shapes
 from tiercache.compat import cache_kwargs, cache_out
 from tiercache.errors import DoesNotFitError
 from tiercache.tiers.device import device_of
 
 PICO = Path(__file__).parent.parent / "examples" / "pico" / "checkpoint"
 PROMPT = "def read_lines(path):\n    with open(path) as file:\n        return"
-PLENTY = 1 << 30
+PLENTY_BYTES, DRAM_BYTES = 1 << 30, 1 << 30
+LARGER = 6  # times as much, for a shape of a billion weights
 SPARE = 1 << 20  # a budget between the smallest and plenty
 LABELS = ("plenty", "smallest and 1 MiB", "smallest")
 DRAFTERS = ("resident", "auto", "ngram")
@@ -63,12 +65,26 @@ class Checks:
 def main() -> int:
     """Run every check on the card; 1 if one failed."""
     faulthandler.dump_traceback_later(HANGS_S, repeat=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(PICO)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
-        checks = check_everything(PICO, Path(folder), ids, torch.device("cuda", 0))
+    where, shape = (*sys.argv[1:], None, None)[:2]
+    if where is not None and shape is not None:
+        checks = check_shape(shape, Path(where), torch.device("cuda", 0))
+    else:
+        ids = transformers.AutoTokenizer.from_pretrained(PICO)(PROMPT, return_tensors="pt").input_ids
+        with tempfile.TemporaryDirectory(dir=where) as folder:
+            checks = check_everything(PICO, Path(folder), ids, torch.device("cuda", 0))
     print(json.dumps({"schema": "tiercache.gpu-offload/2", "checks": checks.rows}))
     return 0 if all(row["ok"] for row in checks.rows) else 1
+
+
+def check_shape(name: str, folder: Path, at: torch.device) -> Checks:
+    """Bits of a model of that shape with random weights, made in `folder`: all of it on the card, and the least."""
+    card, checks, shape = Card(at, LARGER), Checks(), shapes.find(name)
+    store = shapes.make_store(shape, folder / f"{name}-planes-0", 0, show_progress=False)
+    checkpoint = shapes.make_checkpoint(shape, folder / f"{name}-bf16-0", 0, show_progress=False)
+    ids = torch.arange(3, 43)[None]
+    for precision, place in (("int4", store), ("int8", store), ("source", checkpoint)):
+        card.placements(checks, place, precision, ids, labels=("plenty", "smallest"))
+    return checks
 
 
 def check_everything(checkpoint: Path, folder: Path, ids: torch.Tensor, at: torch.device) -> Checks:
@@ -110,10 +126,11 @@ class Card:
 
     Args:
         at: torch's name for it.
+        times: how much larger budgets are than the bundled model's.
     """
 
-    def __init__(self, at: torch.device) -> None:
-        self.at, self._device = at, device_of(at)
+    def __init__(self, at: torch.device, times: int = 1) -> None:
+        self.at, self._device, self._times = at, device_of(at), times
 
     def free_bytes(self) -> int:
         """Free of all of it, once garbage and torch's cache are given back; 0 where nobody counts."""
@@ -136,7 +153,7 @@ class Card:
         least = self.smallest(place, precision)
         for label in labels:
             with checks.row(f"{precision}, hbm={label}") as row:
-                hbm = PLENTY if label == "plenty" else least + (SPARE if "and" in label else 0)
+                hbm = self._times * PLENTY_BYTES if label == "plenty" else least + (SPARE if "and" in label else 0)
                 with self.opened(place, precision, hbm, row) as model:
                     found = logits_of(model, ids.to(self.at))
                     row["fused_layers"] = model.tiercache.stats().fused_layers
@@ -174,7 +191,8 @@ class Card:
     @contextmanager
     def opened(self, place: Path, precision: Any, hbm: int, row: Row | None = None, **options: Any) -> Iterator[Any]:
         """An offloaded model; `row` is told the budget, and what of it the card held at most."""
-        chosen = {"context": CONTEXT, "logits": 130, "dram": "1GiB", "device": str(self.at)} | options
+        chosen = {"context": CONTEXT, "logits": 130, "dram": str(self._times * DRAM_BYTES), "device": str(self.at)}
+        chosen |= options
         self.reserved_bytes()  # what models before have left as garbage is not this one's
         before = torch.cuda.memory_allocated(self.at) if self._counted else 0
         self._device.reset_peak()

@@ -120,6 +120,13 @@ def test_offload_beside_a_stand_in(checkpoint: Callable[..., Path], tmp_path: Pa
     assert [row for row in checks.rows if not row["ok"]] == []
 
 
+def test_a_shape_beside_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_offload, "TOKEN_COUNTS", (1, 9))
+    checks = gpu_offload.check_shape("tiny", tmp_path, CPU)
+    assert len(checks.rows) == 3 * 2
+    assert [row for row in checks.rows if not row["ok"]] == []
+
+
 def test_offload_tells_what_differs_and_what_fails() -> None:
     checks = gpu_offload.Checks()
     logits = [torch.zeros(2) for _ in range(1 + len(gpu_offload.TOKEN_COUNTS))]
