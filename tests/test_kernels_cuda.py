@@ -338,7 +338,7 @@ def test_grids_fit_every_card() -> None:
     for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
         for group in (32, 64, 128):
             shaped = launches.MatrixArguments(groups=28672 // group, group=group)
-            call = launches.rows_call([shaped], 2, (0, 0), (), (0, 0), (count, tokens, 28672), -1, mps)
+            call = launches.rows_call([shaped], 2, (0, 0), (), (0, 0), (count, tokens, 28672), (-1, mps, 48 << 10))
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count

@@ -19,6 +19,7 @@ from tiercache.errors import UnsupportedModelError
 from tiercache.kernels.contract import MAX_TOKENS
 from tiercache.kernels.cuda import down_launches
 from tiercache.kernels.cuda.layer_calls import Heads
+from tiercache.kernels.cuda.mma_launches import LEAST_CAPABILITY
 from tiercache.kv.cache import cache_of
 from tiercache.model import mixed, shortlist
 from tiercache.model.binding import Use, needs_workspace, weight_of
@@ -34,9 +35,9 @@ from tiercache.tiers.device import on_gpu
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 _HEAP_BLOCK_BYTES = 32 << 20
-# A GPU decodes, or brings near, tiles of up to 32 MiB for many tokens, beside their input and product in fp32; counted,
-# not measured.
-_CUDA_SCRATCH_BYTES = 96 << 20
+# A GPU without matrix units for bytes decodes tiles of up to 32 MiB for many tokens, and any brings such tiles of
+# neurons near; beside them their input and product in fp32. Counted, not measured.
+_TILES_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,16 @@ def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmet
     for block in opened.manifest.blocks:
         rows = mixed.scratch_bytes(block.neurons, block.columns, block.parts - 1, config.context)
         most = max(most, rows)
-    return most + (_CUDA_SCRATCH_BYTES + _partial_bytes(opened, config) if arithmetic.is_gpu else 0)
+    return most + (_card_scratch(opened, config, arithmetic) if arithmetic.is_gpu else 0)
 
 
-def _partial_bytes(opened: Opened, config: OffloadConfig) -> int:
-    """What a card keeps of a down matrix's sums on their way, for the longest call; neurons may lie across the link."""
+def _card_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> int:
+    """What a card's products take beside that.
+
+    Matrix units leave sums of slices of a down matrix on their way, more of them where neurons lie across the link.
+    """
+    if arithmetic.capability is None or arithmetic.capability < LEAST_CAPABILITY:
+        return _TILES_BYTES
     tokens = min(config.context, MAX_TOKENS)
     near = [
         down_launches.most_partial_bytes(weight.rows, weight.columns, weight.group, tokens, far=False)
@@ -247,7 +253,7 @@ def _partial_bytes(opened: Opened, config: OffloadConfig) -> int:
         down_launches.most_partial_bytes(block.neurons, block.columns, block.group, tokens, far=True)
         for block in opened.manifest.blocks
     ]
-    return max([*near, *far], default=0)
+    return max([*near, *far], default=0) + (_TILES_BYTES if far else 0)
 
 
 def _dram_reserve(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> dict[str, int]:
