@@ -359,7 +359,7 @@ def test_grids_fit_every_card() -> None:
         assert slices.wide * slices.classes <= down_launches.LINE_THREADS
         assert (slices.count - 1) * slices.size < count <= slices.count * slices.size
     with pytest.raises(UsageError, match="cut them"):
-        launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), -1, 82)
+        launches.rows_call([found], 2, (0, 0), (), (0, 0), (3_000_000, 1, 28672), (-1, 82, 48 << 10))
 
 
 def test_what_cannot_be_meant_is_refused(emulated_cuda: Path) -> None:
