@@ -125,7 +125,7 @@ def tiny_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "compress", "tune", "least"),
-    [("deep", "off", 0, 8), ("deep", "on", 0, 4), ("tiny_bf16", "off", 0, 4), ("tiny", "off", 20, 4)],
+    [("deep", "off", 0, 5), ("deep", "on", 0, 3), ("tiny_bf16", "off", 0, 3), ("tiny", "off", 20, 3)],
 )
 def test_killed_at_random_moments(
     request: pytest.FixtureRequest,

@@ -59,11 +59,10 @@ class SourceUnit:
 
 def every_unit(by_matrix_units: bool) -> list[SourceUnit]:
     """All that a card may ask for: one whose matrix units take bytes (capability 8.0 on), or an older one."""
-    others = ("mma", "dots", "downmma") if by_matrix_units else ("rows", "down", "downs")
+    others = ("mma", "dots", "downmma") if by_matrix_units else ("decode", "rows", "down", "downs")
     planes, groups = (1, 2, 3), (32, 64, 128)
     found = [SourceUnit("common.cu"), SourceUnit("layer.cu")]
-    found += [SourceUnit(f"{name}.cu", count) for name in ("decode", "attention") for count in planes]
-    for name in others:
+    for name in ("attention", *others):
         by_group = groups if name in _BY_GROUP else (0,)
         found += [SourceUnit(f"{name}.cu", count, group) for count in planes for group in by_group]
     return found
