@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -75,6 +76,12 @@ def budgets(kind: dict[str, object], reserved: int) -> dict[str, object]:
     return {"dram": reserved + kind["spare"]} if "spare" in kind else kind
 
 
+# Each architecture at one precision in turn, Llama at all.
+EACH_AND_LLAMA = sorted(
+    {*zip(CONFIGS, itertools.cycle(planes.PRECISIONS), strict=False), *(("llama", each) for each in planes.PRECISIONS)}
+)
+
+
 def equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
@@ -114,8 +121,7 @@ def at_rung(folder: Path, precision: str) -> tf.PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("precision", planes.PRECISIONS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "precision"), EACH_AND_LLAMA)
 def test_rungs_equal_the_resident_reference(name: str, precision: str, folders: dict, tmp_path: Path) -> None:
     folder = folders[name, torch.bfloat16 if precision == "int4" else torch.float32]
     want = steps(at_rung(folder, precision))
@@ -127,8 +133,7 @@ def test_rungs_equal_the_resident_reference(name: str, precision: str, folders: 
             assert equal(steps(model), want), kind
 
 
-@pytest.mark.parametrize("precision", planes.PRECISIONS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "precision"), EACH_AND_LLAMA)
 def test_fast_kernels_give_the_same_bits_wherever_planes_lie(
     name: str, precision: str, folders: dict, plane_store: Callable[..., Path]
 ) -> None:
