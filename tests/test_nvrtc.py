@@ -49,8 +49,8 @@ def test_the_source_compiles(compiler: nvrtc.Nvrtc, architecture: int) -> None:
     for unit in nvrtc.every_unit(newer):
         if unit.group not in (0, 64) or (architecture in TO_PTX and unit.file in LONGEST):
             continue
-        # Three planes load all there is to load. Fewer, which merge otherwise, go to PTX for the oldest card and for one
-        # with matrix units. The emulation builds and runs every pair of planes and groups.
+        # Three planes load all there is to load. Fewer, which merge otherwise, go to PTX for the oldest card and for
+        # one with matrix units. The emulation builds and runs every pair of planes and groups.
         if unit.planes in (0, 3) or architecture in (52, 90):
             whole = unit.planes in (0, 3) and architecture in TO_MACHINE_CODE
             code = compiler.compile(unit, target if whole else target.replace("sm", "compute"))
