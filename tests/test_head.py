@@ -17,7 +17,7 @@ from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
 from tiercache.store import manifests
 from tiercache.store.convert import convert
-from tiercache.store.manifest import RowBlocks
+from tiercache.store.manifest import PlaneWeight, RowBlocks
 from tiercache.store.planestore import PlaneStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Stores:
-    """Plane stores by name; the second of each is compressed, in frames of 4000 bytes."""
+    """Plane stores by name; the second of each is compressed."""
 
     plain: dict[str, Path]
     packed: dict[str, Path]
@@ -52,8 +52,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stores]:
     folder = tmp_path_factory.mktemp("heads")
     made = Stores({}, {})
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("writer", "format"):
-            patch.setattr(f"tiercache.store.{module}.FRAME_BYTES", 4000)
         patch.setattr(manifests, "ROW_BLOCK_BYTES", BLOCK_BYTES)
         patch.setattr(manifests, "_BLOCK_ROWS", 16)
         for name, config in CONFIGS.items():
@@ -89,6 +87,8 @@ def test_the_bits_are_those_of_the_whole_head(
     assert isinstance(head, RowBlocks)
     assert len(head.blocks) == 7
     assert head.shape == (VOCABULARY, CONFIGS[name].hidden_size)
+    packed = PlaneStore.open(stores.packed[name]).manifest(precision, by_rows=True).head
+    assert isinstance(packed, PlaneWeight), "frames would be read twice"
     in_blocks = [
         logits(store, lengths, precision, hbm=hbm)
         for store in (stores.plain[name], stores.packed[name])

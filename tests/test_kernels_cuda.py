@@ -335,13 +335,17 @@ def test_structures_are_laid_out_as_the_compiler_has_them(kernels: CudaKernels) 
 
 def test_grids_fit_every_card() -> None:
     found = launches.MatrixArguments(groups=448, group=64)
-    for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24)):
+    for count, tokens, mps in ((28672, 8, 82), (128256, 1, 24), (256000, 32, 132), (1, 3, 24), (256000, 512, 82)):
         for group in (32, 64, 128):
             shaped = launches.MatrixArguments(groups=28672 // group, group=group)
             call = launches.rows_call([shaped], 2, (0, 0), (), (0, 0), (count, tokens, 28672), (-1, mps, 48 << 10))
             assert call.shared_bytes <= 48 << 10
             assert call.grid[1] <= 65535
             assert call.grid[1] * launches.WARPS * int(call.kernel[-1]) >= count
+            for planes in (1, 2, 3):
+                call = mma_launches.mma_call([shaped], planes, (0, 0), (), (0, 0), (count, tokens), (-1, mps))
+                assert call.shared_bytes <= 48 << 10
+                assert call.grid[1] <= 65535
         by_units = Slices.of(count, 64, 448, mps, by_matrix_units=True)
         call = down_launches.down_call(found, 3, Activations(0, 0, tokens, 8, (0, 0, 0)), (), 0, count, by_units)
         assert call.shared_bytes <= 48 << 10

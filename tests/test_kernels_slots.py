@@ -21,7 +21,7 @@ from tiercache.kernels.cuda.backend import CudaKernels
 from tiercache.quant import planes as codes
 from tiercache.quant.planes import GROUPS, PRECISIONS, Planes, encode
 
-DIALECTS = (*build.ISAS, "cuda", "cuda, far")
+DIALECTS = (*build.ISAS, "cuda", "cuda, older", "cuda, far")
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,8 +32,11 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param.startswith("cuda"):
         library: Path = request.getfixturevalue("emulated_cuda")
         far = "far" in request.param
-        older = {} if far else {"capability": (7, 5)}
-        return CudaKernels(CPU, Emulation(library, far, **older), switch=16)  # 17 tokens: brought near, or decoded
+        capability = (7, 5) if "older" in request.param else (8, 0)
+        launcher = Emulation(library, far, capability=capability)
+        return CudaKernels(
+            CPU, launcher, switch=16
+        )  # 17 tokens: brought near where they are far, decoded by older cards
     if request.param not in build.instruction_sets():
         pytest.skip(f"this processor lacks {request.param}")
     return CpuKernels(request.param)

@@ -131,7 +131,7 @@ def test_an_input_changed_in_place_is_another_input(block: Block, mode: type) ->
 def test_on_a_card_nothing_waits_to_see_whether_an_input_has_changed(
     block: Block, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "on_host", lambda device: False)
+    monkeypatch.setattr(linear, "on_host", lambda device: False)  # the kernels are a card's
     monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("this waits for a card"))
     with torch.inference_mode():
         x = torch.randn(3, HIDDEN)

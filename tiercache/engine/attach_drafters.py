@@ -78,8 +78,8 @@ def _drafters(
     if spec.ngrams is not None:
         drafters.append(spec.ngrams())
     if spec.small is not None:
-        small = Checkpoint.open(spec.small.folder).in_place(show_progress=show).folder
-        model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=spec.small.dtype)
+        small = Checkpoint.open(spec.small).in_place(show_progress=show).folder
+        model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=spec.small_dtype)
         nn.Module.to(model, device)
         drafters.append(
             LmDrafter(model, grower(config.grower), requirements=spec.requirements, capacity=context + config.slots)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
 from tokenizers import Tokenizer
 
@@ -47,7 +48,8 @@ class DrafterSpec:
         made: the caller's own drafter.
         ngrams: makes the n-gram drafters. The files of their tables stay closed until the model is attached, for the
             model may be refused before.
-        small: a small model's checkpoint, in the dtype that it computes in; it is loaded once its bytes are reserved.
+        small: a small model's folder; the model is loaded once its bytes are reserved.
+        small_dtype: that it computes in.
         eviction_bytes: what choosing the part of the prompt that stays in the KV cache takes.
         reason: why no drafter drafts; empty where one does.
     """
@@ -58,7 +60,8 @@ class DrafterSpec:
     requirements: DrafterRequirements
     made: Drafter | None = None
     ngrams: Callable[[], Drafter] | None = None
-    small: Checkpoint | None = None
+    small: Path | None = None
+    small_dtype: torch.dtype | None = None
     eviction_bytes: int = 0
     reason: str = ""
 
@@ -165,7 +168,7 @@ def _spec(config: OffloadConfig, draft: DraftConfig, opened: Opened, capability:
         checkpoint = Checkpoint.open(small)
         checkpoint = replace(checkpoint, dtype=compute_dtype("auto", checkpoint.dtype, capability))
         requirements = _small_requirements(checkpoint, config, vocabulary, folder, capability)
-        return DrafterSpec(draft, vocabulary, False, requirements, small=checkpoint)
+        return DrafterSpec(draft, vocabulary, False, requirements, small=small, small_dtype=checkpoint.dtype)
     return _made(wanted, draft, vocabulary)
 
 

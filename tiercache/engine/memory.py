@@ -29,15 +29,16 @@ from tiercache.model.linear import is_down, scratch_bytes
 from tiercache.model.trace import MetaTrace, trace_on_meta
 from tiercache.quant.hadamard import RESTORING_BYTES
 from tiercache.quant.planes import DECODE_SCRATCH_BYTES
-from tiercache.store.manifest import Manifest, PlaneWeight, held_at_once
+from tiercache.store.manifest import Manifest, PlaneWeight, in_turn
 from tiercache.tiers.device import on_gpu
 
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 _HEAP_BLOCK_BYTES = 32 << 20
-# A GPU without matrix units for bytes decodes tiles of up to 32 MiB for many tokens, and any brings such tiles of
-# neurons near; beside them their input and product in fp32. Counted, not measured.
-_TILES_BYTES = 96 << 20
+# Beside a product's own on a card: tiles of up to 32 MiB (decoded for many tokens before capability 8.0, brought near
+# of neurons across the link), the scratch of fused halves for up to 65 tokens, of which outgrown blocks stay (40 MiB of
+# a 7B on a 3090), and what torch's segments of 20 MiB leave unused. Counted; with it an H100's peaks kept to budgets.
+_CARD_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def memory_requirements(
     """
     manifest = opened.manifest
     meta_trace = meta_trace or traced(opened, config, arithmetic.capability)
-    called = (part for module in meta_trace.calls for part in held_at_once(manifest.weights[module]))
+    called = (part for module in meta_trace.calls for part in in_turn(manifest.weights[module]))
     runs = [units for units, _ in groupby(part.units for part in called)]
     again = frozenset(key for units, count in Counter(runs).items() if count > 1 for key in units)
     order = tuple(dict.fromkeys(key for units in runs for key in units))
@@ -178,7 +179,7 @@ def _uses(manifest: Manifest, meta_trace: MetaTrace) -> tuple[Use, ...]:
     for place, module in enumerate(meta_trace.calls):
         weight = manifest.weights[module]
         goes = last[weight.unit] == place
-        uses[module] = tuple(Use(module, part, goes) for part in held_at_once(weight))
+        uses[module] = tuple(Use(module, part, goes) for part in in_turn(weight))
     return tuple(use for each in uses.values() for use in each)
 
 
@@ -224,7 +225,7 @@ def _product_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmet
     most, head = 0, opened.manifest.head
     for name, weight in opened.manifest.weights.items():
         tokens = min(config.logits, config.context) if weight is head else config.context
-        parts = [part for part in held_at_once(weight) if isinstance(part, PlaneWeight)]
+        parts = [part for part in in_turn(weight) if isinstance(part, PlaneWeight)]
         for part in parts:
             taken = scratch_bytes(opened.meta_model.get_submodule(name), part, tokens)
             if arithmetic.shortlist and weight is head:
@@ -242,7 +243,7 @@ def _card_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic)
     Matrix units leave sums of slices of a down matrix on their way, more of them where neurons lie across the link.
     """
     if arithmetic.capability is None or arithmetic.capability < LEAST_CAPABILITY:
-        return _TILES_BYTES
+        return _CARD_BYTES
     tokens = min(config.context, MAX_TOKENS)
     near = [
         down_launches.most_partial_bytes(weight.rows, weight.columns, weight.group, tokens, far=False)
@@ -253,7 +254,7 @@ def _card_scratch(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic)
         down_launches.most_partial_bytes(block.neurons, block.columns, block.group, tokens, far=True)
         for block in opened.manifest.blocks
     ]
-    return max([*near, *far], default=0) + (_TILES_BYTES if far else 0)
+    return max([*near, *far], default=0) + _CARD_BYTES
 
 
 def _dram_reserve(opened: Opened, config: OffloadConfig, arithmetic: Arithmetic) -> dict[str, int]:

@@ -24,12 +24,12 @@ _PADDING = 1024
 class _Made:
     """Something made from one input, good for as long as that input is the same and unchanged.
 
-    Tensors count their changes in place, but not in inference mode: there a copy tells, and on a card nothing does, for
-    to compare would be to wait for it.
+    Tensors count their changes in place, but not in inference mode: there a copy tells. Where a card multiplies nothing
+    does, for to compare would be to wait for it.
     """
 
-    def __init__(self, x: Tensor, what: object) -> None:
-        self.what, self._x = what, x if _is_followed(x) else None
+    def __init__(self, x: Tensor, what: object, kernels: Kernels) -> None:
+        self.what, self._x = what, x if _is_followed(x, kernels) else None
         self._copy = x.clone() if x.is_inference() and self._x is not None else None
         self._version = 0 if x.is_inference() else x._version
 
@@ -56,12 +56,12 @@ class Inputs:
             if kept == wanted and made.fits(x) and isinstance(made.what, QuantizedActivations):
                 return made.what
         quantized = kernels.quantize_activations(transformed(kernels, tokens, weight, slot), weight.group)
-        self._quantized = wanted, _Made(x, quantized)
+        self._quantized = wanted, _Made(x, quantized, kernels)
         return quantized
 
-    def keep(self, name: str, x: Tensor, result: Tensor) -> None:
+    def keep(self, name: str, x: Tensor, result: Tensor, kernels: Kernels) -> None:
         """Keep what module `name` will be asked for."""
-        self._results[name] = _Made(x, result)
+        self._results[name] = _Made(x, result, kernels)
 
     def take(self, name: str, x: Tensor) -> Tensor | None:
         """What was kept for module `name`, if it was made from this very input."""
@@ -143,7 +143,7 @@ class PlaneForward:
             kernels.matmul_transposed(tokens, parts[0], out)
             return kernels.hadamard(out, after=self._weight.output_factors(slots[0]).to(out.device))
         quantized = self._inputs.quantize_activations(kernels, x, tokens, self._weight, slots[0])
-        if len(parts) == 1 or (self._partner is not None and (alone or not _is_followed(x))):
+        if len(parts) == 1 or (self._partner is not None and (alone or not _is_followed(x, kernels))):
             # The partner, if any, will see to itself.
             kernels.matmul(quantized, parts[0], out)
         elif self._partner is None:
@@ -151,7 +151,7 @@ class PlaneForward:
         else:
             other = torch.zeros_like(out)
             kernels.matmuls(quantized, parts, [out, other])
-            self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)))
+            self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)), kernels)
         return out
 
     def _parts(self, slots: Sequence[Tensor]) -> list[Planes]:
@@ -168,9 +168,9 @@ class PlaneForward:
         return parts
 
 
-def _is_followed(x: Tensor) -> bool:
-    """Whether changes of x are noticed without waiting for a card."""
-    return not x.is_inference() or on_host(x.device)
+def _is_followed(x: Tensor, kernels: Kernels) -> bool:
+    """Whether changes of x are noticed without a wait for a card that nobody would wait for otherwise."""
+    return not x.is_inference() or on_host(kernels.device)
 
 
 def refuse_gradients(x: Tensor) -> None:

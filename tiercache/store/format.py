@@ -1,8 +1,8 @@
 """What a unit of weights is, and what a plane store looks like on disk.
 
-A *unit* is what moves between tiers at once: one matrix, or one feed-forward block, or the head. Its *pieces* say
-which file bytes go where in the unit's slot. Both the original checkpoint, read in place, and the plane store are
-described in these two words. So tiers and readers need not know which of the two they serve.
+A *unit* is what moves between tiers at once: one matrix, or one feed-forward block, one plane of them, or rows of the
+head. Its *pieces* say which file bytes go where in the unit's slot. Both the original checkpoint, read in place, and
+the plane store are described in these two words. So tiers and readers need not know which of the two they serve.
 
 The plane store is a folder:
 
@@ -90,20 +90,10 @@ class FileRange:
             offset, at, left = offset + stored, at + plain, left - plain
         return pieces
 
-    def part(self, first: int, nbytes: int) -> tuple["FileRange", int]:
-        """The range that holds its plain bytes [first, first + nbytes), and at which byte of that range they begin.
-
-        Frames are read whole: where there are some, the range begins with the first of them.
-        """
-        if not self.frames:
-            return replace(self, offset=self.offset + first, nbytes=nbytes), 0
-        begin, end = first // FRAME_BYTES, -(-(first + nbytes) // FRAME_BYTES)
-        offset, plain = (
-            self.offset + sum(self.frames[:begin]),
-            min(end * FRAME_BYTES, self.nbytes) - begin * FRAME_BYTES,
-        )
-        frames = self.frames[begin:end]  # they begin at any byte of a file: `itemsize` puts them at a block of the slot
-        return FileRange(self.path, offset, plain, BLOCK_BYTES, frames), first - begin * FRAME_BYTES
+    def part(self, first: int, nbytes: int) -> "FileRange":
+        """Its bytes [first, first + nbytes), of a range that is stored plain."""
+        assert not self.frames  # frames are decompressed whole
+        return replace(self, offset=self.offset + first, nbytes=nbytes)
 
 
 @dataclass(frozen=True)

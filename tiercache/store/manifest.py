@@ -230,8 +230,8 @@ class RowBlocks:
 Weight = PlainWeight | PlaneWeight | NeuronWeight | RowBlocks
 
 
-def held_at_once(weight: Weight) -> Sequence[PlainWeight | PlaneWeight | NeuronWeight]:
-    """The parts of a weight that a module multiplies by one after another: blocks of rows, or all of it."""
+def in_turn(weight: Weight) -> Sequence[PlainWeight | PlaneWeight | NeuronWeight]:
+    """What of a weight a module multiplies by in turn: its blocks of rows, or all of it at once."""
     return weight.blocks if isinstance(weight, RowBlocks) else (weight,)
 
 

@@ -160,22 +160,20 @@ def _place(
     for names in cuts:
         title = record.name if len(some) == record.rows else f"{record.name}, rows {some[0]} to {some[-1]}"
         title = title if len(cuts) == 1 else f"{title}, {' and '.join(names)}"
-        ranges = [_range(folder, record, group, name, some) for name in names]
-        unit = unit_of(title, [each for each, _ in ranges])
-        starts = {piece.path.name: piece.at for piece in reversed(unit.pieces)}
-        where |= {name: (key + len(units), starts[name] + lead) for name, (_, lead) in zip(names, ranges, strict=True)}
+        unit = unit_of(title, [_range(folder, record, group, name, some) for name in names])
+        where |= {piece.path.name: (key + len(units), piece.at) for piece in reversed(unit.pieces)}
         units.append(unit)
     plane_units, plane_at = zip(*(where[name] for name in PLANE_FILES[:top]), strict=True)
     shape = len(some), record.columns, group, record.parts
     return units, Rows(*shape, plane_units, plane_at, where[SCALE_FILE][1], inputs=record.inputs)
 
 
-def _range(folder: Path, record: UnitRecord, group: int, name: str, some: range) -> tuple[FileRange, int]:
-    """Where rows of a unit lie in one of its files, and at which byte of that range; factors come with all rows."""
+def _range(folder: Path, record: UnitRecord, group: int, name: str, some: range) -> FileRange:
+    """Where rows of a unit lie in one of its files; factors come with all rows."""
     extent = record.extents[name]
     whole = FileRange(folder / name, extent.offset, extent.nbytes, frames=extent.frames)
     if len(some) == record.rows:
-        return whole, 0
+        return whole
     widths = (*plane_widths(record.columns, group), scale_row_bytes(record.columns, group))
     width = record.parts * dict(zip((*PLANE_FILES, SCALE_FILE), widths, strict=True))[name]
     return whole.part(some.start * width, len(some) * width)
@@ -194,12 +192,16 @@ def _bytes(record: UnitRecord, precision: str) -> int:
 def _row_block_bytes(records: Sequence[UnitRecord], precision: str) -> int:
     """How large a block of rows may be, see `ROW_BLOCK_BYTES`."""
     layers = (_bytes(record, precision) for record in records if record.kind == "planes" and not record.all_planes)
-    return max(ROW_BLOCK_BYTES, *layers, 0)
+    return max(ROW_BLOCK_BYTES, *layers)
 
 
 def _row_ranges(record: UnitRecord, block_bytes: int) -> list[range]:
-    """The rows of a unit in blocks of about the same size: one if it is no larger, or rows are not its outputs."""
+    """The rows of a unit in blocks of about the same size.
+
+    One if it is no larger, if its rows are not its outputs, or if it is compressed: frames would be read twice.
+    """
     alone = record.parts == 1 and not record.inputs and not any(member.transposed for member in record.members)
+    alone = alone and not any(extent.frames for extent in record.extents.values())
     count = -(-sum(extent.nbytes for extent in record.extents.values()) // block_bytes) if alone else 1
     step = -(-record.rows // count // _BLOCK_ROWS) * _BLOCK_ROWS if count > 1 else record.rows
     return [range(at, min(at + step, record.rows)) for at in range(0, record.rows, step)]

@@ -30,7 +30,7 @@ from tiercache.kernels.cuda.layer_calls import (
     RotateArguments,
     Units,
 )
-from tiercache.kernels.cuda.layer_products import Product, check_attention, entered, packed_sizes, room, rows_of
+from tiercache.kernels.cuda.layer_products import Product, check_attention, empty_inputs, entered, packed_sizes, rows_of
 from tiercache.kernels.cuda.pass_arguments import check_attended, point, turn, write
 from tiercache.kernels.cuda.runs import Graph, Run
 
@@ -254,7 +254,7 @@ class CudaAttention(Attention):
         units = self._units_of(tokens, kept[0].shape[2])
         attended = self._card.floats(units.count, tokens, heads.columns)
         weights = self._card.floats(units.count, tokens, heads.queries, 2)
-        inputs, to = room(tokens, heads.columns, self._w.outward.group, self._card)
+        inputs, to = empty_inputs(tokens, heads.columns, self._w.outward.group, self._card)
         attention = self._attention(tokens, attended.data_ptr(), weights.data_ptr())
         point(attention, queries.data_ptr(), *kept, mask)
         launcher.launch(layer_calls.attention_call(attention, KINDS[kept[0].dtype], units))

@@ -124,7 +124,7 @@ class Slices:
 
 
 def most_partial_bytes(rows: int, columns: int, group: int, tokens: int, *, far: bool) -> int:
-    """An upper bound of what sums of slices take where matrix units multiply many tokens.
+    """What sums of slices take at most where matrix units multiply so many tokens, more than a tree's.
 
     `far`: planes may lie across the link, where tiles of them leave each slice its own sum.
     """

@@ -143,13 +143,13 @@ def chunks_of(columns: int) -> int:
 
 
 def tile_bytes(capability: tuple[int, int]) -> int:
-    """What x may take of shared memory in a block of rows.cu, so that a multiprocessor holds two.
+    """What x may take of shared memory in a block of rows.cu (before 8.0), so that a multiprocessor holds two.
 
-    A multiprocessor has 96 KiB at capability 5.2 (M40), 6.1 (P40) and 7.0 (V100) and 64 KiB at others before 8.0 (T4:
-    7.5), by the CUDA programming guide's table of technical specifications; 100 KiB and more from 8.0 on. A tile has at
-    least a chunk: 33 KiB for eight tokens, of which a T4 then holds one.
+    It has 96 KiB at capability 5.2 (M40), 6.1 (P40) and 7.0 (V100) and 64 KiB at others before 8.0 (T4: 7.5), by the
+    CUDA programming guide's table of technical specifications. A tile has at least a chunk: 33 KiB for eight tokens, of
+    which a T4 then holds one.
     """
-    whole = 96 << 10 if capability in ((5, 2), (6, 1), (7, 0), (7, 2)) or capability >= (8, 0) else 64 << 10
+    whole = 96 << 10 if capability in ((5, 2), (6, 1), (7, 0), (7, 2)) else 64 << 10
     return min(_BLOCK_SHARED_BYTES, whole // 2)
 
 

@@ -84,7 +84,7 @@ def rows_of(x: Tensor, columns: int, card: Card) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def room(tokens: int, columns: int, group: int, card: Card) -> tuple[QuantizedActivations, PackedArguments]:
+def empty_inputs(tokens: int, columns: int, group: int, card: Card) -> tuple[QuantizedActivations, PackedArguments]:
     """Inputs that are still to be written, for the products of any number of tokens, and where to write them."""
     if tokens > card.switch and not card.by_matrix_units:
         data: tuple[Tensor, ...] = (card.floats(tokens, columns),)
@@ -98,7 +98,7 @@ def room(tokens: int, columns: int, group: int, card: Card) -> tuple[QuantizedAc
 
 def entered(x: Tensor, norm: tuple[int, int, float], factors: int, group: int, card: Card) -> QuantizedActivations:
     """x, normed and transformed, for the products of any number of tokens."""
-    inputs, to = room(x.shape[0], x.shape[1], group, card)
+    inputs, to = empty_inputs(x.shape[0], x.shape[1], group, card)
     call = layer_calls.enter_call((x.data_ptr(), x.stride(0), KINDS[x.dtype]), norm, factors, to)
     card.launcher.launch(call)
     return inputs
