@@ -327,6 +327,9 @@ def test_bench(tmp_path: Path) -> None:
     assert data(old)["schema"] == "tiercache.bench/1"
     assert "deprecated; write: tiercache bench model --shape tiny" in old.stderr
     refused(call("bench", "model", "--shape", "galaxy", "--folder", tmp_path, "--json"), 2, "UsageError")
+    short = refused(call("bench", "model", "--context", "64", "--folder", tmp_path / "none", "--json"), 2, "UsageError")
+    assert "--context 88" in short
+    assert not (tmp_path / "none").exists(), "nothing was made"
 
 
 def test_run_drafts(checkpoint: Path, store: Path) -> None:

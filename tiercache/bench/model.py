@@ -23,6 +23,7 @@ from tiercache.compat import cache_kwargs, cache_out
 from tiercache.config.options import OffloadConfig, Precision, of_planes
 from tiercache.config.sizes import Budget, human
 from tiercache.engine.offload import open_offloaded
+from tiercache.errors import UsageError
 from tiercache.stats import run as stats_module
 from tiercache.store.planestore import PlaneStore
 
@@ -67,9 +68,15 @@ def bench(options: Options) -> dict[str, Any]:
     """Make the model, run it, measure the roofs.
 
     Raises:
-        UsageError: no such shape, or too few bytes a token for any recipe.
+        UsageError: no such shape, a context too short for what is timed, or too few bytes a token for any recipe.
     """
     dimensions = shapes.find(options.shape)
+    needed = _PROMPT_TOKENS + options.tokens + 2 * _BATCH_TOKENS
+    if options.context < needed:
+        raise UsageError(
+            f"context={options.context}, but a prompt of {_PROMPT_TOKENS}, {options.tokens} tokens and twice "
+            f"{_BATCH_TOKENS} at once are timed; give context={needed}, or fewer tokens="
+        )
     make, kind = (shapes.make_store, "planes") if of_planes(options.precision) else (shapes.make_checkpoint, "bf16")
     folder = options.folder.expanduser() / f"{options.shape}-{kind}-{options.seed}"
     path = make(dimensions, folder, options.seed, show_progress=options.show_progress)
