@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiercache
 from tiercache.engine import machine
-from tiercache.errors import DoesNotFitError
+from tiercache.errors import DoesNotFitError, UsageError
 from tiercache.kernels.contract import Kernels
 from tiercache.kernels.reference import ReferenceKernels
 from tiercache.kernels.select import select
@@ -98,6 +98,18 @@ def test_the_bits_are_those_of_the_whole_head(
     whole = logits(stores.plain[name], lengths, precision)
     for each in in_blocks:
         assert all(torch.equal(one, other) for one, other in zip(each, whole, strict=True))
+
+
+def test_a_call_of_the_head_that_fails_leaves_the_next_pass_right(stores: Stores) -> None:
+    """Outside of a pass as well, where only the head itself gives its slot back."""
+    store = stores.plain["llama"]
+    options = {"device": "cpu", "context": 80, "logits": 80, "dram": "32MiB", "cpu_tokens": 0}
+    hbm = smallest(store, precision="int8")
+    with tiercache.offload(store, precision="int8", hbm=hbm, **options) as model, torch.no_grad():  # type: ignore[arg-type]
+        before = model(IDS).logits.clone()
+        with pytest.raises(UsageError):
+            model.lm_head(torch.randn(4, 50))
+        assert torch.equal(model(IDS).logits, before)
 
 
 def test_the_smallest_budget_is_no_longer_the_heads(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,11 @@ class RowBlocksForward:
     def _block(self, name: str, forward: PlaneForward, x: Tensor) -> Tensor:
         """The outputs [tokens, rows] of one block, whose slots are held meanwhile."""
         slots = self._slots.take(name)
-        self._slots.hit(self._slots.counted([name]))
-        made = forward.multiply(x, slots)
-        self._slots.give_back(name)
-        return made
+        try:
+            self._slots.hit(self._slots.counted([name]))
+            return forward.multiply(x, slots)
+        finally:  # outside of a pass nobody else gives it back
+            self._slots.give_back(name)
 
 
 def folding(head: nn.Module) -> Callable[..., torch.Tensor]:

@@ -206,7 +206,7 @@ class NeuronWeight:
 class RowBlocks:
     """A parameter of many rows, cut into blocks of rows that are units of their own: first rows first.
 
-    A row's products need no other row, so its bits are the same in a block as in the whole matrix.
+    A row's products need no other row: by kernels that read planes as they are its bits are those of the whole matrix.
     """
 
     blocks: tuple[PlaneWeight, ...]
