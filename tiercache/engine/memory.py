@@ -35,7 +35,7 @@ from tiercache.tiers.device import on_gpu
 _PACKED_BYTES = 32 << 20
 # The C library's heap keeps blocks of up to this size when they are freed (glibc: DEFAULT_MMAP_THRESHOLD_MAX).
 _HEAP_BLOCK_BYTES = 32 << 20
-# Beside a product's own on a card: tiles of up to 32 MiB (decoded for many tokens before capability 8.0, brought near
+# Beside a product's own on a card: tiles of some 32 MiB (decoded for many tokens before capability 8.0, brought near
 # of neurons across the link), the scratch of fused halves for up to 65 tokens, of which outgrown blocks stay (40 MiB of
 # a 7B on a 3090), and what torch's segments of 20 MiB leave unused. Counted; with it an H100's peaks kept to budgets.
 _CARD_BYTES = 96 << 20

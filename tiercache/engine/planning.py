@@ -137,7 +137,10 @@ def refuse_another_placement(config: OffloadConfig, placed: Placement) -> None:
     if not isinstance(config.plan, RunPlan):
         return
     if config.plan.model != model_identity(placed.asked.needs, config.precision):
-        raise UsageError("the plan was made for another model: its units have other names or sizes; make a plan for it")
+        raise UsageError(
+            "the plan was made for another model, or by a version that cuts it otherwise: units have other names or "
+            "sizes; make the plan again"
+        )
     if not config.plan.places_as(placed.plan):
         raise UsageError(
             "the plan places units otherwise than this version of tiercache does with its budgets; make the plan again"

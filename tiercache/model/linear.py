@@ -25,12 +25,12 @@ class _Made:
     """Something made from one input, good for as long as that input is the same and unchanged.
 
     Tensors count their changes in place, but not in inference mode: there a copy tells. Where a card multiplies nothing
-    does, for to compare would be to wait for it.
+    is kept then (`_is_followed`), for to compare would be to wait for it.
     """
 
-    def __init__(self, x: Tensor, what: object, kernels: Kernels) -> None:
-        self.what, self._x = what, x if _is_followed(x, kernels) else None
-        self._copy = x.clone() if x.is_inference() and self._x is not None else None
+    def __init__(self, x: Tensor, what: object) -> None:
+        self.what, self._x = what, x
+        self._copy = x.clone() if x.is_inference() else None
         self._version = 0 if x.is_inference() else x._version
 
     def fits(self, x: Tensor) -> bool:
@@ -56,12 +56,12 @@ class Inputs:
             if kept == wanted and made.fits(x) and isinstance(made.what, QuantizedActivations):
                 return made.what
         quantized = kernels.quantize_activations(transformed(kernels, tokens, weight, slot), weight.group)
-        self._quantized = wanted, _Made(x, quantized, kernels)
+        self._quantized = (wanted, _Made(x, quantized)) if _is_followed(x, kernels) else None
         return quantized
 
-    def keep(self, name: str, x: Tensor, result: Tensor, kernels: Kernels) -> None:
+    def keep(self, name: str, x: Tensor, result: Tensor) -> None:
         """Keep what module `name` will be asked for."""
-        self._results[name] = _Made(x, result, kernels)
+        self._results[name] = _Made(x, result)
 
     def take(self, name: str, x: Tensor) -> Tensor | None:
         """What was kept for module `name`, if it was made from this very input."""
@@ -151,7 +151,7 @@ class PlaneForward:
         else:
             other = torch.zeros_like(out)
             kernels.matmuls(quantized, parts, [out, other])
-            self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)), kernels)
+            self._inputs.keep(self._partner[0], x, other.to(x.device, _result_dtype(x)))
         return out
 
     def _parts(self, slots: Sequence[Tensor]) -> list[Planes]:
