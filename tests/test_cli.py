@@ -332,6 +332,12 @@ def test_bench(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists(), "nothing was made"
 
 
+def test_more_than_main_memory_for_a_stand_in_is_refused_by_its_name(checkpoint: Path) -> None:
+    told = refused(call("run", checkpoint, "--hbm", "1000TiB", "--prompt", "a", "--json"), 3, "DoesNotFitError")
+    assert "--hbm 1000.0 TiB, but main memory, which stands in for a card, has" in told
+    assert "lower --hbm" in told
+
+
 def test_run_drafts(checkpoint: Path, store: Path) -> None:
     _, expected = resident(checkpoint, 24)
     result = call("run", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 24, "--drafter", "ngram", "--json")

@@ -75,7 +75,7 @@ def bench(options: Options) -> dict[str, Any]:
     if options.context < needed:
         raise UsageError(
             f"context={options.context}, but a prompt of {_PROMPT_TOKENS}, {options.tokens} tokens and twice "
-            f"{_BATCH_TOKENS} at once are timed; give context={needed}, or fewer tokens="
+            f"{_BATCH_TOKENS} at once are timed; give context={needed}, or time fewer tokens"
         )
     make, kind = (shapes.make_store, "planes") if of_planes(options.precision) else (shapes.make_checkpoint, "bf16")
     folder = options.folder.expanduser() / f"{options.shape}-{kind}-{options.seed}"

@@ -46,7 +46,7 @@ class Budgets:
         """The options' budgets on this machine, now.
 
         Raises:
-            DoesNotFitError: `hbm` is more than the GPU has free.
+            DoesNotFitError: `hbm` is more than the GPU has free, or main memory that stands in for it.
         """
         main = host_memory()
         hbm_bytes: int | None = None
@@ -59,6 +59,13 @@ class Budgets:
             _refuse_more_than_free(hbm_bytes, free, total, device)
         elif config.hbm is not None and config.hbm != Budget():
             hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
+            if (missing := hbm_bytes - main.free_bytes) > 0:
+                raise DoesNotFitError(
+                    f"hbm={human(hbm_bytes)}, but main memory, which stands in for a card, has "
+                    f"{human(main.free_bytes)} free: {missing} bytes are missing; lower hbm=, or leave it out",
+                    missing_bytes=missing,
+                    tier="hbm",
+                )
         taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
         dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
         return cls(hbm_bytes, dram_bytes, main.free_bytes, not on_gpu(device))
