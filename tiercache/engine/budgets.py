@@ -59,13 +59,7 @@ class Budgets:
             _refuse_more_than_free(hbm_bytes, free, total, device)
         elif config.hbm is not None and config.hbm != Budget():
             hbm_bytes = config.hbm.resolve(total_bytes=main.total_bytes, free_bytes=main.free_bytes)
-            if (missing := hbm_bytes - main.free_bytes) > 0:
-                raise DoesNotFitError(
-                    f"hbm={human(hbm_bytes)}, but main memory, which stands in for a card, has "
-                    f"{human(main.free_bytes)} free: {missing} bytes are missing; lower hbm=, or leave it out",
-                    missing_bytes=missing,
-                    tier="hbm",
-                )
+            _refuse_more_than_free(hbm_bytes, main.free_bytes, main.total_bytes, device)
         taken = hbm_bytes if hbm_bytes is not None and on_host(device) else 0
         dram_bytes = config.dram.resolve(total_bytes=main.total_bytes, free_bytes=max(1, main.free_bytes - taken))
         return cls(hbm_bytes, dram_bytes, main.free_bytes, not on_gpu(device))
@@ -97,9 +91,12 @@ class Budgets:
 def _refuse_more_than_free(hbm_bytes: int, free: int, total: int, device: torch.device) -> None:
     """Refuse what the driver would refuse later, when half of the weights are loaded."""
     if (missing := hbm_bytes - free) > 0:
+        whose, without = str(device), "leave it out for nine tenths of what is free"
+        if on_host(device):
+            whose, without = "main memory, which stands in for a card,", "leave it out for none"
         raise DoesNotFitError(
-            f"hbm={human(hbm_bytes)}, but {device} has {human(free)} free of {human(total)}: {missing} bytes are "
-            "missing; lower hbm=, leave it out for nine tenths of what is free, or close other programs",
+            f"hbm={human(hbm_bytes)}, but {whose} has {human(free)} free of {human(total)}: {missing} bytes are "
+            f"missing; lower hbm=, {without}, or close other programs",
             missing_bytes=missing,
             tier="hbm",
         )

@@ -124,7 +124,9 @@ class Slices:
 
 
 def most_partial_bytes(rows: int, columns: int, group: int, tokens: int, *, far: bool) -> int:
-    """What sums of slices take at most where matrix units multiply so many tokens, more than a tree's.
+    """What sums of slices take where matrix units multiply so many tokens.
+
+    `Slices.merged` leaves up to 9 MiB more where blocks are few; the plan's reserve beside this holds them.
 
     `far`: planes may lie across the link, where tiles of them leave each slice its own sum.
     """
